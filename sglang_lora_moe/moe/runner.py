@@ -1,0 +1,74 @@
+"""The MoE forward, written once for every backend, quantization and adapter layout.
+
+A `MoeRunnerCore` supplies the two expert GEMMs and the row order it needs; it knows no adapters and never restates
+this pipeline. `LoRAHooks` are four callables around the GEMMs; with `hooks=None` the layer is the plain base layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.moe.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class RunnerInput:
+    """One step of one layer. x [M, H]; topk_ids int32 [M, K] (-1 = none here); topk_weights float32 [M, K]."""
+
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    token_slots: torch.Tensor | None  # int32 [M]; None = no adapter in this step
+    workspace: Workspace
+    spec: MoESpec
+
+
+@dataclass(frozen=True)
+class LoRAHooks:
+    """Built once per layer by `lora/hooks.py`. `post_gate_up` returns the activation, `post_down` the layer output."""
+
+    pre_gate_up: Callable[[RunnerInput, Routing], None]
+    post_gate_up: Callable[[RunnerInput, torch.Tensor, Routing], torch.Tensor]
+    pre_down: Callable[[RunnerInput, torch.Tensor, Routing], None]
+    post_down: Callable[[RunnerInput, torch.Tensor, torch.Tensor, Routing], torch.Tensor]
+
+
+class MoeRunnerCore(Protocol):
+    """The two expert GEMMs of a backend. Intermediates have one row per pair, in the order `routing.rows` names."""
+
+    name: str
+
+    def make_routing(self, inp: RunnerInput) -> Routing: ...
+    def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: Any) -> torch.Tensor:  # [P, 2I]
+        ...
+    def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:  # [P, I]
+        ...
+    def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: Any) -> torch.Tensor:  # [P, H]
+        ...
+    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:  # [M, H]
+        ...
+
+
+class MoeRunner:
+    """Runs one layer's experts through a core, with or without hooks."""
+
+    def __init__(self, core: MoeRunnerCore) -> None:
+        self.core = core
+
+    def run(self, inp: RunnerInput, quant_info: Any, hooks: LoRAHooks | None = None) -> torch.Tensor:
+        """Return the layer's output [M, H] (this rank's partial sum) in x's dtype."""
+        core = self.core
+        routing = core.make_routing(inp)
+        if hooks is None:
+            act = core.activation(inp, core.gate_up(inp, routing, quant_info), routing)
+            return core.combine(inp, core.down(inp, act, routing, quant_info), routing)
+        hooks.pre_gate_up(inp, routing)
+        act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), routing)
+        hooks.pre_down(inp, act, routing)
+        return hooks.post_down(inp, act, core.down(inp, act, routing, quant_info), routing)
