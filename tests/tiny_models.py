@@ -19,60 +19,66 @@ VOCAB_SIZE = 128
 EOS_ID = 2
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] }}{% if add_generation_prompt %}>{% endif %}"
 
-_BASE: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=EOS_ID,
-)
-_EXPERTS: dict[str, Any] = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
-_LOCAL_EXPERTS: dict[str, Any] = dict(num_local_experts=8, num_experts_per_tok=2)
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": EOS_ID,
+}
+_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": _BASE | _EXPERTS | dict(head_dim=32, intermediate_size=96, norm_topk_prob=True),
-    "qwen3": _BASE | dict(head_dim=32, intermediate_size=96),
-    "mixtral": _BASE | _LOCAL_EXPERTS | dict(intermediate_size=32, sliding_window=None),
-    "qwen2_moe": _BASE | _EXPERTS | dict(intermediate_size=96, shared_expert_intermediate_size=48, norm_topk_prob=False, qkv_bias=True),
-    "olmoe": _BASE | dict(num_experts=8, num_experts_per_tok=3, intermediate_size=32, norm_topk_prob=False),
+    "qwen3_moe": _BASE | _EXPERTS | {"head_dim": 32, "intermediate_size": 96, "norm_topk_prob": True},
+    "qwen3": _BASE | {"head_dim": 32, "intermediate_size": 96},
+    "mixtral": _BASE | _LOCAL_EXPERTS | {"intermediate_size": 32, "sliding_window": None},
+    "qwen2_moe": _BASE | _EXPERTS | {"intermediate_size": 96, "shared_expert_intermediate_size": 48, "norm_topk_prob": False, "qkv_bias": True},
+    "olmoe": _BASE | {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "norm_topk_prob": False},
     "gpt_oss": _BASE
     | _LOCAL_EXPERTS
-    | dict(
-        head_dim=32,
-        intermediate_size=32,
-        sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"],
-        attention_bias=True,
-        rope_parameters=dict(
-            rope_type="yarn", factor=8.0, rope_theta=10000.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=64
-        ),
-    ),
+    | {
+        "head_dim": 32,
+        "intermediate_size": 32,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "rope_theta": 10000.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "deepseek_v3": _BASE
-    | dict(
-        num_hidden_layers=3,
-        num_key_value_heads=4,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        n_shared_experts=1,
-        num_experts_per_tok=3,
-        n_group=4,
-        topk_group=2,
-        first_k_dense_replace=1,
-        norm_topk_prob=True,
-        routed_scaling_factor=1.5,
-        q_lora_rank=24,
-        kv_lora_rank=32,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=24,
-        v_head_dim=20,
-        rope_interleave=True,
-    ),
+    | {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 24,
+        "v_head_dim": 20,
+        "rope_interleave": True,
+    },
 }
 
 _cache: dict[str, tempfile.TemporaryDirectory[str]] = {}  # removed at exit
