@@ -1,0 +1,41 @@
+"""RMSNorm, with the residual addition that precedes it in a decoder layer.
+
+residual' = residual + x          (stored in the activation dtype, as transformers does)
+out = weight * (residual' / sqrt(mean(residual'^2) + eps))      Zhang & Sennrich 2019; float32 inside
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per token; the row is held in registers."""
+    row = tl.program_id(0).to(tl.int64) * H
+    cols = tl.arange(0, BLOCK)
+    mask = cols < H
+    x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+        stored = x.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row + cols, stored, mask=mask)
+        x = stored.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the norm of x [M, H] (or of residual + x, which is written back to residual). Raises ValueError on strided rows."""
+    if not x.is_contiguous() or (residual is not None and (residual.shape != x.shape or not residual.is_contiguous())):
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} and residual must be contiguous and of one shape")
+    h = x.shape[-1]
+    out = torch.empty_like(x) if out is None else out
+    block = triton.next_power_of_2(h)
+    _rms_norm_kernel[(x.numel() // h,)](
+        x, residual, weight, out, eps, h, HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512))
+    )
+    return out

@@ -1,0 +1,71 @@
+"""Paged attention against a loop over requests in float64, through the interpreter here and natively on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def reference(q, k, v, table, lens, seqs, page, scale, window, sinks, softcap):
+    """softmax(scale q k^T, sinks) v, request by request."""
+    outs, start, groups = [], 0, q.shape[1] // k.shape[1]
+    for b, (n, m) in enumerate(zip(lens, seqs, strict=True)):
+        index = torch.arange(m, device=q.device)
+        rows = table[b, index // page].long() * page + index % page
+        keys, values = (x[rows].double().repeat_interleave(groups, 1) for x in (k, v))
+        s = torch.einsum("nhd,mhd->hnm", q[start : start + n].double(), keys) * scale
+        s = softcap * torch.tanh(s / softcap) if softcap else s
+        i, j = torch.arange(m - n, m, device=q.device)[:, None], index[None]
+        seen = (j <= i) & (j > i - (window or m + 1))
+        s = s.masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            s = torch.cat([s, sinks.double().view(-1, 1, 1).expand(-1, n, 1)], -1)
+        outs.append(torch.einsum("hnm,mhd->nhd", s.softmax(-1)[..., :m], values))
+        start += n
+    return torch.cat(outs)
+
+
+CASES = {
+    "gqa": dict(heads=(8, 2), d=32),
+    "mha_odd_dim": dict(heads=(3, 3), d=24),
+    "window_sinks": dict(heads=(4, 1), d=16, window=9, sinks=True),
+    "softcap": dict(heads=(4, 2), d=16, softcap=5.0),
+    "latent": dict(heads=(6, 1), d=40, dv=32),
+}
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_reference(case: str, decode: bool) -> None:
+    from sglang_lora_moe.ops import paged_attention as op
+
+    spec = CASES[case]
+    (hq, hkv), d, page = spec["heads"], spec["d"], 8
+    dv = spec.get("dv", d)
+    torch.manual_seed(0)
+    lens, seqs = ([1, 1, 1, 1], [1, 37, 300, 5]) if decode else ([5, 1, 20, 33], [5, 37, 20, 70])
+    pages = max(seqs) // page + 1
+    table = (torch.randperm(len(seqs) * pages, device="cpu") + 1).view(len(seqs), pages).int().to(DEVICE)
+    k = torch.randn((len(seqs) * pages + 1) * page, hkv, d, device=DEVICE)
+    v = k[..., :dv] if "dv" in spec else torch.randn(*k.shape[:2], dv, device=DEVICE)
+    q = torch.randn(sum(lens), hq, d, device=DEVICE)
+    sinks = torch.randn(hq, device=DEVICE) if spec.get("sinks") else None
+    starts = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    args = dict(page_size=page, scale=d**-0.5, window=spec.get("window"), sinks=sinks, softcap=spec.get("softcap"))
+    out = op.paged_attention(q, k, v, table, starts, torch.tensor(seqs, dtype=torch.int32, device=DEVICE), decode=decode, **args)
+    want = reference(q, k, v, table, lens, seqs, page, d**-0.5, args["window"], sinks, args["softcap"])
+    error = (out.double() - want).norm() / want.norm()
+    assert error < 1e-5, f"{case} decode={decode}: relative error {error:.2e}"
+
+
+def test_refuses_shapes_that_do_not_fit() -> None:
+    from sglang_lora_moe.ops import paged_attention as op
+
+    q, k = torch.zeros(1, 4, 8, device=DEVICE), torch.zeros(16, 3, 8, device=DEVICE)
+    one = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="heads must divide"):
+        op.paged_attention(q, k, k, one[None], torch.tensor([0, 1], dtype=torch.int32), one, page_size=8, scale=1.0, decode=True)
