@@ -77,10 +77,9 @@ def _attention_kernel(
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS:
-        if split == 0:
-            maximum = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32)
-            total += 1.0
+    if SINKS and split == 0:
+        maximum = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32)
+        total += 1.0
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
     for start in tl.range(first_key, last_key, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)

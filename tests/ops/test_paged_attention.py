@@ -30,11 +30,11 @@ def reference(q, k, v, table, lens, seqs, page, scale, window, sinks, softcap):
 
 
 CASES = {
-    "gqa": dict(heads=(8, 2), d=32),
-    "mha_odd_dim": dict(heads=(3, 3), d=24),
-    "window_sinks": dict(heads=(4, 1), d=16, window=9, sinks=True),
-    "softcap": dict(heads=(4, 2), d=16, softcap=5.0),
-    "latent": dict(heads=(6, 1), d=40, dv=32),
+    "gqa": {"heads": (8, 2), "d": 32},
+    "mha_odd_dim": {"heads": (3, 3), "d": 24},
+    "window_sinks": {"heads": (4, 1), "d": 16, "window": 9, "sinks": True},
+    "softcap": {"heads": (4, 2), "d": 16, "softcap": 5.0},
+    "latent": {"heads": (6, 1), "d": 40, "dv": 32},
 }
 
 
@@ -55,7 +55,7 @@ def test_equals_reference(case: str, decode: bool) -> None:
     q = torch.randn(sum(lens), hq, d, device=DEVICE)
     sinks = torch.randn(hq, device=DEVICE) if spec.get("sinks") else None
     starts = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    args = dict(page_size=page, scale=d**-0.5, window=spec.get("window"), sinks=sinks, softcap=spec.get("softcap"))
+    args = {"page_size": page, "scale": d**-0.5, "window": spec.get("window"), "sinks": sinks, "softcap": spec.get("softcap")}
     out = op.paged_attention(q, k, v, table, starts, torch.tensor(seqs, dtype=torch.int32, device=DEVICE), decode=decode, **args)
     want = reference(q, k, v, table, lens, seqs, page, d**-0.5, args["window"], sinks, args["softcap"])
     error = (out.double() - want).norm() / want.norm()

@@ -1,0 +1,203 @@
+"""Integer weights with 16-bit activations (int4 and int8): one canonical form, and the file layouts that become it.
+
+    w[o, i] = (q[o, i] - z[o, g(i)]) * s[o, g(i)]        g(i) = i // group_size
+
+Canonical: codes q packed along the input dimension, low bits first, into int32 words `packed [.., O, I * bits / 32]`;
+`scales [.., O, I / group_size]` in the checkpoint's 16-bit dtype; `zeros` uint8 of the scales' shape, or None for
+symmetric weights, whose zero is 2^(bits - 1). This is compressed-tensors' pack-quantized layout; GPTQ (packed along the
+input, transposed, stored zeros minus one in its first version) and AWQ (packed along the output in an interleaved
+order) are converted to it when read. Leading dimensions (experts) pass through.
+
+Sources: compressed-tensors `pack_to_int32`; AutoGPTQ `qlinear_cuda`; AutoAWQ `WQLinear_GEMM`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble k of a word is output column 8 * word + AWQ_ORDER[k]
+
+
+class QuantizationError(ValueError):
+    """A quantized tensor or configuration that cannot be served; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class WNA16Weight:
+    """A quantized weight [.., O, I] in the canonical form. See the module's formula."""
+
+    packed: torch.Tensor  # int32 [.., O, I * bits / 32]
+    scales: torch.Tensor  # [.., O, I / group_size]
+    zeros: torch.Tensor | None  # uint8 [.., O, I / group_size]
+    bits: int
+    group_size: int
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.shape[-1] * 32 // self.bits
+
+    @property
+    def out_features(self) -> int:
+        return self.packed.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.packed, self.scales, self.zeros) if t is not None)
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [.., n] -> codes uint8 [.., n * 32 / bits], low bits first."""
+    per_word = 32 // bits
+    shifts = torch.arange(per_word, device=words.device, dtype=torch.int32) * bits
+    codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).flatten(-2)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [.., n] -> int32 [.., ceil(n * bits / 32)], low bits first; a short last word is filled with zeros."""
+    per_word = 32 // bits
+    short = -codes.shape[-1] % per_word
+    if short:
+        codes = torch.nn.functional.pad(codes, (0, short))
+    parts = codes.unflatten(-1, (-1, per_word)).to(torch.int64)
+    shifts = torch.arange(per_word, device=codes.device, dtype=torch.int64) * bits
+    words = (parts << shifts).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def dequantize(weight: WNA16Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The float weight [.., O, I]: (q - z) * s with scales and product in `dtype` (the value that kernels multiply by)."""
+    zero: torch.Tensor | int = 1 << (weight.bits - 1)
+    if weight.zeros is not None:
+        zero = weight.zeros.to(torch.int16).repeat_interleave(weight.group_size, -1)
+    codes = unpack(weight.packed, weight.bits).to(torch.int16)
+    return (codes - zero).to(dtype) * weight.scales.to(dtype).repeat_interleave(weight.group_size, -1)
+
+
+def quantize(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True, scale_dtype: torch.dtype | None = None) -> WNA16Weight:
+    """Round-to-nearest quantization of a float weight [.., O, I]; for dummy weights and tests, not a calibrated method."""
+    groups = weight.float().unflatten(-1, (-1, group_size))
+    levels = (1 << bits) - 1
+    if symmetric:
+        scale = groups.abs().amax(-1) / ((1 << (bits - 1)) - 0.5)
+        zero = torch.full_like(scale, 1 << (bits - 1))
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = (high - low) / levels
+        zero = (-low / scale.clamp(min=1e-12)).round().clamp(0, levels)
+    scale = scale.clamp(min=1e-8).to(scale_dtype or weight.dtype)
+    codes = (groups / scale.float().unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, levels)
+    return WNA16Weight(pack(codes.to(torch.uint8).flatten(-2), bits), scale, None if symmetric else zero.to(torch.uint8), bits, group_size)
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise QuantizationError(f"{name}: expected {shape} of {' or '.join(map(str, dtypes))}, found {tuple(tensor.shape)} of {tensor.dtype}")
+
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _groups(name: str, in_features: int, group_size: int, bits: int) -> int:
+    if bits not in (4, 8):
+        raise QuantizationError(f"{name}: {bits}-bit weights; int4 and int8 are served")
+    if in_features % group_size or in_features % (32 // bits):
+        raise QuantizationError(
+            f"{name}: {in_features} input features do not divide into groups of {group_size} and words of {32 // bits}; "
+            "requantize with a group size that divides them"
+        )
+    return in_features // group_size
+
+
+def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> WNA16Weight:
+    """pack-quantized tensors of one linear (keys weight_packed, weight_scale, weight_zero_point, weight_g_idx) -> canonical.
+
+    `shape` is the logical (O, I); group_size -1 = one scale per row. Raises QuantizationError naming `name`.
+    """
+    out, inn = shape
+    group = inn if group_size == -1 else group_size
+    groups = _groups(name, inn, group, bits)
+    for key in ("weight_packed", "weight_scale") + (() if symmetric else ("weight_zero_point",)):
+        if key not in tensors:
+            raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
+    if symmetric and "weight_zero_point" in tensors:
+        raise QuantizationError(f"{name}.weight_zero_point is present, but the quantization config declares symmetric weights")
+    _expect(f"{name}.weight_packed", tensors["weight_packed"], (out, inn * bits // 32), (torch.int32,))
+    _expect(f"{name}.weight_scale", tensors["weight_scale"], (out, groups), _SCALE_DTYPES)
+    if "weight_g_idx" in tensors:
+        _check_group_index(name, tensors["weight_g_idx"], inn, group)
+    zeros = None
+    if not symmetric:
+        _expect(f"{name}.weight_zero_point", tensors["weight_zero_point"], (-(-out * bits // 32), groups), (torch.int32,))
+        zeros = unpack(tensors["weight_zero_point"].t(), bits)[:, :out].t().contiguous()
+    return WNA16Weight(tensors["weight_packed"].contiguous(), tensors["weight_scale"].contiguous(), zeros, bits, group)
+
+
+def _check_group_index(name: str, index: torch.Tensor, inn: int, group: int) -> None:
+    """Accept a group index that says nothing; refuse one that permutes columns over groups (act-order)."""
+    if index.shape != (inn,):
+        raise QuantizationError(f"{name}.g_idx: expected ({inn},), found {tuple(index.shape)}")
+    if not torch.equal(index.long(), torch.arange(inn) // group):
+        raise QuantizationError(
+            f"{name}.g_idx permutes input columns over groups (desc_act / actorder=group), which expert kernels cannot read; "
+            "requantize with desc_act=False or static groups"
+        )
+
+
+def from_gptq(
+    name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int, symmetric: bool, zero_offset: int = 1
+) -> WNA16Weight:
+    """GPTQ tensors (qweight [I*b/32, O], qzeros [G, O*b/32], scales [G, O], g_idx [I]) -> canonical.
+
+    `zero_offset` 1 for checkpoint_format "gptq" (zeros are stored minus one), 0 for "gptq_v2".
+    """
+    out, inn = shape
+    group = inn if group_size == -1 else group_size
+    groups = _groups(name, inn, group, bits)
+    for key in ("qweight", "scales", "qzeros"):
+        if key not in tensors:
+            raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
+    _expect(f"{name}.qweight", tensors["qweight"], (inn * bits // 32, out), (torch.int32,))
+    _expect(f"{name}.scales", tensors["scales"], (groups, out), _SCALE_DTYPES)
+    _expect(f"{name}.qzeros", tensors["qzeros"], (groups, out * bits // 32), (torch.int32,))
+    if "g_idx" in tensors:
+        _check_group_index(name, tensors["g_idx"], inn, group)
+    stored = (unpack(tensors["qzeros"], bits).to(torch.int16) + zero_offset) & ((1 << bits) - 1 if symmetric else 0xFFFF)
+    zeros: torch.Tensor | None = stored.t()
+    middle = 1 << (bits - 1)
+    if bool((stored == middle).all()):
+        zeros = None
+    elif symmetric:
+        raise QuantizationError(
+            f'{name}.qzeros holds {int(stored[stored != middle][0])}, but symmetric {bits}-bit weights have zero {middle}; set "sym": false'
+        )
+    elif int(stored.max()) > 255:
+        raise QuantizationError(f"{name}.qzeros holds a zero point of {int(stored.max())}, which does not fit {bits} bits")
+    return WNA16Weight(
+        tensors["qweight"].t().contiguous(), tensors["scales"].t().contiguous(), None if zeros is None else zeros.to(torch.uint8).contiguous(), bits, group
+    )
+
+
+def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int) -> WNA16Weight:
+    """AWQ gemm tensors (qweight [I, O/8], qzeros [G, O/8], scales [G, O]) -> canonical."""
+    out, inn = shape
+    if bits != 4:
+        raise QuantizationError(f"{name}: AWQ with {bits} bits; its gemm layout has 4")
+    group = inn if group_size == -1 else group_size
+    groups = _groups(name, inn, group, bits)
+    for key in ("qweight", "scales", "qzeros"):
+        if key not in tensors:
+            raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
+    _expect(f"{name}.qweight", tensors["qweight"], (inn, out // 8), (torch.int32,))
+    _expect(f"{name}.scales", tensors["scales"], (groups, out), _SCALE_DTYPES)
+    _expect(f"{name}.qzeros", tensors["qzeros"], (groups, out // 8), (torch.int32,))
+    place = torch.tensor(AWQ_ORDER).argsort()  # nibble that holds output column c of a word
+
+    def columns(words: torch.Tensor) -> torch.Tensor:
+        return unpack(words, 4).unflatten(-1, (-1, 8))[..., place].flatten(-2)
+
+    return WNA16Weight(
+        pack(columns(tensors["qweight"]).t().contiguous(), 4), tensors["scales"].t().contiguous(), columns(tensors["qzeros"]).t().contiguous(), bits, group
+    )

@@ -1,0 +1,117 @@
+"""The integer formats, bit for bit: every file layout becomes the same canonical weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_lora_moe.quantization.wna16 import (
+    AWQ_ORDER,
+    QuantizationError,
+    dequantize,
+    from_awq,
+    from_compressed_tensors,
+    from_gptq,
+    pack,
+    quantize,
+    unpack,
+)
+
+OUT, IN = 64, 256
+
+
+def codes_scales_zeros(bits: int, group: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(bits * 1000 + group)
+    codes = torch.randint(0, 1 << bits, (OUT, IN), dtype=torch.uint8)
+    scales = torch.rand(OUT, IN // group).to(torch.float16) + 0.5
+    zeros = torch.randint(1, 1 << bits, (OUT, IN // group), dtype=torch.uint8)
+    return codes, scales, torch.full_like(zeros, 1 << (bits - 1)) if symmetric else zeros
+
+
+def expected(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int) -> torch.Tensor:
+    return (codes.int() - zeros.int().repeat_interleave(group, 1)).float() * scales.float().repeat_interleave(group, 1)
+
+
+CASES = [(4, 32, True), (4, 128, False), (4, IN, True), (8, 64, True), (8, 128, False)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pack_is_the_inverse_of_unpack(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (3, 5, 64), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes, bits), bits), codes)
+    word = pack(torch.tensor([1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.uint8), 4)  # low nibble first
+    assert word.item() & 0xFFFFFFFF == 0x87654321
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), CASES)
+def test_compressed_tensors(bits: int, group: int, symmetric: bool) -> None:
+    codes, scales, zeros = codes_scales_zeros(bits, group, symmetric)
+    tensors = {"weight_packed": pack(codes, bits), "weight_scale": scales}
+    if not symmetric:
+        tensors["weight_zero_point"] = pack(zeros.t().contiguous(), bits).t().contiguous()
+    weight = from_compressed_tensors("layer", tensors, (OUT, IN), bits, -1 if group == IN else group, symmetric)
+    assert torch.equal(dequantize(weight, torch.float32), expected(codes, scales, zeros, group))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("bits", "group", "symmetric"), CASES)
+def test_gptq(bits: int, group: int, symmetric: bool, version: int) -> None:
+    codes, scales, zeros = codes_scales_zeros(bits, group, symmetric)
+    offset = 1 if version == 1 else 0
+    tensors = {
+        "qweight": pack(codes, bits).t().contiguous(),
+        "scales": scales.t().contiguous(),
+        "qzeros": pack((zeros - offset).t().contiguous(), bits),
+        "g_idx": torch.arange(IN, dtype=torch.int32) // group,
+    }
+    weight = from_gptq("layer", tensors, (OUT, IN), bits, group, symmetric, zero_offset=offset)
+    assert (weight.zeros is None) == symmetric
+    assert torch.equal(dequantize(weight, torch.float32), expected(codes, scales, zeros, group))
+
+
+def test_awq() -> None:
+    codes, scales, zeros = codes_scales_zeros(4, 64, False)
+
+    def words(columns: torch.Tensor) -> torch.Tensor:  # [n, OUT] -> nibble k of a word is column AWQ_ORDER[k]
+        return pack(columns.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2).contiguous(), 4)
+
+    tensors = {"qweight": words(codes.t()), "scales": scales.t().contiguous(), "qzeros": words(zeros.t())}
+    weight = from_awq("layer", tensors, (OUT, IN), 4, 64)
+    assert torch.equal(dequantize(weight, torch.float32), expected(codes, scales, zeros, 64))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantize_stays_within_half_a_step(bits: int, symmetric: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2, OUT, IN)
+    q = quantize(weight, bits, 32, symmetric)
+    step = q.scales.repeat_interleave(32, -1)
+    assert ((dequantize(q, torch.float32) - weight).abs() <= step * 0.5001 + 1e-6).all()
+
+
+def refusal(match: str, **changes: object) -> None:
+    codes, scales, _ = codes_scales_zeros(4, 64, True)
+    tensors = {"weight_packed": pack(codes, 4), "weight_scale": scales}
+    arguments = {"shape": (OUT, IN), "bits": 4, "group_size": 64, "symmetric": True}
+    for key, value in changes.items():
+        (arguments if key in arguments else tensors)[key] = value
+    with pytest.raises(QuantizationError, match=match):
+        from_compressed_tensors("model.layers.0.mlp.experts.3.up_proj", {k: v for k, v in tensors.items() if v is not None}, **arguments)
+
+
+def test_refusals_name_the_tensor_and_the_way_out() -> None:
+    refusal(r"experts\.3\.up_proj\.weight_scale is missing", weight_scale=None)
+    refusal(r"weight_zero_point is present, but .* symmetric", weight_zero_point=torch.zeros(8, 4, dtype=torch.int32))
+    refusal(r"weight_zero_point is missing", symmetric=False)
+    refusal(r"do not divide into groups of 96.*requantize", group_size=96)
+    refusal(r"3-bit weights; int4 and int8", bits=3)
+    refusal(r"weight_packed: expected \(64, 32\) of torch.int32, found \(64, 16\)", weight_packed=torch.zeros(64, 16, dtype=torch.int32))
+    refusal(r"g_idx permutes input columns.*desc_act=False", weight_g_idx=torch.randperm(IN) // 64)
+
+
+def test_gptq_symmetric_with_odd_zeros_is_refused() -> None:
+    codes, scales, zeros = codes_scales_zeros(4, 64, False)
+    tensors = {"qweight": pack(codes, 4).t(), "scales": scales.t(), "qzeros": pack((zeros - 1).t().contiguous(), 4)}
+    with pytest.raises(QuantizationError, match='symmetric 4-bit weights have zero 8; set "sym": false'):
+        from_gptq("layer", tensors, (OUT, IN), 4, 64, True)
