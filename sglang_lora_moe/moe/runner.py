@@ -7,7 +7,7 @@ this pipeline. `LoRAHooks` are four callables around the GEMMs; with `hooks=None
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.quantization.base import QuantMethod
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RunnerInput:
     token_slots: torch.Tensor | None  # int32 [M]; None = no adapter in this step
     workspace: Workspace
     spec: MoESpec
+    num_slots: int = 0  # S; 0 without token_slots
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class MoeRunnerCore(Protocol):
     """The two expert GEMMs of a backend. Intermediates have one row per pair, in the order `routing.rows` names."""
 
     name: str
+
+    def quant_info(self, quant_method: QuantMethod, layer: torch.nn.Module) -> Any:
+        """The form of a layer's weights that this core reads; raises where the quantization has none. Called once, after loading."""
+        ...
 
     def make_routing(self, inp: RunnerInput) -> Routing: ...
     def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: Any) -> torch.Tensor:  # [P, 2I]
@@ -64,6 +70,8 @@ class MoeRunner:
     def run(self, inp: RunnerInput, quant_info: Any, hooks: LoRAHooks | None = None) -> torch.Tensor:
         """Return the layer's output [M, H] (this rank's partial sum) in x's dtype."""
         core = self.core
+        if inp.spec.router_weight_on == "input":
+            inp = _weight_input(inp)
         routing = core.make_routing(inp)
         if hooks is None:
             act = core.activation(inp, core.gate_up(inp, routing, quant_info), routing)
@@ -72,3 +80,9 @@ class MoeRunner:
         act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), routing)
         hooks.pre_down(inp, act, routing)
         return hooks.post_down(inp, act, core.down(inp, act, routing, quant_info), routing)
+
+
+def _weight_input(inp: RunnerInput) -> RunnerInput:
+    """Apply the one router weight to x instead of the output, so that nothing below knows of it."""
+    x = (inp.x * inp.topk_weights).to(inp.x.dtype)
+    return replace(inp, x=x, topk_weights=torch.ones_like(inp.topk_weights))

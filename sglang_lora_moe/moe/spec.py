@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+UNGATED_ACTIVATIONS = (*GATED_ACTIVATIONS, "relu2")
+
 
 @dataclass(frozen=True)
 class MoESpec:
@@ -26,6 +29,20 @@ class MoESpec:
     swiglu_alpha: float | None = None
     swiglu_limit: float | None = None
     router_weight_on: str = "output"  # "input" (Llama 4, K = 1 only): x is scaled before gate_up, combine uses weight 1
+
+    def __post_init__(self) -> None:
+        known = GATED_ACTIVATIONS if self.gated else UNGATED_ACTIVATIONS
+        if self.activation not in known:
+            kind = "gated" if self.gated else "ungated"
+            raise ValueError(f"experts with the {kind} activation {self.activation!r} are not supported; known: {', '.join(known)}")
+        if self.router_weight_on not in ("output", "input"):
+            raise ValueError(f"router_weight_on must be 'output' or 'input', got {self.router_weight_on!r}")
+        if self.router_weight_on == "input" and self.top_k != 1:
+            raise ValueError(f"a router weight on the expert's input needs top_k 1, got top_k {self.top_k}: one x cannot carry several weights")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k must be in 1..num_experts ({self.num_experts}), got {self.top_k}")
+        if (self.swiglu_alpha is not None or self.swiglu_limit is not None) and not (self.gated and self.activation == "silu"):
+            raise ValueError("swiglu_alpha and swiglu_limit belong to the gated silu activation")
 
     @property
     def w13_rows(self) -> int:

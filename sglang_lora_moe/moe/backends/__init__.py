@@ -1,0 +1,35 @@
+"""Which MoE backend runs, and how it is made. A backend registers a core here and, if it serves adapters, its LoRA functions."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_lora_moe.moe.runner import MoeRunnerCore
+from sglang_lora_moe.quantization.base import QuantMethod
+
+BACKENDS = ("torch_native",)
+_ON_CPU = ("torch_native",)
+
+
+def get_moe_runner_backend(name: str, device: torch.device | str, quant_method: QuantMethod) -> str:
+    """Resolve "auto" and refuse, with the alternative, a backend that cannot run these weights on this device."""
+    device_type = torch.device(device).type
+    usable = [b for b in quant_method.backends if b in BACKENDS and (device_type == "cuda" or b in _ON_CPU)]
+    if name == "auto":
+        if not usable:
+            raise ValueError(f"no MoE backend runs {quant_method.name} weights on {device_type}; they need one of {', '.join(quant_method.backends)}")
+        return usable[0]
+    if name not in BACKENDS:
+        raise ValueError(f"unknown MoE backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    if name not in usable:
+        raise ValueError(f"the {name} MoE backend cannot run {quant_method.name} weights on {device_type}; usable here: {', '.join(usable) or 'none'}")
+    return name
+
+
+def make_core(name: str) -> MoeRunnerCore:
+    """The core of a backend that `get_moe_runner_backend` returned."""
+    if name == "torch_native":
+        from sglang_lora_moe.moe.backends.torch_native import TorchNativeCore
+
+        return TorchNativeCore()
+    raise ValueError(f"unknown MoE backend {name!r}; known: {', '.join(BACKENDS)}")

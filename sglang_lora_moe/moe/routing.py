@@ -1,0 +1,128 @@
+"""One layer's routed pairs in one step: who goes where, and in which order intermediates lie.
+
+Built by a core's `make_routing`, computed lazily and at most once, shared by the base GEMMs and the adapters. `rows`
+says what row i of a [P, ..] intermediate belongs to:
+
+    "sorted"  pair sorted_pairs[i]; grouped kernels read contiguous rows, combine alone maps back
+    "pair"    pair i = m * K + k; no sort is needed, each pair reads its own weights (decode)
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import moe_lora_align as align
+
+
+class Routing:
+    """topk_ids int32 [M, K], -1 = none; token_slots int32 [M] or None, -1 = base. S = `num_slots`."""
+
+    def __init__(
+        self,
+        topk_ids: torch.Tensor,
+        token_slots: torch.Tensor | None,
+        num_experts: int,
+        num_slots: int = 0,
+        *,
+        base_block: int = 16,
+        lora_block: int = 16,
+        rows: str = "sorted",
+        workspace: Workspace | None = None,
+    ) -> None:
+        assert rows in ("sorted", "pair"), rows
+        self.topk_ids, self.token_slots = topk_ids, token_slots
+        self.num_experts, self.num_slots = num_experts, 0 if token_slots is None else num_slots
+        self.base_block, self.lora_block, self.rows = base_block, lora_block, rows
+        self.workspace = workspace
+
+    @property
+    def num_pairs(self) -> int:
+        return self.topk_ids.numel()
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    # ---- device: for kernels --------------------------------------------------------------------------------------
+    @cached_property
+    def alignment(self) -> align.Alignment:
+        """The one launch of moe_lora_align_block_size; buffers lie in the workspace if there is one."""
+        pairs, experts, slots = self.num_pairs, self.num_experts, self.num_slots
+        buffers = scratch = None
+        if self.workspace is not None and self.topk_ids.is_cuda:
+            get, tiles = (
+                self.workspace.get,
+                (align.max_base_tiles(pairs, experts, self.base_block), align.max_lora_tiles(pairs, experts, slots, self.lora_block)),
+            )
+            buffers = align.Alignment(
+                get("align.sorted_pairs", (pairs,), torch.int32),
+                get("align.base_tiles", (tiles[0], 3), torch.int32),
+                get("align.lora_tiles", (tiles[1], 4), torch.int32),
+                get("align.counts", (4,), torch.int32),
+            )
+            scratch = get("align.scratch", (align.workspace_elements(pairs, experts, slots),), torch.int32)
+        return align.moe_lora_align_block_size(
+            self.topk_ids, self.token_slots, experts, slots, self.base_block, self.lora_block, buffers=buffers, workspace=scratch
+        )
+
+    @property
+    def sorted_pairs(self) -> torch.Tensor:  # int32 [P]
+        return self.alignment.sorted_pairs
+
+    @property
+    def counts(self) -> torch.Tensor:  # int32 [4] = valid pairs, base tiles, lora tiles, lora groups
+        return self.alignment.counts
+
+    # ---- host: for implementations that loop over runs (they synchronise on a GPU) ----------------------------------
+    @cached_property
+    def _runs(self) -> tuple[torch.Tensor, list[tuple[int, int, int]], list[tuple[int, int, int, int]]]:
+        """(order of the valid pairs int64, base runs, lora runs)."""
+        result = align.sort_pairs(self.topk_ids, self.token_slots, self.num_experts, self.num_slots)
+        base: list[tuple[int, int, int]] = []
+        lora: list[tuple[int, int, int, int]] = []
+        width, start, current, run_start = self.num_slots + 1, 0, -1, 0
+        for key, size in zip(result.group_keys.tolist(), result.group_sizes.tolist(), strict=True):
+            expert, slot = divmod(key, width)
+            if expert != current:
+                if current >= 0:
+                    base.append((current, run_start, start - run_start))
+                if expert == self.num_experts:  # the pairs without an expert, which come last
+                    return result.order[:start], base, lora
+                current, run_start = expert, start
+            if slot > 0:
+                lora.append((expert, slot - 1, start, size))
+            start += size
+        if current >= 0:
+            base.append((current, run_start, start - run_start))
+        return result.order, base, lora
+
+    @property
+    def order(self) -> torch.Tensor:
+        """int64 [valid pairs]: sorted_pairs without the pairs that have no expert."""
+        return self._runs[0]
+
+    @property
+    def base_runs(self) -> list[tuple[int, int, int]]:
+        """(expert, start, rows) of every non-empty expert, ascending."""
+        return self._runs[1]
+
+    @property
+    def lora_runs(self) -> list[tuple[int, int, int, int]]:
+        """(expert, slot, start, rows) of every group with an adapter."""
+        return self._runs[2]
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """int64 [valid pairs]: the token of each sorted row."""
+        return self.order if self.top_k == 1 else self.order // self.top_k
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, H] in sorted order [valid pairs, H]. Done once: base GEMM and shrink share it."""
+        if self._gathered is None or self._gathered[0] is not x:
+            self._gathered = (x, x.index_select(0, self.tokens))
+        return self._gathered[1]
+
+    _gathered: tuple[torch.Tensor, torch.Tensor] | None = None

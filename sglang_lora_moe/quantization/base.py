@@ -1,0 +1,59 @@
+"""What a quantization method must say about itself. It owns the parameters of a layer's experts and their forms.
+
+Each backend reads the weights through its own info object. A method gives the infos it can; the base class raises for
+the others with a sentence, so that a backend never runs on weights that did not describe themselves to it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.moe.spec import MoESpec
+
+
+@dataclass(frozen=True)
+class TorchQuantInfo:
+    """One matrix per expert, ready for `x @ matrix`: w13 [H, 2I], w2 [I, H] (transposed views), biases [2I] and [H] or None."""
+
+    w13: tuple[torch.Tensor, ...]
+    w2: tuple[torch.Tensor, ...]
+    b13: tuple[torch.Tensor, ...] | None
+    b2: tuple[torch.Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class TritonQuantInfo:
+    """Weights as stored: w13 [E, 2I, H] (halves: gate rows, then up rows), w2 [E, H, I], biases [E, 2I] and [E, H] or None."""
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    b13: torch.Tensor | None
+    b2: torch.Tensor | None
+
+
+class QuantMethod(ABC):
+    """How the experts' weights of one checkpoint format are kept."""
+
+    name: str
+    backends: tuple[str, ...]  # moe runner backends that can read these weights, best first on a GPU
+
+    @abstractmethod
+    def create_weights(self, layer: nn.Module, spec: MoESpec, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Register the layer's empty parameters; the loader fills them."""
+
+    def get_torch_quant_info(self, layer: nn.Module) -> TorchQuantInfo:
+        self._refuse("torch_native")
+
+    def get_triton_quant_info(self, layer: nn.Module) -> TritonQuantInfo:
+        self._refuse("triton")
+
+    def get_marlin_quant_info(self, layer: nn.Module) -> Any:
+        self._refuse("marlin")
+
+    def _refuse(self, backend: str) -> NoReturn:
+        raise ValueError(f"{self.name} weights cannot run on the {backend} MoE backend; use --moe-runner-backend {' or '.join(self.backends)}")
