@@ -1,0 +1,292 @@
+"""Builds any model from transformers' own class: on the meta device, with our layers swapped in, then loaded.
+
+transformers keeps the wiring (blocks, norms, rotary tables, shared experts); attention, linears, embedding, routers and experts
+become the layers of this package, which read what a step needs from the `StepContext`. Nothing here knows adapters.
+All uses of transformers' internals are in this file and in `loader.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import initialization as hf_initialization
+
+from sglang_lora_moe.layers.attention import ATTENTION_BACKENDS, Attention, KVLayerSpec, PagedAttention
+from sglang_lora_moe.layers.embedding import Embedding
+from sglang_lora_moe.layers.fused_moe import FusedMoE
+from sglang_lora_moe.layers.linear import Linear
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.layers.topk import Router, RouterSpec
+from sglang_lora_moe.models import recognise
+from sglang_lora_moe.models.dummy import fill_dummy
+from sglang_lora_moe.models.loader import NameTable, load_weights
+from sglang_lora_moe.models.overrides.mla import KV_B_REASON, AbsorbedMLA
+from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core
+from sglang_lora_moe.moe.runner import MoeRunner
+from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
+
+# Name of our attention function in transformers' registry. No mask function is registered under it, so no mask is built.
+_ATTENTION = "sglang_lora_moe_paged"
+
+
+class ServedModel:
+    """A built model: transformers' module tree in `hf`, and what the engine must know of it."""
+
+    def __init__(self, hf: Any, ctx: StepContext, dtype: torch.dtype, device: torch.device, attention: list[PagedAttention]) -> None:
+        self.hf, self.ctx, self.dtype, self.device = hf, ctx, dtype, device
+        self.config = hf.config.get_text_config()
+        self.vocab_size = int(self.config.vocab_size)
+        self.max_model_len = recognise.check_rotary(hf, int(self.config.max_position_embeddings))
+        self.eos_token_ids: list[int] = []
+        self.kv_specs: list[KVLayerSpec] = [layer.spec.kv for layer in attention]
+        self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
+        self._attention, self._names = attention, NameTable(hf)
+        self._backends = {id(layer.backend): layer.backend for layer in attention}
+        self._checked = False
+
+    def allocate_kv(self, num_pages: int) -> None:
+        """Give every attention layer `num_pages` pages of `ctx.page_size` tokens. Page 0 is where padding rows write."""
+        for layer in self._attention:
+            layer.allocate(num_pages, self.dtype, self.device)
+
+    def kv_bytes_per_token(self) -> int:
+        return sum(spec.elements_per_token for spec in self.kv_specs) * self.dtype.itemsize
+
+    def rename_adapter_module(self, name: str) -> str:
+        """A module path of a checkpoint or adapter file as this model's path; expert numbers and leaf names stay."""
+        return self._names.rename_module(name)
+
+    @torch.inference_mode()
+    def forward(self) -> torch.Tensor:
+        """Run the step that `ctx` describes; logits float32 [num_logits, V]."""
+        ctx = self.ctx
+        for backend in self._backends.values():
+            backend.begin_step()
+        output = self.hf(
+            input_ids=ctx.input_ids[: ctx.num_tokens].unsqueeze(0),
+            position_ids=ctx.positions[: ctx.num_tokens].unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=ctx.logit_rows[: ctx.num_logits],
+        )
+        if not self._checked:
+            self._check_attention_ran()
+        return output.logits[0].float()
+
+    def _check_attention_ran(self) -> None:
+        """After the first step: a layer that did not go through the paged cache would forget what came before."""
+        idle = [i for i, layer in enumerate(self._attention) if layer.calls != 1]
+        if idle:
+            raise recognise.UnsupportedModelError(f"{type(self.hf).__name__}: attention layers {idle[:8]} did not use the paged KV cache")
+        self._checked = True
+
+
+def build_model(
+    path: str | Path,
+    *,
+    ctx: StepContext,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    load_format: str = "auto",
+    moe_runner_backend: str = "torch_native",
+    attention_backend: str = "torch_native",
+    seed: int = 0,
+    show_progress: bool = True,
+) -> ServedModel:
+    """Build and load the model in directory `path`; with load_format "dummy" only config.json is read and weights are random.
+
+    Raises UnsupportedModelError for a model that cannot be served rightly, LoadError for files that do not fit it.
+    """
+    path, device = Path(path), torch.device(device)
+    hf = _build_on_meta(path, dtype)
+    swap = _Swap(hf, ctx, dtype, device, moe_runner_backend, attention_backend)
+    swap.run()
+    _materialise(hf, device)
+    hf.tie_weights()
+    model = ServedModel(hf, ctx, dtype, device, list(swap.attention.values()))
+    model.refused_adapter_modules = swap.refused_adapter_modules
+    model.eos_token_ids = _eos_token_ids(path, model.config)
+    if load_format == "dummy":
+        fill_dummy(hf, seed)
+    else:
+        load_weights(hf, path, model._names, show_progress)
+    for module in hf.modules():
+        if isinstance(module, FusedMoE):
+            module.finalize()
+    return model
+
+
+# ---- steps of the build ---------------------------------------------------------------------------------------------
+def _build_on_meta(path: Path, dtype: torch.dtype) -> Any:
+    """transformers' model without storage, checked, its parameters declared in the dtypes they will have."""
+    if not (path / "config.json").is_file():
+        raise recognise.UnsupportedModelError(f"{path} has no config.json, so it is not the directory of a model")
+    config = AutoConfig.from_pretrained(path)
+    text_config = config.get_text_config()
+    recognise.check_config(text_config)
+    if getattr(text_config, "output_router_logits", False):
+        text_config.output_router_logits = False  # only of use in training
+    with torch.device("meta"), hf_initialization.no_init_weights():
+        try:
+            hf = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, experts_implementation="eager", dtype=dtype)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise recognise.UnsupportedModelError(f"{path}: transformers has no causal language model for model_type {config.model_type!r}") from error
+    plan = recognise.dtype_plan(hf, dtype)
+    for module_path, module in hf.named_modules():
+        for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            planned = next((kept for pattern, kept in plan.items() if re.search(pattern, f"{module_path}.{leaf}")), None)
+            if planned is not None:
+                _set_tensor(module, leaf, tensor.to(planned))
+    return hf.eval().requires_grad_(False)
+
+
+class _Swap:
+    """Replaces modules of a model on meta by empty layers of ours on the device."""
+
+    def __init__(self, hf: Any, ctx: StepContext, dtype: torch.dtype, device: torch.device, moe_backend: str, attention_backend: str) -> None:
+        self.hf, self.ctx, self.dtype, self.device = hf, ctx, dtype, device
+        self.config = hf.config.get_text_config()
+        self.attention: dict[str, PagedAttention] = {}
+        self.refused_adapter_modules: dict[str, str] = {}
+        if attention_backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"unknown attention backend {attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}")
+        self._backend = ATTENTION_BACKENDS[attention_backend](ctx)
+        self._quant = UnquantizedMethod()
+        self._runner = MoeRunner(make_core(get_moe_runner_backend(moe_backend, device, self._quant)))
+        self._workspace = Workspace(device)
+
+    def run(self) -> None:
+        attention, experts = recognise.find_attention(self.hf), recognise.find_experts(self.hf)
+        for path, module in attention.items():
+            self._swap_attention(path, module)
+        for path, module in experts.items():
+            self._replace(path, self._make_experts(path, module))
+            self._swap_router(path.rpartition(".")[0])
+        head = self.hf.get_output_embeddings()
+        for path, module in list(self.hf.named_modules()):
+            inside_latent = isinstance(self.hf.get_submodule(path.rpartition(".")[0]), AbsorbedMLA) if path else True
+            if type(module) is nn.Linear and not inside_latent:
+                source = "logits" if module is head else "tokens"
+                self._replace(path, Linear.from_modules({path: module}, device=self.device, slot_source=source))
+            elif type(module) is nn.Embedding:
+                vocab, hidden = module.weight.shape
+                self._replace(path, Embedding(path, vocab, hidden, dtype=module.weight.dtype, device=self.device))
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        parent, _, leaf = path.rpartition(".")
+        setattr(self.hf.get_submodule(parent), leaf, module)
+
+    def _linear(self, path: str, owner: Any, *names: str) -> Linear:
+        return Linear.from_modules({f"{path}.{name}": getattr(owner, name) for name in names}, device=self.device)
+
+    def _swap_attention(self, path: str, module: Any) -> None:
+        latent = type(module).__name__ in recognise.LATENT_ATTENTION
+        spec = (recognise.latent_attention_spec if latent else recognise.attention_spec)(module, self.config)
+        paged = self.attention[path] = PagedAttention(self.ctx, spec, self._backend)
+        if latent:
+            self._replace(path, self._make_latent(path, module, paged))
+            self.refused_adapter_modules["kv_b_proj"] = KV_B_REASON
+        elif recognise.is_replaceable(module):
+            self._replace(path, self._make_attention(path, module, paged))
+        else:
+            module.paged_attention = paged  # its own forward stays and calls `_paged_attention`
+
+    def _make_attention(self, path: str, module: Any, paged: PagedAttention) -> Attention:
+        q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+        return Attention(
+            self._linear(path, module, "q_proj", "k_proj", "v_proj"),
+            self._linear(path, module, "o_proj"),
+            paged,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            norm_per_head=q_norm is None or q_norm.weight.shape[0] == paged.spec.kv.k_dim,
+            sinks=getattr(module, "sinks", None),
+            half_tables=type(module).__name__ in recognise.HALF_TABLE_ATTENTION,
+        )
+
+    def _make_latent(self, path: str, module: Any, paged: PagedAttention) -> AbsorbedMLA:
+        direct = module.q_lora_rank is None
+        return AbsorbedMLA(
+            self._linear(path, module, "q_proj" if direct else "q_a_proj", "kv_a_proj_with_mqa"),
+            None if direct else module.q_a_layernorm,
+            None if direct else self._linear(path, module, "q_b_proj"),
+            module.kv_a_layernorm,
+            module.kv_b_proj,
+            self._linear(path, module, "o_proj"),
+            paged,
+            nope_dim=module.qk_nope_head_dim,
+            v_dim=module.v_head_dim,
+            interleaved=bool(getattr(self.config, "rope_interleave", True)),
+        )
+
+    def _make_experts(self, path: str, module: Any) -> FusedMoE:
+        spec = recognise.moe_spec(path, module, self.config)
+        experts = FusedMoE(path, spec, self._quant, self.ctx, self._workspace, self._runner, dtype=self.dtype, device=self.device)
+        experts.interleaved_gate_up, experts.is_transposed = not module.is_concatenated, bool(module.is_transposed)
+        return experts
+
+    def _swap_router(self, block: str) -> None:
+        """Replace the router of the MoE block at path `block`, if its formula is known."""
+        for leaf, module in list(self.hf.get_submodule(block).named_children()):
+            path = f"{block}.{leaf}"
+            spec = recognise.router_spec(module)
+            if spec is not None:
+                self._replace(path, self._make_router(path, module, spec))
+            elif "Router" in type(module).__name__ or "Gate" in type(module).__name__:
+                self.refused_adapter_modules[f"{block.rpartition('.')[2]}.{leaf}"] = f"{type(module).__name__} is not in the table of routers that take adapters"
+
+    def _make_router(self, path: str, module: Any, spec: RouterSpec) -> Router:
+        weight = module.weight
+        biased = (path,) if getattr(module, "bias", None) is not None else ()
+        dtype = torch.float32 if spec.float32_logits else weight.dtype
+        return Router(Linear(((path, weight.shape[0]),), weight.shape[1], biased_parts=biased, dtype=dtype, device=self.device), spec)
+
+
+def _paged_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """transformers' attention function for modules that keep their forward: query, key, value [1, heads, T, D] -> [1, T, heads, D]."""
+    paged: PagedAttention = module.paged_attention
+    scaling = kwargs.get("scaling")
+    unexpected = [name for name in ("softcap", "position_bias", "score_mod", "block_indices") if kwargs.get(name) is not None]
+    if attention_mask is not None or unexpected or scaling not in (None, paged.spec.scaling):
+        found = f"mask {attention_mask is not None}, {unexpected}, scaling {scaling}, expected {paged.spec.scaling}"
+        raise recognise.UnsupportedModelError(f"{type(module).__name__} asks for attention that is not supported: {found}")
+    out = paged(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), kwargs.get("s_aux"))
+    return out[None], None
+
+
+AttentionInterface.register(_ATTENTION, _paged_attention)
+
+
+def _materialise(hf: Any, device: torch.device) -> None:
+    """Give storage to what is still on meta. Buffers that no file holds (rotary tables) are computed as transformers does."""
+    for module in hf.modules():
+        computed = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None and module._buffers[name].is_meta]
+        for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta:
+                _set_tensor(module, leaf, torch.empty_like(tensor, device=device))
+        if computed:
+            with torch.device(device):
+                hf._init_weights(module)
+
+
+def _set_tensor(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _eos_token_ids(path: Path, config: Any) -> list[int]:
+    """Ids that end a text: generation_config.json's, else config.json's."""
+    ids = config.eos_token_id
+    if (path / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(path)
+        ids = generation.eos_token_id if generation.eos_token_id is not None else ids
+    return [] if ids is None else [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]

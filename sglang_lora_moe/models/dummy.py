@@ -1,0 +1,29 @@
+"""Random weights for `load_format="dummy"`: no files needed, activations of sensible size, experts used about evenly."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.models.loader import find_places
+
+# Layers that write into the residual stream stay small beside the embedding. So the stream keeps telling tokens apart at every
+# depth, and each token finds its own experts instead of all tokens finding the same few.
+_RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight", "down_proj", "fc2.weight")
+
+
+def fill_dummy(hf: nn.Module, seed: int) -> None:
+    """Write random weights straight into the model's storage, tensor by tensor (experts by expert)."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for name, place in find_places(hf).items():
+        storage = place.storage
+        if storage.device not in generators:
+            generators[storage.device] = torch.Generator(storage.device).manual_seed(seed)
+        if storage.dim() == 1 or name.endswith("_bias"):
+            storage.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            continue
+        std = 1.0 if "embed" in name else storage.shape[-1] ** -0.5
+        if name.endswith(_RESIDUAL_WRITERS):
+            std *= 0.1
+        for matrix in storage if storage.dim() == 3 else (storage,):
+            matrix.normal_(0.0, std, generator=generators[storage.device])

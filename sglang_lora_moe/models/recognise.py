@@ -1,0 +1,208 @@
+"""Which of transformers' modules can be served, what replaces them, and what is refused.
+
+Refusals are by what a module is, before any weight is read: a layer that keeps state this server does not store, an attention
+that hides tokens in a way not handled here or experts that do not declare their layout would give wrong text without an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.layers.attention import AttentionSpec, KVLayerSpec
+from sglang_lora_moe.layers.topk import RouterSpec
+from sglang_lora_moe.moe.spec import MoESpec
+
+
+class UnsupportedModelError(ValueError):
+    """A model that this server would serve wrongly, or not at all; the message names the layer type."""
+
+
+# Attention classes whose forward is: q/k/v linears, optional q/k norm, rotation in halves layout, attention, o linear.
+STANDARD_ATTENTION = frozenset(
+    "LlamaAttention MistralAttention Qwen2Attention Qwen3Attention MixtralAttention Qwen2MoeAttention Qwen3MoeAttention OlmoeAttention GptOssAttention "
+    "Glm4MoeAttention Dots1Attention PhimoeAttention GraniteMoeAttention MiniMaxM2Attention".split()
+)
+HALF_TABLE_ATTENTION = frozenset({"GptOssAttention"})  # cos and sin come without the repeated second half
+LATENT_ATTENTION = frozenset({"DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention"})
+
+_CACHE_ARGUMENTS = frozenset({"past_key_values", "past_key_value", "layer_past", "cache_params", "conv_state", "recurrent_state", "ssm_state"})
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
+_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "ReLU": "relu", "ReLUSquaredActivation": "relu2"}
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+def check_config(config: Any) -> None:
+    """Refuse by the configuration alone. `config` is the text configuration."""
+    for layer_type in sorted(set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES):
+        raise UnsupportedModelError(f"{config.model_type}: layers of type {layer_type!r} are not supported; only full and sliding-window attention is")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UnsupportedModelError(f"{config.model_type}: attention logit softcapping ({config.attn_logit_softcapping}) is not supported")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise UnsupportedModelError(f"{config.model_type}: checkpoints quantized as {method!r} are not supported yet; use one in float32, bfloat16 or float16")
+
+
+def find_attention(hf: nn.Module) -> dict[str, nn.Module]:
+    """Modules that use the KV cache directly, by path; refuses kinds that are not known."""
+    users = {path: module for path, module in hf.named_modules() if _takes_cache(module)}
+    leaves = {path: module for path, module in users.items() if not any(other.startswith(f"{path}.") for other in users) and path}
+    for path, module in leaves.items():
+        if not (_is_standard(module) or type(module).__name__ in LATENT_ATTENTION or _is_generic(module)):
+            raise UnsupportedModelError(
+                f"{path} is a {type(module).__name__}, whose state between tokens is not supported; "
+                "layers must be attention with q_proj, k_proj, v_proj and o_proj, or known latent attention"
+            )
+        if getattr(module, "is_kv_shared_layer", False):
+            raise UnsupportedModelError(f"{path} ({type(module).__name__}) shares its KV cache with another layer, which is not supported")
+    for path, module in hf.named_modules():
+        if isinstance(module, nn.Conv1d):
+            raise UnsupportedModelError(f"{path} is a convolution over tokens ({type(module).__name__}), whose state is not supported")
+    if not leaves:
+        raise UnsupportedModelError(f"{type(hf).__name__} has no attention layer that takes a KV cache")
+    return leaves
+
+
+def find_experts(hf: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules that declare their layout, by path; refuses those that do not."""
+    found = {}
+    for path, module in hf.named_modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            found[path] = module
+        elif path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__:
+            if not any(path.startswith(f"{other}.") for other in found):
+                raise UnsupportedModelError(f"{path} is a {type(module).__name__}, experts that do not declare their weight layout to transformers")
+    return found
+
+
+def check_rotary(hf: nn.Module, max_model_len: int) -> int:
+    """Refuse rotations that depend on other requests of the batch; return the context length that is served exactly."""
+    for path, module in hf.named_modules():
+        rope_type = getattr(module, "rope_type", None)
+        for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
+            if kind == "dynamic":
+                raise UnsupportedModelError(f"{path} ({type(module).__name__}) uses dynamic rope scaling, which changes with the longest request of a batch")
+            if kind == "longrope":  # factors switch for the whole batch at this length; below it they are fixed
+                config: Any = module.config
+                max_model_len = min(max_model_len, int(config.rope_parameters.get("original_max_position_embeddings") or max_model_len))
+    return max_model_len
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return not _CACHE_ARGUMENTS.isdisjoint(inspect.signature(type(module).forward).parameters)
+
+
+def _has_projections(module: nn.Module) -> bool:
+    return all(type(getattr(module, name, None)) is nn.Linear for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+
+def _is_standard(module: nn.Module) -> bool:
+    known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+    extra = {name for name, _ in module.named_children()} - known
+    clipped = getattr(getattr(module, "config", None), "clip_qkv", None) is not None
+    return type(module).__name__ in STANDARD_ATTENTION and _has_projections(module) and not extra and not clipped
+
+
+def _is_generic(module: nn.Module) -> bool:
+    """Attention that keeps its forward and calls the registered attention function with rotated q, k and v."""
+    flat = all(not any(True for _ in child.children()) for child in module.children())
+    return _has_projections(module) and flat and hasattr(module, "head_dim") and hasattr(module, "scaling") and hasattr(module, "layer_idx")
+
+
+def is_replaceable(module: nn.Module) -> bool:
+    """True if the whole attention module can be replaced by `layers.attention.Attention`."""
+    return _is_standard(module)
+
+
+# ---- specs ----------------------------------------------------------------------------------------------------------
+def attention_spec(module: Any, config: Any) -> AttentionSpec:
+    """Sizes of a q/k/v/o attention module."""
+    head_dim = int(module.head_dim)
+    kv_heads = module.k_proj.out_features // head_dim
+    v_dim = module.v_proj.out_features // kv_heads
+    heads = module.o_proj.in_features // v_dim
+    return AttentionSpec(KVLayerSpec(kv_heads, head_dim, v_dim), heads, v_dim, float(module.scaling), _window(module, config))
+
+
+def latent_attention_spec(module: Any, config: Any) -> AttentionSpec:
+    """Absorbed latent attention: one shared key head [latent, rope] whose latent columns are the values."""
+    kv = KVLayerSpec(num_heads=1, k_dim=module.kv_lora_rank + module.qk_rope_head_dim, v_dim=0)
+    return AttentionSpec(kv, int(module.num_heads), int(module.kv_lora_rank), float(module.scaling), _window(module, config))
+
+
+def _window(module: Any, config: Any) -> int | None:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return int(config.sliding_window) if layer_types[module.layer_idx] == "sliding_attention" else None
+    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(config, "sliding_window", None)
+    return int(window) if window else None
+
+
+def router_spec(module: Any) -> RouterSpec | None:
+    """The spec of a transformers router, or None if it is not in the table (then transformers' own module stays)."""
+    name = type(module).__name__
+    if name in ("Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter", "OlmoeTopKRouter"):
+        return RouterSpec(module.num_experts, module.top_k, renormalise=bool(module.norm_topk_prob))
+    if name == "MixtralTopKRouter":
+        return RouterSpec(module.num_experts, module.top_k, renormalise=True)
+    if name == "GptOssTopKRouter":
+        return RouterSpec(module.num_experts, module.top_k, score="topk_softmax")
+    if name in ("DeepseekV3TopkRouter", "Glm4MoeTopkRouter", "Glm4MoeLiteTopkRouter", "Dots1TopkRouter"):
+        return _deepseek_router(module, score="sigmoid", correction_bias=True, renormalise=bool(module.norm_topk_prob), epsilon=1e-20)
+    if name == "DeepseekV2TopkRouter":
+        return _deepseek_router(module, score="softmax", group_best=1)
+    return None
+
+
+def _deepseek_router(module: Any, **fields: Any) -> RouterSpec:
+    grouped = getattr(module, "topk_method", "group_limited_greedy") != "greedy"
+    groups = {"num_groups": module.num_group or 1, "topk_groups": module.topk_group or 1} if grouped else {}
+    return RouterSpec(module.num_experts, module.top_k, float32_logits=True, scale=float(module.routed_scaling_factor), **groups, **fields)
+
+
+def moe_spec(path: str, module: Any, config: Any) -> MoESpec:
+    """The spec of an experts module from its declared layout and parameter shapes."""
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    num_experts, rows, hidden = (up.shape[0], up.shape[2], up.shape[1]) if module.is_transposed else tuple(up.shape)
+    clamped = {}
+    own_gate = getattr(type(module), "_apply_gate", None)
+    if own_gate is not None and own_gate.__name__ != "_default_apply_gate":
+        if type(module).__name__ != "GptOssExperts":
+            raise UnsupportedModelError(f"{path} is a {type(module).__name__}, whose own activation formula is not supported")
+        clamped = {"swiglu_alpha": float(module.alpha), "swiglu_limit": float(module.limit)}
+    if getattr(module, "has_post_expert_norm", False):
+        raise UnsupportedModelError(f"{path} is a {type(module).__name__}, which normalises expert outputs; that is not supported")
+    return MoESpec(
+        num_experts=num_experts,
+        top_k=_top_k(config),
+        hidden_size=hidden,
+        intermediate_size=rows // 2 if module.has_gate else rows,
+        activation="silu" if clamped else _activation(path, module),
+        gated=bool(module.has_gate),
+        has_bias=bool(module.has_bias),
+        **clamped,
+    )
+
+
+def _activation(path: str, module: Any) -> str:
+    name = type(module.act_fn).__name__
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(f"{path} is a {type(module).__name__} with activation {name}, which is not supported")
+    return _ACTIVATIONS[name]
+
+
+def _top_k(config: Any) -> int:
+    for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"):
+        value = getattr(config, name, None)
+        if value:
+            return int(max(value)) if isinstance(value, list | tuple) else int(value)
+    raise UnsupportedModelError(f"{config.model_type}: cannot tell how many experts a token uses")
+
+
+def dtype_plan(hf: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name patterns (regular expressions) of tensors that transformers keeps in another dtype."""
+    return {pattern.replace("*", ".*"): planned for pattern, planned in hf._get_dtype_plan(dtype).items()}
