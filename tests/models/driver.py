@@ -1,0 +1,63 @@
+"""Runs packed steps of a served model as the engine does: pages handed out in a scrambled order, several requests a step."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.models.build import ServedModel
+
+
+@dataclass
+class Sequence:
+    tokens: list[int]
+    done: int = 0  # tokens whose keys and values are in the cache
+    pages: list[int] = field(default_factory=list)
+    slot: int = -1
+
+
+class Driver:
+    """`step([(sequence, n), ...])` computes the next n tokens of each and returns their logits [n, V], one tensor each."""
+
+    def __init__(self, model: ServedModel, num_pages: int = 64, seed: int = 0) -> None:
+        self.model, self.ctx = model, model.ctx
+        model.allocate_kv(num_pages)
+        self.free = list(range(1, num_pages))
+        random.Random(seed).shuffle(self.free)
+
+    def step(self, work: list[tuple[Sequence, int]], padding: int = 0) -> list[torch.Tensor]:
+        ctx, start = self.ctx, 0
+        ctx.query_lens, ctx.seq_lens_host, ctx.num_requests = [], [], len(work)
+        for b, (seq, n) in enumerate(work):
+            end = seq.done + n
+            while len(seq.pages) * ctx.page_size < end:
+                seq.pages.append(self.free.pop())
+            positions = torch.arange(seq.done, end)
+            pages = torch.tensor(seq.pages)
+            rows = slice(start, start + n)
+            ctx.input_ids[rows], ctx.positions[rows] = torch.tensor(seq.tokens[seq.done : end]), positions
+            ctx.kv_slots[rows] = pages[positions // ctx.page_size] * ctx.page_size + positions % ctx.page_size
+            ctx.token_slots[rows] = seq.slot
+            ctx.page_table[b, : len(seq.pages)] = pages.to(torch.int32)
+            ctx.query_starts[b + 1], ctx.seq_lens[b] = start + n, end
+            ctx.query_lens.append(n)
+            ctx.seq_lens_host.append(end)
+            seq.done, start = end, start + n
+        ctx.num_tokens = start + padding
+        ctx.kv_slots[start : start + padding] = 0  # the dump page
+        ctx.token_slots[start : start + padding] = -1
+        ctx.num_logits = start
+        ctx.logit_rows[:start] = torch.arange(start)
+        ctx.logit_slots[:start] = ctx.token_slots[:start]
+        logits = self.model.forward()
+        return list(logits.split(ctx.query_lens))
+
+    def run(self, seq: Sequence, n: int) -> torch.Tensor:
+        return self.step([(seq, n)])[0]
+
+
+def make_context(max_tokens: int = 96, max_requests: int = 8, max_pages: int = 32, page_size: int = 4) -> StepContext:
+    return StepContext(max_tokens, max_requests, max_pages, page_size)
