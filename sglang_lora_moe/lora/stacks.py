@@ -15,7 +15,8 @@ The tables are written by `lora/memory_pool.py` alone, in stream order, and neve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -33,6 +34,8 @@ class Stack:
     dim: int
     max_rank: int  # upper bound of rank[s], static; buffers for A x have (2 if may_split else 1) * max_rank columns
     may_split: bool = False
+    # slot -> what torch implementations on the host derived from its table entries; dropped when the slot is written
+    host_cache: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_slots(self) -> int:
@@ -46,7 +49,15 @@ class Stack:
 
 @dataclass(frozen=True)
 class LinearStacks:
-    """One LoRA pair of a linear part, a router, an embedding or the language-model head."""
+    """One LoRA pair of a linear part, a router or the language-model head."""
+
+    a: Stack
+    b: Stack
+
+
+@dataclass(frozen=True)
+class EmbeddingStacks:
+    """The LoRA pair of the token embedding. `a` holds A transposed, [V, rank], so that a token reads one row of it."""
 
     a: Stack
     b: Stack

@@ -78,41 +78,35 @@ class Routing:
 
     # ---- host: for implementations that loop over runs (they synchronise on a GPU) ----------------------------------
     @cached_property
-    def _runs(self) -> tuple[torch.Tensor, list[tuple[int, int, int]], list[tuple[int, int, int, int]]]:
-        """(order of the valid pairs int64, base runs, lora runs)."""
+    def _sorted(self) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
+        """(order of the valid pairs int64, groups)."""
         result = align.sort_pairs(self.topk_ids, self.token_slots, self.num_experts, self.num_slots)
-        base: list[tuple[int, int, int]] = []
-        lora: list[tuple[int, int, int, int]] = []
-        width, start, current, run_start = self.num_slots + 1, 0, -1, 0
-        for key, size in zip(result.group_keys.tolist(), result.group_sizes.tolist(), strict=True):
-            expert, slot = divmod(key, width)
-            if expert != current:
-                if current >= 0:
-                    base.append((current, run_start, start - run_start))
-                if expert == self.num_experts:  # the pairs without an expert, which come last
-                    return result.order[:start], base, lora
-                current, run_start = expert, start
-            if slot > 0:
-                lora.append((expert, slot - 1, start, size))
-            start += size
-        if current >= 0:
-            base.append((current, run_start, start - run_start))
-        return result.order, base, lora
+        keys, sizes, width = result.group_keys.tolist(), result.group_sizes.tolist(), self.num_slots + 1
+        order = result.order
+        if keys and keys[-1] == self.num_experts * width:  # the pairs without an expert come last
+            order = order[: order.shape[0] - sizes[-1]]
+            keys, sizes = keys[:-1], sizes[:-1]
+        return order, [(key // width, key % width - 1, size) for key, size in zip(keys, sizes, strict=True)]
 
     @property
     def order(self) -> torch.Tensor:
         """int64 [valid pairs]: sorted_pairs without the pairs that have no expert."""
-        return self._runs[0]
+        return self._sorted[0]
 
     @property
-    def base_runs(self) -> list[tuple[int, int, int]]:
-        """(expert, start, rows) of every non-empty expert, ascending."""
-        return self._runs[1]
+    def groups(self) -> list[tuple[int, int, int]]:
+        """(expert, slot or -1, rows) of every group; together they cover the sorted rows in order."""
+        return self._sorted[1]
 
-    @property
-    def lora_runs(self) -> list[tuple[int, int, int, int]]:
-        """(expert, slot, start, rows) of every group with an adapter."""
-        return self._runs[2]
+    @cached_property
+    def base_runs(self) -> list[tuple[int, int]]:
+        """(expert, rows) of every non-empty expert; together they cover the sorted rows in order."""
+        if self.num_slots == 0:
+            return [(expert, rows) for expert, _, rows in self.groups]
+        runs: dict[int, int] = {}
+        for expert, _, rows in self.groups:
+            runs[expert] = runs.get(expert, 0) + rows
+        return list(runs.items())
 
     @cached_property
     def tokens(self) -> torch.Tensor:

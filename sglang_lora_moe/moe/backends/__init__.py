@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sglang_lora_moe.moe.runner import MoeRunnerCore
 from sglang_lora_moe.quantization.base import QuantMethod
+
+if TYPE_CHECKING:
+    from sglang_lora_moe.lora.hooks import ExpertLoRAOps
 
 BACKENDS = ("torch_native",)
 _ON_CPU = ("torch_native",)
@@ -33,3 +38,12 @@ def make_core(name: str) -> MoeRunnerCore:
 
         return TorchNativeCore()
     raise ValueError(f"unknown MoE backend {name!r}; known: {', '.join(BACKENDS)}")
+
+
+def make_lora_ops(name: str) -> ExpertLoRAOps:
+    """The LoRA functions of a backend; a backend without them refuses adapters here, when the layer is built."""
+    if name == "torch_native":
+        from sglang_lora_moe.moe.backends import torch_lora
+
+        return torch_lora
+    raise ValueError(f"the {name} MoE backend cannot apply adapters to experts; use --moe-runner-backend torch_native")

@@ -36,21 +36,25 @@ class TorchNativeCore:
         return _grouped_matmul(act, routing.base_runs, quant_info.w2, quant_info.b2, inp.spec.hidden_size)
 
     def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """out[m] = sum over k of topk_weights[m, k] * down[row of (m, k)], in float32, in the order of k."""
-        m, top_k = inp.topk_weights.shape
-        pairs, hidden = routing.num_pairs, down.shape[1]
-        make = torch.empty if down.shape[0] == pairs else torch.zeros  # a pair without an expert contributes 0
-        by_pair = make(pairs, hidden, dtype=torch.float32, device=down.device).index_copy_(0, routing.order, down.float())
-        return torch.bmm(inp.topk_weights.unsqueeze(1), by_pair.view(m, top_k, hidden)).squeeze(1).to(inp.x.dtype)
+        return combine(inp, down, routing)
+
+
+def combine(inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """out[m] = sum over k of topk_weights[m, k] * down[row of (m, k)], in float32, in the order of k; then x's dtype."""
+    m, top_k = inp.topk_weights.shape
+    pairs, hidden = routing.num_pairs, down.shape[1]
+    make = torch.empty if down.shape[0] == pairs else torch.zeros  # a pair without an expert contributes 0
+    by_pair = make(pairs, hidden, dtype=torch.float32, device=down.device).index_copy_(0, routing.order, down.float())
+    return torch.bmm(inp.topk_weights.unsqueeze(1), by_pair.view(m, top_k, hidden)).squeeze(1).to(inp.x.dtype)
 
 
 def _grouped_matmul(
-    rows: torch.Tensor, runs: list[tuple[int, int, int]], weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...] | None, out_features: int
+    rows: torch.Tensor, runs: list[tuple[int, int]], weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...] | None, out_features: int
 ) -> torch.Tensor:
     """out[run] = rows[run] @ weights[expert] + biases[expert]; the runs cover all rows in order."""
     out = rows.new_empty(rows.shape[0], out_features)
-    sizes = [size for _, _, size in runs]
-    for (expert, _, _), source, target in zip(runs, rows.split(sizes), out.split(sizes), strict=True):
+    sizes = [size for _, size in runs]
+    for (expert, _), source, target in zip(runs, rows.split(sizes), out.split(sizes), strict=True):
         if biases is None:
             torch.mm(source, weights[expert], out=target)
         else:

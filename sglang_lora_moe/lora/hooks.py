@@ -1,0 +1,69 @@
+"""The four LoRA hooks around the expert GEMMs, built once per layer.
+
+    post_gate_up   act(gate_up + scaling * B13 (A13 x))
+    post_down      sum over k of weight_k * (down + scaling * B2 (A2 act))
+
+The products A x (`shrink`) start before each base GEMM, on the workspace's side stream where there is one, and are
+joined before they are read. The functions themselves belong to the backend (`ExpertLoRAOps`); this file knows no kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
+from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.moe.runner import LoRAHooks, RunnerInput
+
+# What `shrink` returns goes to the matching `*_with_delta` unread: a tensor [P, shrink_width] or a backend's own form.
+RankSpace = Any
+
+
+class ExpertLoRAOps(Protocol):
+    """A backend's LoRA functions on the pairs of one layer. Pairs of slot -1 and slots of rank 0 get no delta."""
+
+    def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
+        """A x of every pair with an adapter, float32. rows_from "tokens": rows [M, in] by token; "pairs": [P, in] in routing order."""
+        ...
+
+    def act_with_delta(self, inp: RunnerInput, gate_up: torch.Tensor, s: RankSpace, stack_b: Stack, routing: Routing) -> torch.Tensor:
+        """act(gate_up + scaling * B s) [P, I]; the sum is in float32. `gate_up` may be overwritten."""
+        ...
+
+    def combine_with_delta(self, inp: RunnerInput, down: torch.Tensor, s: RankSpace, stack_b: Stack, routing: Routing) -> torch.Tensor:
+        """The layer's output [M, H]: router-weighted sum of down + scaling * B s, in float32. `down` may be overwritten."""
+        ...
+
+
+class _ExpertLoRA:
+    """One layer's adapters and the rank-space vectors between a pre hook and its post hook."""
+
+    def __init__(self, stacks: ExpertStacks, ops: ExpertLoRAOps) -> None:
+        self.stacks, self.ops = stacks, ops
+        self.s: RankSpace = None
+
+    def pre_gate_up(self, inp: RunnerInput, routing: Routing) -> None:
+        with inp.workspace.side():
+            self.s = self.ops.shrink(inp, inp.x, self.stacks.a13, routing, "tokens")
+
+    def post_gate_up(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
+        inp.workspace.join()
+        s, self.s = self.s, None
+        return self.ops.act_with_delta(inp, gate_up, s, self.stacks.b13, routing)
+
+    def pre_down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing) -> None:
+        with inp.workspace.side():
+            self.s = self.ops.shrink(inp, act, self.stacks.a2, routing, "pairs")
+
+    def post_down(self, inp: RunnerInput, act: torch.Tensor, down: torch.Tensor, routing: Routing) -> torch.Tensor:
+        inp.workspace.join()
+        s, self.s = self.s, None
+        return self.ops.combine_with_delta(inp, down, s, self.stacks.b2, routing)
+
+
+def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
+    """Hooks for one layer; `ops` from `moe.backends.make_lora_ops`, which refuses backends that cannot serve adapters."""
+    layer = _ExpertLoRA(stacks, ops)
+    return LoRAHooks(layer.pre_gate_up, layer.post_gate_up, layer.pre_down, layer.post_down)
