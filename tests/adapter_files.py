@@ -26,21 +26,21 @@ PREFIX = "base_model.model."
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 PEFT_LAYOUTS: dict[str, dict[str, Any]] = {
-    "target_parameters_3d": dict(target_modules=[], target_parameters=BOTH),
-    "gate_up_only": dict(target_modules=[], target_parameters=BOTH[:1]),
-    "down_only": dict(target_modules=[], target_parameters=BOTH[1:]),
-    "experts_and_attention": dict(target_modules="ATTENTION", target_parameters=BOTH),
-    "attention_only": dict(target_modules="ATTENTION"),
-    "all_linear": dict(target_modules="all-linear"),
-    "router": dict(target_modules=["o_proj"], target_parameters=[*BOTH, "ROUTER"]),
-    "embedding": dict(target_modules=["embed_tokens", "lm_head", "o_proj"]),
-    "patterns": dict(
-        target_modules=["o_proj"],
-        target_parameters=BOTH,
-        use_rslora=True,
-        rank_pattern={"experts.down_proj": 3, r"layers\.1\.mlp\.experts\.gate_up_proj": 2},
-        alpha_pattern={"experts.gate_up_proj": 11, "o_proj": 3},
-    ),
+    "target_parameters_3d": {"target_modules": [], "target_parameters": BOTH},
+    "gate_up_only": {"target_modules": [], "target_parameters": BOTH[:1]},
+    "down_only": {"target_modules": [], "target_parameters": BOTH[1:]},
+    "experts_and_attention": {"target_modules": "ATTENTION", "target_parameters": BOTH},
+    "attention_only": {"target_modules": "ATTENTION"},
+    "all_linear": {"target_modules": "all-linear"},
+    "router": {"target_modules": ["o_proj"], "target_parameters": [*BOTH, "ROUTER"]},
+    "embedding": {"target_modules": ["embed_tokens", "lm_head", "o_proj"]},
+    "patterns": {
+        "target_modules": ["o_proj"],
+        "target_parameters": BOTH,
+        "use_rslora": True,
+        "rank_pattern": {"experts.down_proj": 3, r"layers\.1\.mlp\.experts\.gate_up_proj": 2},
+        "alpha_pattern": {"experts.gate_up_proj": 11, "o_proj": 3},
+    },
 }
 
 
@@ -98,7 +98,7 @@ def router_parameter(model: nn.Module) -> str:
 def _write_with_peft(model: nn.Module, layout: str, directory: Path, rank: int, alpha: float, generator: torch.Generator, scale: float) -> None:
     from peft import LoraConfig, get_peft_model
 
-    settings = dict(PEFT_LAYOUTS[layout])
+    settings = PEFT_LAYOUTS[layout] | {"r": rank, "lora_alpha": alpha}
     if settings["target_modules"] == "ATTENTION":
         settings["target_modules"] = attention_linears(model)
     if layout == "all_linear":
@@ -106,7 +106,7 @@ def _write_with_peft(model: nn.Module, layout: str, directory: Path, rank: int, 
     settings["target_parameters"] = [router_parameter(model) if name == "ROUTER" else name for name in settings.get("target_parameters", [])] or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", **settings))
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
         randomise_lora(wrapped, generator, scale)
         wrapped.save_pretrained(str(directory))
 
@@ -114,6 +114,7 @@ def _write_with_peft(model: nn.Module, layout: str, directory: Path, rank: int, 
 @torch.no_grad()
 def randomise_lora(model: nn.Module, generator: torch.Generator, scale: float) -> None:
     """Fill A and B of every PEFT layer so that the update's entries have the size `scale` / sqrt(inputs)."""
+    module: Any
     for module in model.modules():
         for adapter, factor in module.scaling.items() if hasattr(module, "lora_embedding_A") else ():
             rank = module.r[adapter]
@@ -132,7 +133,15 @@ class HandWriter:
         self.rank, self.alpha, self.generator, self.scale = rank, alpha, generator, scale
         self.tensors: dict[str, Tensor] = {}
         self.delta: dict[str, Tensor] = {}
-        self.config: dict[str, Any] = dict(peft_type="LORA", r=rank, lora_alpha=alpha, bias="none", task_type="CAUSAL_LM", rank_pattern={}, alpha_pattern={})
+        self.config: dict[str, Any] = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "bias": "none",
+            "task_type": "CAUSAL_LM",
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        }
 
     @property
     def scaling(self) -> float:
@@ -208,12 +217,12 @@ def _per_expert_2d(writer: HandWriter) -> None:
                 a, b = writer.pair(delta.shape[2], delta.shape[1], scaling=scaling)
                 writer.put(f"{old_name}.{expert}.{leaf}", a, b)
                 delta[expert] = scaling * b @ a
-        writer.add_expert_delta(name, experts, *deltas)
+        writer.add_expert_delta(name, experts, deltas[0], deltas[1], deltas[2])
 
 
 def _flipped(writer: HandWriter, expert_major: bool = False) -> None:
     """PEFT 0.18 on fused parameters: A spans the outputs and B the inputs. B columns are rank-major, or expert-major (Unsloth, Megatron)."""
-    writer.config |= dict(target_modules=[], target_parameters=BOTH, peft_version="0.18.1")
+    writer.config |= {"target_modules": [], "target_parameters": BOTH, "peft_version": "0.18.1"}
     if expert_major:
         writer.config["lora_B_layout"] = "grouped_by_expert"
     for name, experts in writer.experts():
@@ -231,7 +240,7 @@ def _flipped(writer: HandWriter, expert_major: bool = False) -> None:
 
 def _grouped_by_expert(writer: HandWriter) -> None:
     """Normal orientation with expert-major B columns, said so by `lora_B_layout`."""
-    writer.config |= dict(target_modules=[], target_parameters=BOTH, peft_version="0.19.1", lora_B_layout="grouped_by_expert")
+    writer.config |= {"target_modules": [], "target_parameters": BOTH, "peft_version": "0.19.1", "lora_B_layout": "grouped_by_expert"}
     for name, experts in writer.experts():
         num_experts, hidden, inter = writer.sizes(experts)
         deltas = []
@@ -296,7 +305,7 @@ def _tinker(writer: HandWriter) -> None:
         a2 = torch.stack([writer.pair(inter, 1)[0] for _ in range(num_experts)])
         b2 = writer.pair(1, hidden)[1]
         writer.put(f"{name}.w2", a2, b2[None])
-        writer.add_expert_delta(name, experts, *deltas, writer.scaling * b2 @ a2)
+        writer.add_expert_delta(name, experts, deltas[0], deltas[1], writer.scaling * b2 @ a2)
 
 
 def _unsloth_projs(writer: HandWriter) -> None:
