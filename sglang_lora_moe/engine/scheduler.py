@@ -1,0 +1,339 @@
+"""Continuous batching under three budgets: KV pages, prompt tokens per step, adapter slots. Host only, no tensors.
+
+`schedule()` chooses the next step, `update()` takes in its result. Every running request that is decoding takes part in
+every step; what is left of `prefill_budget` goes to prompts, oldest first, in chunks, so that a long prompt never stops
+the others' decoding. Admission is first come, first served with bounded bypass:
+
+* A request that does not fit (pages, or no slot for its adapter) is passed over; younger ones that fit may go ahead.
+* A request passed over `bypass_limit` times, or for `patience` steps, is overdue. If it waits for pages, nothing younger
+  is admitted until it fits. If it waits for a slot, the resident adapter closest to finished takes no new requests
+  ("drains") until its slot is free. So with more adapters than slots every adapter gets its turn.
+* A prompt whose pages another request is computing right now waits for them instead of computing them twice.
+
+When a decoding request needs a page and there is none, the youngest running request is retracted: it waits again in its
+place of arrival, and its tokens are computed anew later.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sglang_lora_moe.core import FinishReason, RequestError, TokenOutput
+from sglang_lora_moe.engine.kv_cache import PrefixCache
+from sglang_lora_moe.engine.request import Batch, Request, StepResult
+from sglang_lora_moe.lora.slots import SlotTable
+
+RESCAN_STEPS = 16  # a queue in which nothing could be admitted is looked at again this often, or when something is released
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The few numbers the scheduler needs."""
+
+    max_running: int
+    max_queued: int
+    prefill_budget: int  # prompt tokens per step
+    max_model_len: int
+    bypass_limit: int = 32
+    patience: int = 64  # steps
+    prompt_logit_rows: int = 256  # prompt rows per step whose logits are computed (each is a whole vocabulary)
+
+
+class Scheduler:
+    """Owns waiting and running requests; pages belong to `cache`, slots to `slots`."""
+
+    def __init__(self, cache: PrefixCache, slots: SlotTable | None, limits: Limits) -> None:
+        self.cache, self.slots, self.limits = cache, slots, limits
+        self.waiting: list[Request] = []  # by arrival
+        self.running: list[Request] = []  # by arrival, so that the last one is the youngest
+        self.requests: dict[str, Request] = {}
+        self.totals: Counter[str] = Counter()
+        self.on_release: Callable[[Request], None] = lambda request: None  # called when a request ends, in whatever way
+        self._arrivals = 0
+        self._pass = 0
+        self._dirty = True  # something changed since the last admission scan that admitted nothing
+        self._pending_keys: set[bytes] = set()  # page keys that running requests are about to compute
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens that one request can ever have."""
+        return min(self.limits.max_model_len, self.cache.pool.total * self.cache.page_size)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    # ---- requests come and go ---------------------------------------------------------------------------------------
+    def submit(self, request: Request) -> None:
+        """Queue a request, or raise the RequestError that says why it can never be served, or not now."""
+        self._refuse(request)
+        request.max_len = min(request.max_len, self.capacity)
+        request.order = self._arrivals
+        self._arrivals += 1
+        self.waiting.append(request)
+        self.requests[request.rid] = request
+        self._dirty = True
+
+    def abort(self, rid: str) -> TokenOutput | None:
+        """End a request in whatever state it is; None if it is unknown or has ended already."""
+        request = self.requests.get(rid)
+        if request is None:
+            return None
+        self._end(request, FinishReason.ABORT)
+        return TokenOutput(rid, [], request.prompt_len, request.num_cached, FinishReason.ABORT.value)
+
+    def wake(self) -> None:
+        """Something outside (a slot) became available."""
+        self._dirty = True
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+    def schedule(self) -> Batch | None:
+        """Choose the next step; None if there is nothing to do."""
+        self._pass += 1
+        self._grow_decoding()
+        requests: list[Request] = []
+        query_lens: list[int] = []
+        budget = self.limits.prefill_budget
+        logit_budget = self.limits.prompt_logit_rows
+
+        def take(request: Request) -> bool:
+            nonlocal budget, logit_budget
+            count = len(request.tokens) - request.num_computed
+            if count > 1 or request.num_output == 0:
+                count = min(count, budget)
+                if request.prompt_logit_start is not None:
+                    count = min(count, logit_budget)
+                    logit_budget -= count
+                budget -= count
+            if count:
+                requests.append(request)
+                query_lens.append(count)
+            return budget > 0
+
+        for request in self.running:
+            take(request)
+        if self.waiting and budget > 0:
+            self._admit(take)
+        if not requests:
+            return None
+        return Batch(requests, query_lens, sum(query_lens), any(request.slot >= 0 for request in requests))
+
+    def update(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
+        """Take in what the step computed; returns the new tokens of its requests."""
+        page_size = self.cache.page_size
+        for request, count in zip(batch.requests, batch.query_lens, strict=True):
+            request.num_computed += count
+            if request.num_computed // page_size > request.num_committed:
+                self._commit_pages(request)
+        for index, prompt_logprobs in result.prompt_logprobs.items():
+            batch.requests[index].prompt_logprobs.extend(prompt_logprobs)
+        outputs = []
+        for index, token in zip(result.sampled, result.token_ids, strict=True):
+            request = batch.requests[index]
+            output = self._output(request, token)
+            if index in result.logprobs and output.token_ids:
+                output.logprobs = [result.logprobs[index]]
+            outputs.append(output)
+        return outputs
+
+    def check(self) -> None:
+        """Assert that pages and slots agree with the requests that hold them."""
+        self.cache.check()
+        held = Counter(page for request in self.running for page in request.pages)
+        refs = {page: refs for page, refs in enumerate(self.cache.pool.refs) if refs}
+        assert held == refs, f"requests hold {dict(held)}, the pool counts {refs}"
+        assert all(not request.pages and request.slot < 0 for request in self.waiting), "a waiting request holds pages or a slot"
+        assert len(self.requests) == len(self.waiting) + len(self.running)
+        if self.slots is not None:
+            self.slots.check()
+            users = Counter(request.slot for request in self.running if request.slot >= 0)
+            assert users == Counter({slot: n for slot, n in enumerate(self.slots.users) if n}), f"slots in use {self.slots.users}, by requests {users}"
+            for request in self.running:
+                assert request.slot < 0 or self.slots.revision_of[request.slot] == request.revision
+        if not self.running:
+            assert not self._pending_keys, "page keys pending without a running request"
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+    def _refuse(self, request: Request) -> None:
+        if request.rid in self.requests:
+            raise RequestError(f"a request with the id {request.rid!r} is running already", param="rid")
+        if not request.prompt_len:
+            raise RequestError("the prompt is empty", param="prompt")
+        if request.prompt_len >= self.capacity:
+            limit = f"the context length of {self.limits.max_model_len} tokens"
+            if self.capacity < self.limits.max_model_len:
+                limit = f"the {self.capacity} tokens of the KV cache (--max-total-tokens)"
+            raise RequestError(
+                f"the prompt has {request.prompt_len} tokens; with one for the answer it exceeds {limit}", 400, "prompt", "context_length_exceeded"
+            )
+        if len(self.waiting) - (self.limits.max_running - len(self.running)) >= self.limits.max_queued:
+            raise RequestError(f"the queue is full ({len(self.waiting)} requests wait, --max-queued-requests {self.limits.max_queued})", 503, retry_after=1)
+
+    def _grow_decoding(self) -> None:
+        """Give every running request a page for its next token, retracting the youngest ones if there are too few."""
+        index, page_size = 0, self.cache.page_size
+        while index < len(self.running):
+            request = self.running[index]
+            if len(request.tokens) > len(request.pages) * page_size:
+                while not self.cache.available and self.running[-1] is not request:
+                    self._retract(self.running[-1])
+                if not self.cache.available:
+                    self._retract(request)
+                    return
+                request.pages.extend(self.cache.allocate(1))
+            index += 1
+
+    def _admit(self, take: Callable[[Request], bool]) -> None:
+        """Admit waiting requests until a budget is used up; note who was passed over."""
+        if not self._dirty and self._pass % RESCAN_STEPS:
+            return
+        admitted = 0
+        blocked: list[tuple[Request, int]] = []  # with the number admitted before
+        no_slot: dict[str, bool] = {}  # revision -> someone waiting for it is overdue
+        self._dirty = False
+        for request in self.waiting:
+            if len(self.running) >= self.limits.max_running:
+                break
+            reason = "slot" if request.revision in no_slot else self._try_start(request)
+            if reason is None:
+                admitted += 1
+                if not take(request):
+                    self._dirty = True
+                    break
+            elif reason != "prefix":
+                blocked.append((request, admitted))
+                overdue = self._overdue(request)
+                if reason == "slot":
+                    assert request.revision is not None
+                    no_slot[request.revision] = no_slot.get(request.revision, False) or overdue
+                elif overdue:
+                    break
+        for request, before in blocked:
+            request.bypassed += admitted - before
+        if admitted:
+            self._dirty = True
+            self.waiting = [request for request in self.waiting if not request.running]
+        if self.slots is not None:
+            self._drain(self.slots, [revision for revision, overdue in no_slot.items() if overdue])
+
+    def _overdue(self, request: Request) -> bool:
+        if request.blocked_since < 0:
+            request.blocked_since = self._pass
+        return request.bypassed >= self.limits.bypass_limit or self._pass - request.blocked_since >= self.limits.patience
+
+    def _try_start(self, request: Request) -> str | None:
+        """Make a waiting request running, or say what it has to wait for: "pages", "slot" or "prefix"."""
+        cache, page_size = self.cache, self.cache.page_size
+        shareable = len(request.tokens) - 1  # the last token must be computed, for its logits
+        if request.prompt_logit_start is not None:
+            shareable = min(shareable, request.prompt_logit_start)
+        matched: list[int] = []
+        if cache.enabled:
+            request.extend_keys(page_size, shareable // page_size)
+            keys = request.page_keys[: shareable // page_size]
+            matched = cache.match(keys)
+            pending = sum(key in self._pending_keys for key in keys[len(matched) :])
+            if 2 * pending * page_size > len(request.tokens) - len(matched) * page_size:
+                return "prefix"
+        fresh = -(-len(request.tokens) // page_size) - len(matched)
+        # One page for each running request, so that admission does not cause retraction right away.
+        if fresh + cache.idle_among(matched) + len(self.running) > cache.available:
+            return "pages"
+        if request.revision is not None:
+            assert self.slots is not None
+            slot = self.slots.acquire(request.revision)
+            if slot is None:
+                return "slot"
+            request.slot = slot
+        cache.hold(matched)
+        request.pages = matched + cache.allocate(fresh)
+        request.num_computed = len(matched) * page_size
+        request.num_committed = len(matched)
+        if cache.enabled:
+            self._pending_keys.update(request.page_keys[len(matched) :])
+        if request.first_scheduled:
+            request.first_scheduled, request.num_cached = False, request.num_computed
+            self.totals["prompt_tokens"] += request.prompt_len
+            self.totals["cached_tokens"] += request.num_cached
+        request.running, request.blocked_since, request.bypassed = True, -1, 0
+        insort(self.running, request, key=lambda r: r.order)
+        return None
+
+    def _drain(self, slots: SlotTable, overdue: list[str]) -> None:
+        """Drain one slot for each overdue revision, that of the adapter closest to finished first; stop for those who left."""
+        if slots.draining:
+            waiting = {request.revision for request in self.waiting}
+            for slot in [slot for slot, revision in slots.draining.items() if revision not in waiting]:
+                del slots.draining[slot]
+                self._dirty = True
+        for revision in overdue:
+            if slots.slot_of(revision) is not None or revision in slots.draining.values():
+                continue  # its own slot is being drained for another, which it may do in turn; or it has been served already
+            left = dict.fromkeys(slots.drainable(), 0)
+            if not left:
+                return
+            for request in self.running:
+                if request.slot in left:
+                    left[request.slot] = max(left[request.slot], request.max_len - request.num_computed)
+            slots.draining[min(left, key=lambda slot: left[slot])] = revision
+
+    def _commit_pages(self, request: Request) -> None:
+        full = request.num_computed // self.cache.page_size
+        if self.cache.enabled:
+            request.extend_keys(self.cache.page_size, full)
+            for index in range(request.num_committed, full):
+                self.cache.insert(request.page_keys[index], request.pages[index])
+                if request.page_keys[index] in self._pending_keys:
+                    self._pending_keys.discard(request.page_keys[index])
+                    self._dirty = True
+        request.num_committed = full
+
+    def _output(self, request: Request, token: int) -> TokenOutput:
+        """Append a sampled token and say whether it ends the request."""
+        output = TokenOutput(request.rid, [], request.prompt_len, request.num_cached)
+        if request.prompt_logprobs:
+            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
+        if request.sampling.max_new_tokens > 0:
+            request.tokens.append(token)
+            output.token_ids.append(token)
+            self.totals["generated_tokens"] += 1
+        if token in request.stop_ids and output.token_ids:
+            output.finish_reason, output.stop_token_id = FinishReason.STOP.value, token
+            self._end(request, FinishReason.STOP)
+        elif len(request.tokens) >= request.max_len:
+            output.finish_reason = FinishReason.LENGTH.value
+            self._end(request, FinishReason.LENGTH)
+        return output
+
+    def _retract(self, request: Request) -> None:
+        self._stop(request)
+        request.prompt_logprobs = []
+        insort(self.waiting, request, key=lambda r: r.order)
+        self.totals["retractions"] += 1
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        if request.running:
+            self._stop(request)
+        else:
+            self.waiting.remove(request)
+            self._dirty = True
+        request.finish_reason = reason.value
+        del self.requests[request.rid]
+        self.totals["finished_" + reason.value] += 1
+        self.on_release(request)
+
+    def _stop(self, request: Request) -> None:
+        """Take a running request's pages and slot."""
+        self._pending_keys.difference_update(request.page_keys[request.num_committed :])
+        self.cache.release(request.pages)
+        request.pages, request.num_computed, request.num_committed = [], 0, 0
+        if request.slot >= 0:
+            assert self.slots is not None
+            self.slots.release(request.slot)
+            request.slot = -1
+        request.running = False
+        self.running.remove(request)
+        self._dirty = True
