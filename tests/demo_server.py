@@ -1,0 +1,73 @@
+"""Start the server on the embedded demo as a process of its own, for tests and benchmarks that speak HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from demo_tasks import ADAPTERS
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "demo"
+START_SECONDS = 120
+
+
+def demo_flags() -> list[str]:
+    """What `./run serve` without arguments serves."""
+    adapters = [f"{name}={DEMO / name}" for name in ADAPTERS]
+    return ["--model-path", str(DEMO / "base"), "--served-model-name", "demo", "--enable-lora", "--lora-paths", *adapters]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/health", timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def demo_server(*extra_flags: str) -> Iterator[str]:
+    """The address of a healthy server, which is stopped at the end; its log is shown if it does not come up."""
+    port = free_port()
+    command = [sys.executable, "-m", "sglang_lora_moe.launch_server", *demo_flags(), "--port", str(port), *extra_flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+        try:
+            while not is_healthy(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"the server did not come up (exit status {process.poll()}):\n{log.read()[-4000:]}")
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
