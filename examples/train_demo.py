@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from demo_tasks import ADAPTERS, LETTERS, TASKS, held_out_words, is_held_out, random_word
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from demo_tasks import ADAPTERS, LETTERS, TASKS, held_out_words, is_held_out, random_word
 
 PAD, BOS, EOS = 0, 1, 2
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 8, 128, 128  # multiples of 128, so that every quantization format can store the base
