@@ -1,0 +1,20 @@
+"""`python -m sglang_lora_moe.launch_server --model-path DIR ...`: read flags, start engine and server, serve until stopped."""
+
+from __future__ import annotations
+
+import sys
+
+from sglang_lora_moe.config import parse_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0 after a clean stop, 2 when the server cannot start, 1 when the engine died."""
+    config = parse_config(argv)  # --help and wrong flags end here, before anything heavy is imported
+
+    from sglang_lora_moe.server.serve import serve
+
+    return serve(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Messages to token ids, through the chat template of the tokenizer or of --chat-template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.server.openai_protocol import ChatRequest
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of the file that --chat-template names; ValueError names the flag."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template: {path!r} cannot be read: {error}") from error
+
+
+class ChatRenderer:
+    """Renders and tokenizes in one go, because templates write the special tokens themselves."""
+
+    def __init__(self, tokenizer: Any, template: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template if template is not None else tokenizer.chat_template
+
+    def render(self, request: ChatRequest) -> list[int]:
+        """The token ids of the conversation, ready for the answer; RequestError 400 if the template cannot."""
+        if self._template is None:
+            raise RequestError(
+                "messages: the tokenizer of this model has no chat template; use /v1/completions, or start the server with --chat-template FILE",
+                param="messages",
+                code="no_chat_template",
+            )
+        messages = [message.plain(f"messages.{i}") for i, message in enumerate(request.messages)]
+        continues = request.continue_final_message
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template if isinstance(self._template, str) else None,
+                add_generation_prompt=request.add_generation_prompt and not continues,
+                continue_final_message=continues,
+                tokenize=True,
+                return_dict=False,
+                **self._variables(request),
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise RequestError(f"messages: the chat template refuses them: {error}", param="messages", code="invalid_value") from error
+        return [int(token) for token in ids]
+
+    def _variables(self, request: ChatRequest) -> dict[str, Any]:
+        """The template's own variables; one that the template does not read is refused."""
+        variables = dict(request.chat_template_kwargs)
+        if request.reasoning_effort is not None:
+            variables["reasoning_effort"] = request.reasoning_effort
+        text = self._template if isinstance(self._template, str) else "".join(self._template.values())
+        for name in variables:
+            if name not in text:
+                param = "reasoning_effort" if name == "reasoning_effort" else f"chat_template_kwargs.{name}"
+                raise RequestError(f"{param}: the chat template of this model does not read it", param=param, code="unsupported_parameter")
+        return variables

@@ -1,0 +1,98 @@
+"""Health, facts, books and controls of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from sglang_lora_moe import __version__
+from sglang_lora_moe.core import RequestError, SamplingParams
+from sglang_lora_moe.server.engine_api import GenerateRequest
+from sglang_lora_moe.server.fields import RequestModel
+from sglang_lora_moe.server.service import Service, new_id
+
+HEALTH_SECONDS = 20.0
+_SECRETS = ("api_key", "admin_api_key")
+
+
+class AbortRequest(RequestModel):
+    """`rid` as given in the request, or the id of an OpenAI answer."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+def control_routes(service: Service) -> APIRouter:
+    """The routes, bound to one service."""
+    router = APIRouter()
+    engine = service.engine
+
+    @router.get("/health")
+    async def health() -> Response:
+        return _health(engine.healthy, "the engine does not run")
+
+    @router.get("/health_generate")
+    async def health_generate() -> Response:
+        try:
+            alive = engine.healthy and await asyncio.wait_for(_generates(service), HEALTH_SECONDS)
+            return _health(alive, "the engine does not answer")
+        except (asyncio.TimeoutError, RequestError) as error:
+            return _health(False, str(error) or f"no token within {HEALTH_SECONDS:g} seconds")
+
+    @router.get("/model_info")
+    @router.get("/get_model_info")
+    async def model_info() -> dict[str, Any]:
+        return {"tokenizer_path": engine.config.tokenizer_path or engine.config.model_path, "is_generation": True} | engine.model_info
+
+    @router.get("/server_info")
+    @router.get("/get_server_info")
+    async def server_info() -> dict[str, Any]:
+        adapters = await service.names.refresh()
+        return {"version": __version__, "config": _masked(engine.config), "stats": await engine.stats(), "adapters": list(adapters.values())}
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> dict[str, Any]:
+        return {"success": True} | await engine.flush_cache()
+
+    @router.post("/abort_request")
+    async def abort_request(body: AbortRequest) -> dict[str, Any]:
+        if not body.rid and not body.abort_all:
+            raise RequestError("rid: the id of a request is needed, or abort_all=true", param="rid", code="invalid_value")
+        await service.abort("" if body.abort_all else body.rid)
+        return {"success": True}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        text = service.metrics.render(await engine.stats(), await service.names.refresh())
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _health(healthy: bool, message: str) -> Response:
+    if healthy:
+        return JSONResponse({"status": "ok"})
+    raise RequestError(message, 503, code="unhealthy")
+
+
+async def _generates(service: Service) -> bool:
+    """One token of the base model comes."""
+    ids = service.engine.model_info["eos_token_ids"][:1] or [0]
+    request = GenerateRequest(input_ids=list(ids), sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True), rid=f"health-{new_id()}")
+    async with aclosing(service.engine.generate(request)) as chunks:
+        async for chunk in chunks:
+            if chunk.finish_reason is not None:
+                return True
+    return False
+
+
+def _masked(config: Any) -> dict[str, Any]:
+    """The configuration; of a key only whether there is one."""
+    values = dataclasses.asdict(config)
+    return values | {name: "***" for name in _SECRETS if values[name] is not None}

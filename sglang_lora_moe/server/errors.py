@@ -1,0 +1,120 @@
+"""Every error leaves the server as OpenAI's object {"error": {message, type, param, code}} with the right status.
+
+`RequestError` carries its own status; what pydantic, routing or a bug raise is translated here. Nothing else in the
+server builds an error body.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from sglang_lora_moe.core import RequestError
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=BaseModel)
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
+# Names that pydantic puts into an error's location for the member of a union it tried; they name no field of the request.
+_UNION_MEMBERS = {"str", "int", "float", "bool", "dict", "constrained-str", "constrained-int", "function-after", "function-before"}
+
+
+class ClientGone(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+def error_object(message: str, status: int = 400, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object, without the envelope."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}
+
+
+def _printable(text: str) -> str:
+    """JSON allows lone surrogates in strings, UTF-8 does not: an error may quote what was sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def error_response(error: RequestError, extra: dict[str, Any] | None = None) -> JSONResponse:
+    """The response that says `error`; `extra` are further fields beside the error object (native endpoints have some)."""
+    headers = {}
+    if error.retry_after is not None or error.status == 503:
+        headers["Retry-After"] = str(error.retry_after or 1)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {"error": error_object(error.message, error.status, error.param, error.code)} | (extra or {})
+    return JSONResponse(body, error.status, headers)
+
+
+def validation_error(errors: list[Any]) -> RequestError:
+    """Pydantic's complaints as one sentence that names the first field at fault."""
+    first = errors[0]
+    kind, message = first["type"], first["msg"]
+    if kind == "json_invalid":
+        return RequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json")
+    location = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    if not location:
+        if kind in ("model_attributes_type", "dict_type", "missing"):
+            return RequestError("the body must be a JSON object, sent with the header 'Content-Type: application/json'", code="invalid_json")
+        return RequestError(message.removeprefix("Value error, "))
+    field = ".".join(str(part) for i, part in enumerate(location) if i == 0 or not _is_union_member(part))
+    if kind == "extra_forbidden":
+        return RequestError(f"unknown field {field!r}", param=field, code="unknown_parameter")
+    if kind == "missing":
+        return RequestError(f"the field {field!r} is required", param=field, code="missing_required_parameter")
+    shown = repr(first.get("input"))
+    got = f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
+    return RequestError(f"{field}: {message.removeprefix('Value error, ')}{got}", param=field, code="invalid_value")
+
+
+def validate(model: type[M], data: Any, where: str) -> M:
+    """`data` as a `model`; errors are `RequestError`s that name the field below `where`."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise validation_error([first | {"loc": (*where.split("."), *first["loc"])} for first in error.errors()]) from error
+    except RequestError as error:
+        error.param = f"{where}.{error.param}"
+        raise
+
+
+def _is_union_member(part: Any) -> bool:
+    return isinstance(part, str) and (part in _UNION_MEMBERS or "[" in part or part[:1].isupper())
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give `app` the translation of each kind of exception."""
+
+    async def on_request_error(request: Request, error: Any) -> Response:
+        return error_response(error)
+
+    async def on_validation(request: Request, error: Any) -> Response:
+        return error_response(validation_error(error.errors()))
+
+    async def on_http(request: Request, error: Any) -> Response:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is no {request.url.path} here; see /docs for the endpoints of this server"
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed for {request.url.path}"
+        response = error_response(RequestError(message, error.status_code))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_client_gone(request: Request, error: Any) -> Response:
+        return Response(status_code=499)  # nobody reads it; the access log shows nginx's number for this
+
+    async def on_bug(request: Request, error: Any) -> Response:
+        logger.error("%s %s failed: %r", request.method, request.url.path, error)  # the traceback follows from the HTTP server
+        return error_response(RequestError(f"internal error: {type(error).__name__}", 500))
+
+    app.add_exception_handler(RequestError, on_request_error)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientGone, on_client_gone)
+    app.add_exception_handler(Exception, on_bug)

@@ -1,0 +1,102 @@
+"""Building blocks of request types: strict fields, and refusal of what is not implemented.
+
+A field of OpenAI's (or SGLang's) API that this server does not implement is accepted only at a value that changes nothing;
+otherwise a sentence says so. A field nobody defined is refused by name. So no parameter is taken and ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sglang_lora_moe.core import RequestError
+
+NOT_IMPLEMENTED = "is not implemented by this server"
+MAX_SAMPLES = 128
+MAX_TOP_LOGPROBS = 20
+
+
+class RequestModel(BaseModel):
+    """A request body. `null` means "not given", as in OpenAI's API; unknown fields are errors.
+
+    `unsupported` maps a field to (values that are accepted and dropped, why others are refused).
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            neutral, reason = cls.unsupported.get(name, ((), ""))
+            if name in cls.unsupported:
+                if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
+                    raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")
+            elif value is not None or name not in cls.model_fields or cls.model_fields[name].is_required():
+                kept[name] = value
+        return kept
+
+
+def check_text(text: str, param: str) -> str:
+    """`text` if it is valid Unicode: JSON's escapes can write lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{param}: not valid Unicode: {error.reason} at character {error.start}", param=param, code="invalid_value") from error
+    return text
+
+
+def check_ids(ids: list[Any], param: str) -> list[int]:
+    """`ids` if they are integers >= 0 (the engine knows how many there are)."""
+    for i, value in enumerate(ids):
+        if type(value) is not int or value < 0:
+            raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {value!r}", param=param, code="invalid_value")
+    return ids
+
+
+def _stop_list(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and any(entry == "" for entry in value):
+        raise ValueError("a stop string must not be empty")
+    return value
+
+
+def _bias(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    biases = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit()):
+            raise ValueError(f"keys must be token ids, got {key!r}")
+        biases[int(key)] = bias
+    return biases
+
+
+def spread(value: Any, count: int, param: str) -> list[Any]:
+    """One value per prompt: `value` for all, or a list of exactly `count`."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{param}: a list of {len(value)} for {count} prompt{'s' if count != 1 else ''}", param=param, code="invalid_value")
+    return value
+
+
+StopStrings = Annotated[list[Annotated[str, Field(max_length=1024)]], BeforeValidator(_stop_list), Field(max_length=64)]
+LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias), Field(max_length=1024)]
+TokenIds = list[Annotated[int, Field(ge=0)]]
+Temperature = Annotated[float, Field(ge=0, le=100)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1)]  # -1 and 0 = all
+MinP = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Repetition = Annotated[float, Field(gt=0, le=10)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
+NewTokens = Annotated[int, Field(ge=0)]
+Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]

@@ -1,0 +1,201 @@
+"""SGLang's native endpoint /generate: its request, its response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams, TokenLogprob
+from sglang_lora_moe.server import fields as f
+from sglang_lora_moe.server.engine_api import Chunk, GenerateRequest
+from sglang_lora_moe.server.errors import validate
+from sglang_lora_moe.server.logprobs import TokenText, finite
+from sglang_lora_moe.server.openai_protocol import Prompt, split_prompts
+from sglang_lora_moe.server.samples import Job, ResponseFormat, Sample
+from sglang_lora_moe.server.service import Service, new_id
+
+_CONSTRAINED = f"constrained output {f.NOT_IMPLEMENTED}"
+
+
+class NativeSampling(f.RequestModel):
+    """`sampling_params` of /generate, with SGLang's defaults."""
+
+    unsupported = {
+        "json_schema": ((), _CONSTRAINED),
+        "regex": ((), _CONSTRAINED),
+        "ebnf": ((), _CONSTRAINED),
+        "structural_tag": ((), _CONSTRAINED),
+        "stop_regex": (([],), f"stopping at a regular expression {f.NOT_IMPLEMENTED}"),
+        "custom_params": (({},), f"custom logit processors {f.NOT_IMPLEMENTED}"),
+        "skip_special_tokens": ((True,), "special tokens are always left out of the text"),
+        "spaces_between_special_tokens": ((True,), "special tokens are always left out of the text"),
+        "no_stop_trim": ((False,), "a matched stop string is always cut off"),
+    }
+    max_new_tokens: f.NewTokens = 128
+    min_new_tokens: f.NewTokens = 0
+    temperature: f.Temperature = 1.0
+    top_p: f.TopP = 1.0
+    top_k: f.TopK = -1
+    min_p: f.MinP = 0.0
+    repetition_penalty: f.Repetition = 1.0
+    presence_penalty: f.Penalty = 0.0
+    frequency_penalty: f.Penalty = 0.0
+    seed: f.Seed | None = None
+    sampling_seed: f.Seed | None = None  # SGLang's name of `seed`
+    logit_bias: f.LogitBias = {}
+    stop: f.StopStrings = []
+    stop_token_ids: f.TokenIds = []
+    ignore_eos: bool = False
+    n: f.Samples = 1
+
+    def sampling(self) -> SamplingParams:
+        values = self.model_dump(exclude={"stop", "n", "sampling_seed"})
+        return SamplingParams(**values | {"top_k": self.top_k or -1, "seed": self.sampling_seed if self.seed is None else self.seed})
+
+
+class NativeRequest(f.RequestModel):
+    """POST /generate. Every field but `stream` may be one value for all prompts or a list of one per prompt."""
+
+    unsupported = {
+        "input_embeds": ((), f"input embeddings {f.NOT_IMPLEMENTED}"),
+        "image_data": ((), f"image input {f.NOT_IMPLEMENTED}"),
+        "audio_data": ((), f"audio input {f.NOT_IMPLEMENTED}"),
+        "video_data": ((), f"video input {f.NOT_IMPLEMENTED}"),
+        "token_ids_logprob": ((), f"log-probabilities of chosen token ids {f.NOT_IMPLEMENTED}; use top_logprobs_num"),
+        "return_hidden_states": ((False,), f"returning hidden states {f.NOT_IMPLEMENTED}"),
+        "session_params": ((), f"sessions {f.NOT_IMPLEMENTED}; the prefix cache shares equal prefixes anyway"),
+        "log_metrics": ((True,), "metrics are always counted"),
+    }
+    text: Any = None
+    input_ids: Any = None
+    sampling_params: Any = None
+    lora_path: str | list[str | None] | None = None
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: Annotated[int, Field(ge=-1)] | list[Annotated[int, Field(ge=-1)]] = -1  # -1 = output tokens only
+    top_logprobs_num: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | list[Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)]] = 0
+    return_text_in_logprobs: bool = False
+    stream: bool = False
+    rid: f.RequestId | list[f.RequestId] | None = None
+
+    def prompts(self) -> tuple[list[Prompt], bool]:
+        """The prompts, and whether they came as a batch."""
+        if (self.text is None) == (self.input_ids is None):
+            raise RequestError("text: exactly one of text and input_ids must be given", param="text", code="invalid_value")
+        param = "text" if self.input_ids is None else "input_ids"
+        value = self.text if self.input_ids is None else self.input_ids
+        prompts = split_prompts(value, param)
+        if any(isinstance(prompt, str) != (param == "text") for prompt in prompts):
+            raise RequestError(f"{param}: must hold {'texts' if param == 'text' else 'token ids'} only", param=param, code="invalid_value")
+        return prompts, isinstance(value, list) and (param == "text" or isinstance(value[0], list))
+
+    def sampling(self, count: int) -> list[NativeSampling]:
+        """The sampling parameters of each prompt; all ask for the same `n`."""
+        given = self.sampling_params if self.sampling_params is not None else {}
+        if isinstance(given, list):
+            parsed = [validate(NativeSampling, one, f"sampling_params.{i}") for i, one in enumerate(f.spread(given, count, "sampling_params"))]
+        else:
+            parsed = [validate(NativeSampling, given, "sampling_params")] * count
+        if len({one.n for one in parsed}) > 1:
+            raise RequestError("sampling_params: n must be the same for all prompts of a batch", param="sampling_params", code="invalid_value")
+        return parsed
+
+
+class NativeFormat(ResponseFormat):
+    """SGLang's objects {text, output_ids, meta_info}: one, or a list for a batch or n > 1. Events hold all text so far."""
+
+    def __init__(self, requests: list[GenerateRequest], is_batch: bool, tokens: TokenText, with_text: bool) -> None:
+        super().__init__(len(requests), requests[0].n)
+        self._requests, self._tokens, self._with_text = requests, tokens, with_text
+        self._is_list = is_batch or self.n > 1
+        self._begin = time.perf_counter()
+
+    def whole(self) -> Any:
+        outputs = [self._output(i, k) for i in range(len(self._requests)) for k in range(self.n)]
+        return outputs if self._is_list else outputs[0]
+
+    def events(self, prompt: int, chunk: Chunk) -> Iterable[dict[str, Any]]:
+        self.add(prompt, chunk)
+        if chunk.token_ids or chunk.finish_reason is not None:
+            index = {"index": prompt * self.n + chunk.index} if self._is_list else {}
+            yield self._output(prompt, chunk.index) | index
+
+    def _output(self, prompt: int, k: int) -> dict[str, Any]:
+        request, sample = self._requests[prompt], self.samples[prompt][k]
+        meta = {
+            "id": request.rid if self.n == 1 else f"{request.rid}-{k}",
+            "finish_reason": _finish(sample),
+            "prompt_tokens": sample.prompt_tokens,
+            "completion_tokens": sample.completion_tokens,
+            "cached_tokens": sample.cached_tokens,
+            "lora_path": request.adapter,
+            "e2e_latency": time.perf_counter() - self._begin,
+        }
+        if request.logprobs is not None:
+            meta |= self._logprobs("input", sample.prompt_logprobs, request.logprobs.top) | self._logprobs("output", sample.logprobs, request.logprobs.top)
+        return {"text": sample.text, "output_ids": sample.token_ids, "meta_info": meta}
+
+    def _logprobs(self, side: str, entries: list[TokenLogprob], top: int) -> dict[str, Any]:
+        """SGLang's triples (logprob, token id, text or null)."""
+
+        def triple(logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
+            return finite(logprob), token_id, self._tokens.text(token_id) if self._with_text else None
+
+        lists: dict[str, Any] = {f"{side}_token_logprobs": [triple(entry.logprob, entry.token_id) for entry in entries]}
+        if top:
+            lists[f"{side}_top_logprobs"] = [[triple(value, i) for i, value in entry.top] if entry.logprob is not None else None for entry in entries]
+        return lists
+
+
+def _finish(sample: Sample) -> dict[str, Any] | None:
+    if sample.finish_reason is None:
+        return None
+    details: dict[str, dict[str, Any]] = {
+        "stop": {"matched": sample.matched_stop},
+        "length": {"length": sample.completion_tokens},
+        "abort": {"message": "aborted"},
+    }
+    return {"type": sample.finish_reason} | details[sample.finish_reason]
+
+
+async def native_job(service: Service, body: NativeRequest) -> Job:
+    """One engine request of `n` samples per prompt."""
+    prompts, is_batch = body.prompts()
+    count = len(prompts)
+    sampling = body.sampling(count)
+    wants, starts, tops = (f.spread(getattr(body, name), count, name) for name in ("return_logprob", "logprob_start_len", "top_logprobs_num"))
+    paths = f.spread(body.lora_path, count, "lora_path")
+    base_rid = body.rid if isinstance(body.rid, str) else new_id()
+    rids = f.spread(body.rid, count, "rid") if isinstance(body.rid, list) else [base_rid if count == 1 else f"{base_rid}-{i}" for i in range(count)]
+    requests = [
+        GenerateRequest(
+            prompt=prompt if isinstance(prompt, str) else None,
+            input_ids=None if isinstance(prompt, str) else prompt,
+            sampling=sampling[i].sampling(),
+            stop=[f.check_text(stop, "sampling_params.stop") for stop in sampling[i].stop],
+            n=sampling[i].n,
+            adapter=await service.names.resolve(paths[i], "lora_path"),
+            logprobs=LogprobOptions(tops[i], starts[i] if starts[i] >= 0 else None) if wants[i] else None,
+            stream=body.stream,
+            rid=rids[i],
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    names = {"prompt": "text", "input_ids": "text" if body.input_ids is None else "input_ids", "adapter": "lora_path"}
+    answer = NativeFormat(requests, is_batch, service.tokens, body.return_text_in_logprobs)
+    return Job(base_rid, requests, answer, body.stream, names)
+
+
+def native_routes(service: Service) -> APIRouter:
+    """The route, bound to one service."""
+    router = APIRouter()
+
+    @router.api_route("/generate", methods=["POST", "PUT"])
+    async def generate(body: NativeRequest, request: Request) -> Response:
+        return await service.respond(request, await native_job(service, body))
+
+    return router

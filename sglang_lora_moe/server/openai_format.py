@@ -1,0 +1,115 @@
+"""OpenAI's answers: completions and chat completions, whole and as stream events."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from sglang_lora_moe.core import TokenLogprob
+from sglang_lora_moe.server.engine_api import Chunk
+from sglang_lora_moe.server.logprobs import CompletionLogprobs, TokenText, chat_logprobs
+from sglang_lora_moe.server.samples import ResponseFormat, Sample
+
+
+class OpenAIFormat(ResponseFormat):
+    """What both endpoints share: the envelope and the usage event."""
+
+    whole_object = ""
+    event_object = ""
+
+    def __init__(self, num_prompts: int, n: int, *, rid: str, model: str, tokens: TokenText, include_usage: bool) -> None:
+        super().__init__(num_prompts, n)
+        self._head = {"id": rid, "created": int(time.time()), "model": model}
+        self._tokens, self._include_usage = tokens, include_usage
+
+    def whole(self) -> dict[str, Any]:
+        choices = [self.choice(i * self.n + k, sample) for i, samples in enumerate(self.samples) for k, sample in enumerate(samples)]
+        return self._head | {"object": self.whole_object, "choices": choices, "usage": self.usage()}
+
+    def last_events(self) -> Iterable[dict[str, Any]]:
+        if self._include_usage:
+            yield self._head | {"object": self.event_object, "choices": [], "usage": self.usage()}
+
+    def event(self, choice: dict[str, Any]) -> dict[str, Any]:
+        usage = {"usage": None} if self._include_usage else {}
+        return self._head | {"object": self.event_object, "choices": [choice]} | usage
+
+    @abstractmethod
+    def choice(self, index: int, sample: Sample) -> dict[str, Any]:
+        """One entry of `choices` of a whole answer."""
+
+
+class ChatFormat(OpenAIFormat):
+    """/v1/chat/completions."""
+
+    whole_object = "chat.completion"
+    event_object = "chat.completion.chunk"
+
+    def __init__(self, *args: Any, wants_logprobs: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._wants_logprobs = wants_logprobs
+        self._begun: set[int] = set()
+
+    def choice(self, index: int, sample: Sample) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": sample.text, "refusal": None},
+            "logprobs": self._logprobs(sample.logprobs),
+            "finish_reason": sample.finish_reason,
+            "matched_stop": sample.matched_stop,
+        }
+
+    def events(self, prompt: int, chunk: Chunk) -> Iterable[dict[str, Any]]:
+        self.add(prompt, chunk)
+        if chunk.index not in self._begun:
+            self._begun.add(chunk.index)
+            yield self._delta(chunk.index, {"role": "assistant", "content": ""})
+        if chunk.text or chunk.logprobs:
+            yield self._delta(chunk.index, {"content": chunk.text}, self._logprobs(chunk.logprobs or []))
+        if chunk.finish_reason is not None:
+            yield self._delta(chunk.index, {}, None, chunk)
+
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, last: Chunk | None = None) -> dict[str, Any]:
+        end = {"finish_reason": None} if last is None else {"finish_reason": last.finish_reason, "matched_stop": last.matched_stop}
+        return self.event({"index": index, "delta": delta, "logprobs": logprobs} | end)
+
+    def _logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+        return {"content": chat_logprobs(entries, self._tokens), "refusal": None} if self._wants_logprobs else None
+
+
+class CompletionFormat(OpenAIFormat):
+    """/v1/completions. `echoes[i]` is the text put before the samples of prompt i ("" without `echo`)."""
+
+    whole_object = event_object = "text_completion"
+
+    def __init__(self, *args: Any, echoes: list[str], top_logprobs: int | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._echoes, self._wants_logprobs = echoes, top_logprobs is not None
+        self._logprobs = [[CompletionLogprobs(self._tokens, bool(top_logprobs)) for _ in range(self.n)] for _ in echoes]
+        self._begun: set[int] = set()
+
+    def choice(self, index: int, sample: Sample) -> dict[str, Any]:
+        prompt, k = divmod(index, self.n)
+        return {
+            "index": index,
+            "text": self._echoes[prompt] + sample.text,
+            "logprobs": self._piece(prompt, k, sample.prompt_logprobs + sample.logprobs),
+            "finish_reason": sample.finish_reason,
+            "matched_stop": sample.matched_stop,
+        }
+
+    def events(self, prompt: int, chunk: Chunk) -> Iterable[dict[str, Any]]:
+        self.add(prompt, chunk)
+        index, text = prompt * self.n + chunk.index, chunk.text
+        if index not in self._begun:
+            self._begun.add(index)
+            text = self._echoes[prompt] + text
+        entries = (chunk.prompt_logprobs or []) + (chunk.logprobs or [])
+        if text or entries or chunk.finish_reason is not None:
+            logprobs = self._piece(prompt, chunk.index, entries)
+            yield self.event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason, "matched_stop": chunk.matched_stop})
+
+    def _piece(self, prompt: int, k: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
+        return self._logprobs[prompt][k].piece(entries) if self._wants_logprobs else None

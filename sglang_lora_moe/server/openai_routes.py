@@ -1,0 +1,107 @@
+"""OpenAI's endpoints: chat, completions, models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sglang_lora_moe.core import LogprobOptions
+from sglang_lora_moe.server.engine_api import GenerateRequest
+from sglang_lora_moe.server.fields import check_text, spread
+from sglang_lora_moe.server.openai_format import ChatFormat, CompletionFormat
+from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest
+from sglang_lora_moe.server.samples import Job
+from sglang_lora_moe.server.service import Service, new_id
+
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on until the context is full
+_SAMPLING_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+_COMPLETION_FIELDS = _SAMPLING_FIELDS | {"input_ids": "prompt", "adapter": "model"}
+_CHAT_FIELDS = _SAMPLING_FIELDS | {"input_ids": "messages", "prompt": "messages", "adapter": "model"}
+
+
+def openai_routes(service: Service) -> APIRouter:
+    """The routes, bound to one service."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await service.respond(request, await chat_job(service, body))
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await service.respond(request, await completion_job(service, body))
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": await service.names.cards()}
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        return await service.names.card(model)
+
+    return router
+
+
+async def chat_job(service: Service, body: ChatRequest) -> Job:
+    """One engine request of `n` samples over the rendered conversation."""
+    adapter = await service.names.choose(body.model, body.lora_path)
+    ids = service.chat.render(body)
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if limit is None:
+        limit = max(service.engine.model_info["max_model_len"] - len(ids), 1)
+    rid = body.rid or f"chatcmpl-{new_id()}"
+    generate = GenerateRequest(
+        input_ids=ids,
+        sampling=body.sampling(limit),
+        stop=[check_text(stop, "stop") for stop in body.stop],
+        n=body.n,
+        adapter=adapter,
+        logprobs=LogprobOptions(top=body.top_logprobs or 0) if body.logprobs else None,
+        stream=body.stream,
+        rid=rid,
+    )
+    answer = ChatFormat(
+        1,
+        body.n,
+        rid=rid,
+        model=body.model or service.names.base,
+        tokens=service.tokens,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        wants_logprobs=body.logprobs,
+    )
+    return Job(rid, [generate], answer, body.stream, _CHAT_FIELDS)
+
+
+async def completion_job(service: Service, body: CompletionRequest) -> Job:
+    """One engine request of `n` samples per prompt."""
+    prompts = body.prompts()
+    paths = spread(body.lora_path, len(prompts), "lora_path")
+    rid = body.rid or f"cmpl-{new_id()}"
+    limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    requests = [
+        GenerateRequest(
+            prompt=prompt if isinstance(prompt, str) else None,
+            input_ids=None if isinstance(prompt, str) else prompt,
+            sampling=body.sampling(limit),
+            stop=[check_text(stop, "stop") for stop in body.stop],
+            n=body.n,
+            adapter=await service.names.choose(body.model, paths[i]),
+            logprobs=None if body.logprobs is None else LogprobOptions(body.logprobs, 0 if body.echo else None),
+            stream=body.stream,
+            rid=rid if len(prompts) == 1 else f"{rid}-{i}",
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    answer = CompletionFormat(
+        len(prompts),
+        body.n,
+        rid=rid,
+        model=body.model or service.names.base,
+        tokens=service.tokens,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        echoes=[(prompt if isinstance(prompt, str) else service.tokens.decode(prompt)) if body.echo else "" for prompt in prompts],
+        top_logprobs=body.logprobs,
+    )
+    return Job(rid, requests, answer, body.stream, _COMPLETION_FIELDS)

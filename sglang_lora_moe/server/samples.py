@@ -1,0 +1,85 @@
+"""What one HTTP request asks of the engine, and what has come back so far. No HTTP, no asyncio."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_lora_moe.core import TokenLogprob
+from sglang_lora_moe.server.engine_api import Chunk, GenerateRequest
+
+
+@dataclass(slots=True)
+class Sample:
+    """The chunks of one sample of one prompt, added up."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    matched_stop: int | str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs or ()
+        self.prompt_logprobs += chunk.prompt_logprobs or ()
+        self.finish_reason, self.matched_stop = chunk.finish_reason, chunk.matched_stop
+        self.prompt_tokens, self.completion_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.completion_tokens, chunk.cached_tokens
+
+
+class ResponseFormat(ABC):
+    """Writes one protocol: the whole answer, or events as chunks arrive. `samples[i][k]` is sample k of prompt i."""
+
+    def __init__(self, num_prompts: int, n: int) -> None:
+        self.n = n
+        self.samples = [[Sample() for _ in range(n)] for _ in range(num_prompts)]
+
+    def add(self, prompt: int, chunk: Chunk) -> Sample:
+        sample = self.samples[prompt][chunk.index]
+        sample.add(chunk)
+        return sample
+
+    @abstractmethod
+    def whole(self) -> Any:
+        """The answer of a request that does not stream, after the last `add`."""
+
+    @abstractmethod
+    def events(self, prompt: int, chunk: Chunk) -> Iterable[dict[str, Any]]:
+        """Adds `chunk` and returns the events to send for it."""
+
+    def last_events(self) -> Iterable[dict[str, Any]]:
+        """Events after the last chunk."""
+        return ()
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object. A prompt counts once however many samples it has; cached tokens are its first sample's."""
+        prompt = sum(samples[0].prompt_tokens for samples in self.samples)
+        completion = sum(sample.completion_tokens for samples in self.samples for sample in samples)
+        cached = sum(samples[0].cached_tokens for samples in self.samples)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+@dataclass(slots=True)
+class Job:
+    """One HTTP request: its prompts as engine requests, and how to answer.
+
+    `rid` is the name a client may abort it by; `fields` maps the engine's names of fields to those of this protocol, for errors.
+    """
+
+    rid: str
+    requests: list[GenerateRequest]
+    format: ResponseFormat
+    stream: bool
+    fields: dict[str, str]

@@ -1,0 +1,94 @@
+"""What the routes share: one engine, its names, templates and metrics, and the way from a job to a response."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from sglang_lora_moe.core import FinishReason, RequestError
+from sglang_lora_moe.server.chat import ChatRenderer, read_template
+from sglang_lora_moe.server.engine_api import AsyncEngineAPI, Chunk, GenerateRequest
+from sglang_lora_moe.server.logprobs import TokenText
+from sglang_lora_moe.server.metrics import Metrics
+from sglang_lora_moe.server.model_names import ModelNames
+from sglang_lora_moe.server.samples import Job
+from sglang_lora_moe.server.streaming import EventStream, merge, until_disconnect
+
+
+class Service:
+    """Everything one app holds. Made by `create_app`, given to the route factories."""
+
+    def __init__(self, engine: AsyncEngineAPI) -> None:
+        self.engine = engine
+        self.names = ModelNames(engine)
+        self.metrics = Metrics(self.names.base)
+        self.tokens = TokenText(engine.tokenizer)
+        self.chat = ChatRenderer(engine.tokenizer, read_template(engine.config.chat_template))
+        self._batches: dict[str, list[str]] = {}  # running batch -> the ids of its requests
+
+    async def respond(self, request: Request, job: Job) -> Response:
+        """Run `job` and answer it; the job ends when the client goes away."""
+        chunks = self._chunks(job)
+        try:
+            if job.stream:
+                first = await until_disconnect(request.receive, _next(chunks))
+                return EventStream(first, chunks, job.format)
+            await until_disconnect(request.receive, _collect(job, chunks))
+            return JSONResponse(job.format.whole())
+        except RequestError as error:
+            error.param = job.fields.get(error.param or "", error.param)
+            raise
+
+    async def abort(self, rid: str) -> None:
+        """Abort the request, or all requests of the batch, that runs under `rid`; "" aborts everything."""
+        for one in self._batches.get(rid, [rid]):
+            await self.engine.abort(one)
+
+    async def _chunks(self, job: Job) -> AsyncGenerator[tuple[int, Chunk], None]:
+        if len(job.requests) > 1:
+            self._batches[job.rid] = [request.rid for request in job.requests]
+        try:
+            async with aclosing(merge([self.run(request) for request in job.requests])) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._batches.pop(job.rid, None)
+
+    def run(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """The chunks of one engine request, counted. Zero new tokens (scoring a prompt) runs as one token that is dropped."""
+        if request.sampling.max_new_tokens > 0:
+            return self.metrics.observe(request, self.engine.generate(request))
+        request.sampling.max_new_tokens = 1
+        return _without_tokens(self.metrics.observe(request, self.engine.generate(request)))
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+async def _next(chunks: AsyncGenerator[tuple[int, Chunk], None]) -> tuple[int, Chunk] | None:
+    async for item in chunks:
+        return item
+    return None
+
+
+async def _collect(job: Job, chunks: AsyncGenerator[tuple[int, Chunk], None]) -> None:
+    async with aclosing(chunks) as items:
+        async for prompt, chunk in items:
+            job.format.add(prompt, chunk)
+
+
+async def _without_tokens(chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+    nothing: dict[str, Any] = {"text": "", "token_ids": [], "logprobs": None, "completion_tokens": 0, "matched_stop": None}
+    async with aclosing(chunks) as items:
+        async for chunk in items:
+            reason = chunk.finish_reason
+            if reason is not None and reason != FinishReason.ABORT:
+                reason = FinishReason.LENGTH.value
+            yield replace(chunk, finish_reason=reason, **nothing)
