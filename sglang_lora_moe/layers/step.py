@@ -7,6 +7,8 @@ step's tokens are padding: slot -1, KV row of the dump page, and no work is done
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -47,3 +49,4 @@ class StepContext:
         self.lora_active = False  # host bool: some request of the step has an adapter
         self.query_lens: list[int] = []
         self.seq_lens_host: list[int] = []
+        self.host_cache: dict[str, Any] = {}  # what host loops derived from the buffers, each with the content it was derived from

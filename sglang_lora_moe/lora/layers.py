@@ -1,0 +1,85 @@
+"""Wrappers that add adapters to the model's layers. A step without an active adapter runs exactly the wrapped layer's code.
+
+Nothing is defined or looked up per step that could be made when the wrapper is built; the step's slots come from the
+shared `StepContext`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.layers.embedding import Embedding
+from sglang_lora_moe.layers.fused_moe import FusedMoE
+from sglang_lora_moe.layers.linear import Linear
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.hooks import build_lora_hooks
+from sglang_lora_moe.lora.slot_runs import slot_runs
+from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
+from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta
+from sglang_lora_moe.moe.backends import make_lora_ops
+
+
+class FusedMoEWithLoRA(nn.Module):
+    """Experts with adapters. Refuses, when built, a backend that cannot apply them."""
+
+    def __init__(self, base: FusedMoE, stacks: ExpertStacks, ctx: StepContext) -> None:
+        super().__init__()
+        _check_dims(base.name, stacks, base.spec.hidden_size, base.spec.w13_rows, base.spec.intermediate_size, base.spec.hidden_size)
+        self.base, self.ctx, self.num_slots = base, ctx, stacks.a13.num_slots
+        self.hooks = build_lora_hooks(stacks, make_lora_ops(base.runner.core.name))
+
+    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """As FusedMoE: x [M, H], topk_ids int [M, K], topk_weights float [M, K] -> [M, H]."""
+        if not self.ctx.lora_active:
+            return self.base.forward(x, topk_ids, topk_weights)
+        return self.base.run(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots)
+
+
+class LinearWithLoRA(nn.Module):
+    """A linear, fused or not, with adapters on each of its parts (`stacks` in the order of `base.parts`)."""
+
+    def __init__(self, base: Linear, stacks: Sequence[LinearStacks], ctx: StepContext) -> None:
+        super().__init__()
+        if len(stacks) != len(base.parts):
+            raise ValueError(f"expected stacks for {len(base.parts)} parts ({', '.join(name for name, _ in base.parts)}), got {len(stacks)}")
+        self.base, self.ctx = base, ctx
+        self.parts: list[Part] = []
+        first = 0
+        for (name, rows), part in zip(base.parts, stacks, strict=True):
+            _check_dims(name, part, base.weight.shape[1], rows)
+            self.parts.append((part, first, rows))
+            first += rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., sum(rows)]; the leading dims hold the step's tokens (or logit rows) in order."""
+        y = self.base.forward(x)
+        if self.ctx.lora_active:
+            flat = x.reshape(-1, x.shape[-1])
+            add_linear_delta(y.view(-1, y.shape[-1]), flat, self.parts, slot_runs(self.ctx, self.base.slot_source, flat.shape[0]))
+        return y
+
+
+class EmbeddingWithLoRA(nn.Module):
+    """Token embedding with adapters."""
+
+    def __init__(self, base: Embedding, stacks: EmbeddingStacks, ctx: StepContext) -> None:
+        super().__init__()
+        _check_dims(base.name, stacks, base.weight.shape[0], base.weight.shape[1])
+        self.base, self.stacks, self.ctx = base, stacks, ctx
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids int [...] -> [..., H]."""
+        y = self.base.forward(input_ids)
+        if self.ctx.lora_active:
+            flat = input_ids.reshape(-1)
+            add_embedding_delta(y.view(flat.shape[0], -1), flat, self.stacks, slot_runs(self.ctx, "tokens", flat.shape[0]))
+        return y
+
+
+def _check_dims(name: str, stacks: ExpertStacks | LinearStacks | EmbeddingStacks, *expected: int) -> None:
+    found = tuple(stack.dim for stack in vars(stacks).values())
+    if found != expected:
+        raise ValueError(f"{name}: expected stacks of dims {expected}, got {found}")
