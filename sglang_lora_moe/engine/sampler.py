@@ -1,0 +1,282 @@
+"""Picks the next token of every request of a step, batched on tensors. B = sampled requests, V = vocabulary.
+
+    z = logits + logit_bias, minus penalties;  stop ids -inf before min_new_tokens
+    temperature 0 (or top_k 1): argmax z
+    otherwise: p = softmax(z / temperature), cut by top_k, then top_p of what is left, then min_p of the largest;
+               token = first v with  cumsum(p)[v] > u * sum(p),   u = hash(seed, output position) in [0, 1)
+
+`u` depends on nothing but the request's seed and how many tokens it has, and cuts keep ties, so a request gets the same
+tokens whatever else is in the batch. Log-probabilities are those of the unmodified logits. What follows from the requests'
+parameters alone is kept while the same requests are sampled again, which is the rule while decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from sglang_lora_moe.core import TokenLogprob
+from sglang_lora_moe.engine.request import Request
+
+_MASK64 = (1 << 64) - 1
+_GREEDY_TEMPERATURE = 1e-5  # below this, dividing by it leaves nothing to chance and may overflow
+_FIRST_CANDIDATES = 256  # top_p without top_k looks at so many tokens before it sorts the whole vocabulary
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers with good avalanche."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """A seed for sample `index` of a request with n > 1; index 0 keeps the request's own."""
+    return seed if index == 0 else _mix((_mix(seed & _MASK64) + index * 0x9E3779B97F4A7C15) & _MASK64)
+
+
+def uniform(seed: int, position: int) -> float:
+    """u in [0, 1 - 1e-12], a function of seed and output position alone."""
+    bits = _mix((_mix(seed & _MASK64) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64)
+    return min((bits >> 11) * 2.0**-53, 1.0 - 1e-12)
+
+
+def is_greedy(request: Request) -> bool:
+    return request.sampling.temperature < _GREEDY_TEMPERATURE or request.sampling.top_k == 1
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: list[int], tops: list[int]) -> list[TokenLogprob]:
+    """Log-probability of one token per row of logits [N, V], and the `tops[i]` best alternatives of row i."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    most = min(max(tops), logits.shape[1])
+    if not most:
+        return [TokenLogprob(token, value) for token, value in zip(token_ids, chosen, strict=True)]
+    values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1))
+    best = [list(zip(row_ids[:n], row_values[:n], strict=True)) for row_ids, row_values, n in zip(ids, values, tops, strict=True)]
+    return [TokenLogprob(token, value, top) for token, value, top in zip(token_ids, chosen, best, strict=True)]
+
+
+@dataclass
+class _Filter:
+    """Cuts of the rows that have any (F of them)."""
+
+    rows: torch.Tensor  # int64 [F]
+    top_k: torch.Tensor  # int64 [F, 1], V = all
+    top_p: torch.Tensor  # float32 [F, 1]
+    log_min_p: torch.Tensor | None  # float32 [F, 1], -inf = none
+    sorts: bool  # any top_k or top_p
+    candidates: int  # how many of the largest logits decide the cuts
+    may_need_all: bool  # unless top_p asks for more
+
+
+@dataclass
+class _Plan:
+    """What follows from the parameters of a list of requests."""
+
+    requests: list[Request]
+    greedy: bool  # all of them, without any modification of logits
+    all_argmax: bool
+    argmax_rows: torch.Tensor | None  # bool [B], None = no row
+    temperature: torch.Tensor  # float32 [B, 1]
+    filter: _Filter | None
+    bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows, token ids, values
+    penalised: list[int]  # rows
+    penalties: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # repetition, presence, frequency [len(penalised), 1]
+    min_new: list[int]  # rows with min_new_tokens
+    logprob_rows: list[int]
+
+
+class Sampler:
+    """Samples steps of one model. Holds token counts of penalised requests on the device, and the plan of the last batch."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self._plan: _Plan | None = None
+        self._history = _TokenHistory(vocab_size, self.device)
+
+    def sample(self, logits: torch.Tensor, requests: list[Request]) -> tuple[list[int], dict[int, TokenLogprob]]:
+        """One token per row of logits float32 [B, V] (left unchanged); log-probabilities by row, where asked for."""
+        plan = self._plan
+        if plan is None or plan.requests != requests:
+            plan = self._plan = self._make_plan(requests)
+        token_ids = logits.argmax(dim=-1).tolist() if plan.greedy else self._modified_tokens(logits, plan)
+        logprobs: dict[int, TokenLogprob] = {}
+        if plan.logprob_rows:
+            rows = plan.logprob_rows
+            wanted = logits if len(rows) == len(requests) else logits[rows]
+            tops = [options.top for options in (requests[row].logprobs for row in rows) if options is not None]
+            logprobs = dict(zip(rows, token_logprobs(wanted, [token_ids[row] for row in rows], tops), strict=True))
+        return token_ids, logprobs
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+    def _modified_tokens(self, logits: torch.Tensor, plan: _Plan) -> list[int]:
+        z = self._modify(logits, plan)
+        best = z.argmax(dim=-1) if plan.argmax_rows is not None else None
+        if plan.all_argmax:
+            assert best is not None
+            return best.tolist()
+        z = z / plan.temperature
+        if plan.filter is not None:
+            z[plan.filter.rows] = self._cut(z[plan.filter.rows], plan.filter)
+        u = torch.tensor([[uniform(request.seed, request.num_output)] for request in plan.requests], dtype=torch.float64).to(self.device)
+        cumulative = torch.softmax(z, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=z.shape[1] - 1).squeeze(1)
+        if plan.argmax_rows is not None and best is not None:
+            tokens = torch.where(plan.argmax_rows, best, tokens)
+        return tokens.tolist()
+
+    def _modify(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """Bias, penalties and the minimum length, on a copy if there are any."""
+        early = [row for row in plan.min_new if plan.requests[row].num_output < plan.requests[row].sampling.min_new_tokens]
+        if not (plan.bias or plan.penalised or early):
+            return logits
+        z = logits.clone()
+        if plan.bias is not None:
+            rows, ids, values = plan.bias
+            z.index_put_((rows, ids), values, accumulate=True)
+        if plan.penalties is not None:
+            z[plan.penalised] = self._penalise(z[plan.penalised], [plan.requests[row] for row in plan.penalised], plan.penalties)
+        if early:
+            pairs = [(row, token) for row in early for token in plan.requests[row].stop_ids if token < self.vocab_size]
+            if pairs:
+                index = torch.tensor(pairs, device=self.device).unbind(1)
+                z[index] = -math.inf
+        return z
+
+    def _penalise(self, z: torch.Tensor, requests: list[Request], penalties: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        repetition, presence, frequency = penalties
+        counts, seen = self._history.gather(requests)
+        z = torch.where(seen, torch.where(z > 0, z / repetition, z * repetition), z)
+        return z - frequency * counts - presence * (counts > 0)
+
+    @staticmethod
+    def _cut(z: torch.Tensor, cut: _Filter) -> torch.Tensor:
+        """z [F, V] with -inf for tokens outside top_k, top_p and min_p. Tokens that tie with the last kept one stay."""
+        floor = z.amax(dim=-1, keepdim=True) + cut.log_min_p if cut.log_min_p is not None else None
+        if cut.sorts:
+            candidates = cut.candidates
+            threshold, enough = _sorted_threshold(z, cut, candidates)
+            while not enough:
+                candidates = min(candidates * 16, z.shape[1])
+                threshold, enough = _sorted_threshold(z, cut, candidates)
+            floor = threshold if floor is None else torch.maximum(floor, threshold)
+        assert floor is not None
+        return z.masked_fill(z < floor, -math.inf)
+
+    def _make_plan(self, requests: list[Request]) -> _Plan:
+        params = [request.sampling for request in requests]
+        argmax = [is_greedy(request) for request in requests]
+        biased = [(row, token, value) for row, p in enumerate(params) for token, value in p.logit_bias.items()]
+        penalised = [row for row, p in enumerate(params) if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty]
+        min_new = [row for row, p in enumerate(params) if p.min_new_tokens > 0]
+        penalties = None
+        if penalised:
+            names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+            repetition, presence, frequency = (self._column([getattr(params[row], name) for row in penalised]) for name in names)
+            penalties = (repetition, presence, frequency)
+        bias = None
+        if biased:
+            rows, ids = torch.tensor([(row, token) for row, token, _ in biased], device=self.device).unbind(1)
+            bias = (rows, ids, torch.tensor([value for _, _, value in biased], dtype=torch.float32, device=self.device))
+        return _Plan(
+            requests=list(requests),
+            greedy=all(argmax) and not (biased or penalised or min_new),
+            all_argmax=all(argmax),
+            argmax_rows=torch.tensor(argmax, device=self.device) if any(argmax) else None,
+            temperature=self._column([1.0 if a else p.temperature for a, p in zip(argmax, params, strict=True)]),
+            filter=self._make_filter([row for row, a in enumerate(argmax) if not a], requests),
+            bias=bias,
+            penalised=penalised,
+            penalties=penalties,
+            min_new=min_new,
+            logprob_rows=[row for row, request in enumerate(requests) if request.logprobs is not None],
+        )
+
+    def _make_filter(self, rows: list[int], requests: list[Request]) -> _Filter | None:
+        vocab = self.vocab_size
+        params = {row: requests[row].sampling for row in rows}
+        cut = {row: p for row, p in params.items() if 0 < p.top_k < vocab or p.top_p < 1.0 or p.min_p > 0.0}
+        if not cut:
+            return None
+        top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in cut.values()]
+        top_p = [p.top_p for p in cut.values()]
+        open_ended = any(k == vocab and p < 1.0 for k, p in zip(top_k, top_p, strict=True))
+        candidates = max([k for k in top_k if k < vocab] + [_FIRST_CANDIDATES if open_ended else 1])
+        min_p = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in cut.values()]
+        return _Filter(
+            rows=torch.tensor(list(cut), device=self.device),
+            top_k=torch.tensor(top_k, device=self.device).unsqueeze(1),
+            top_p=self._column(top_p),
+            log_min_p=self._column(min_p) if max(min_p) > -math.inf else None,
+            sorts=min(top_k) < vocab or open_ended,
+            candidates=min(candidates, vocab),
+            may_need_all=open_ended and candidates < vocab,
+        )
+
+    def _column(self, values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device).unsqueeze(1)
+
+
+def _sorted_threshold(z: torch.Tensor, cut: _Filter, candidates: int) -> tuple[torch.Tensor, bool]:
+    """Smallest kept logit [F, 1] by top_k and top_p, and whether `candidates` tokens were enough to find it."""
+    values = z.topk(candidates, dim=-1).values  # [F, C], falling
+    ranks = torch.arange(candidates, device=z.device)
+    kept = values.masked_fill(ranks >= cut.top_k, -math.inf)
+    limited = cut.top_k < z.shape[1]
+    total = torch.where(limited, torch.logsumexp(kept, dim=-1, keepdim=True), torch.logsumexp(z, dim=-1, keepdim=True))
+    p = torch.exp(kept - total)
+    before = p.cumsum(dim=-1) - p  # mass of the larger ones
+    enough = not cut.may_need_all or candidates == z.shape[1] or bool(((before[:, -1:] >= cut.top_p) | limited | (cut.top_p >= 1.0)).all())
+    keep = ((before < cut.top_p) | (cut.top_p >= 1.0)) & (ranks < cut.top_k)
+    threshold = values.gather(1, keep.sum(dim=-1, keepdim=True).clamp_(min=1) - 1)
+    return threshold.masked_fill(~limited & (cut.top_p >= 1.0), -math.inf), enough
+
+
+class _TokenHistory:
+    """Token counts of penalised requests: one row each of outputs [N, V] and of prompt-or-output [N, V], grown on demand."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab, self._device = vocab_size, device
+        self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._owners: list[Request | None] = []
+        self._applied: dict[Request, int] = {}  # output tokens counted so far
+        self._row: dict[Request, int] = {}
+
+    def gather(self, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts int32 [n, V] and seen bool [n, V] of `requests`, brought up to date."""
+        pairs: list[tuple[int, int]] = []
+        for request in requests:
+            row = self._row.get(request)
+            if row is None:
+                row = self._add(request)
+            applied = request.prompt_len + self._applied[request]
+            pairs.extend((row, token) for token in request.tokens[applied:])
+            self._applied[request] = request.num_output
+        if pairs:
+            rows, ids = torch.tensor(pairs, device=self._device).unbind(1)
+            self._counts.index_put_((rows, ids), torch.ones_like(rows, dtype=torch.int32), accumulate=True)
+            self._seen[rows, ids] = True
+        index = torch.tensor([self._row[request] for request in requests], device=self._device)
+        return self._counts[index], self._seen[index]
+
+    def _add(self, request: Request) -> int:
+        if None not in self._owners:
+            for owner in [owner for owner in self._row if owner.finish_reason is not None]:
+                self._owners[self._row.pop(owner)] = None
+                del self._applied[owner]
+        if None not in self._owners:
+            grown = max(4, len(self._owners))
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(grown, self._vocab)])
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(grown, self._vocab)])
+            self._owners.extend([None] * grown)
+        row = self._owners.index(None)
+        self._owners[row] = request
+        self._row[request], self._applied[request] = row, 0
+        self._counts[row] = 0
+        self._seen[row] = False
+        self._seen[row, torch.tensor(request.tokens[: request.prompt_len], device=self._device)] = True
+        return row
