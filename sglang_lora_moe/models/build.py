@@ -138,6 +138,10 @@ def _build_on_meta(path: Path, dtype: torch.dtype) -> Any:
             if "Unrecognized configuration class" not in str(error):
                 raise
             raise recognise.UnsupportedModelError(f"{path}: transformers has no causal language model for model_type {config.model_type!r}") from error
+        except KeyError as error:  # classes that choose their attention from a table of their own
+            if _ATTENTION not in str(error):
+                raise
+            raise recognise.UnsupportedModelError(f"{path}: attention of model_type {config.model_type!r} cannot be replaced in transformers") from error
     plan = recognise.dtype_plan(hf, dtype)
     for module_path, module in hf.named_modules():
         for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -239,8 +243,10 @@ class _Swap:
             spec = recognise.router_spec(module)
             if spec is not None:
                 self._replace(path, self._make_router(path, module, spec))
-            elif "Router" in type(module).__name__ or "Gate" in type(module).__name__:
-                self.refused_adapter_modules[f"{block.rpartition('.')[2]}.{leaf}"] = f"{type(module).__name__} is not in the table of routers that take adapters"
+                continue
+            kind = type(module).__name__
+            if getattr(module, "weight", None) is not None and ("Router" in kind or "Gate" in kind):
+                self.refused_adapter_modules[f"{block.rpartition('.')[2]}.{leaf}"] = f"{kind} is not in the table of routers that take adapters"
 
     def _make_router(self, path: str, module: Any, spec: RouterSpec) -> Router:
         weight = module.weight

@@ -39,12 +39,13 @@ class TensorPlace:
     def __init__(self, storage: torch.Tensor) -> None:
         self.storage, self.filled = storage, False
 
-    def put(self, read: Any, piece: tuple[int, int] | None) -> None:
+    def put(self, opened: Any, key: str, piece: tuple[int, int] | None) -> None:
         if piece is not None:
             raise LoadError("is one expert's tensor, but the model has no experts of that name")
-        if tuple(read.get_shape()) != tuple(self.storage.shape):
-            raise LoadError(f"has shape {list(read.get_shape())}, expected {list(self.storage.shape)}")
-        tensor = _floating(read[:]).to(self.storage.device, self.storage.dtype)
+        tensor = _floating(opened.get_tensor(key))
+        if tensor.shape != self.storage.shape:
+            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(self.storage.shape)}")
+        tensor = tensor.to(self.storage.device, self.storage.dtype)
         if self.filled and not torch.equal(self.storage, tensor):
             raise LoadError("differs from another tensor that the model ties it to; set tie_word_embeddings to false in config.json")
         self.storage.copy_(tensor)
@@ -64,27 +65,30 @@ class ExpertsPlace:
         self.storage, self.num_parts, self.transposed, self.interleaved = storage, num_parts, transposed, interleaved
         self.pieces: set[tuple[int, int]] = set()
 
-    def put(self, read: Any, piece: tuple[int, int] | None) -> None:
-        shape = tuple(read.get_shape())
+    def put(self, opened: Any, key: str, piece: tuple[int, int] | None) -> None:
         if piece is None:
-            expected = list(self.storage.shape)
-            if self.transposed:
-                expected[1:] = expected[:0:-1]
-            if list(shape) != expected:
-                raise LoadError(f"has shape {list(shape)}, expected {expected}")
-            for expert in range(shape[0]):
-                self._put_expert(expert, _floating(read[expert : expert + 1])[0])
-            self.pieces.update((expert, part) for expert in range(shape[0]) for part in range(self.num_parts))
+            self._put_whole(opened.get_slice(key))
             return
         expert, part = piece
         if expert >= self.storage.shape[0]:
             raise LoadError(f"belongs to expert {expert}, but the model has {self.storage.shape[0]} experts")
         rows = self.storage.shape[1] // self.num_parts
-        place = self.storage[expert, part * rows : (part + 1) * rows]
-        if shape != tuple(place.shape):
-            raise LoadError(f"has shape {list(shape)}, expected {list(place.shape)}")
-        place.copy_(_floating(read[:]))
+        place, tensor = self.storage[expert, part * rows : (part + 1) * rows], _floating(opened.get_tensor(key))
+        if tensor.shape != place.shape:
+            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(place.shape)}")
+        place.copy_(tensor)
         self.pieces.add(piece)
+
+    def _put_whole(self, read: Any) -> None:
+        """A tensor of all experts, read expert by expert."""
+        found, expected = list(read.get_shape()), list(self.storage.shape)
+        if self.transposed:
+            expected[1:] = expected[:0:-1]
+        if found != expected:
+            raise LoadError(f"has shape {found}, expected {expected}")
+        for expert in range(found[0]):
+            self._put_expert(expert, _floating(read[expert : expert + 1])[0])
+            self.pieces.update((expert, part) for part in range(self.num_parts))
 
     def _put_expert(self, expert: int, tensor: torch.Tensor) -> None:
         if self.transposed:
@@ -129,7 +133,7 @@ def find_places(hf: nn.Module) -> dict[str, Place]:
     return places
 
 
-def _expert_places(experts: FusedMoE) -> Iterator[tuple[str, ExpertsPlace]]:
+def _expert_places(experts: Any) -> Iterator[tuple[str, ExpertsPlace]]:
     gated, interleaved, transposed = experts.spec.gated, experts.interleaved_gate_up, experts.is_transposed
     first = "gate_up_proj" if gated else "up_proj"
     parts = 2 if gated else 1
@@ -151,7 +155,7 @@ class NameTable:
     """transformers' rules from checkpoint names to module names, for one model."""
 
     def __init__(self, hf: Any) -> None:
-        rules = get_model_conversion_mapping(hf)
+        rules: list[Any] = get_model_conversion_mapping(hf)
         self.renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self.prefix = hf.base_model_prefix
@@ -234,7 +238,7 @@ def _load_file(
         try:
             name, piece = table.place_of(key, places)
             if name in places:
-                places[name].put(opened.get_slice(key), piece)
+                places[name].put(opened, key, piece)
             elif not ignorable(key) and not ignorable(name):
                 unused.append(key)
         except LoadError as error:

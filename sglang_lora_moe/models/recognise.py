@@ -22,10 +22,11 @@ class UnsupportedModelError(ValueError):
 
 
 # Attention classes whose forward is: q/k/v linears, optional q/k norm, rotation in halves layout, attention, o linear.
-STANDARD_ATTENTION = frozenset(
-    "LlamaAttention MistralAttention Qwen2Attention Qwen3Attention MixtralAttention Qwen2MoeAttention Qwen3MoeAttention OlmoeAttention GptOssAttention "
-    "Glm4MoeAttention Dots1Attention PhimoeAttention GraniteMoeAttention MiniMaxM2Attention".split()
+_STANDARD_FAMILIES = (
+    *("Llama", "Mistral", "Qwen2", "Qwen3"),
+    *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "Glm4Moe", "Dots1", "Phimoe", "GraniteMoe", "MiniMaxM2"),
 )
+STANDARD_ATTENTION = frozenset(f"{family}Attention" for family in _STANDARD_FAMILIES)
 HALF_TABLE_ATTENTION = frozenset({"GptOssAttention"})  # cos and sin come without the repeated second half
 LATENT_ATTENTION = frozenset({"DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention"})
 
@@ -54,9 +55,11 @@ def find_attention(hf: nn.Module) -> dict[str, nn.Module]:
     for path, module in leaves.items():
         if not (_is_standard(module) or type(module).__name__ in LATENT_ATTENTION or _is_generic(module)):
             raise UnsupportedModelError(
-                f"{path} is a {type(module).__name__}, whose state between tokens is not supported; "
-                "layers must be attention with q_proj, k_proj, v_proj and o_proj, or known latent attention"
+                f"{path} is a {type(module).__name__}, which keeps earlier tokens in a way that is not supported; "
+                "only attention with q_proj, k_proj, v_proj and o_proj, or known latent attention, is"
             )
+        if not getattr(module, "is_causal", True):
+            raise UnsupportedModelError(f"{path} ({type(module).__name__}) lets tokens see later ones, which is not supported")
         if getattr(module, "is_kv_shared_layer", False):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}) shares its KV cache with another layer, which is not supported")
     for path, module in hf.named_modules():
@@ -73,9 +76,8 @@ def find_experts(hf: nn.Module) -> dict[str, nn.Module]:
     for path, module in hf.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
             found[path] = module
-        elif path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__:
-            if not any(path.startswith(f"{other}.") for other in found):
-                raise UnsupportedModelError(f"{path} is a {type(module).__name__}, experts that do not declare their weight layout to transformers")
+        elif (path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__) and not any(path.startswith(f"{other}.") for other in found):
+            raise UnsupportedModelError(f"{path} is a {type(module).__name__}, experts that do not declare their weight layout to transformers")
     return found
 
 
@@ -160,7 +162,7 @@ def router_spec(module: Any) -> RouterSpec | None:
 
 def _deepseek_router(module: Any, **fields: Any) -> RouterSpec:
     grouped = getattr(module, "topk_method", "group_limited_greedy") != "greedy"
-    groups = {"num_groups": module.num_group or 1, "topk_groups": module.topk_group or 1} if grouped else {}
+    groups: dict[str, Any] = {"num_groups": module.num_group or 1, "topk_groups": module.topk_group or 1} if grouped else {}
     return RouterSpec(module.num_experts, module.top_k, float32_logits=True, scale=float(module.routed_scaling_factor), **groups, **fields)
 
 
@@ -168,7 +170,7 @@ def moe_spec(path: str, module: Any, config: Any) -> MoESpec:
     """The spec of an experts module from its declared layout and parameter shapes."""
     up = module.gate_up_proj if module.has_gate else module.up_proj
     num_experts, rows, hidden = (up.shape[0], up.shape[2], up.shape[1]) if module.is_transposed else tuple(up.shape)
-    clamped = {}
+    clamped: dict[str, Any] = {}
     own_gate = getattr(type(module), "_apply_gate", None)
     if own_gate is not None and own_gate.__name__ != "_default_apply_gate":
         if type(module).__name__ != "GptOssExperts":

@@ -26,7 +26,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "glm4_moe": _MOE | _GROUPED | {"head_dim": 32, "n_group": 2, "topk_group": 1, "use_qk_norm": True, "partial_rotary_factor": 0.5, "attention_bias": True},
     "ernie4_5_moe": _MOE | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "tie_word_embeddings": True},
     "phimoe": {"num_local_experts": 8, "intermediate_size": 32, "sliding_window": 7, "attention_bias": True, "lm_head_bias": True},
-    "deepseek_v2": _MOE | _GROUPED | _LATENT | {"q_lora_rank": None, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"},
+    "deepseek_v2": _MOE | _GROUPED | _LATENT | {"q_lora_rank": None, "n_group": 4, "topk_group": 1, "topk_method": "group_limited_greedy"},
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "attention_multiplier": 0.3, "logits_scaling": 2.0},
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 32, "rotary_dim": 16},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 32, "head_dim": 16},

@@ -13,6 +13,7 @@ from torch import nn
 from sglang_lora_moe.layers.attention import PagedAttention, rotate
 from sglang_lora_moe.layers.linear import Linear
 
+Tables = tuple[torch.Tensor, torch.Tensor] | torch.Tensor  # cos and sin [1, T, dr], or complex cos + i sin [1, T, dr/2]
 KV_B_REASON = "kv_b_proj is absorbed into the queries and outputs of latent attention, so an adapter on it cannot be applied"
 
 
@@ -42,7 +43,7 @@ class AbsorbedMLA(nn.Module):
         self.rank = paged.spec.value_dim
         self.rope_dim = paged.spec.kv.k_dim - self.rank
 
-    def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | torch.Tensor, **_: object):  # noqa: ANN201
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: Tables, **_: object) -> tuple[torch.Tensor, None]:
         """hidden_states [1, T, H] -> ([1, T, H], None)."""
         heads = self.paged.spec.num_heads
         q, latent, k_rope = self.qkv_a(hidden_states[0]).split([self.qkv_a.parts[0][1], self.rank, self.rope_dim], dim=-1)
@@ -57,7 +58,7 @@ class AbsorbedMLA(nn.Module):
         out = self.paged(queries, keys.unsqueeze(1), None)  # [T, heads, r]
         return self.o_proj(torch.einsum("thr,hvr->thv", out, w_uv).flatten(1))[None], None
 
-    def _tables(self, position_embeddings: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables(self, position_embeddings: Tables) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, dr/2]; DeepSeek-V2 hands over complex numbers cos + i sin."""
         if isinstance(position_embeddings, torch.Tensor):
             return position_embeddings[0].real, position_embeddings[0].imag

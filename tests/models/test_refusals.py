@@ -1,0 +1,81 @@
+"""Models that would give wrong text are refused before any weight is read, with the layer type in the message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from sglang_lora_moe.models.build import build_model
+from sglang_lora_moe.models.recognise import UnsupportedModelError
+from tests.models.driver import Driver, Sequence, make_context
+from tests.tiny_models import CONFIGS
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "pad_token_id": 0,
+}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gated delta net": ("qwen3_next", _SMALL | {"num_experts": 8}, "linear_attention"),
+    "mamba": ("jamba", _SMALL | {"num_experts": 8}, "linear_attention"),
+    "lightning attention": ("minimax", _SMALL | {"num_local_experts": 8}, "linear_attention"),
+    "short convolution": ("lfm2", _SMALL, "conv|Lfm2"),
+    "chunked attention": ("llama4_text", _SMALL | {"num_local_experts": 8, "intermediate_size_mlp": 96}, "chunked_attention"),
+    "undeclared experts": ("aria_text", _SMALL | {"moe_num_experts": 4, "moe_topk": 2}, "AriaExperts"),
+    "unknown attention": ("gpt2", {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 128}, "GPT2Attention"),
+    "own attention table": ("gptj", {"n_layer": 1, "n_head": 2, "n_embd": 32, "rotary_dim": 8, "vocab_size": 128}, "gptj"),
+    "softcapping": ("gemma2", _SMALL | {"head_dim": 16}, "softcapping"),
+    "dynamic rope": ("qwen3", _SMALL | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
+    "quantized": ("qwen3_moe", CONFIGS["qwen3_moe"] | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
+    "encoder": ("t5", {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 32, "vocab_size": 128}, "'t5'"),
+}
+
+
+def build_dummy(path: Path, arch: str, fields: dict[str, Any]) -> Any:
+    AutoConfig.for_model(arch, **fields).save_pretrained(path)
+    return build_model(path, ctx=make_context(), dtype=torch.float32, device="cpu", load_format="dummy")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, tmp_path: Path) -> None:
+    arch, fields, named = REFUSED[case]
+    with pytest.raises(UnsupportedModelError, match=named):
+        build_dummy(tmp_path, arch, fields)
+
+
+def test_attention_that_passes_by_the_cache_is_noticed(tmp_path: Path) -> None:
+    driver = Driver(build_dummy(tmp_path, "diffllama", _SMALL))  # computes its scores itself, whatever attention is registered
+    with pytest.raises(UnsupportedModelError, match="did not use the paged KV cache"):
+        driver.run(Sequence([3, 4, 5]), 3)
+
+
+def test_attention_with_its_own_mask_is_noticed(tmp_path: Path) -> None:
+    driver = Driver(build_dummy(tmp_path, "doge", _SMALL))
+    with pytest.raises(UnsupportedModelError, match="DogeAttention"):
+        driver.run(Sequence([3, 4, 5]), 3)
+
+
+def test_longrope_is_served_up_to_the_length_where_factors_are_fixed(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    fields = _SMALL | {"rope_parameters": rope, "max_position_embeddings": 512, "original_max_position_embeddings": 64}
+    assert build_dummy(tmp_path, "llama", fields).max_model_len == 64
+
+
+def test_not_a_model_directory(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"no config\.json"):
+        build_model(tmp_path, ctx=make_context(), dtype=torch.float32, device="cpu")
+
+
+def test_unknown_backends_are_named(tmp_path: Path) -> None:
+    AutoConfig.for_model("qwen3_moe", **CONFIGS["qwen3_moe"]).save_pretrained(tmp_path)
+    for field in ("attention_backend", "moe_runner_backend"):
+        with pytest.raises(ValueError, match="nosuch.*torch_native"):
+            build_model(tmp_path, ctx=make_context(), dtype=torch.float32, device="cpu", load_format="dummy", **{field: "nosuch"})
