@@ -111,3 +111,34 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected| in the Euclidean norm, float32."""
     expected = expected.float()
     return float((found.float() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def assert_alignment(
+    alignment: Any, topk_ids: torch.Tensor, token_slots: torch.Tensor | None, experts: int, slots: int, base_block: int, lora_block: int
+) -> None:
+    """Every promise of ops/moe_lora_align.py, checked against the plain sort."""
+    slots = 0 if token_slots is None else slots
+    expected = ref_sorted_pairs(topk_ids, token_slots, experts, slots)
+    assert alignment.sorted_pairs.tolist() == [pair for _, _, pair in expected], "order by (expert, slot, pair)"
+    valid = [item for item in expected if item[0] < experts]
+    num_valid, num_base, num_lora, num_groups = alignment.counts.tolist()
+    assert num_valid == len(valid)
+    place = 0
+    for expert, start, rows in alignment.base_tiles[:num_base].tolist():
+        assert start == place and 1 <= rows <= base_block, f"base tile ({expert}, {start}, {rows}) after {place} rows"
+        assert {valid[i][0] for i in range(start, start + rows)} == {expert}
+        assert rows == base_block or place + rows == num_valid or valid[place + rows][0] != expert, "only the last tile of a run is partial"
+        place += rows
+    assert place == num_valid, "base tiles cover every valid pair once"
+    wanted = [i for i, (_, slot, _) in enumerate(valid) if slot >= 0]
+    covered: list[int] = []
+    groups = set()
+    for expert, slot, start, rows in alignment.lora_tiles[:num_lora].tolist():
+        assert 1 <= rows <= lora_block
+        assert {valid[i][:2] for i in range(start, start + rows)} == {(expert, slot)}
+        end = start + rows
+        assert rows == lora_block or end == num_valid or valid[end][:2] != (expert, slot), "only the last tile of a group is partial"
+        covered += range(start, end)
+        groups.add((expert, slot))
+    assert covered == wanted, "LoRA tiles cover every pair with an adapter once, in order"
+    assert num_groups == len(groups)

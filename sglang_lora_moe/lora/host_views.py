@@ -19,33 +19,34 @@ class SlotViews:
         self.scaling = float(stack.scaling[slot])
         self.split_a = bool(stack.split_a[slot])
         self._offset, self._stride = int(stack.offset[slot]), int(stack.expert_stride[slot])
-        self._a: dict[int, torch.Tensor] = {}
-        self._b: dict[int, torch.Tensor] = {}
+        self._a: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._b: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def a_t(self, expert: int = 0) -> torch.Tensor:
         """A transposed, [in, c * rank] float32 (a view where the pool is float32)."""
         view = self._a.get(expert)
         if view is None:
             shape = (self.dim, self.rank * (2 if self.split_a else 1))
-            view = self._keep(self._a, expert, self.pool.as_strided(shape, (1, self.dim), self._offset + expert * self._stride))
-        return view
+            view = self._keep(self._a, expert, (self.pool.as_strided(shape, (1, self.dim), self._offset + expert * self._stride),))
+        return view[0]
 
-    def b_t(self, expert: int = 0) -> torch.Tensor:
-        """B transposed, [rank, out] float32."""
-        view = self._b.get(expert)
-        if view is None:
-            view = self._keep(self._b, expert, self.rows(expert).t())
-        return view
+    def b_t(self, expert: int = 0) -> tuple[torch.Tensor, ...]:
+        """B transposed, float32: one [rank, out], or with split A its two halves [rank, out / 2]."""
+        views = self._b.get(expert)
+        if views is None:
+            b_t = self.rows(expert).t()
+            views = self._keep(self._b, expert, b_t.chunk(2, dim=1) if self.split_a else (b_t,))
+        return views
 
     def rows(self, expert: int = 0) -> torch.Tensor:
         """The matrix [dim, rank] as it lies in the pool: B, or an embedding's transposed A."""
         return self.pool.as_strided((self.dim, self.rank), (self.rank, 1), self._offset + expert * self._stride)
 
-    def _keep(self, cache: dict[int, torch.Tensor], expert: int, view: torch.Tensor) -> torch.Tensor:
-        if view.dtype != torch.float32:
-            return view.float()  # a copy: not worth keeping
-        cache[expert] = view
-        return view
+    def _keep(self, cache: dict[int, tuple[torch.Tensor, ...]], expert: int, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if views[0].dtype != torch.float32:
+            return tuple(view.float() for view in views)  # copies: not worth keeping
+        cache[expert] = views
+        return views
 
 
 def slot_views(stack: Stack, slot: int) -> SlotViews:
@@ -57,10 +58,8 @@ def slot_views(stack: Stack, slot: int) -> SlotViews:
 
 def add_expand(y: torch.Tensor, s: torch.Tensor, b: SlotViews, expert: int = 0) -> None:
     """y [n, out] += scaling * B s, in place in float32; s [n, c * rank]. With split A each half of y has its half of s."""
-    b_t = b.b_t(expert)
     if not b.split_a:
-        y.addmm_(s, b_t, alpha=b.scaling)
+        y.addmm_(s, b.b_t(expert)[0], alpha=b.scaling)
         return
-    half, rank = y.shape[1] // 2, b.rank
-    y[:, :half].addmm_(s[:, :rank], b_t[:, :half], alpha=b.scaling)
-    y[:, half:].addmm_(s[:, rank:], b_t[:, half:], alpha=b.scaling)
+    for y_half, s_half, b_t in zip(y.chunk(2, dim=1), s.chunk(2, dim=1), b.b_t(expert), strict=True):
+        y_half.addmm_(s_half, b_t, alpha=b.scaling)

@@ -20,11 +20,12 @@ RankSpace = list[torch.Tensor | None]  # per group of routing.groups: float32 [r
 
 def shrink(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
     """A x per group."""
-    source = routing.gather(rows) if rows_from == "tokens" else rows
+    source = (routing.gather(rows) if rows_from == "tokens" else rows).float()
+    sizes = [size for _, _, size in routing.groups]
     result: RankSpace = []
-    for (expert, slot, _), x in zip(routing.groups, source.split([size for _, _, size in routing.groups]), strict=True):
+    for (expert, slot, _), x in zip(routing.groups, source.split_with_sizes(sizes), strict=True):
         views = slot_views(stack_a, slot) if slot >= 0 else None
-        result.append(None if views is None or views.rank == 0 else torch.mm(x.float(), views.a_t(expert)))
+        result.append(None if views is None or views.rank == 0 else torch.mm(x, views.a_t(expert)))
     return result
 
 
@@ -41,7 +42,8 @@ def combine_with_delta(inp: RunnerInput, down: torch.Tensor, s: RankSpace, stack
 def _add_delta(base: torch.Tensor, s: RankSpace, stack_b: Stack, routing: Routing) -> torch.Tensor:
     """base + scaling * B s in float32; in place where base is float32 already."""
     total = base.float()
-    for (expert, slot, _), low, y in zip(routing.groups, s, total.split([size for _, _, size in routing.groups]), strict=True):
+    sizes = [size for _, _, size in routing.groups]
+    for (expert, slot, _), low, y in zip(routing.groups, s, total.split_with_sizes(sizes), strict=True):
         if low is not None:
             add_expand(y, low, slot_views(stack_b, slot), expert)
     return total

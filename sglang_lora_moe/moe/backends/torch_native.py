@@ -11,11 +11,11 @@ from torch import nn
 
 from sglang_lora_moe.moe.activation import apply_activation
 from sglang_lora_moe.moe.routing import Routing
-from sglang_lora_moe.moe.runner import RunnerInput
+from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo
 
 
-class TorchNativeCore:
+class TorchNativeCore(MoeRunnerCore):
     """MoeRunnerCore over `TorchQuantInfo`. Rows of gate_up, act and down are `routing.order`."""
 
     name = "torch_native"
@@ -54,7 +54,7 @@ def _grouped_matmul(
     """out[run] = rows[run] @ weights[expert] + biases[expert]; the runs cover all rows in order."""
     out = rows.new_empty(rows.shape[0], out_features)
     sizes = [size for _, size in runs]
-    for (expert, _), source, target in zip(runs, rows.split(sizes), out.split(sizes), strict=True):
+    for (expert, _), source, target in zip(runs, rows.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True):
         if biases is None:
             torch.mm(source, weights[expert], out=target)
         else:

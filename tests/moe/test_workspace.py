@@ -1,0 +1,45 @@
+"""Workspace: named scratch that never overlaps, and the side stream's order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_lora_moe.moe.workspace import Workspace
+
+
+def test_cpu_scratch_is_fresh_and_needs_no_join() -> None:
+    workspace = Workspace("cpu")
+    first, second = workspace.get("a", (3, 4), torch.float32), workspace.get("a", (3, 4), torch.float32)
+    assert first.shape == (3, 4) and first.is_contiguous() and first.data_ptr() != second.data_ptr()
+    with workspace.side():
+        first.zero_()
+    workspace.join()
+    assert workspace.nbytes == 0
+
+
+@pytest.mark.gpu
+def test_gpu_scratch_is_reused_and_grows() -> None:
+    workspace = Workspace("cuda")
+    large = workspace.get("a", (100, 3), torch.float32)
+    small = workspace.get("a", (10,), torch.bfloat16)
+    other = workspace.get("b", (10,), torch.int64)
+    assert large.data_ptr() == small.data_ptr() != other.data_ptr()
+    assert workspace.get("a", (1000,), torch.float32).numel() == 1000 and workspace.nbytes >= 4000
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="has 4096 bytes but 40000 are needed during graph capture"), torch.cuda.graph(graph):
+        workspace.get("a", (10000,), torch.float32)
+
+
+@pytest.mark.gpu
+def test_gpu_side_stream_is_joined() -> None:
+    workspace = Workspace("cuda")
+    x = torch.zeros(1 << 22, device="cuda")
+    for _ in range(20):
+        x.add_(1)  # the side stream must wait for these
+    with workspace.side():
+        y = x * 2
+        for _ in range(20):
+            y.add_(1)
+    workspace.join()
+    assert float((y - 60).abs().max()) == 0
