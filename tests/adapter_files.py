@@ -102,7 +102,7 @@ def _write_with_peft(model: nn.Module, layout: str, directory: Path, rank: int, 
     if settings["target_modules"] == "ATTENTION":
         settings["target_modules"] = attention_linears(model)
     if layout == "all_linear":
-        settings["exclude_modules"] = [".*kv_b_proj"] if any("kv_b_proj" in name for name, _ in model.named_modules()) else None
+        settings["exclude_modules"] = ["kv_b_proj"] if any("kv_b_proj" in name for name, _ in model.named_modules()) else None
     settings["target_parameters"] = [router_parameter(model) if name == "ROUTER" else name for name in settings.get("target_parameters", [])] or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

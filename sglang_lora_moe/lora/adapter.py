@@ -1,0 +1,260 @@
+"""Reads a PEFT adapter directory against a model's targets: everything in it is understood, or it is refused by name.
+
+`read_adapter` checks the config, the file, each tensor's name, shape, rank and values, and returns the weights in the one
+form that the memory pool stores. It knows no device, no slot and no model: only names and shapes (`lora/targets.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sglang_lora_moe.lora.adapter_config import AdapterConfig, read_config
+from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterFile
+from sglang_lora_moe.lora.adapter_layouts import INNER, OUTER, PROJECTIONS, AdapterSource, ExpertKey, missing_half, read_experts
+from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
+from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA, LoadReport, ModuleLoRA
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterWeights",
+    "EmbeddingLoRA",
+    "ExpertLoRA",
+    "LinearLoRA",
+    "LoadReport",
+    "ModuleLoRA",
+    "read_adapter",
+]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_PREFIX = "base_model.model."
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
+_EXPERTS = re.compile(r"(?P<experts>.+\.experts)(?:\.(?P<rest>.+))?")
+# Tensors beside A and B: what the end of their name says that they are
+_OTHER_TENSORS = {
+    ".lora_magnitude_vector": "DoRA magnitudes, which are not served; train with use_dora=false",
+    ".lora_magnitude_vector.weight": "DoRA magnitudes, which are not served; train with use_dora=false",
+    ".lora_B.bias": "a bias of lora_B, which is not served; train with lora_bias=false",
+    ".bias": 'a replaced bias of the base model, which is not served; train with bias="none"',
+    ".trainable_tokens_delta": "retrained token rows, which are not served; train with LoRA on embed_tokens instead",
+    ".weight": "full weights of a module (modules_to_save or a resized vocabulary), which are not served per adapter; use LoRA on the module",
+}
+# Spellings of other trainers, tried when neither the name nor its renaming is a target
+_ALIASES = ((".attn.", ".self_attn."), ("model.unembed_tokens", "lm_head"))
+
+
+def read_adapter(
+    path: str | Path,
+    targets: Mapping[str, Target],
+    *,
+    rename: Callable[[str], str],
+    max_rank: int,
+    dtype: torch.dtype,
+    lora_root: str | Path | None = None,
+    base_model: str | None = None,
+    refused_adapter_modules: Mapping[str, str] | None = None,
+) -> AdapterWeights:
+    """Read and check the adapter in directory `path`; raises AdapterError.
+
+    `rename` maps a module path of an older checkpoint to the model's (`ServedModel.rename_adapter_module`), `refused_adapter_modules` names
+    modules (by the end of their path) that cannot take adapters, with the reason. Weights are returned on the CPU in `dtype`, contiguous.
+    """
+    directory = _checked_directory(Path(path), Path(lora_root) if lora_root is not None else None)
+    config = read_config(directory)
+    with AdapterFile(directory / WEIGHTS_FILE) as file:
+        source = AdapterSource(file, config, max_rank, dtype)
+        source.report.warnings += config.warnings + _base_warning(config, base_model)
+        keys = _Names(source, targets, rename, refused_adapter_modules or {}).sort()
+        modules: dict[str, ModuleLoRA] = {name: _read_pair(source, targets[name], pair) for name, pair in keys.pairs.items()}
+        for name, group in keys.experts.items():
+            target = targets[name]
+            assert isinstance(target, ExpertTarget)
+            modules[name] = read_experts(source, target, group)
+        if dtype is torch.float16:
+            _check_float16(source, modules)
+        revision = file.revision(config.inference_fields() | {"paramwrapper_layout": file.metadata.get("paramwrapper_layout")})
+    return AdapterWeights(str(path), revision, config, modules, source.report)
+
+
+# ---- the directory ----------------------------------------------------------------------------------------------------
+def _checked_directory(path: Path, root: Path | None) -> Path:
+    """`path` if it is an adapter's directory inside `root` (links followed)."""
+    if root is not None:
+        real_root = Path(os.path.realpath(root))
+        for inside in (path, path / "adapter_config.json", path / WEIGHTS_FILE):
+            if not Path(os.path.realpath(inside)).is_relative_to(real_root):
+                raise AdapterError(f"{inside}: expected a path inside the adapter root {root} (links followed), found one outside. Move the adapter there.")
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise AdapterError(f"{path}: expected a directory with adapter_config.json and {WEIGHTS_FILE}, found {found}.")
+    if not (path / WEIGHTS_FILE).is_file():
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+        if pickles:
+            way_out = "Load it in PEFT and save it again with save_pretrained(..., safe_serialization=True)."
+            raise AdapterError(f"{path}: expected {WEIGHTS_FILE}, found {pickles[0]}, a pickle file, which is refused because it can run code. {way_out}")
+        raise AdapterError(f"{path}: expected {WEIGHTS_FILE}, found no such file. Save the adapter with PEFT's save_pretrained.")
+    return path
+
+
+def _base_warning(config: AdapterConfig, base_model: str | None) -> tuple[str, ...]:
+    """Names differ for many good reasons (a local copy, a quantized copy), so shapes decide and this is only said."""
+    mine, theirs = (os.path.basename(os.path.normpath(name)) if name else None for name in (base_model, config.base_model))
+    if mine is None or theirs is None or mine.lower() == theirs.lower():
+        return ()
+    return (f"{config.path.name}: base_model_name_or_path is {config.base_model!r}, this server serves {base_model!r}",)
+
+
+# ---- names ------------------------------------------------------------------------------------------------------------
+@dataclass
+class _PairKeys:
+    """Tensor names of A and B of a linear or embedding, and the module name they have in the file."""
+
+    module: str
+    halves: dict[str, str] = field(default_factory=dict)  # "A" | "B" -> tensor name
+
+
+@dataclass
+class _SortedKeys:
+    pairs: dict[str, _PairKeys] = field(default_factory=dict)  # by target name
+    experts: dict[str, list[ExpertKey]] = field(default_factory=dict)  # by target name
+
+
+class _Names:
+    """Finds for every tensor of the file the target it belongs to."""
+
+    def __init__(self, source: AdapterSource, targets: Mapping[str, Target], rename: Callable[[str], str], refused: Mapping[str, str]) -> None:
+        self.source, self.targets, self.rename, self.refused = source, targets, rename, refused
+
+    def sort(self) -> _SortedKeys:
+        found = _SortedKeys()
+        unknown: list[tuple[str, str]] = []
+        for key in self.source.file.entries:
+            match = _LORA_KEY.fullmatch(key.removeprefix(_PREFIX))
+            if match is None:
+                self._check_other(key)
+                continue
+            module, half = match["module"], match["half"]
+            if not self._add(found, key, module, half, bool(match["embedding"])):
+                unknown.append((key, module))
+        if unknown:
+            raise self._unknown(unknown)
+        if not found.pairs and not found.experts:
+            raise AdapterError(f"{self.source.file.path}: expected LoRA tensors (lora_A, lora_B), found {len(self.source.file.entries)} tensors, none of them.")
+        return found
+
+    def _add(self, found: _SortedKeys, key: str, module: str, half: str, embedding: bool) -> bool:
+        """File one LoRA tensor under its target; False if the model has no such module."""
+        name = self._resolve(module)
+        if name is not None and not isinstance(self.targets[name], ExpertTarget):
+            if embedding != isinstance(self.targets[name], EmbeddingTarget):
+                expected = "lora_embedding_A and lora_embedding_B" if not embedding else "lora_A and lora_B"
+                raise self.source.error(key, f"{expected} for {name}", "the other kind", "The adapter was made for another base model.")
+            pair = found.pairs.setdefault(name, _PairKeys(module))
+            if half in pair.halves:
+                raise self.source.error(key, f"one lora_{half} for {name}", f"also {pair.halves[half]}", "Remove one of the two.")
+            pair.halves[half] = key
+        else:
+            expert_key = self._expert_key(key, module, half)
+            if expert_key is None:
+                return False
+            name, entry = expert_key
+            group = found.experts.setdefault(name, [])
+            same = [other.key for other in group if other[2:] == entry[2:]]
+            if same:
+                raise self.source.error(key, f"one tensor of this kind for {name}", f"also {same[0]}", "Remove one of the two.")
+            group.append(entry)
+        self.source.report.consumed[key] = name
+        return True
+
+    def _expert_key(self, key: str, module: str, half: str) -> tuple[str, ExpertKey] | None:
+        match = _EXPERTS.fullmatch(module)
+        name = self._resolve(match["experts"]) if match else None
+        if match is None or name is None or not isinstance(self.targets[name], ExpertTarget):
+            return None
+        rest = match["rest"].split(".") if match["rest"] else []
+        numbers = [part for part in rest if part.isdecimal()]
+        leaves = [part for part in rest if not part.isdecimal()]
+        if rest == [] or rest == ["base_layer"]:
+            return name, ExpertKey(key, match["experts"], INNER if rest else OUTER, None, half)
+        if len(leaves) != 1 or len(numbers) > 1 or leaves[0] not in PROJECTIONS:
+            known = ", ".join(PROJECTIONS)
+            raise self.source.error(key, f"a projection of {name} ({known}), with an expert number or without", ".".join(rest))
+        return name, ExpertKey(key, module, PROJECTIONS[leaves[0]], int(numbers[0]) if numbers else None, half)
+
+    def _resolve(self, module: str) -> str | None:
+        """The target that `module` of the file names, None if there is none. Refuses modules that may not have adapters."""
+        renamed = self.rename(module)
+        candidates = [module, renamed, *(renamed.replace(old, new) for old, new in _ALIASES if old in renamed)]
+        for suffix, reason in self.refused.items():
+            if any(name == suffix or name.endswith(f".{suffix}") for name in candidates):
+                raise AdapterError(f"{self.source.file.path}: {module}: expected no adapter on {suffix}, found one: {reason}.")
+        return next((name for name in candidates if name in self.targets), None)
+
+    def _check_other(self, key: str) -> None:
+        """A tensor that is neither A nor B: an unchanged copy of a base embedding is left alone, anything else is refused."""
+        module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+        if key.endswith(".base_layer.weight") and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            target = self.targets.get(self._resolve(module) or "")
+            expected = [target.vocab, target.hidden] if isinstance(target, EmbeddingTarget) else None
+            expected = [target.out_features, target.in_features] if isinstance(target, LinearTarget) else expected
+            found = list(self.source.shape(key))
+            if expected is not None and found == expected:
+                note = "PEFT's copy of the base weight, which is not read"
+                self.source.report.ignored[key] = note
+                self.source.report.warnings.append(f"{key} was ignored: {note}")
+                return
+            raise self.source.error(key, f"a copy of the base weight {expected}", found, "The adapter was made for another vocabulary or base model.")
+        for suffix, what in _OTHER_TENSORS.items():
+            if key.endswith(suffix):
+                raise self.source.error(key, "only lora_A and lora_B tensors", what)
+        raise self.source.error(key, "only lora_A and lora_B tensors", "a tensor of unknown meaning", "Remove it or save the adapter with PEFT.")
+
+    def _unknown(self, unknown: list[tuple[str, str]]) -> AdapterError:
+        key, module = unknown[0]
+        nearest = difflib.get_close_matches(self.rename(module), list(self.targets), n=3, cutoff=0.4)
+        hint = f"Nearest names: {', '.join(nearest)}." if nearest else f"Its modules are such as {', '.join(list(self.targets)[:3])}."
+        others = f" (and {len(unknown) - 1} more tensors)" if len(unknown) > 1 else ""
+        base = f" {self.source.config.path.name} names the base model {self.source.config.base_model!r}." if self.source.config.base_model else ""
+        return self.source.error(key, "a module of this model that takes adapters", f"{module}{others}", hint + base)
+
+
+# ---- linears and embeddings -------------------------------------------------------------------------------------------
+def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> LinearLoRA | EmbeddingLoRA:
+    """A [R, in] and B [out, R] of a linear, or A [R, V] and B [H, R] of an embedding."""
+    for half in "AB":
+        if half not in pair.halves:
+            raise missing_half(source, next(iter(pair.halves.values())))
+    embedding = isinstance(target, EmbeddingTarget)
+    assert isinstance(target, LinearTarget | EmbeddingTarget)
+    inputs, outputs = (target.vocab, target.hidden) if isinstance(target, EmbeddingTarget) else (target.in_features, target.out_features)
+    a_key, b_key = pair.halves["A"], pair.halves["B"]
+    a_shape, b_shape = source.shape(a_key), source.shape(b_key)
+    if len(a_shape) != 2 or a_shape[1] != inputs:
+        raise source.wrong_shape(a_key, f"[R, {inputs}]")
+    if len(b_shape) != 2 or b_shape[0] != outputs:
+        raise source.wrong_shape(b_key, f"[{outputs}, R]")
+    rank = a_shape[0]
+    if b_shape[1] != rank:
+        raise source.error(b_key, f"[{outputs}, {rank}], as {a_key} has rank {rank}", list(b_shape))
+    # PEFT looks patterns up under the parameter's name where it targeted the parameter instead of the module (routers)
+    parameter = f"{pair.module}.weight"
+    name = parameter if any(f".{parameter}".endswith(f".{item}") for item in source.config.target_parameters) else pair.module
+    source.check_rank(a_key, rank, name)
+    a, b = (source.file.read(key).to(source.dtype) for key in (a_key, b_key))
+    return (EmbeddingLoRA if embedding else LinearLoRA)(a, b, source.config.scaling(rank, name))
+
+
+def _check_float16(source: AdapterSource, modules: Mapping[str, ModuleLoRA]) -> None:
+    """bfloat16 and float32 weights may exceed float16's range."""
+    for name, module in modules.items():
+        for tensor in module.tensors():
+            if not torch.isfinite(tensor).all():
+                raise source.error(name, "weights within float16 (65504)", "larger ones", "Serve with --dtype bfloat16.")

@@ -1,0 +1,200 @@
+"""`adapter_config.json`: the fields that matter for inference, PEFT's rank and alpha rules, and refusal of what is not plain LoRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_lora_moe.lora.adapter_file import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+
+# Fields that turn the file into something else than y += scaling * B A x, when set, and what to do about it
+_REFUSED = {
+    "use_dora": "DoRA (a magnitude per output) is not served; train with use_dora=false, or merge the adapter into its own base model",
+    "lora_bias": "a bias of lora_B is not served; train with lora_bias=false",
+    "alora_invocation_tokens": "activated LoRA (an adapter that starts at a token) is not served; train a plain LoRA adapter",
+    "use_qalora": "QALoRA (pooled inputs) is not served; train with use_qalora=false",
+    "use_bdlora": "block-diagonal LoRA is not served; train a plain LoRA adapter",
+    "arrow_config": "Arrow routing between adapters is not served; name one adapter in each request instead",
+    "kasa_config": "KaSA (singular values beside A and B) is not served; train a plain LoRA adapter",
+    "velora_config": "VeLoRA is not served; train a plain LoRA adapter",
+    "monteclora_config": "MonteCLoRA is not served; train a plain LoRA adapter",
+    "modules_to_save": "fully retrained modules are not served per adapter; train with LoRA on them instead, or merge the adapter into its own base model",
+    "trainable_token_indices": "retrained token rows are not served per adapter; train with LoRA on embed_tokens (target_modules) instead",
+    "layer_replication": "replicated layers need a base model of another depth; merge the adapter into its own base model",
+}
+# Initialisations that change the base weights: A and B are right only on top of the changed ones
+_CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields with no meaning for inference, or read below. Anything else that is set is mentioned in the report
+# fmt: off
+_KNOWN = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters", "target_modules", "peft_version", "peft_type", "lora_B_layout",
+    "base_model_name_or_path", "bias", "fan_in_fan_out", "ensure_weight_tying", "task_type", "auto_mapping", "revision", "inference_mode", "lora_dropout",
+    "exclude_modules", "init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+}
+# fmt: on
+B_LAYOUTS = ("rank_major", "grouped_by_expert")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The inference-relevant part of adapter_config.json."""
+
+    path: Path
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> rank
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> alpha
+    target_parameters: tuple[str, ...] = ()
+    peft_version: tuple[int, ...] | None = None
+    lora_b_layout: str = "rank_major"  # order of the columns of a flattened 3D lora_B: rank- or expert-major
+    base_model: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def rank(self, *names: str) -> int:
+        """Rank of the module called `names` (alternatives, the first that a pattern matches counts)."""
+        return _lookup(self.rank_pattern, names, self.r)
+
+    def scaling(self, rank: int, *names: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        alpha = _lookup(self.alpha_pattern, names, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def inference_fields(self) -> dict[str, Any]:
+        """What of the config changes the adapter's function, for its revision."""
+        patterns = [list(self.rank_pattern.items()), list(self.alpha_pattern.items())]  # in order: the first match counts
+        parameters = sorted(self.target_parameters)
+        return {"alpha": [self.r, self.lora_alpha, self.use_rslora, patterns], "layout": [parameters, self.peft_version, self.lora_b_layout]}
+
+
+def _lookup(patterns: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
+    for name in names:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+    return default
+
+
+def read_config(directory: Path) -> AdapterConfig:
+    """Read and check `adapter_config.json` in an adapter's directory."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise AdapterError(f"{directory}: expected {CONFIG_FILE}, found no such file. Save the adapter with PEFT's save_pretrained.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: expected a JSON object, found {error}") from error
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    _refuse_other_methods(path, raw)
+    get = _Fields(path, raw)
+    layout = raw.get("lora_B_layout") or "rank_major"
+    if layout not in B_LAYOUTS:
+        raise AdapterError(f"{path}: lora_B_layout: expected one of {', '.join(B_LAYOUTS)}, found {layout!r}")
+    return AdapterConfig(
+        path=path,
+        r=get.rank("r", raw.get("r")),
+        lora_alpha=get.number("lora_alpha", raw.get("lora_alpha")),
+        use_rslora=get.boolean("use_rslora"),
+        rank_pattern={key: get.rank(f"rank_pattern[{key!r}]", value) for key, value in get.patterns("rank_pattern").items()},
+        alpha_pattern={key: get.number(f"alpha_pattern[{key!r}]", value) for key, value in get.patterns("alpha_pattern").items()},
+        target_parameters=get.names("target_parameters"),
+        peft_version=_version(raw.get("peft_version")),
+        lora_b_layout=layout,
+        base_model=raw["base_model_name_or_path"] if isinstance(raw.get("base_model_name_or_path"), str) else None,
+        warnings=_warnings(raw),
+    )
+
+
+def _refuse_other_methods(path: Path, raw: dict[str, Any]) -> None:
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type: expected 'LORA', found {raw.get('peft_type')!r}. Only LoRA adapters are served.")
+    for name, reason in _REFUSED.items():
+        if raw.get(name):
+            raise AdapterError(f"{path}: {name}: expected it unset, found {_short(raw[name])}: {reason}.")
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE_INITS):
+        way_out = "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        raise AdapterError(f"{path}: init_lora_weights: expected an initialisation that keeps the base weights, found {init!r}, which changes them. {way_out}")
+    targets = raw.get("target_modules")
+    targets = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
+    if raw.get("ensure_weight_tying") and any(str(name).rpartition(".")[2] in ("embed_tokens", "lm_head") for name in targets):
+        reason = "one pair shared by embedding and output head is not served; train with ensure_weight_tying=false"
+        raise AdapterError(f"{path}: ensure_weight_tying: expected false with {targets}, found true: {reason}.")
+    for name, value in raw.items():
+        if name.startswith("use_") and value is True and name not in _KNOWN:
+            raise AdapterError(f"{path}: {name}: expected a field of plain LoRA, found one that is not known here. Train a plain LoRA adapter.")
+
+
+def _warnings(raw: dict[str, Any]) -> tuple[str, ...]:
+    found = []
+    unknown = sorted(name for name, value in raw.items() if name not in _KNOWN and name not in _REFUSED and value)
+    if unknown:
+        found.append(f"{CONFIG_FILE}: fields without effect here: {', '.join(unknown)}")
+    if raw.get("bias") not in (None, "none"):
+        found.append(f"{CONFIG_FILE}: bias is {raw['bias']!r}, but only a file without bias tensors is accepted")
+    if raw.get("fan_in_fan_out"):
+        found.append(f"{CONFIG_FILE}: fan_in_fan_out is set, which has no effect on linear layers")
+    return tuple(found)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _version(text: Any) -> tuple[int, ...] | None:
+    """(0, 19) of "0.19.1" or "0.19.1.dev0@...", None where absent."""
+    numbers = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
+    return tuple(int(number) for number in numbers.groups()) if numbers else None
+
+
+class _Fields:
+    """Typed access to the fields of one config; errors name the file and the field."""
+
+    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
+        self.path, self.raw = path, raw
+
+    def error(self, name: str, expected: str, found: Any) -> AdapterError:
+        return AdapterError(f"{self.path}: {name}: expected {expected}, found {_short(found)}")
+
+    def rank(self, name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(name, "a rank of at least 1", value)
+        return value
+
+    def number(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(name, "a finite number", value)
+        return value
+
+    def boolean(self, name: str) -> bool:
+        value = self.raw.get(name)
+        if not isinstance(value, bool | None):
+            raise self.error(name, "true or false", value)
+        return bool(value)
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.raw.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(name, "a list of names", value)
+        return tuple(value)
+
+    def patterns(self, name: str) -> dict[str, Any]:
+        value = self.raw.get(name) or {}
+        if not isinstance(value, dict):
+            raise self.error(name, "an object of pattern -> number", value)
+        for pattern in value:
+            try:
+                re.compile(rf"(.*\.)?({pattern})$")
+            except re.error as error:
+                raise self.error(name, "regular expressions as keys", f"{pattern!r} ({error})") from error
+        return value

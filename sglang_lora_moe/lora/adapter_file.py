@@ -1,0 +1,120 @@
+"""The tensor file of an adapter: checked as a whole when opened, then read one tensor at a time.
+
+Ordinary reads instead of a memory map: a trainer that overwrites the file while it is being read gives an error here,
+whereas a map would end the process. Each read also hashes the bytes, from which `revision` identifies the content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bits of the types an adapter file may contain beside the four above; their tensors are never read
+_OTHER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
+_MAX_HEADER = 100_000_000
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be served: names file, tensor or field, what was expected, what was found and the way out."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What the header says of one tensor; bytes [start, end) count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class AdapterFile:
+    """An open safetensors file. `entries` and `metadata` come from its header; a truncated or corrupt file does not open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            self.metadata, self.entries, self._data_start = self._read_header(path.stat().st_size)
+        except BaseException:
+            self._file.close()
+            raise
+        self._digests: dict[str, str] = {}
+
+    def __enter__(self) -> AdapterFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU. Refuses types that are not floating point, NaN and infinity."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise AdapterError(f"{self.path}: {name}: expected one of {', '.join(DTYPES)}, found {entry.dtype}. Save LoRA weights unquantized.")
+        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        self._file.seek(self._data_start + entry.start)
+        count = self._file.readinto(raw.numpy().data)
+        if count != raw.numel():
+            raise AdapterError(f"{self.path}: {name}: expected {raw.numel()} bytes, found {count}: the file was changed while it was read. Load it again.")
+        self._digests[name] = hashlib.sha256(raw.numpy().data).hexdigest()
+        tensor = raw.view(DTYPES[entry.dtype]).view(entry.shape)
+        if not torch.isfinite(tensor).all():
+            position = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
+            found = float(tensor[position])
+            raise AdapterError(f"{self.path}: {name}: expected finite weights, found {found} at {list(position)}. The training run diverged; use another step.")
+        return tensor
+
+    def revision(self, config: dict[str, Any]) -> str:
+        """sha256 over `config` and (name, dtype, shape, digest of the bytes) of every tensor that was read."""
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name in sorted(self._digests):
+            entry = self.entries[name]
+            digest.update(json.dumps([name, entry.dtype, entry.shape, self._digests[name]]).encode())
+        return digest.hexdigest()
+
+    def _read_header(self, size: int) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
+        length = int.from_bytes(self._file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+            raise self._corrupt(f"expected a header of {length} bytes, found a file of {size} bytes")
+        try:
+            header = json.loads(self._file.read(length))
+            metadata = header.pop("__metadata__", {})
+            entries = {name: TensorEntry(item["dtype"], tuple(item["shape"]), *item["data_offsets"]) for name, item in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise self._corrupt(f"expected a JSON header, found {type(error).__name__}: {error}") from error
+        self._check_entries(entries, size - 8 - length)
+        return metadata if isinstance(metadata, dict) else {}, entries, 8 + length
+
+    def _check_entries(self, entries: dict[str, TensorEntry], data_bytes: int) -> None:
+        """Every tensor's bytes must fit its shape, and all together must cover the file exactly."""
+        for name, entry in entries.items():
+            numbers = (*entry.shape, entry.start, entry.end)
+            if not isinstance(entry.dtype, str) or not all(type(number) is int and number >= 0 for number in numbers):
+                raise self._corrupt(f"{name}: expected a dtype and non-negative integers for shape and offsets, found {entry.dtype!r}, {numbers}")
+        position = 0
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            bits = DTYPES[entry.dtype].itemsize * 8 if entry.dtype in DTYPES else _OTHER_BITS.get(entry.dtype)
+            if bits is None:
+                raise self._corrupt(f"{name}: unknown dtype {entry.dtype!r}")
+            if entry.start != position or entry.end - entry.start != math.prod(entry.shape) * bits // 8:
+                expected = f"{math.prod(entry.shape) * bits // 8} bytes from {position}"
+                raise self._corrupt(f"{name}: expected {expected} for {entry.dtype} {list(entry.shape)}, found offsets [{entry.start}, {entry.end}]")
+            position = entry.end
+        if position != data_bytes:
+            raise self._corrupt(f"expected {position} bytes of tensors, found {data_bytes}")
+
+    def _corrupt(self, found: str) -> AdapterError:
+        return AdapterError(f"{self.path}: truncated or not a safetensors file: {found}. Copy or download it again.")

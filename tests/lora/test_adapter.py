@@ -1,0 +1,287 @@
+"""Adapters of every layout are read into weights that, merged into transformers' model, give its adapted logits (float32)."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.adapter import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA, read_adapter
+from sglang_lora_moe.lora.targets import ExpertTarget, Target, collect_targets
+from sglang_lora_moe.models.build import ServedModel, build_model
+from tests.adapter_files import HAND_LAYOUTS, PEFT_LAYOUTS, edit_adapter, merged_reference_model, write_adapter
+from tests.tiny_models import make_tiny_model
+
+TOKENS = torch.randint(3, 98, (2, 13), generator=torch.Generator().manual_seed(0))
+FLIPPED = {"flipped", "flipped_grouped"}
+EXPERT_LAYOUTS = [name for name in (*PEFT_LAYOUTS, *HAND_LAYOUTS) if name not in ("dense_mlp", "unsloth_projs")]
+CASES = [(arch, layout) for arch in ("qwen3_moe", "mixtral", "deepseek_v3") for layout in EXPERT_LAYOUTS]
+CASES += [("gpt_oss", layout) for layout in (*PEFT_LAYOUTS, "grouped_by_expert", "native_3d", "native_3d_dense", "tinker", "unsloth_projs")]
+CASES += [("deepseek_v3", "dense_mlp"), ("qwen2_moe", "dense_mlp"), ("qwen2_moe", "all_linear"), ("olmoe", "all_linear"), ("olmoe", "per_expert_2d")]
+CASES += [("qwen3", layout) for layout in ("attention_only", "all_linear", "dense_mlp", "embedding")]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """arch, overrides -> (path, served model without weights)."""
+    directory = tmp_path_factory.mktemp("models")
+
+    @cache
+    def make(arch: str, **overrides: Any) -> tuple[Path, ServedModel]:
+        path = make_tiny_model(arch, directory, **overrides)
+        context = StepContext(16, 2, 2, 4)
+        return path, build_model(path, ctx=context, dtype=torch.float32, device="cpu", load_format="dummy", show_progress=False)
+
+    return make
+
+
+def read(model: ServedModel, path: Path, **settings: Any) -> AdapterWeights:
+    options = {"max_rank": 64, "dtype": torch.float32} | settings
+    return read_adapter(path, collect_targets(model.hf), rename=model.rename_adapter_module, refused_adapter_modules=model.refused_adapter_modules, **options)
+
+
+@torch.no_grad()
+def merged_logits(path: Path, weights: AdapterWeights) -> Tensor:
+    """Logits of transformers' model after adding every update of `weights` to its parameters."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for name, lora in weights.modules.items():
+        module: Any = model.get_submodule(name)
+        if isinstance(lora, LinearLoRA):
+            module.weight += lora.scaling * lora.b @ lora.a
+        elif isinstance(lora, EmbeddingLoRA):
+            module.weight += (lora.scaling * lora.b @ lora.a).T
+        else:
+            for parameter, delta in expert_deltas(lora, module).items():
+                getattr(module, parameter).add_(delta)
+    return model(input_ids=TOKENS).logits
+
+
+def expert_deltas(lora: ExpertLoRA, module: Any) -> dict[str, Tensor]:
+    """The dense update of each parameter, in the module's own layout."""
+    deltas = {}
+    if lora.a13 is not None and lora.b13 is not None:
+        rank, inter = lora.b13.shape[2], lora.b13.shape[1] // 2
+        a_gate, a_up = (lora.a13[:, :rank], lora.a13[:, rank:]) if lora.split_a else (lora.a13, lora.a13)
+        gate, up = (lora.scaling13 * b @ a for b, a in ((lora.b13[:, :inter], a_gate), (lora.b13[:, inter:], a_up)))
+        deltas["gate_up_proj"] = torch.cat([gate, up], 1) if module.is_concatenated else torch.stack([gate, up], 2).flatten(1, 2)
+    if lora.a2 is not None and lora.b2 is not None:
+        deltas["down_proj"] = lora.scaling2 * lora.b2 @ lora.a2
+    return {name: delta.transpose(1, 2) if module.is_transposed else delta for name, delta in deltas.items()}
+
+
+@torch.no_grad()
+def check(path: Path, adapter: Path, weights: AdapterWeights) -> float:
+    expected = merged_reference_model(path, adapter)(input_ids=TOKENS).logits
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(input_ids=TOKENS).logits
+    assert (expected - base).abs().max() > 0.5, "the adapter must matter"
+    error = float((merged_logits(path, weights) - expected).abs().max())
+    assert error <= 1e-4
+    return error
+
+
+@pytest.mark.parametrize(("arch", "layout"), CASES, ids=[f"{arch}-{layout}" for arch, layout in CASES])
+def test_layout(models: Any, tmp_path: Path, arch: str, layout: str) -> None:
+    path, model = models(arch)
+    adapter = write_adapter(layout, path, tmp_path / "adapter", rank=4, alpha=10, seed=3)
+    weights = read(model, adapter)
+    check(path, adapter, weights)
+    keys = set(load_file(adapter / "adapter_model.safetensors"))
+    assert set(weights.report.consumed) | set(weights.report.ignored) == keys
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for module in weights.modules.values() for tensor in module.tensors())
+
+
+def test_sharing_is_kept(models: Any, tmp_path: Path) -> None:
+    """What a file shares between experts, or between gate and up, is stored once."""
+    path, model = models("qwen3_moe")
+    expected = {
+        "shared_outer": ((1, 4, 64), (8, 64, 4), False),
+        "tinker": ((1, 8, 64), (8, 64, 4), True),
+        "per_expert_2d": ((8, 8, 64), (8, 64, 4), True),
+        "gate_only": ((8, 4, 64), (8, 64, 4), False),
+        "native_3d": ((8, 8, 64), (8, 64, 4), True),
+        "target_parameters_3d": ((8, 4, 64), (8, 64, 4), False),
+        "all_linear": ((8, 8, 64), (8, 64, 8), False),  # PEFT doubles the rank of fused gate and up
+    }
+    for layout, (a13, b13, split) in expected.items():
+        lora = read(model, write_adapter(layout, path, tmp_path / layout, rank=4)).modules["model.layers.0.mlp.experts"]
+        assert isinstance(lora, ExpertLoRA) and lora.a13 is not None and lora.b13 is not None
+        assert (tuple(lora.a13.shape), tuple(lora.b13.shape), lora.split_a) == (a13, b13, split), layout
+        if layout in ("shared_outer", "tinker"):
+            assert lora.b2 is not None and lora.a2 is not None and lora.b2.shape[0] == 1 and lora.a2.shape[0] == 8
+
+
+@pytest.mark.parametrize("layout", ["target_parameters_3d", "flipped", "gate_up_only"])
+@pytest.mark.parametrize("square", ["gate_up", "down"])
+def test_square_parameters(models: Any, tmp_path: Path, layout: str, square: str) -> None:
+    """Shapes cannot tell the orientation of a square parameter: the other parameter or the PEFT version does."""
+    path, model = models("qwen3_moe", moe_intermediate_size=32 if square == "gate_up" else 64)
+    adapter = write_adapter(layout, path, tmp_path / "adapter", rank=4)
+    weights = read(model, adapter)
+    check(path, adapter, weights)
+    decided_by_version = layout == "gate_up_only" and square == "gate_up"
+    assert any("square expert matrices" in warning for warning in weights.report.warnings) == decided_by_version
+
+
+@pytest.mark.parametrize("layout", ["gate_up_only", "down_only"])
+def test_lone_parameter_without_target_parameters(models: Any, tmp_path: Path, layout: str) -> None:
+    """Some exporters leave target_parameters out; the shapes then say which parameter it is."""
+    path, model = models("deepseek_v3", moe_intermediate_size=40)
+    adapter = write_adapter(layout, path, tmp_path / "adapter", rank=4)
+    expected = read(model, adapter)
+    edit_adapter(adapter, lambda tensors, config: config.update(target_parameters=None))
+    weights = read(model, adapter)
+    for name, lora in weights.modules.items():
+        assert all(torch.equal(a, b) for a, b in zip(lora.tensors(), expected.modules[name].tensors(), strict=True))
+
+
+def test_ranks_and_alphas_by_expert(models: Any, tmp_path: Path) -> None:
+    """Per-expert ranks are padded to the largest, per-expert alphas go into B; rsLoRA divides by the root of the rank."""
+    path, model = models("qwen3_moe")
+    prefix, name = "base_model.model.model.layers.1.mlp.experts", "model.layers.1.mlp.experts"
+    pairs = {(1, "gate_proj"): (2, 6.0), (1, "up_proj"): (3, 6.0), (4, "up_proj"): (3, 9.0), (5, "down_proj"): (2, 6.0)}
+    tensors = {}
+    for (expert, leaf), (rank, _) in pairs.items():
+        inputs, outputs = (32, 64) if leaf == "down_proj" else (64, 32)
+        tensors[f"{prefix}.{expert}.{leaf}.lora_A.weight"] = torch.randn(rank, inputs)
+        tensors[f"{prefix}.{expert}.{leaf}.lora_B.weight"] = torch.randn(outputs, rank)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"up_proj": 3}, "alpha_pattern": {r"experts\.4\.up_proj": 9}}
+    weights = read(model, write_files(tmp_path, tensors, config))
+    lora = weights.modules[name]
+    assert isinstance(lora, ExpertLoRA)
+    deltas = expert_deltas(lora, AutoModelForCausalLM.from_pretrained(path).get_submodule(name))
+    expected = {"gate_up_proj": torch.zeros(8, 64, 64), "down_proj": torch.zeros(8, 64, 32)}
+    for (expert, leaf), (rank, alpha) in pairs.items():
+        update = alpha / math.sqrt(rank) * tensors[f"{prefix}.{expert}.{leaf}.lora_B.weight"] @ tensors[f"{prefix}.{expert}.{leaf}.lora_A.weight"]
+        rows = slice(0, 32) if leaf == "gate_proj" else slice(32, 64) if leaf == "up_proj" else slice(0, 64)
+        expected["down_proj" if leaf == "down_proj" else "gate_up_proj"][expert, rows] = update
+    for parameter, delta in deltas.items():
+        torch.testing.assert_close(delta, expected[parameter], rtol=1e-5, atol=1e-5)
+    assert lora.scaling13 == 9 / math.sqrt(3) and weights.rank == 3
+
+
+def write_files(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_flattened_under_a_parameters_name(models: Any, tmp_path: Path) -> None:
+    """2D tensors called experts.gate_up_proj hold all experts when their rows are E * r, and one shared matrix when they are r."""
+    path, model = models("qwen3_moe")
+    adapter = write_adapter("target_parameters_3d", path, tmp_path / "adapter", rank=4)
+    expected = read(model, adapter)
+
+    def rename(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        for key in list(tensors):
+            leaf = "experts.gate_up_proj.lora" if "base_layer" in key else "experts.down_proj.lora"
+            tensors[key.replace("experts.base_layer.lora", leaf).replace("experts.lora", leaf)] = tensors.pop(key)
+
+    weights = read(model, edit_adapter(adapter, rename))
+    for name, lora in weights.modules.items():
+        assert all(torch.equal(a, b) for a, b in zip(lora.tensors(), expected.modules[name].tensors(), strict=True))
+
+
+def test_metadata_names_the_orientation(models: Any, tmp_path: Path) -> None:
+    """`paramwrapper_layout` in the file's metadata decides for a lone square parameter, against the version."""
+    from safetensors.torch import save_file
+
+    path, model = models("qwen3_moe")
+    adapter = write_adapter("gate_up_only", path, tmp_path / "adapter", rank=4)
+    name = "model.layers.0.mlp.experts"
+    normal = read(model, adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"paramwrapper_layout": "peft-0.18"})
+    flipped = read(model, adapter)
+    a, b = tensors[f"base_model.model.{name}.lora_A.weight"], tensors[f"base_model.model.{name}.lora_B.weight"]
+    lora = flipped.modules[name]
+    assert isinstance(lora, ExpertLoRA) and lora.a13 is not None and lora.b13 is not None
+    for expert in range(8):
+        torch.testing.assert_close(lora.a13[expert], b.view(64, 4, 8)[:, :, expert].T)
+        torch.testing.assert_close(lora.b13[expert], a.view(8, 4, 64)[expert].T)
+    assert flipped.revision != normal.revision
+
+
+def test_dtype_and_bytes(models: Any, tmp_path: Path) -> None:
+    path, model = models("mixtral")
+    adapter = write_adapter("per_expert_2d", path, tmp_path / "adapter", rank=4)
+    exact, rounded = read(model, adapter), read(model, adapter, dtype=torch.bfloat16)
+    assert rounded.nbytes * 2 == exact.nbytes == sum(t.numel() * 4 for m in exact.modules.values() for t in m.tensors())
+    for name, lora in rounded.modules.items():
+        for low, high in zip(lora.tensors(), exact.modules[name].tensors(), strict=True):
+            assert low.dtype == torch.bfloat16 and torch.equal(low, high.bfloat16()), "one rounding, after the alphas went into B"
+
+
+def test_revision(models: Any, tmp_path: Path) -> None:
+    """Equal for equal content, wherever it lies and whatever does not matter for inference; else different."""
+    path, model = models("qwen3_moe")
+    first = write_adapter("experts_and_attention", path, tmp_path / "a")
+    second = write_adapter("experts_and_attention", path, tmp_path / "b")
+    edit_adapter(second, lambda tensors, config: config.update(inference_mode=False, lora_dropout=0.1, base_model_name_or_path="elsewhere/else"))
+    revision = read(model, first).revision
+    assert len(revision) == 64 and revision == read(model, second).revision == read(model, first, dtype=torch.bfloat16).revision
+    edit_adapter(second, lambda tensors, config: config.update(lora_alpha=17))
+    assert read(model, second).revision != revision
+    edit_adapter(second, lambda tensors, config: (config.update(lora_alpha=16), tensors[sorted(tensors)[0]].view(-1)[0].add_(1e-3)))  # type: ignore[func-returns-value]
+    assert read(model, second).revision != revision
+
+
+def test_report(models: Any, tmp_path: Path) -> None:
+    """The report names each tensor's target, the base copies that were left alone, and what a user should know."""
+    path, model = models("qwen3_moe")
+    adapter = write_adapter("embedding", path, tmp_path / "adapter")
+    edit_adapter(adapter, lambda tensors, config: config.update(bias="lora_only", trainer_note="x"))
+    report = read(model, adapter, base_model="someone/another-base").report
+    assert report.consumed["base_model.model.model.embed_tokens.lora_embedding_A"] == "model.embed_tokens"
+    assert report.consumed["base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight"] == "model.layers.0.self_attn.o_proj"
+    assert set(report.ignored) == {"base_model.model.model.embed_tokens.base_layer.weight", "base_model.model.lm_head.base_layer.weight"}
+    text = "\n".join(report.warnings)
+    assert all(part in text for part in ("embed_tokens.base_layer.weight was ignored", "'someone/another-base'", "bias is 'lora_only'", "trainer_note"))
+
+
+def test_names_of_other_trainers(models: Any, tmp_path: Path) -> None:
+    """Without PEFT's prefix, and with Tinker's names for attention and the head."""
+    _, model = models("gpt_oss")
+    tensors = {f"model.layers.0.attn.q_proj.lora_{half}.weight": torch.ones(shape) for half, shape in (("A", (2, 64)), ("B", (128, 2)))}
+    tensors |= {f"model.unembed_tokens.lora_{half}.weight": torch.ones(shape) for half, shape in (("A", (2, 64)), ("B", (128, 2)))}
+    weights = read(model, write_files(tmp_path, tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    assert set(weights.modules) == {"model.layers.0.self_attn.q_proj", "lm_head"}
+
+
+def test_lora_root_allows_inside(models: Any, tmp_path: Path) -> None:
+    path, model = models("qwen3")
+    adapter = write_adapter("attention_only", path, tmp_path / "root" / "team" / "adapter")
+    link = tmp_path / "root" / "link"
+    link.symlink_to(adapter)
+    assert read(model, link, lora_root=tmp_path / "root").revision == read(model, adapter).revision
+
+
+def test_experts_without_gate(tmp_path: Path) -> None:
+    """Experts with up_proj and down_proj only (Nemotron-H): up is all of w13."""
+    target: dict[str, Target] = {"m.experts": ExpertTarget("m.experts", num_experts=4, hidden=16, intermediate=24, gated=False)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_parameters": ["experts.up_proj", "experts.down_proj"], "peft_version": "0.21.2"}
+    shapes = {"base_layer.lora_A": (8, 16), "base_layer.lora_B": (24, 8), "lora_A": (8, 24), "lora_B": (16, 8)}
+    tensors = {f"base_model.model.m.experts.{key}.weight": torch.randn(shape) for key, shape in shapes.items()}
+    weights = read_adapter(write_files(tmp_path, tensors, config), target, rename=str, max_rank=8, dtype=torch.float32)
+    lora = weights.modules["m.experts"]
+    assert isinstance(lora, ExpertLoRA) and lora.a13 is not None and lora.b13 is not None and not lora.split_a
+    b = tensors["base_model.model.m.experts.base_layer.lora_B.weight"]
+    assert lora.a13.shape == (4, 2, 16) and torch.equal(lora.b13[3], b.view(24, 2, 4)[:, :, 3])
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
