@@ -1,0 +1,36 @@
+// moe_lora_align_block_size: one sort of a layer's routed pairs by (expert, slot), and tile lists over it. No torch, no CUDA header.
+// What the outputs mean, with a worked example: sglang_lora_moe/ops/moe_lora_align.py.
+#pragma once
+#include <stdint.h>
+
+extern "C" {
+
+struct MoeLoraAlign {
+  const void* topk_ids;        // int32 or int64 [tokens, top_k]; < 0 or >= experts: no expert
+  const int32_t* token_slots;  // [tokens], or null: no adapters; < 0 or >= slots: base model
+  int32_t* sorted_pairs;       // [pairs]
+  int32_t* base_tiles;         // [.., 3] expert, start, rows <= base_block
+  int32_t* lora_tiles;         // [.., 4] expert, slot, start, rows <= lora_block
+  int32_t* counts;             // [4] valid pairs, base tiles, lora tiles, lora groups
+  uint32_t* workspace;         // [moe_lora_align_workspace(pairs, experts)], contents undefined before and after
+  int32_t ids_are_64bit;
+  int32_t tokens, top_k;       // M, K
+  int32_t experts, slots;      // E <= 1024, S <= 256
+  int32_t base_block, lora_block;
+};
+
+// How the work is cut. The defaults are moe_lora_align_default_plan's; tests and benchmarks force others.
+struct MoeLoraAlignPlan {
+  int32_t one_block_pairs;  // up to so many pairs: one launch of one block, as far as shared memory allows
+  int32_t pairs_per_block;  // beyond: this many pairs a block and at most kMaxRows blocks, then larger blocks of pairs
+  int32_t threads;          // of a block beyond; at most 1024
+};
+
+MoeLoraAlignPlan moe_lora_align_default_plan();
+
+// int32 elements of scratch for any plan.
+int64_t moe_lora_align_workspace(int64_t pairs, int64_t experts);
+
+// Enqueue on `stream` (a cudaStream_t). Returns a cudaError_t, 0 = success. Never synchronises; safe to capture.
+int moe_lora_align(const MoeLoraAlign* arguments, MoeLoraAlignPlan plan, void* stream);
+}

@@ -1,0 +1,104 @@
+// Every device instruction that our kernels use, one name each: the only file with PTX and intrinsics.
+// Without nvcc the same names come from emulator/emu.h, so that each kernel file also compiles with g++ and runs on a CPU.
+//
+// Rules for kernels, which the emulator enforces:
+//   * warp collectives (warp_ballot, match_any, shuffles, ldmatrix, mma) are reached by all 32 lanes; lanes that have no work pass neutral values;
+//   * sync_block is reached by every thread of the block: no early return before the last barrier;
+//   * shared memory is the one dynamic array `smem_` (SMEM_DECL); nothing in it is zero at start;
+//   * threads per block are a multiple of 32, blocks are one-dimensional in threads.
+#pragma once
+#include <stdint.h>
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#define DEVICE __device__ __forceinline__
+#define HOST_DEVICE __host__ __device__ inline
+#define KERNEL __global__
+#define SMEM_DECL extern __shared__ __align__(128) uint8_t smem_[]
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+DEVICE uint32_t match_any(int value) { return __match_any_sync(0xffffffffu, value); }  // lanes that hold the same value
+DEVICE uint32_t shuffle_up(uint32_t value, int delta) { return __shfl_up_sync(0xffffffffu, value, delta); }
+DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+DEVICE uint32_t warp_sum(uint32_t value) { return __reduce_add_sync(0xffffffffu, value); }
+DEVICE int warp_max(int value) { return __reduce_max_sync(0xffffffffu, value); }
+DEVICE void atomic_add(uint32_t* address, uint32_t value) { atomicAdd(address, value); }
+DEVICE int count_bits(uint32_t word) { return __popc(word); }
+DEVICE int highest_bit(uint32_t word) { return 31 - __clz((int)word); }  // -1 for 0
+DEVICE int lowest_bit(uint32_t word) { return __ffs((int)word) - 1; }    // -1 for 0
+
+DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// cp.async: 16 bytes global -> shared, past L1; zeros where the predicate is false. Data is there only after cp_wait and a barrier.
+DEVICE void cp16(void* target, const void* source, bool predicate) {
+  const int bytes = predicate ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes) : "memory");
+}
+DEVICE void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void cp_wait() {  // until at most PENDING of this thread's newest groups are still under way
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ldmatrix: four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d[16x8] += a[16x16] b[16x8], float32 accumulators, the documented fragment layout of m16n8k16.
+DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+DEVICE uint32_t pack_fp16(float low, float high) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Launch on a stream; more than 48 KB of dynamic shared memory is asked for first. Returns a cudaError_t, 0 = success.
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes, void* stream, Args... args) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+    if (error != cudaSuccess) return (int)error;
+  }
+  kernel<<<blocks, threads, shared_bytes, (cudaStream_t)stream>>>(args...);
+  return (int)cudaGetLastError();
+}
+inline const char* launch_error(int code) { return cudaGetErrorString((cudaError_t)code); }
+
+#else
+#include "emulator/emu.h"
+#endif
+
+DEVICE int thread_index() { return (int)threadIdx.x; }
+DEVICE int lane_index() { return (int)(threadIdx.x & 31); }
+DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }
+DEVICE int warps_per_block() { return (int)(blockDim.x >> 5); }
+DEVICE uint32_t lanes_below() { return (1u << lane_index()) - 1u; }
+DEVICE uint32_t lanes_upto() { return 0xffffffffu >> (31 - lane_index()); }
