@@ -20,6 +20,7 @@ from sglang_lora_moe.layers.attention import ATTENTION_BACKENDS, Attention, KVLa
 from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
+from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec
 from sglang_lora_moe.models import recognise
@@ -182,6 +183,8 @@ class _Swap:
             elif type(module) is nn.Embedding:
                 vocab, hidden = module.weight.shape
                 self._replace(path, Embedding(path, vocab, hidden, dtype=module.weight.dtype, device=self.device))
+            elif type(module).__name__ in recognise.RMS_NORMS:
+                self._replace(path, RMSNorm(module.weight, float(module.variance_epsilon)))
 
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, leaf = path.rpartition(".")

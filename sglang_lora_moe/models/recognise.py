@@ -27,6 +27,7 @@ _STANDARD_FAMILIES = (
     *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "Glm4Moe", "Dots1", "Phimoe", "GraniteMoe", "MiniMaxM2"),
 )
 STANDARD_ATTENTION = frozenset(f"{family}Attention" for family in _STANDARD_FAMILIES)
+RMS_NORMS = frozenset(f"{family}RMSNorm" for family in (*_STANDARD_FAMILIES, "DeepseekV2", "DeepseekV3", "Ernie4_5_Moe"))  # weight * normed, no offset
 HALF_TABLE_ATTENTION = frozenset({"GptOssAttention"})  # cos and sin come without the repeated second half
 LATENT_ATTENTION = frozenset({"DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention"})
 

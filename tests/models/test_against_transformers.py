@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from sglang_lora_moe.layers.attention import Attention
 from sglang_lora_moe.layers.fused_moe import FusedMoE
+from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.topk import Router
 from sglang_lora_moe.models.build import ServedModel, build_model
 from tests.models.driver import Driver, Sequence, make_context
@@ -130,6 +131,7 @@ def test_known_modules_are_replaced(tmp_path: Path) -> None:
         modules = list(build(make_tiny_model(arch, tmp_path)).hf.modules())
         for kind in (Attention, FusedMoE, Router):
             assert sum(isinstance(module, kind) for module in modules) == 2, (arch, kind)
+        assert not [module for module in modules if type(module).__name__.endswith("RMSNorm") and not isinstance(module, RMSNorm)], arch
 
 
 def test_part_names_are_module_paths(tmp_path: Path) -> None:
