@@ -135,7 +135,7 @@ def _align_cpu(
     lora_tiles: torch.Tensor,
     counts: torch.Tensor,
     workspace: torch.Tensor,
-) -> None:
+) -> None:  # budget: the op's schema
     num_slots = 0 if token_slots is None else num_slots
     result = sort_pairs(topk_ids, token_slots, num_experts, num_slots)
     keys, sizes = result.group_keys.long(), result.group_sizes
