@@ -126,9 +126,9 @@ class Metrics:
     def _begin(self, name: str, chunk: Chunk) -> _ModelSeries:
         series = self._series.get(name)
         if series is None:
-            counters = (metric.labels(name) for metric in (self._prompt, self._cached, self._generated))
-            histograms = (metric.labels(name) for metric in (self._ttft, self._inter, self._latency))
-            series = self._series[name] = _ModelSeries(self._requests, *counters, *histograms)
+            counters = self._prompt.labels(name), self._cached.labels(name), self._generated.labels(name)
+            timings = self._ttft.labels(name), self._inter.labels(name), self._latency.labels(name)
+            series = self._series[name] = _ModelSeries(self._requests, *counters, *timings)
         series.prompt_tokens.inc(chunk.prompt_tokens)
         series.cached_tokens.inc(chunk.cached_tokens)
         return series

@@ -154,12 +154,11 @@ class NativeFormat(ResponseFormat):
 def _finish(sample: Sample) -> dict[str, Any] | None:
     if sample.finish_reason is None:
         return None
-    details: dict[str, dict[str, Any]] = {
-        "stop": {"matched": sample.matched_stop},
-        "length": {"length": sample.completion_tokens},
-        "abort": {"message": "aborted"},
-    }
-    return {"type": sample.finish_reason} | details[sample.finish_reason]
+    if sample.finish_reason == "stop":
+        return {"type": "stop", "matched": sample.matched_stop}
+    if sample.finish_reason == "length":
+        return {"type": "length", "length": sample.completion_tokens}
+    return {"type": sample.finish_reason, "message": "aborted"}
 
 
 async def native_job(service: Service, body: NativeRequest) -> Job:

@@ -129,9 +129,8 @@ class CompletionRequest(OpenAIRequest):
     @model_validator(mode="after")
     def _check_best_of(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.n:
-            raise RequestError(
-                f"best_of: choosing among more samples {NOT_IMPLEMENTED}; it must equal n ({self.n})", param="best_of", code="unsupported_parameter"
-            )
+            message = f"best_of: choosing among more samples {NOT_IMPLEMENTED}; it must equal n ({self.n})"
+            raise RequestError(message, param="best_of", code="unsupported_parameter")
         return self
 
     def prompts(self) -> list[Prompt]:

@@ -33,13 +33,16 @@ def serve(config: Config) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return asyncio.run(_serve(config))
-    except KeyboardInterrupt:  # a signal before the HTTP server took over
+    except (KeyboardInterrupt, asyncio.CancelledError):  # a signal before the HTTP server took over
         return 130
 
 
 async def _serve(config: Config) -> int:
     from sglang_lora_moe.engine.process import AsyncEngine
 
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as asyncio.run does for SIGINT
     try:
         read_template(config.chat_template)
         for name, _, _ in config.lora_specs():
@@ -85,13 +88,14 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
 
 async def _watch(server: _Server, engine: AsyncEngineAPI) -> None:

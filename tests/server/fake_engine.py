@@ -19,18 +19,15 @@ FIRST_CHARACTER, LAST_CHARACTER = 3, 97  # ids of ' ' and '~'
 
 
 class FakeEngine:
-    def __init__(self, *, delay: float = 0.0, max_model_len: int = 512, chat_template: bool = True, **config: Any) -> None:
-        self.config = Config(model_path="/models/base", served_model_name="base", **({"enable_lora": True} | config))
+    def __init__(self, *, delay: float = 0.0, max_model_len: int = 512, chat_template: bool | str = True, **config: Any) -> None:
+        file = chat_template if isinstance(chat_template, str) else None
+        self.config = Config(model_path="/models/base", served_model_name="base", chat_template=file, **({"enable_lora": True} | config))
         self.tokenizer = make_tokenizer()
         if not chat_template:
             self.tokenizer.chat_template = None
-        self.model_info = {
-            "model_path": "/models/base",
-            "served_model_name": "base",
-            "max_model_len": max_model_len,
-            "eos_token_ids": [EOS_ID],
-            "vocab_size": VOCAB_SIZE,
-        }
+        self.max_model_len = max_model_len
+        self.model_info: dict[str, Any] = {"model_path": "/models/base", "served_model_name": "base", "max_model_len": max_model_len}
+        self.model_info |= {"eos_token_ids": [EOS_ID], "vocab_size": VOCAB_SIZE}
         self.healthy = True
         self.delay = delay
         self.refusal: RequestError | None = None  # raised for every request
@@ -49,7 +46,8 @@ class FakeEngine:
         self.running[request.rid] = request
         finished = False
         try:
-            streams = [self._sample(request, ids, k) for k in range(request.n)]
+            number = 1 + list(self.loaded).index(request.adapter) if request.adapter else 0
+            streams = [self._sample(request, ids, k, number) for k in range(request.n)]
             live = list(range(request.n))
             while live:
                 for k in list(live):
@@ -70,7 +68,7 @@ class FakeEngine:
         if self.refusal is not None:
             raise RequestError(self.refusal.message, self.refusal.status, self.refusal.param, self.refusal.code, self.refusal.retry_after)
         ids = request.input_ids if request.input_ids is not None else self.tokenizer(request.prompt).input_ids
-        limit = self.model_info["max_model_len"]
+        limit = self.max_model_len
         if len(ids) >= limit:
             raise RequestError(f"the prompt has {len(ids)} tokens, the model takes {limit}", param="input_ids", code="context_length_exceeded")
         if request.adapter is not None and request.adapter not in self.loaded:
@@ -79,17 +77,18 @@ class FakeEngine:
             raise RequestError(f"rid {request.rid!r} is running", param="rid")
         return ids
 
-    def _sample(self, request: GenerateRequest, ids: list[int], k: int) -> Any:
+    def _sample(self, request: GenerateRequest, ids: list[int], k: int, number: int) -> Any:
         """Chunks of one token each."""
         sampling, text, prompt_logprobs = request.sampling, "", None
         echo = [i for i in ids if i >= FIRST_CHARACTER] or [FIRST_CHARACTER]
-        shift = (1 + list(self.loaded).index(request.adapter) if request.adapter else 0) + (k + (sampling.seed or 0) if sampling.temperature > 0 else 0)
+        shift = number + (k + (sampling.seed or 0) if sampling.temperature > 0 else 0)
         if request.logprobs is not None and request.logprobs.prompt_start is not None:
             start = request.logprobs.prompt_start
             prompt_logprobs = [TokenLogprob(t, None if i == 0 else -0.5, self._top(request, t, i)) for i, t in enumerate(ids)][start:]
         for j in range(sampling.max_new_tokens):
             token = FIRST_CHARACTER + (echo[j % len(echo)] - FIRST_CHARACTER + shift) % (LAST_CHARACTER - FIRST_CHARACTER + 1)
-            piece, matched = self.tokenizer.decode([token]), None
+            piece = self.tokenizer.decode([token])
+            matched: int | str | None = None
             text += piece
             if any(text.endswith(stop) for stop in request.stop):
                 matched = next(stop for stop in request.stop if text.endswith(stop))
@@ -117,7 +116,8 @@ class FakeEngine:
             return self.loaded[name] | {"already_loaded": True}
         if "missing" in path:
             raise RequestError(f"{path}/adapter_config.json: no such file", param="path")
-        self.loaded[name] = dict(name=name, path=path, revision=f"rev-{path}", rank=8, nbytes=1024, pinned=pinned, resident=True, running=0)
+        record = {"name": name, "path": path, "revision": f"rev-{path}", "rank": 8, "nbytes": 1024}
+        self.loaded[name] = record | {"pinned": pinned, "resident": True, "running": 0}
         return dict(self.loaded[name])
 
     async def unload_adapter(self, name: str) -> dict[str, Any]:

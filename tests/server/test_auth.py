@@ -1,0 +1,56 @@
+"""Who may call what, for each combination of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_lora_moe.server.auth import ADMIN_PATHS, OPEN_PATHS
+from tests.server.fake_engine import FakeEngine
+
+USER_PATHS = ("/v1/models", "/v1/completions", "/generate", "/metrics", "/server_info", "/docs", "/nowhere")
+
+
+def status(client: Any, path: str, key: str | None) -> int:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}".encode()}
+    return int(client.post(path, json={}, headers=headers).status_code)
+
+
+@pytest.mark.parametrize(
+    ("api_key", "admin_key", "given", "user_ok", "admin_ok"),
+    [
+        (None, None, None, True, True),
+        ("u", None, None, False, False),
+        ("u", None, "x", False, False),
+        ("u", None, "u", True, True),  # without an admin key the user key guards all
+        (None, "a", None, True, False),
+        (None, "a", "a", True, True),
+        ("u", "a", "u", True, False),
+        ("u", "a", "a", True, True),
+        ("u", "a", "", False, False),
+        ("u", "a", None, False, False),
+        ("kü", None, "kü", True, True),
+    ],
+)
+def test_keys(client_of: Any, api_key: str | None, admin_key: str | None, given: Any, user_ok: bool, admin_ok: bool) -> None:
+    client = client_of(FakeEngine(api_key=api_key, admin_api_key=admin_key))
+    for path in USER_PATHS:
+        assert (status(client, path, given) != 401) == user_ok, path
+    for path in ADMIN_PATHS:
+        assert (status(client, path, given) != 401) == admin_ok, path
+    for path in OPEN_PATHS:
+        assert client.get(path).status_code == 200
+
+
+def test_refusal_is_openais_error_object(client_of: Any) -> None:
+    client = client_of(FakeEngine(api_key="u"))
+    for headers in ({}, {"Authorization": "Basic u"}, {"Authorization": "u"}, {"Authorization": "Bearer wrong"}):
+        response = client.get("/v1/models", headers=headers)
+        error = response.json()["error"]
+        assert response.status_code == 401 and error["type"] == "authentication_error" and error["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_bearer_is_case_insensitive(client_of: Any) -> None:
+    assert client_of(FakeEngine(api_key="u")).get("/v1/models", headers={"authorization": "bearer u"}).status_code == 200

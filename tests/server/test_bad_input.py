@@ -1,0 +1,242 @@
+"""Each kind of bad input is answered with OpenAI's error object, the right status, and the field at fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from sglang_lora_moe.core import RequestError
+from tests.server.fake_engine import FakeEngine
+
+COMPLETION = {"model": "base", "prompt": "hello"}
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+GENERATE = {"text": "hello"}
+LOAD = {"lora_name": "a", "lora_path": "/a"}
+BODIES: dict[str, dict[str, Any]] = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/generate": GENERATE, "/load_lora_adapter": LOAD}
+SURROGATE = "\\ud800"
+
+
+def error_of(response: Any, status: int = 400) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def user(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content} | more]}
+
+
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    # unknown fields, everywhere
+    *((path, {"surprise": 1}, "surprise") for path in BODIES),
+    ("/unload_lora_adapter", {"lora_name": "a", "surprise": 1}, "surprise"),
+    ("/abort_request", {"surprise": 1}, "surprise"),
+    ("/generate", {"sampling_params": {"surprise": 1}}, "sampling_params.surprise"),
+    ("/v1/chat/completions", user("x", surprise=1), "messages.0.surprise"),
+    ("/v1/completions", {"stream": True, "stream_options": {"surprise": 1}}, "stream_options.surprise"),
+    # sampling values
+    ("/v1/completions", {"temperature": -0.1}, "temperature"),
+    ("/v1/completions", {"temperature": "hot"}, "temperature"),
+    ("/v1/completions", {"top_p": 0}, "top_p"),
+    ("/v1/completions", {"top_p": 1.1}, "top_p"),
+    ("/v1/completions", {"top_k": -2}, "top_k"),
+    ("/v1/completions", {"min_p": 2}, "min_p"),
+    ("/v1/completions", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("/v1/completions", {"presence_penalty": 3}, "presence_penalty"),
+    ("/v1/completions", {"frequency_penalty": -3}, "frequency_penalty"),
+    ("/v1/completions", {"n": 0}, "n"),
+    ("/v1/completions", {"n": True}, "n"),
+    ("/v1/completions", {"n": 1.5}, "n"),
+    ("/v1/completions", {"n": 10**6}, "n"),
+    ("/v1/completions", {"max_tokens": -1}, "max_tokens"),
+    ("/v1/completions", {"seed": 2**63}, "seed"),
+    ("/v1/completions", {"logprobs": 21}, "logprobs"),
+    ("/v1/completions", {"logprobs": True}, "logprobs"),
+    ("/v1/completions", {"stop": ["a", ""]}, "stop"),
+    ("/v1/completions", {"stop": 5}, "stop"),
+    ("/v1/completions", {"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    ("/v1/completions", {"logit_bias": {"x": 1}}, "logit_bias"),
+    ("/v1/completions", {"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ("/v1/completions", {"rid": "with space"}, "rid"),
+    ("/generate", {"sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
+    ("/generate", {"sampling_params": 5}, "sampling_params"),
+    ("/generate", {"text": ["a", "b"], "sampling_params": [{}, {"top_p": 2}]}, "sampling_params.1.top_p"),
+    ("/generate", {"text": ["a", "b"], "sampling_params": [{"n": 1}, {"n": 2}]}, "sampling_params"),
+    ("/generate", {"logprob_start_len": -2}, "logprob_start_len"),
+    # prompts
+    ("/v1/completions", {"prompt": []}, "prompt"),
+    ("/v1/completions", {"prompt": 5}, "prompt"),
+    ("/v1/completions", {"prompt": ["a", 5]}, "prompt"),
+    ("/v1/completions", {"prompt": ["a", [5]]}, "prompt"),
+    ("/v1/completions", {"prompt": [[5], 5]}, "prompt"),
+    ("/v1/completions", {"prompt": [5, -1]}, "prompt"),
+    ("/v1/completions", {"prompt": [5, 1.5]}, "prompt"),
+    ("/v1/completions", {"prompt": [True]}, "prompt"),
+    ("/v1/completions", {"prompt": "x" * 600}, "prompt"),
+    ("/generate", {"text": ["a", [1]]}, "text"),
+    ("/generate", {"text": [1, 2]}, "text"),
+    ("/generate", {"text": None, "input_ids": "a"}, "input_ids"),
+    ("/generate", {"text": None, "input_ids": [[1], 2]}, "input_ids"),
+    ("/generate", {"text": None, "input_ids": [5] * 600}, "input_ids"),
+    ("/generate", {"text": "x" * 600}, "text"),
+    ("/generate", {"input_ids": [1]}, "text"),
+    ("/generate", {"text": None}, "text"),
+    ("/generate", {"text": ["a", "b"], "lora_path": ["a"]}, "lora_path"),
+    ("/generate", {"text": ["a", "b"], "rid": ["x"]}, "rid"),
+    ("/v1/chat/completions", user("x" * 600), "messages"),
+    ("/v1/chat/completions", {"messages": []}, "messages"),
+    ("/v1/chat/completions", {"messages": "hi"}, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+    ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content"),
+    ("/v1/chat/completions", user(5), "messages.0.content"),
+    ("/v1/chat/completions", user([{"type": "image_url", "image_url": {"url": "x"}}]), "messages.0.content.0"),
+    ("/v1/chat/completions", user([{"type": "text"}]), "messages.0.content.0"),
+    ("/v1/chat/completions", user(["x"]), "messages.0.content.0"),
+    # what is not implemented is refused when it is asked for
+    ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
+    ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice"),
+    ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("/v1/chat/completions", {"modalities": ["audio"]}, "modalities"),
+    ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+    ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+    ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"surprise": 1}}, "chat_template_kwargs.surprise"),
+    ("/v1/completions", {"suffix": "x"}, "suffix"),
+    ("/v1/completions", {"best_of": 2}, "best_of"),
+    ("/v1/completions", {"use_beam_search": True}, "use_beam_search"),
+    ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+    ("/generate", {"return_hidden_states": True}, "return_hidden_states"),
+    ("/generate", {"sampling_params": {"regex": "a"}}, "sampling_params.regex"),
+    # adapters
+    ("/load_lora_adapter", {"lora_name": "a:b"}, "lora_name"),
+    ("/load_lora_adapter", {"lora_name": ""}, "lora_name"),
+    ("/load_lora_adapter", {"lora_name": "base"}, "lora_name"),
+    ("/load_lora_adapter", {"lora_path": ""}, "lora_path"),
+    ("/load_lora_adapter", {"lora_path": "/missing"}, "lora_path"),
+    ("/load_lora_adapter", {"pinned": "yes"}, "pinned"),
+    ("/v1/load_lora_adapter", LOAD | {"load_inplace": True}, "load_inplace"),
+    ("/abort_request", {}, "rid"),
+]
+
+
+@pytest.mark.parametrize(("path", "change", "param"), CASES, ids=[f"{path}-{param}-{i}" for i, (path, _, param) in enumerate(CASES)])
+def test_refused_with_the_field(client: TestClient, engine: FakeEngine, path: str, change: dict[str, Any], param: str) -> None:
+    error = error_of(client.post(path, json=BODIES.get(path, {}) | change))
+    assert error["param"] == param and error["type"] == "invalid_request_error" and error["code"]
+    assert param.rpartition(".")[2] in error["message"] or "prompt" in error["message"] or "no such file" in error["message"]
+    assert engine.requests == [] and engine.loaded == {}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_missing_field(client: TestClient, path: str) -> None:
+    required = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "text", "/load_lora_adapter": "lora_name"}[path]
+    error = error_of(client.post(path, json={key: value for key, value in BODIES[path].items() if key != required}))
+    assert error["param"] == required
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("body", ["{broken", "[1]", '"text"', "", "nul"])
+def test_malformed_body(client: TestClient, path: str, body: str) -> None:
+    error = error_of(client.post(path, content=body, headers={"content-type": "application/json"}))
+    assert error["code"] == "invalid_json"
+
+
+def test_body_of_another_type_says_what_to_send(client: TestClient) -> None:
+    error = error_of(client.post("/v1/completions", data={"prompt": "x"}))
+    assert "application/json" in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_are_none(client: TestClient, number: str) -> None:
+    body = f'{{"prompt": "x", "temperature": {number}}}'
+    assert error_of(client.post("/v1/completions", content=body, headers={"content-type": "application/json"}))["param"] == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", '{"prompt": "x%s"}', "prompt"),
+        ("/v1/completions", '{"prompt": "x", "stop": "%s"}', "stop.0"),
+        ("/v1/completions", '{"prompt": "x", "surprise%s": 1}', None),
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "%s"}]}', "messages.0.content"),
+        ("/generate", '{"text": ["x%s"]}', "text"),
+        ("/load_lora_adapter", '{"lora_name": "%s", "lora_path": "/a"}', "lora_name"),
+        ("/load_lora_adapter", '{"lora_name": "a", "lora_path": "/%s"}', "lora_path"),
+    ],
+)
+def test_text_that_is_not_unicode(client: TestClient, path: str, body: str, param: str | None) -> None:
+    error = error_of(client.post(path, content=body % SURROGATE, headers={"content-type": "application/json"}))
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("model", ["nobody", "base:nobody", "other:base", "\udc80".encode("utf-8", "surrogatepass").decode("latin-1")])
+def test_unknown_model_lists_the_loaded_ones(client: TestClient, path: str, model: str) -> None:
+    client.post("/load_lora_adapter", json=LOAD)
+    error = error_of(client.post(path, json=BODIES[path] | {"model": model}), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "model" and error["message"].endswith("loaded are: base, a")
+
+
+def test_unknown_lora_path(client: TestClient) -> None:
+    error = error_of(client.post("/generate", json={"text": "x", "lora_path": "nobody"}), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "lora_path"
+
+
+def test_model_and_lora_path_that_disagree(client: TestClient) -> None:
+    for name in ("a", "b"):
+        client.post("/load_lora_adapter", json={"lora_name": name, "lora_path": f"/{name}"})
+    assert error_of(client.post("/v1/completions", json=COMPLETION | {"model": "a", "lora_path": "b"}))["param"] == "lora_path"
+    assert client.post("/v1/completions", json=COMPLETION | {"model": "base:a", "lora_path": "a"}).status_code == 200
+
+
+def test_adapter_that_went_between_resolving_and_running(client: TestClient, engine: FakeEngine) -> None:
+    client.post("/load_lora_adapter", json=LOAD)
+    engine.loaded.clear()
+    error = error_of(client.post("/v1/completions", json=COMPLETION | {"model": "a"}), 404)
+    assert error["code"] == "model_not_found" and error["param"] == "model"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_full_queue(client: TestClient, engine: FakeEngine, stream: bool) -> None:
+    engine.refusal = RequestError("the queue is full: 4096 requests wait", 503, code="queue_full", retry_after=3)
+    response = client.post("/v1/completions", json=COMPLETION | {"stream": stream})
+    assert error_of(response, 503)["type"] == "server_error" and response.headers["retry-after"] == "3"
+
+
+def test_no_chat_template(client_of: Any) -> None:
+    client = client_of(FakeEngine(chat_template=False))
+    error = error_of(client.post("/v1/chat/completions", json=CHAT))
+    assert error["param"] == "messages" and "--chat-template" in error["message"]
+
+
+def test_template_that_refuses(client_of: Any, tmp_path: Any) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('only one message') }}")
+    error = error_of(client_of(FakeEngine(chat_template=str(template))).post("/v1/chat/completions", json=CHAT))
+    assert "only one message" in error["message"] and error["param"] == "messages"
+
+
+def test_unknown_route_and_method(client: TestClient) -> None:
+    assert "/nowhere" in error_of(client.post("/nowhere", json={}), 404)["message"]
+    response = client.get("/v1/completions")
+    assert "GET" in error_of(response, 405)["message"] and response.headers["allow"] == "POST"
+
+
+def test_bug_is_500_and_logged(client: TestClient, engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    engine.break_after = 1
+    error = error_of(client.post("/v1/completions", json=COMPLETION), 500)
+    assert error["type"] == "server_error" and "the fake engine broke" not in error["message"]
+    assert "the fake engine broke" in caplog.text
+    engine.break_after = None
+    assert client.post("/v1/completions", json=COMPLETION).status_code == 200
+
+
+def test_error_in_mid_stream_is_an_event(client: TestClient, engine: FakeEngine) -> None:
+    engine.break_after = 2
+    response = client.post("/v1/completions", json=COMPLETION | {"stream": True})
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert response.status_code == 200 and len(lines) == 4 and lines[-1] == "data: [DONE]"
+    assert '"error":{' in lines[2] and '"type":"server_error"' in lines[2]

@@ -1,0 +1,63 @@
+"""Text and bytes of tokens, also where a token is a part of a character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_lora_moe.core import TokenLogprob
+from sglang_lora_moe.server.logprobs import CompletionLogprobs, TokenText, chat_logprobs
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> Any:
+    """A byte-level BPE tokenizer whose merges are few, so that 'é' and an emoji fall into single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0} | {character: i + 1 for i, character in enumerate(alphabet)} | {"Ġt": 257}
+    tokenizer = Tokenizer(models.BPE(vocab, [("Ġ", "t")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def test_byte_level_pieces_are_exact(byte_level: Any) -> None:
+    tokens = TokenText(byte_level)
+    ids = byte_level("a té 🙂", add_special_tokens=False).input_ids
+    assert b"".join(tokens.raw(i) for i in ids) == "a té 🙂".encode()
+    assert tokens.text(ids[1]) == " t" and tokens.raw(ids[1]) == b" t"
+    assert len(ids) == 1 + 1 + 2 + 1 + 4 and tokens.text(ids[2]) == "\ufffd"
+    assert tokens.raw(0) == b"<eos>"
+
+
+def test_offsets_count_whole_characters(byte_level: Any) -> None:
+    ids = byte_level("é🙂x", add_special_tokens=False).input_ids
+    builder = CompletionLogprobs(TokenText(byte_level), wants_top=False)
+    first = builder.piece([TokenLogprob(0, None), *(TokenLogprob(i, -1.0) for i in ids[:3])])
+    second = builder.piece([TokenLogprob(i, -1.0) for i in ids[3:]])
+    assert first["text_offset"] + second["text_offset"] == [0, 0, 0, 1, 1, 1, 1, 2]  # é, then the emoji's 4 bytes, then x
+
+
+def test_sentencepiece_tokens() -> None:
+    class Tokenizer:
+        all_special_ids = [0]
+        vocab = {0: "<s>", 1: "\u2581the", 2: "<0xE2>", 3: None}
+
+        def convert_ids_to_tokens(self, token_id: int) -> str | None:
+            return self.vocab[token_id]
+
+        def decode(self, ids: list[int]) -> str:
+            return {0: "<s>"}[ids[0]]
+
+    tokens = TokenText(Tokenizer())
+    assert [tokens.raw(i) for i in range(4)] == [b"<s>", b" the", b"\xe2", b""]
+
+
+def test_minus_infinity_is_json(byte_level: Any) -> None:
+    tokens = TokenText(byte_level)
+    entry = TokenLogprob(1, float("-inf"), [(2, float("-inf"))])
+    assert chat_logprobs([entry], tokens)[0]["logprob"] == -9999.0
+    assert CompletionLogprobs(tokens, True).piece([entry])["token_logprobs"] == [-9999.0]
