@@ -65,7 +65,7 @@ async def _success(service: Service, result: dict[str, Any]) -> Response:
 
 async def _failure(service: Service, error: RequestError) -> Response:
     """SGLang's fields and OpenAI's error object, so that clients of either kind find theirs."""
-    error.param = {"name": "lora_name", "path": "lora_path"}.get(error.param or "", error.param)
+    error.param = {"name": "lora_name", "model": "lora_name", "path": "lora_path"}.get(error.param or "", error.param)
     error.code = error.code or "adapter_refused"
     return error_response(error, {"success": False, "error_message": error.message, "loaded_adapters": await _loaded(service)})
 

@@ -7,39 +7,12 @@ raised by the awaited call, or by the first step of the iterator that `generate`
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sglang_lora_moe.config import Config
-from sglang_lora_moe.core import LogprobOptions, SamplingParams, TokenLogprob
+from sglang_lora_moe.engine.front import Chunk, GenerateRequest
 
-
-@dataclass(slots=True)
-class GenerateRequest:
-    prompt: str | None = None
-    input_ids: list[int] | None = None
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: list[str] = field(default_factory=list)
-    n: int = 1
-    adapter: str | None = None
-    logprobs: LogprobOptions | None = None
-    stream: bool = False
-    rid: str = ""
-
-
-@dataclass(slots=True)
-class Chunk:
-    rid: str
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    matched_stop: int | str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
+__all__ = ["AsyncEngineAPI", "Chunk", "GenerateRequest"]
 
 
 class AsyncEngineAPI(Protocol):

@@ -95,7 +95,7 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(ge=-1)]  # -1 and 0 = all
 MinP = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Repetition = Annotated[float, Field(gt=0, le=10)]
+Repetition = Annotated[float, Field(gt=0, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
 NewTokens = Annotated[int, Field(ge=0)]

@@ -17,8 +17,8 @@ from sglang_lora_moe.server.service import Service, new_id
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on until the context is full
 _SAMPLING_FIELDS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-_COMPLETION_FIELDS = _SAMPLING_FIELDS | {"input_ids": "prompt", "adapter": "model"}
-_CHAT_FIELDS = _SAMPLING_FIELDS | {"input_ids": "messages", "prompt": "messages", "adapter": "model"}
+_COMPLETION_FIELDS = _SAMPLING_FIELDS | {"input_ids": "prompt"}
+_CHAT_FIELDS = _SAMPLING_FIELDS | {"input_ids": "messages", "prompt": "messages"}
 
 
 def openai_routes(service: Service) -> APIRouter:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sglang_lora_moe.core import FinishReason, RequestError
+from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.server.chat import ChatRenderer, read_template
-from sglang_lora_moe.server.engine_api import AsyncEngineAPI, Chunk, GenerateRequest
+from sglang_lora_moe.server.engine_api import AsyncEngineAPI, Chunk
 from sglang_lora_moe.server.logprobs import TokenText
 from sglang_lora_moe.server.metrics import Metrics
 from sglang_lora_moe.server.model_names import ModelNames
@@ -53,19 +51,13 @@ class Service:
     async def _chunks(self, job: Job) -> AsyncGenerator[tuple[int, Chunk], None]:
         if len(job.requests) > 1:
             self._batches[job.rid] = [request.rid for request in job.requests]
+        streams = [self.metrics.observe(request, self.engine.generate(request)) for request in job.requests]
         try:
-            async with aclosing(merge([self.run(request) for request in job.requests])) as items:
+            async with aclosing(merge(streams)) as items:
                 async for item in items:
                     yield item
         finally:
             self._batches.pop(job.rid, None)
-
-    def run(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one engine request, counted. Zero new tokens (scoring a prompt) runs as one token that is dropped."""
-        if request.sampling.max_new_tokens > 0:
-            return self.metrics.observe(request, self.engine.generate(request))
-        request.sampling.max_new_tokens = 1
-        return _without_tokens(self.metrics.observe(request, self.engine.generate(request)))
 
 
 def new_id() -> str:
@@ -82,13 +74,3 @@ async def _collect(job: Job, chunks: AsyncGenerator[tuple[int, Chunk], None]) ->
     async with aclosing(chunks) as items:
         async for prompt, chunk in items:
             job.format.add(prompt, chunk)
-
-
-async def _without_tokens(chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
-    nothing: dict[str, Any] = {"text": "", "token_ids": [], "logprobs": None, "completion_tokens": 0, "matched_stop": None}
-    async with aclosing(chunks) as items:
-        async for chunk in items:
-            reason = chunk.finish_reason
-            if reason is not None and reason != FinishReason.ABORT:
-                reason = FinishReason.LENGTH.value
-            yield replace(chunk, finish_reason=reason, **nothing)

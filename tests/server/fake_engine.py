@@ -72,7 +72,7 @@ class FakeEngine:
         if len(ids) >= limit:
             raise RequestError(f"the prompt has {len(ids)} tokens, the model takes {limit}", param="input_ids", code="context_length_exceeded")
         if request.adapter is not None and request.adapter not in self.loaded:
-            raise RequestError(f"{request.adapter!r} is not loaded", 404, "adapter", "model_not_found")
+            raise RequestError(f"{request.adapter!r} is not loaded", 404, "model", "model_not_found")
         if request.rid in self.running:
             raise RequestError(f"rid {request.rid!r} is running", param="rid")
         return ids
@@ -85,6 +85,8 @@ class FakeEngine:
         if request.logprobs is not None and request.logprobs.prompt_start is not None:
             start = request.logprobs.prompt_start
             prompt_logprobs = [TokenLogprob(t, None if i == 0 else -0.5, self._top(request, t, i)) for i, t in enumerate(ids)][start:]
+        if sampling.max_new_tokens == 0:
+            yield Chunk(request.rid, k, "", [], "length", None, len(ids), 0, len(ids) // 2, [], prompt_logprobs)
         for j in range(sampling.max_new_tokens):
             token = FIRST_CHARACTER + (echo[j % len(echo)] - FIRST_CHARACTER + shift) % (LAST_CHARACTER - FIRST_CHARACTER + 1)
             piece = self.tokenizer.decode([token])
@@ -122,7 +124,7 @@ class FakeEngine:
 
     async def unload_adapter(self, name: str) -> dict[str, Any]:
         if name not in self.loaded:
-            raise RequestError(f"{name!r} is not loaded", 404, "name", "model_not_found")
+            raise RequestError(f"{name!r} is not loaded", 404, "model", "model_not_found")
         record = self.loaded.pop(name)
         while any(request.adapter == name for request in self.running.values()):
             await asyncio.sleep(0.005)
