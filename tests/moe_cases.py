@@ -18,6 +18,7 @@ import torch
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.stacks import ExpertStacks
 from sglang_lora_moe.lora.targets import ExpertTarget
+from sglang_lora_moe.lora.weights import ExpertLoRA
 from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
@@ -115,16 +116,16 @@ def make_case(
     )  # fmt: skip
 
 
-def make_expert_lora(spec: MoESpec, rank: int, layout: str, noise: Any, scaling: float = 1.0) -> SimpleNamespace:
-    """Random weights in the shape of `lora.adapter.ExpertLoRA`; `noise(*shape, std)` makes them."""
+def make_expert_lora(spec: MoESpec, rank: int, layout: str, noise: Any, scaling: float = 1.0) -> ExpertLoRA:
+    """Random weights; `noise(*shape, std)` makes them."""
     e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
     split, outer = layout.startswith("split") and spec.gated, 1 if layout.endswith("shared_outer") else e
-    module = SimpleNamespace(a13=None, b13=None, a2=None, b2=None, split_a=split, scaling13=scaling, scaling2=1.5 * scaling)
+    a13 = b13 = a2 = b2 = None
     if layout != "down_only":
-        module.a13, module.b13 = noise(outer, rank * (2 if split else 1), h, std=h**-0.5), noise(e, spec.w13_rows, rank, std=rank**-0.5)
+        a13, b13 = noise(outer, rank * (2 if split else 1), h, std=h**-0.5), noise(e, spec.w13_rows, rank, std=rank**-0.5)
     if layout != "gate_up_only":
-        module.a2, module.b2 = noise(e, rank, i, std=i**-0.5), noise(outer, h, rank, std=rank**-0.5)
-    return module
+        a2, b2 = noise(e, rank, i, std=i**-0.5), noise(outer, h, rank, std=rank**-0.5)
+    return ExpertLoRA(a13, b13, split, scaling, a2, b2, 1.5 * scaling)
 
 
 def small_cases(**overrides: Any) -> Iterator[dict[str, Any]]:

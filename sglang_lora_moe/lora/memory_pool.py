@@ -7,24 +7,17 @@ copies, in stream order: weights first, table column last. Nothing moves after c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks, Stack
 from sglang_lora_moe.lora.staging import StagedWriter
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
+from sglang_lora_moe.lora.weights import AdapterWeights, ExpertLoRA, ModuleLoRA
 
 ALIGN_BYTES = 16  # vector loads of kernels
-
-
-class Weights(Protocol):
-    """What the pool needs of `lora.adapter.AdapterWeights`: target name -> LinearLoRA, EmbeddingLoRA or ExpertLoRA."""
-
-    @property
-    def modules(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class LoRAMemoryPool:
         """The tables of one target, valid for the life of the pool."""
         return self._stacks[target_name]
 
-    def write(self, slot: int, adapter: Weights) -> int:
+    def write(self, slot: int, adapter: AdapterWeights) -> int:
         """Put an adapter into a slot, over whatever was there; returns the bytes written. On error the pool is unchanged."""
         self._check_slot(slot)
         entries = [entry for name, module in adapter.modules.items() for entry in self._entries(name, module)]
@@ -148,14 +141,16 @@ class LoRAMemoryPool:
             return EmbeddingStacks(stack(target.vocab), stack(target.hidden))
         return ExpertStacks(stack(target.hidden, target.gated), stack(target.w13_rows, target.gated), stack(target.intermediate), stack(target.hidden))
 
-    def _entries(self, name: str, module: Any) -> list[_Entry]:
-        """The matrix sets of one module (LinearLoRA, EmbeddingLoRA or ExpertLoRA), checked against the target."""
+    def _entries(self, name: str, module: ModuleLoRA) -> list[_Entry]:
+        """The matrix sets of one module, checked against the target."""
         target = self.targets.get(name)
         if target is None:
             raise ValueError(f"adapter has weights for {name}, which is not a target of this pool")
         first = self._first_row[name]
-        if isinstance(target, ExpertTarget):
+        if isinstance(target, ExpertTarget) and isinstance(module, ExpertLoRA):
             return self._expert_entries(first, target, module)
+        if isinstance(target, ExpertTarget) or isinstance(module, ExpertLoRA):
+            raise ValueError(f"{name} is a {type(target).__name__}, the adapter has a {type(module).__name__} for it")
         inputs, outputs = (target.in_features, target.out_features) if isinstance(target, LinearTarget) else (target.vocab, target.hidden)
         a, b, rank = module.a, module.b, module.a.shape[0]
         self._check(f"{name} A", a, (rank, inputs), rank)
@@ -163,9 +158,9 @@ class LoRAMemoryPool:
         a = a.t() if isinstance(target, EmbeddingTarget) else a
         return [_Entry(first + i, matrix.unsqueeze(0), rank, module.scaling, False, True) for i, matrix in enumerate((a, b))]
 
-    def _expert_entries(self, first: int, target: ExpertTarget, module: Any) -> list[_Entry]:
+    def _expert_entries(self, first: int, target: ExpertTarget, module: ExpertLoRA) -> list[_Entry]:
         halves = (
-            ("13", module.a13, module.b13, target.hidden, target.w13_rows, module.scaling13, bool(module.split_a)),
+            ("13", module.a13, module.b13, target.hidden, target.w13_rows, module.scaling13, module.split_a),
             ("2", module.a2, module.b2, target.intermediate, target.hidden, module.scaling2, False),
         )
         entries = []

@@ -14,6 +14,7 @@ from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.slot_runs import compute_slot_runs, slot_runs
 from sglang_lora_moe.lora.targets import EmbeddingTarget, LinearTarget
+from sglang_lora_moe.lora.weights import EmbeddingLoRA, LinearLoRA
 from tests.references import ref_linear, relative_error
 
 PARTS = (("attn.q_proj", 48), ("attn.k_proj", 16), ("attn.v_proj", 24))
@@ -35,9 +36,7 @@ def make_pool(dtype: torch.dtype = torch.float32) -> LoRAMemoryPool:
     torch.manual_seed(3)
     pool = LoRAMemoryPool([LinearTarget(name, 32, rows) for name, rows in PARTS], 4, 16, dtype)
     for slot, rank, names in ((0, 16, "qkv"), (1, 1, "q"), (2, 5, "qkv"), (3, 8, "kv")):
-        modules = {
-            name: SimpleNamespace(a=noise(rank, 32, std=0.2), b=noise(rows, rank, std=0.4), scaling=0.5 + slot) for name, rows in PARTS if name[5] in names
-        }
+        modules = {name: LinearLoRA(noise(rank, 32, std=0.2), noise(rows, rank, std=0.4), 0.5 + slot) for name, rows in PARTS if name[5] in names}
         pool.write(slot, SimpleNamespace(modules=modules))
     return pool
 
@@ -111,7 +110,7 @@ def test_logits_take_their_own_slots() -> None:
 def test_embedding(pattern: str, dtype: torch.dtype) -> None:
     slots = SLOT_PATTERNS[pattern]
     pool = LoRAMemoryPool([EmbeddingTarget("embed_tokens", 50, 32)], 4, 8, dtype)
-    adapters = {slot: SimpleNamespace(a=noise(3 + slot, 50).to(dtype), b=noise(32, 3 + slot).to(dtype), scaling=0.5) for slot in (0, 1, 3)}
+    adapters = {slot: EmbeddingLoRA(noise(3 + slot, 50).to(dtype), noise(32, 3 + slot).to(dtype), 0.5) for slot in (0, 1, 3)}
     for slot, module in adapters.items():
         pool.write(slot, SimpleNamespace(modules={"embed_tokens": module}))
     base = Embedding("embed_tokens", 50, 32, dtype=dtype, device="cpu")

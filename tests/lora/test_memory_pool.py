@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from sglang_lora_moe.lora import staging
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget
+from sglang_lora_moe.lora.weights import EmbeddingLoRA, ExpertLoRA, LinearLoRA
 from sglang_lora_moe.moe.spec import MoESpec
 from tests.moe_cases import LAYOUTS, make_expert_lora
 from tests.references import stack_matrix
@@ -31,10 +33,10 @@ def noise(*shape: int, std: float = 1.0) -> torch.Tensor:
 
 def make_adapter(rank: int, layout: str = "split", only: tuple[str, ...] = ("embed_tokens", "q_proj", "experts", "lm_head")) -> Any:
     modules = {
-        "embed_tokens": SimpleNamespace(a=noise(rank, 11), b=noise(20, rank), scaling=0.25),
-        "q_proj": SimpleNamespace(a=noise(rank, 20), b=noise(7, rank), scaling=0.5),
+        "embed_tokens": EmbeddingLoRA(noise(rank, 11), noise(20, rank), 0.25),
+        "q_proj": LinearLoRA(noise(rank, 20), noise(7, rank), 0.5),
         "experts": make_expert_lora(SPEC, rank, layout, noise, scaling=2.0),
-        "lm_head": SimpleNamespace(a=noise(rank, 20), b=noise(11, rank), scaling=1.0),
+        "lm_head": LinearLoRA(noise(rank, 20), noise(11, rank), 1.0),
     }
     return SimpleNamespace(modules={name: modules[name] for name in only})
 
@@ -119,7 +121,7 @@ def test_clear() -> None:
 
 
 def change(adapter: Any, name: str, **fields: Any) -> Any:
-    return SimpleNamespace(modules=adapter.modules | {name: SimpleNamespace(**(vars(adapter.modules[name]) | fields))})
+    return SimpleNamespace(modules=adapter.modules | {name: replace(adapter.modules[name], **fields)})
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,7 @@ def change(adapter: Any, name: str, **fields: Any) -> Any:
         (lambda: change(make_adapter(4), "q_proj", a=noise(5, 20)), r"q_proj B: expected shape \(7, 5\), got \(7, 4\)"),
         (lambda: change(make_adapter(4, "dense"), "experts", a13=noise(2, 4, 20)), r"experts A13: expected shape \(3, 4, 20\), got \(2, 4, 20\)"),
         (lambda: change(make_adapter(4), "experts", b2=None), r"experts: adapter has A2 or B2 without the other"),
+        (lambda: SimpleNamespace(modules={"q_proj": ExpertLoRA()}), r"q_proj is a LinearTarget, the adapter has a ExpertLoRA for it"),
         (lambda: SimpleNamespace(modules={"k_proj": None}), r"adapter has weights for k_proj, which is not a target"),
     ],
 )
