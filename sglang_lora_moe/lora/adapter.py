@@ -132,6 +132,8 @@ class _Names:
 
     def __init__(self, source: AdapterSource, targets: Mapping[str, Target], rename: Callable[[str], str], refused: Mapping[str, str]) -> None:
         self.source, self.targets, self.rename, self.refused = source, targets, rename, refused
+        self._taken: dict[tuple[object, ...], str] = {}  # place of a tensor -> its name
+        self._resolved: dict[str, str | None] = {}
 
     def sort(self) -> _SortedKeys:
         found = _SortedKeys()
@@ -152,25 +154,23 @@ class _Names:
 
     def _add(self, found: _SortedKeys, key: str, module: str, half: str, embedding: bool) -> bool:
         """File one LoRA tensor under its target; False if the model has no such module."""
-        name = self._resolve(module)
-        if name is not None and not isinstance(self.targets[name], ExpertTarget):
-            if embedding != isinstance(self.targets[name], EmbeddingTarget):
-                expected = "lora_embedding_A and lora_embedding_B" if not embedding else "lora_A and lora_B"
-                raise self.source.error(key, f"{expected} for {name}", "the other kind", "The adapter was made for another base model.")
-            pair = found.pairs.setdefault(name, _PairKeys(module))
-            if half in pair.halves:
-                raise self.source.error(key, f"one lora_{half} for {name}", f"also {pair.halves[half]}", "Remove one of the two.")
-            pair.halves[half] = key
-        else:
-            expert_key = self._expert_key(key, module, half)
-            if expert_key is None:
-                return False
+        expert_key = self._expert_key(key, module, half)
+        if expert_key is not None:
             name, entry = expert_key
-            group = found.experts.setdefault(name, [])
-            same = [other.key for other in group if other[2:] == entry[2:]]
-            if same:
-                raise self.source.error(key, f"one tensor of this kind for {name}", f"also {same[0]}", "Remove one of the two.")
-            group.append(entry)
+            place: tuple[object, ...] = (name, *entry[2:])
+            found.experts.setdefault(name, []).append(entry)
+        else:
+            resolved = self._resolve(module)
+            if resolved is None or isinstance(self.targets[resolved], ExpertTarget):
+                return False
+            name, place = resolved, (resolved, half)
+            if embedding != isinstance(self.targets[name], EmbeddingTarget):
+                expected = "lora_A and lora_B" if embedding else "lora_embedding_A and lora_embedding_B"
+                raise self.source.error(key, f"{expected} for {name}", "the other kind", "The adapter was made for another base model.")
+            found.pairs.setdefault(name, _PairKeys(module)).halves[half] = key
+        if place in self._taken:
+            raise self.source.error(key, f"one lora_{half} of this kind for {name}", f"also {self._taken[place]}", "Remove one of the two.")
+        self._taken[place] = key
         self.source.report.consumed[key] = name
         return True
 
@@ -191,12 +191,14 @@ class _Names:
 
     def _resolve(self, module: str) -> str | None:
         """The target that `module` of the file names, None if there is none. Refuses modules that may not have adapters."""
-        renamed = self.rename(module)
-        candidates = [module, renamed, *(renamed.replace(old, new) for old, new in _ALIASES if old in renamed)]
-        for suffix, reason in self.refused.items():
-            if any(name == suffix or name.endswith(f".{suffix}") for name in candidates):
-                raise AdapterError(f"{self.source.file.path}: {module}: expected no adapter on {suffix}, found one: {reason}.")
-        return next((name for name in candidates if name in self.targets), None)
+        if module not in self._resolved:
+            renamed = self.rename(module)
+            candidates = [module, renamed, *(renamed.replace(old, new) for old, new in _ALIASES if old in renamed)]
+            for suffix, reason in self.refused.items():
+                if any(name == suffix or name.endswith(f".{suffix}") for name in candidates):
+                    raise AdapterError(f"{self.source.file.path}: {module}: expected no adapter on {suffix}, found one: {reason}.")
+            self._resolved[module] = next((name for name in candidates if name in self.targets), None)
+        return self._resolved[module]
 
     def _check_other(self, key: str) -> None:
         """A tensor that is neither A nor B: an unchanged copy of a base embedding is left alone, anything else is refused."""
