@@ -128,6 +128,16 @@ class Reply:
     status: int = 200
     param: str | None = None
     code: str | None = None
+    retry_after: int | None = None
+
+    @classmethod
+    def refusal(cls, rid: str, error: RequestError) -> Reply:
+        return cls(rid, {}, error.message, error.status, error.param, error.code, error.retry_after)
+
+    def raise_error(self) -> None:
+        """Raise the RequestError that this reply carries, if it does."""
+        if self.error is not None:
+            raise RequestError(self.error, self.status, self.param, self.code, self.retry_after)
 
 
 FrontMessage = Submit | Abort | LoadAdapter | UnloadAdapter | FlushCache | GetStats

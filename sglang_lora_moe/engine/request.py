@@ -63,9 +63,16 @@ class Request:
 
         The logits of row i are the distribution of token i + 1. They are given once, with the first output.
         """
-        if self.logprobs is None or self.logprobs.prompt_start is None or self.num_output:
+        if self.logprobs is None or self.logprobs.prompt_start is None or len(self.tokens) > self.prompt_len:
             return None
         return max(self.logprobs.prompt_start - 1, 0)
+
+    def prompt_logit_positions(self, end: int) -> range:
+        """Positions of this step (`num_computed` .. end - 1) whose logits are wanted because the next token is a prompt token."""
+        start = self.prompt_logit_start
+        if start is None:
+            return range(0)
+        return range(max(start, self.num_computed), min(end, self.prompt_len - 1))
 
     def extend_keys(self, page_size: int, num_pages: int) -> None:
         """Compute the keys of the first `num_pages` pages."""

@@ -24,6 +24,14 @@ class SlotTable:
         self._idle: OrderedDict[int, None] = OrderedDict()  # resident without users, least recently used first
         self._writes: list[tuple[int, str]] = []
 
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._slot_of)
+
     def slot_of(self, revision: str) -> int | None:
         return self._slot_of.get(revision)
 

@@ -57,7 +57,7 @@ class FakeRunner:
             assert seen == [(revision, position, token) for position, token in enumerate(request.tokens[:end])]
             start = request.prompt_logit_start
             if start is not None:
-                rows = range(max(start, request.num_computed), min(end, request.prompt_len - 1))
+                rows = request.prompt_logit_positions(end)
                 values = [TokenLogprob(request.tokens[row + 1], -float(row + 1)) for row in rows]
                 first = request.num_computed <= 0 < end and request.logprobs is not None and request.logprobs.prompt_start == 0
                 result.prompt_logprobs[index] = ([TokenLogprob(request.tokens[0], None)] if first else []) + values

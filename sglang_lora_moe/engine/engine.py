@@ -1,0 +1,249 @@
+"""`Engine`: the same engine in one's own process, for offline use. No server library is imported.
+
+    engine = Engine(model_path="...", lora_paths=["upper=..."])
+    engine.generate("hello>", {"temperature": 0, "max_new_tokens": 8}, lora_path="upper")
+    -> {"text": "HELLO", "output_ids": [...], "meta_info": {"finish_reason": {...}, "prompt_tokens": 7, ...}}
+
+Calls and results have the shape of SGLang's offline engine. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from sglang_lora_moe.config import Config
+from sglang_lora_moe.core import Abort, FlushCache, FrontMessage, GetStats, LoadAdapter, LogprobOptions, Reply, RequestError, SamplingParams, UnloadAdapter
+from sglang_lora_moe.engine.build import build_engine, load_tokenizer
+from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
+from sglang_lora_moe.engine.validate import refuse
+
+_SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
+
+
+class Engine:
+    """Built from a `Config`, or from its fields as keywords."""
+
+    def __init__(self, config: Config | None = None, **fields: Any) -> None:
+        if (config is None) == (not fields):
+            raise TypeError("give either a Config or its fields as keywords")
+        self.core, self.config, self.model_info = build_engine(config if config is not None else Config(**fields))
+        self.tokenizer = load_tokenizer(self.config)
+        self.front = Front(self.tokenizer, self.core.vocab_size, self.model_info["eos_token_ids"])
+        self._replies: dict[str, Reply] = {}
+        self._calls = 0
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        lora_path: str | list[str | None] | None = None,
+        return_logprob: bool = False,
+        logprob_start_len: int = -1,
+        top_logprobs_num: int = 0,
+        stream: bool = False,
+    ) -> Any:
+        """Continue one prompt or a list; texts or token ids.
+
+        One prompt with n = 1 gives a dict, otherwise a list in the order of prompts, samples of a prompt together. With
+        `stream` an iterator of such dicts with all text so far ("index" says whose). `lora_path` names loaded adapters.
+        """
+        if (prompt is None) == (input_ids is None):
+            raise RequestError("prompt: exactly one of prompt and input_ids must be given", param="prompt")
+        is_batch = isinstance(prompt, list) or (input_ids is not None and bool(input_ids) and isinstance(input_ids[0], list))
+        prompts: list[Any] = list(prompt if prompt is not None else input_ids) if is_batch else [prompt if prompt is not None else input_ids]  # type: ignore[arg-type]
+        options = LogprobOptions(top_logprobs_num, logprob_start_len if logprob_start_len >= 0 else None) if return_logprob else None
+        params = _spread(sampling_params or {}, len(prompts), "sampling_params")
+        adapters = _spread(lora_path, len(prompts), "lora_path")
+        requests = [
+            _make_request(one, prompt is not None, params[i], GenerateRequest(adapter=adapters[i], logprobs=options, stream=stream))
+            for i, one in enumerate(prompts)
+        ]
+        return self._stream(requests) if stream else self._collect(requests, is_batch)
+
+    def _collect(self, requests: list[GenerateRequest], is_batch: bool) -> Any:
+        outputs = [[_Output(request, k) for k in range(request.n)] for request in requests]
+        for place, chunk in self.run(requests):
+            outputs[place][chunk.index].add(chunk)
+        results = [output.result() for samples in outputs for output in samples]
+        return results if is_batch or requests[0].n > 1 else results[0]
+
+    def _stream(self, requests: list[GenerateRequest]) -> Iterator[dict[str, Any]]:
+        outputs = [[_Output(request, k) for k in range(request.n)] for request in requests]
+        first = [sum(request.n for request in requests[:i]) for i in range(len(requests))]
+        for place, chunk in self.run(requests):
+            output = outputs[place][chunk.index]
+            output.add(chunk)
+            yield output.result() | {"index": first[place] + chunk.index}
+
+    def run(self, requests: list[GenerateRequest]) -> Iterator[tuple[int, Chunk]]:
+        """Run requests together; (place of the request, chunk) as they come. The first refusal ends all of them.
+
+        Closing the iterator aborts what has not finished.
+        """
+        places: dict[str, int] = {}
+        try:
+            for place, request in enumerate(requests):
+                messages = self.front.submit(request)
+                places[request.rid] = place
+                for message in messages:
+                    yield from self._chunks(self._handle(message), places)
+            unfinished = set(places)
+            while unfinished := unfinished & set(self.front.unfinished()):
+                yield from self._chunks(self._step(), places)
+        finally:
+            for rid in places:
+                for abort in self.front.forget(rid):
+                    self._handle(abort)
+
+    # ---- control ----------------------------------------------------------------------------------------------------
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, Any]:
+        """Load an adapter under a name; loading equal content again only says so."""
+        return self._control(LoadAdapter(self._next_rid(), lora_name, lora_path, pinned))
+
+    def unload_lora_adapter(self, lora_name: str) -> dict[str, Any]:
+        """Unload a name, after its running requests; says how many bytes were freed."""
+        return self._control(UnloadAdapter(self._next_rid(), lora_name))
+
+    def flush_cache(self) -> dict[str, Any]:
+        """Forget all cached prefixes."""
+        return self._control(FlushCache(self._next_rid()))
+
+    def get_server_info(self) -> dict[str, Any]:
+        """Facts of the model, and the books of scheduler, KV cache and adapters."""
+        return self.model_info | self._control(GetStats(self._next_rid()))
+
+    def abort_request(self, rid: str = "") -> None:
+        """Abort a request that an open stream runs; "" = all."""
+        for message in self.front.aborts(rid):
+            self._handle(message)
+
+    def shutdown(self) -> None:
+        """Give back everything. The engine cannot be used afterwards."""
+        self.core.handle(Abort(""))
+        self.core.close()
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+    def _handle(self, message: FrontMessage) -> list[Chunk | Failure]:
+        return self._receive(self.core.handle(message))
+
+    def _step(self) -> list[Chunk | Failure]:
+        return self._receive(self.core.step())
+
+    def _receive(self, messages: list[Any]) -> list[Chunk | Failure]:
+        """Front's view of engine messages; aborts it asks for are handed over at once."""
+        found: list[Chunk | Failure] = []
+        for message in messages:
+            for event in self.front.on_message(message):
+                if isinstance(event, Abort):
+                    found += self._handle(event)
+                elif isinstance(event, Reply):
+                    self._replies[event.rid] = event
+                else:
+                    found.append(event)
+        return found
+
+    @staticmethod
+    def _chunks(events: list[Chunk | Failure], places: dict[str, int]) -> Iterator[tuple[int, Chunk]]:
+        for event in events:
+            if isinstance(event, Failure):
+                raise event.error
+            if event.rid in places:
+                yield places[event.rid], event
+
+    def _control(self, message: LoadAdapter | UnloadAdapter | FlushCache | GetStats) -> dict[str, Any]:
+        """Send a control message and work until it is answered."""
+        self._handle(message)
+        while message.rid not in self._replies:
+            if not self.core.has_work and not self.core.is_loading:
+                raise RuntimeError(f"{type(message).__name__} was not answered")
+            self._step()
+            if not self.core.has_work:
+                time.sleep(0.001)  # a file is being read in another thread
+        reply = self._replies.pop(message.rid)
+        reply.raise_error()
+        return reply.data
+
+    def _next_rid(self) -> str:
+        self._calls += 1
+        return f"control-{self._calls}"
+
+
+class _Output:
+    """One sample in SGLang's result shape."""
+
+    def __init__(self, request: GenerateRequest, index: int) -> None:
+        self._request, self._index, self._begin = request, index, time.perf_counter()
+        self._text, self._ids = "", []  # type: tuple[str, list[int]]
+        self._prompt_logprobs: list[Any] = []
+        self._logprobs: list[Any] = []
+        self._last: Chunk | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self._text += chunk.text
+        self._ids += chunk.token_ids
+        self._prompt_logprobs += chunk.prompt_logprobs or []
+        self._logprobs += chunk.logprobs or []
+        self._last = chunk
+
+    def result(self) -> dict[str, Any]:
+        chunk, request = self._last, self._request
+        assert chunk is not None, "a sample ended without a chunk"
+        reason: dict[str, Any] | None = None
+        if chunk.finish_reason is not None:
+            details: dict[str, dict[str, Any]] = {
+                "stop": {"matched": chunk.matched_stop},
+                "length": {"length": chunk.completion_tokens},
+                "abort": {"message": "aborted"},
+            }
+            reason = {"type": chunk.finish_reason} | details[chunk.finish_reason]
+        meta: dict[str, Any] = {
+            "id": request.rid if request.n == 1 else f"{request.rid}-{self._index}",
+            "finish_reason": reason,
+            "prompt_tokens": chunk.prompt_tokens,
+            "completion_tokens": chunk.completion_tokens,
+            "cached_tokens": chunk.cached_tokens,
+            "lora_path": request.adapter,
+            "e2e_latency": time.perf_counter() - self._begin,
+        }
+        if request.logprobs is not None:
+            for side, entries in (("input", self._prompt_logprobs), ("output", self._logprobs)):
+                meta[f"{side}_token_logprobs"] = [(entry.logprob, entry.token_id, None) for entry in entries]
+                if request.logprobs.top:
+                    meta[f"{side}_top_logprobs"] = [[(value, token, None) for token, value in e.top] if e.logprob is not None else None for e in entries]
+        return {"text": self._text, "output_ids": list(self._ids), "meta_info": meta}
+
+
+def _spread(value: Any, count: int, name: str) -> list[Any]:
+    """One value for every prompt, or a list of one per prompt."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{name}: expected one value or a list of {count}, one per prompt, got a list of {len(value)}", param=name)
+    return value
+
+
+def _make_request(prompt: Any, is_text: bool, params: dict[str, Any], request: GenerateRequest) -> GenerateRequest:
+    """`request` with prompt and sampling filled in; `params` has SGLang's names."""
+    if not isinstance(params, dict):
+        raise refuse("sampling_params", "a dict", params)
+    values = dict(params)
+    request.prompt, request.input_ids = (prompt, None) if is_text else (None, prompt)
+    stop = values.pop("stop", None)
+    request.stop = [stop] if isinstance(stop, str) else stop or []
+    request.n = values.pop("n", 1)
+    unknown = sorted(set(values) - _SAMPLING_FIELDS)
+    if unknown:
+        raise RequestError(f"sampling_params: unknown field {unknown[0]!r}; known: n, stop, {', '.join(sorted(_SAMPLING_FIELDS))}", param=unknown[0])
+    request.sampling = SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    return request

@@ -1,0 +1,223 @@
+"""The text side of the engine: one user request in, one `Submit` per sample out; token ids back, text out.
+
+Tokenizes, expands n, detokenizes piece by piece, finds stop strings (trimmed from the text) and builds `Chunk`s. Plain
+synchronous code without a thread or a socket: the in-process `Engine` and the server's `AsyncEngine` both drive it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sglang_lora_moe.core import (
+    Abort,
+    EngineMessage,
+    FinishReason,
+    LogprobOptions,
+    Reply,
+    RequestError,
+    SamplingParams,
+    Submit,
+    TokenLogprob,
+    TokenOutput,
+)
+from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
+from sglang_lora_moe.engine.sampler import derive_seed
+from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse
+
+
+@dataclass(slots=True)
+class GenerateRequest:
+    """What a user asks for: exactly one of `prompt` and `input_ids`, continued `n` times."""
+
+    prompt: str | None = None
+    input_ids: list[int] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: list[str] = field(default_factory=list)
+    n: int = 1
+    adapter: str | None = None  # name, None = base model
+    logprobs: LogprobOptions | None = None
+    stream: bool = False  # False: one chunk per sample, at its end
+    rid: str = ""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What is new of sample `index` of request `rid`. Text and ids are deltas, counts are totals so far.
+
+    `token_ids` may run ahead of `text` inside a request only within one chunk: ids wait for their text. `matched_stop` is
+    the stop string or the stop id that ended the sample; neither is part of the text.
+    """
+
+    rid: str
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    matched_stop: int | str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(slots=True)
+class Failure:
+    """Request `rid` ends with an error instead of a last chunk."""
+
+    rid: str
+    error: RequestError
+
+
+class _Sample:
+    """One sample on its way from ids to text."""
+
+    def __init__(self, request: GenerateRequest, index: int, decode: Any) -> None:
+        self.request, self.index = request, index
+        self.detokenizer = Detokenizer(decode) if decode is not None else None
+        self.stops = StopStrings(request.stop)
+        self.waits = not request.stream and not request.stop  # text is needed at the end only
+        self.unread: list[int] = []  # ids that the detokenizer has not seen
+        self.pending = Chunk(request.rid, index)
+        self.completion_tokens = 0
+
+    def push(self, output: TokenOutput) -> Chunk | None:
+        """Take in new tokens; returns what can be said, None if nothing yet."""
+        chunk = self.pending
+        chunk.token_ids += output.token_ids
+        self.completion_tokens += len(output.token_ids)
+        chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens = output.prompt_tokens, output.cached_tokens, self.completion_tokens
+        if output.logprobs is not None:
+            chunk.logprobs = (chunk.logprobs or []) + output.logprobs
+        if output.prompt_logprobs is not None:
+            chunk.prompt_logprobs = output.prompt_logprobs
+        chunk.finish_reason = output.finish_reason
+        self.unread += output.token_ids
+        if output.stop_token_id is not None:
+            chunk.matched_stop = output.stop_token_id
+            self.unread.pop()
+        if not self.waits or output.finish_reason is not None:
+            self._read(last=output.finish_reason is not None)
+        if chunk.finish_reason is None and not (self.request.stream and chunk.text):
+            return None
+        self.pending = Chunk(self.request.rid, self.index)
+        return chunk
+
+    def _read(self, last: bool) -> None:
+        """Turn unread ids into text, up to a stop string."""
+        chunk, detokenizer = self.pending, self.detokenizer
+        if detokenizer is None:
+            return
+        text = detokenizer.push(self.unread)
+        self.unread = []
+        if last:
+            text += detokenizer.finish()
+        said, stop = self.stops.push(text)
+        if stop is not None:
+            chunk.finish_reason, chunk.matched_stop = FinishReason.STOP.value, stop
+        elif last:
+            said += self.stops.finish()
+        chunk.text += said
+
+
+class Front:
+    """All requests of one engine that have not ended. `tokenizer` None: ids only, texts are empty."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        eos = getattr(tokenizer, "eos_token_id", None)
+        self._more_eos: list[Any] = [eos] if is_int(eos) and eos not in eos_ids else []  # chat models often end with another id than their config's
+        self._decode = make_decode(tokenizer) if tokenizer is not None else None
+        self._samples: dict[str, _Sample] = {}  # by the id that the engine knows, which is never used twice
+        self._requests: dict[str, list[str]] = {}  # request -> ids of its samples that have not ended
+        self._serial = 0
+
+    def submit(self, request: GenerateRequest) -> list[Submit]:
+        """Check and register a request, giving it an id if it has none. The messages go to the engine, in order."""
+        check_sampling(request.sampling, self.vocab_size)
+        check_stops(request.stop)
+        check_samples(request.n)
+        check_logprobs(request.logprobs, self.vocab_size)
+        request.rid = request.rid or uuid.uuid4().hex
+        if request.rid in self._requests:
+            raise RequestError(f"rid: a request with the id {request.rid!r} is running already", param="rid")
+        ids = self._input_ids(request)
+        if request.stop and self._decode is None:
+            raise RequestError("stop: this engine has no tokenizer, so it cannot look for texts; use stop_token_ids", param="stop")
+        sampling = request.sampling
+        if self._more_eos and not sampling.ignore_eos:
+            sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self._more_eos])
+        messages = []
+        for index in range(request.n):
+            self._serial += 1
+            name = f"{request.rid}/{self._serial}"
+            self._samples[name] = _Sample(request, index, self._decode)
+            own = sampling if sampling.seed is None or index == 0 else replace(sampling, seed=derive_seed(sampling.seed, index))
+            messages.append(Submit(name, ids, own, request.adapter, request.logprobs))
+        self._requests[request.rid] = [message.rid for message in messages]
+        return messages
+
+    def on_message(self, message: EngineMessage) -> list[Chunk | Failure | Abort | Reply]:
+        """Chunks and failures for users, aborts for the engine; replies to control messages pass through."""
+        if isinstance(message, Reply):
+            sample = self._samples.get(message.rid)
+            if sample is None:
+                return [message]
+            error = RequestError(message.error or "refused", message.status, message.param, message.code, message.retry_after)
+            return [Failure(sample.request.rid, error), *self.forget(sample.request.rid)]
+        return list(self._on_output(message))
+
+    def aborts(self, rid: str) -> list[Abort]:
+        """Messages that end a request ("" = all); its last chunks will say so."""
+        if rid == "":
+            return [Abort("")]
+        return [Abort(name) for name in self._requests.get(rid, [])]
+
+    def forget(self, rid: str) -> list[Abort]:
+        """End a request of which nobody wants to hear any more."""
+        names = self._requests.pop(rid, [])
+        for name in names:
+            del self._samples[name]
+        return [Abort(name) for name in names]
+
+    def unfinished(self) -> list[str]:
+        return list(self._requests)
+
+    def _on_output(self, output: TokenOutput) -> Iterable[Chunk | Abort]:
+        sample = self._samples.get(output.rid)
+        if sample is None:
+            return  # it ended with a stop string, or was forgotten, and the engine did not know yet
+        chunk = sample.push(output)
+        if chunk is None:
+            return
+        yield chunk
+        if chunk.finish_reason is not None:
+            del self._samples[output.rid]
+            names = self._requests[sample.request.rid]
+            names.remove(output.rid)
+            if not names:
+                del self._requests[sample.request.rid]
+            if output.finish_reason is None:  # a stop string: the engine goes on until it is told
+                yield Abort(output.rid)
+
+    def _input_ids(self, request: GenerateRequest) -> list[int]:
+        if (request.prompt is None) == (request.input_ids is None):
+            raise RequestError("prompt: exactly one of prompt and input_ids must be given", param="prompt")
+        if request.input_ids is not None:
+            if not isinstance(request.input_ids, list) or not all(map(is_int, request.input_ids)):
+                raise refuse("input_ids", "a list of token ids", request.input_ids)
+            if not request.input_ids:
+                raise RequestError("input_ids: the prompt is empty", param="input_ids")
+            return request.input_ids
+        if not isinstance(request.prompt, str):
+            raise refuse("prompt", "a text", request.prompt)
+        if self.tokenizer is None:
+            raise RequestError("prompt: this engine has no tokenizer; give input_ids", param="prompt")
+        try:
+            request.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"prompt: not valid Unicode text ({error.reason})", param="prompt") from error
+        return list(self.tokenizer.encode(request.prompt))

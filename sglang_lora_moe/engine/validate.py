@@ -1,0 +1,77 @@
+"""Checks of what a user asks for. Every refusal is a RequestError whose `param` names the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams
+
+MAX_SAMPLES = 128
+MAX_STOPS = 64
+MAX_BIAS = 100.0
+
+
+def refuse(param: str, expected: str, found: object) -> RequestError:
+    shown = repr(found)
+    return RequestError(f"{param}: expected {expected}, got {shown if len(shown) <= 80 else shown[:77] + '...'}", param=param, code="invalid_value")
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda v: is_int(v) and v >= 0, "an integer of at least 0"),
+    "min_new_tokens": (lambda v: is_int(v) and v >= 0, "an integer of at least 0"),
+    "temperature": (lambda v: is_number(v) and v >= 0, "a number of at least 0"),
+    "top_p": (lambda v: is_number(v) and 0 < v <= 1, "a number above 0 and at most 1"),
+    "top_k": (lambda v: is_int(v) and (v == -1 or v >= 1), "an integer of at least 1, or -1 for all"),
+    "min_p": (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (lambda v: is_number(v) and 0 < v <= 2, "a number above 0 and at most 2"),
+    "presence_penalty": (lambda v: is_number(v) and -2 <= v <= 2, "a number from -2 to 2"),
+    "frequency_penalty": (lambda v: is_number(v) and -2 <= v <= 2, "a number from -2 to 2"),
+    "seed": (lambda v: v is None or is_int(v), "an integer"),
+    "ignore_eos": (lambda v: isinstance(v, bool), "true or false"),
+    "stop_token_ids": (lambda v: isinstance(v, list) and all(map(is_int, v)), "a list of token ids"),
+    "logit_bias": (lambda v: isinstance(v, dict), "an object of token id -> bias"),
+}
+
+
+def check_sampling(params: SamplingParams, vocab_size: int) -> None:
+    """Raise for the first field whose value can never be right."""
+    for name, (is_right, expected) in _CHECKS.items():
+        value = getattr(params, name)
+        if not is_right(value):
+            raise refuse(name, expected, value)
+    if params.min_new_tokens > params.max_new_tokens:
+        raise refuse("min_new_tokens", f"at most max_new_tokens ({params.max_new_tokens})", params.min_new_tokens)
+    for token, bias in params.logit_bias.items():
+        if not is_int(token) or not 0 <= token < vocab_size:
+            raise refuse("logit_bias", f"token ids from 0 to {vocab_size - 1}", token)
+        if not is_number(bias) or abs(bias) > MAX_BIAS:
+            raise refuse("logit_bias", f"biases from -{MAX_BIAS:g} to {MAX_BIAS:g}", bias)
+
+
+def check_stops(stops: list[str]) -> None:
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+        raise refuse("stop", f"a list of at most {MAX_STOPS} texts, none of them empty", stops)
+
+
+def check_samples(n: int) -> None:
+    if not is_int(n) or not 1 <= n <= MAX_SAMPLES:
+        raise refuse("n", f"an integer from 1 to {MAX_SAMPLES}", n)
+
+
+def check_logprobs(options: LogprobOptions | None, vocab_size: int) -> None:
+    if options is None:
+        return
+    if not is_int(options.top) or not 0 <= options.top <= vocab_size:
+        raise refuse("top_logprobs", f"an integer from 0 to {vocab_size}", options.top)
+    if options.prompt_start is not None and (not is_int(options.prompt_start) or options.prompt_start < 0):
+        raise refuse("logprob_start_len", "an integer of at least 0", options.prompt_start)
