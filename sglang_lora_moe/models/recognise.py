@@ -77,7 +77,7 @@ def find_experts(hf: nn.Module) -> dict[str, nn.Module]:
     for path, module in hf.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
             found[path] = module
-        elif (path.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__) and not any(path.startswith(f"{other}.") for other in found):
+        elif _looks_like_experts(path, module) and not any(path.startswith(f"{other}.") for other in found):
             raise UnsupportedModelError(f"{path} is a {type(module).__name__}, experts that do not declare their weight layout to transformers")
     return found
 
@@ -93,6 +93,11 @@ def check_rotary(hf: nn.Module, max_model_len: int) -> int:
                 config: Any = module.config
                 max_model_len = min(max_model_len, int(config.rope_parameters.get("original_max_position_embeddings") or max_model_len))
     return max_model_len
+
+
+def _looks_like_experts(path: str, module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return path.rpartition(".")[2] == "experts" or ("Experts" in kind and "Shared" not in kind)
 
 
 def _takes_cache(module: nn.Module) -> bool:

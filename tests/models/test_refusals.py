@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from sglang_lora_moe.models.build import build_model
-from sglang_lora_moe.models.recognise import UnsupportedModelError
+from sglang_lora_moe.models.recognise import UnsupportedModelError, find_experts
 from tests.models.driver import Driver, Sequence, make_context
 from tests.tiny_models import CONFIGS
 
@@ -29,7 +30,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "lightning attention": ("minimax", _SMALL | {"num_local_experts": 8}, "linear_attention"),
     "short convolution": ("lfm2", _SMALL, "conv|Lfm2"),
     "chunked attention": ("llama4_text", _SMALL | {"num_local_experts": 8, "intermediate_size_mlp": 96}, "chunked_attention"),
-    "undeclared experts": ("aria_text", _SMALL | {"moe_num_experts": 4, "moe_topk": 2}, "AriaExperts"),
     "unknown attention": ("gpt2", {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 128}, "GPT2Attention"),
     "own attention table": ("gptj", {"n_layer": 1, "n_head": 2, "n_embd": 32, "rotary_dim": 8, "vocab_size": 128}, "gptj"),
     "softcapping": ("gemma2", _SMALL | {"head_dim": 16}, "softcapping"),
@@ -49,6 +49,19 @@ def test_refused(case: str, tmp_path: Path) -> None:
     arch, fields, named = REFUSED[case]
     with pytest.raises(UnsupportedModelError, match=named):
         build_dummy(tmp_path, arch, fields)
+
+
+def test_experts_that_do_not_declare_their_layout() -> None:
+    class DenseExperts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Linear(2, 2)
+
+    block = nn.ModuleDict({"shared_experts": nn.Linear(2, 2), "experts": DenseExperts()})
+    with pytest.raises(UnsupportedModelError, match="experts is a DenseExperts"):
+        find_experts(nn.ModuleDict({"mlp": block}))
+    with pytest.raises(UnsupportedModelError, match="ffn is a DenseExperts"):
+        find_experts(nn.ModuleDict({"ffn": DenseExperts()}))
 
 
 def test_attention_that_passes_by_the_cache_is_noticed(tmp_path: Path) -> None:
