@@ -9,6 +9,7 @@ joined before they are read. The functions themselves belong to the backend (`Ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,9 @@ RankSpace = Any
 
 class ExpertLoRAOps(Protocol):
     """A backend's LoRA functions on the pairs of one layer. Pairs of slot -1 and slots of rank 0 get no delta."""
+
+    # (inp, rows, stack_a, stack_b, routing, rows_from) -> the addend that the backend's core takes into its store; None where it takes none
+    addend: Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None
 
     def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
         """A x of every pair with an adapter, float32. rows_from "tokens": rows [M, in] by token; "pairs": [P, in] in routing order."""
@@ -44,18 +48,24 @@ class _ExpertLoRA:
         self.stacks, self.ops = stacks, ops
         self.s: RankSpace = None
 
-    def pre_gate_up(self, inp: RunnerInput, routing: Routing) -> None:
+    def pre_gate_up(self, inp: RunnerInput, routing: Routing) -> Any:
+        if self.ops.addend is not None:
+            return self.ops.addend(inp, inp.x, self.stacks.a13, self.stacks.b13, routing, "tokens")
         with inp.workspace.side():
             self.s = self.ops.shrink(inp, inp.x, self.stacks.a13, routing, "tokens")
+        return None
 
     def post_gate_up(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
         inp.workspace.join()
         s, self.s = self.s, None
         return self.ops.act_with_delta(inp, gate_up, s, self.stacks.b13, routing)
 
-    def pre_down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing) -> None:
+    def pre_down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing) -> Any:
+        if self.ops.addend is not None:
+            return self.ops.addend(inp, act, self.stacks.a2, self.stacks.b2, routing, "pairs")
         with inp.workspace.side():
             self.s = self.ops.shrink(inp, act, self.stacks.a2, routing, "pairs")
+        return None
 
     def post_down(self, inp: RunnerInput, act: torch.Tensor, down: torch.Tensor, routing: Routing) -> torch.Tensor:
         inp.workspace.join()

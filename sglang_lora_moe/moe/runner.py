@@ -33,11 +33,15 @@ class RunnerInput:
 
 @dataclass(frozen=True)
 class LoRAHooks:
-    """Built once per layer by `lora/hooks.py`. `post_gate_up` returns the activation, `post_down` the layer output."""
+    """Built once per layer by `lora/hooks.py`. `post_gate_up` returns the activation, `post_down` the layer output.
 
-    pre_gate_up: Callable[[RunnerInput, Routing], None]
+    A `pre_*` hook may instead return a low-rank addend in the backend's own form: the core then adds it before its store,
+    activates and combines as it does without adapters, and the matching `post_*` hook is not called.
+    """
+
+    pre_gate_up: Callable[[RunnerInput, Routing], Any]
     post_gate_up: Callable[[RunnerInput, torch.Tensor, Routing], torch.Tensor]
-    pre_down: Callable[[RunnerInput, torch.Tensor, Routing], None]
+    pre_down: Callable[[RunnerInput, torch.Tensor, Routing], Any]
     post_down: Callable[[RunnerInput, torch.Tensor, torch.Tensor, Routing], torch.Tensor]
 
 
@@ -60,6 +64,15 @@ class MoeRunnerCore(Protocol):
     def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:  # [M, H]
         ...
 
+    # The two halves of the layer whole: a core may fuse them, and if it can, take an addend of a pre hook into its store.
+    def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: Any, addend: Any = None) -> torch.Tensor:
+        assert addend is None, f"the {self.name} core takes no addend"
+        return self.activation(inp, self.gate_up(inp, routing, quant_info), routing)
+
+    def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: Any, addend: Any = None) -> torch.Tensor:
+        assert addend is None, f"the {self.name} core takes no addend"
+        return self.combine(inp, self.down(inp, act, routing, quant_info), routing)
+
 
 class MoeRunner:
     """Runs one layer's experts through a core, with or without hooks."""
@@ -74,12 +87,16 @@ class MoeRunner:
             inp = _weight_input(inp)
         routing = core.make_routing(inp)
         if hooks is None:
-            act = core.activation(inp, core.gate_up(inp, routing, quant_info), routing)
-            return core.combine(inp, core.down(inp, act, routing, quant_info), routing)
-        hooks.pre_gate_up(inp, routing)
-        act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), routing)
-        hooks.pre_down(inp, act, routing)
-        return hooks.post_down(inp, act, core.down(inp, act, routing, quant_info), routing)
+            return core.down_combine(inp, core.gate_up_activation(inp, routing, quant_info), routing, quant_info)
+        addend = hooks.pre_gate_up(inp, routing)
+        if addend is None:
+            act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), routing)
+        else:
+            act = core.gate_up_activation(inp, routing, quant_info, addend)
+        addend = hooks.pre_down(inp, act, routing)
+        if addend is None:
+            return hooks.post_down(inp, act, core.down(inp, act, routing, quant_info), routing)
+        return core.down_combine(inp, act, routing, quant_info, addend)
 
 
 def _weight_input(inp: RunnerInput) -> RunnerInput:

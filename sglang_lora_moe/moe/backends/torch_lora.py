@@ -15,6 +15,7 @@ from sglang_lora_moe.moe.backends.torch_native import combine
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
 
+addend = None  # the torch_native core adds nothing inside its matmuls
 RankSpace = list[torch.Tensor | None]  # per group of routing.groups: float32 [rows, c * rank]
 
 

@@ -1,0 +1,157 @@
+"""Inputs of one MoE layer at a real shape, several sets of them, and the layer called on one set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.shapes import MoEShape
+from sglang_lora_moe.lora.hooks import build_lora_hooks
+from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
+from sglang_lora_moe.moe.backends import triton_lora
+from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
+from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.moe.runner import LoRAHooks, MoeRunner, RunnerInput
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
+from sglang_lora_moe.ops.moe_tiles import LayerTiles
+from sglang_lora_moe.quantization.base import TritonQuantInfo
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What to build. `slots` resident adapters of one rank, the first `active` of them used; `sets` 0 = enough to leave L2 behind."""
+
+    shape: MoEShape
+    tokens: int
+    rank: int = 0
+    active: int = 0
+    slots: int = 0  # 0 = active
+    sets: int = 0
+    tiles: LayerTiles | None = None
+
+    @property
+    def spec(self) -> MoESpec:
+        return MoESpec(self.shape.experts, self.shape.top_k, self.shape.hidden, self.shape.inter)
+
+
+class AlignedAhead(TritonRunnerCore):
+    """The core with every routing's alignment made once, outside the timed graph; where the alignment op has no CUDA implementation."""
+
+    def __init__(self, tiles: LayerTiles | None) -> None:
+        super().__init__(tiles)
+        self.routings: dict[int, Routing] = {}
+
+    def make_routing(self, inp: RunnerInput) -> Routing:
+        if id(inp) not in self.routings:
+            self.routings[id(inp)] = align_on_host(super().make_routing(inp))
+        return self.routings[id(inp)]
+
+
+def has_cuda_align() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("sglang_lora_moe::moe_lora_align_block_size", "CUDA")
+
+
+def align_on_host(routing: Routing) -> Routing:
+    """Fill in the alignment of a CUDA routing from the CPU implementation of the op."""
+    if routing.rows == "sorted" and routing.topk_ids.is_cuda:
+        slots = None if routing.token_slots is None else routing.token_slots.cpu()
+        made = moe_lora_align_block_size(routing.topk_ids.cpu(), slots, routing.num_experts, routing.num_slots, routing.base_block, routing.lora_block)
+        device = routing.topk_ids.device
+        routing.__dict__["alignment"] = Alignment(*(t.to(device) for t in (made.sorted_pairs, made.base_tiles, made.lora_tiles, made.counts)))
+    return routing
+
+
+@dataclass
+class LayerInputs:
+    """`sets` independent inputs: weights and adapters rotate over two sets, routing and x over all."""
+
+    setup: Setup
+    runner: MoeRunner
+    inputs: list[RunnerInput]
+    weights: list[TritonQuantInfo]
+    hooks: list[LoRAHooks | None]
+    stacks: list[ExpertStacks]
+
+    @property
+    def sets(self) -> int:
+        return len(self.inputs)
+
+    @classmethod
+    def build(cls, setup: Setup, device: torch.device) -> LayerInputs:
+        spec, m = setup.spec, setup.tokens
+        torch.manual_seed(setup.tokens * 1000 + setup.active)
+        sets = setup.sets or max(4, min(16, 256 // m))
+        weights = [_weights(spec, device) for _ in range(min(2, sets))]
+        stacks = [make_stacks(spec, setup.rank, setup.slots or setup.active, device) for _ in range(min(2, sets))] if setup.rank else []
+        workspace = Workspace(device)
+        slots = (torch.arange(m, dtype=torch.int32) % max(setup.active, 1)).to(device) if setup.rank else None
+        inputs = [
+            RunnerInput(_random((m, spec.hidden_size), device), ids(m, spec, device), torch.rand(m, spec.top_k, device=device), slots, workspace, spec, len_slots(setup))
+            for _ in range(sets)
+        ]
+        hooks: list[LoRAHooks | None] = [build_lora_hooks(s, triton_lora) for s in stacks] or [None]
+        core = TritonRunnerCore(setup.tiles) if device.type == "meta" or has_cuda_align() else AlignedAhead(setup.tiles)
+        return cls(setup, MoeRunner(core), inputs, weights, hooks, stacks)
+
+
+def len_slots(setup: Setup) -> int:
+    return (setup.slots or setup.active) if setup.rank else 0
+
+
+def run_layer(inputs: LayerInputs, index: int) -> torch.Tensor:
+    hooks = inputs.hooks[index % len(inputs.hooks)]
+    return inputs.runner.run(inputs.inputs[index], inputs.weights[index % len(inputs.weights)], hooks)
+
+
+def ids(tokens: int, spec: MoESpec, device: torch.device) -> torch.Tensor:
+    """Top-k of uniform scores, int32 [M, K]."""
+    if device.type == "meta":
+        return torch.empty(tokens, spec.top_k, dtype=torch.int32, device=device)
+    return torch.rand(tokens, spec.num_experts, device=device).topk(spec.top_k, dim=1).indices.to(torch.int32)
+
+
+def make_stacks(spec: MoESpec, rank: int, slots: int, device: torch.device) -> ExpertStacks:
+    """`slots` adapters of one rank on all experts, gate and up with their own A."""
+
+    def stack(rows: int, cols: int, dim: int, split: bool) -> Stack:
+        size = rows * cols
+        table = torch.arange(slots, device=device, dtype=torch.int64) * (size * spec.num_experts)
+        ints = torch.full((slots,), rank, dtype=torch.int32, device=device)
+        strides, ones = torch.full_like(table, size), torch.ones(slots, device=device)
+        return Stack(_random((slots * size * spec.num_experts,), device, 0.02), table, strides, ints, ones, torch.full_like(ints, split), dim, rank, split)
+
+    h, i = spec.hidden_size, spec.intermediate_size
+    return ExpertStacks(stack(2 * rank, h, h, True), stack(2 * i, rank, 2 * i, True), stack(rank, i, i, False), stack(h, rank, h, False))
+
+
+def base_bytes(inputs: LayerInputs) -> float:
+    """Distinct experts' weights, x in and out: mean over the sets."""
+    spec = inputs.setup.spec
+    touched = sum(inp.topk_ids.unique().numel() for inp in inputs.inputs) / inputs.sets
+    return touched * 3 * spec.hidden_size * spec.intermediate_size * 2 + 4 * inputs.setup.tokens * spec.hidden_size
+
+
+def adapter_bytes(inputs: LayerInputs) -> float:
+    """Weights of the distinct (adapter, expert) groups: mean over the sets."""
+    spec, rank = inputs.setup.spec, inputs.setup.rank
+    if not rank:
+        return 0.0
+    keys = [(inp.topk_ids * 1024 + inp.token_slots[:, None]).unique().numel() for inp in inputs.inputs]
+    return sum(keys) / len(keys) * rank * 2 * (3 * spec.hidden_size + 3 * spec.intermediate_size)
+
+
+def base_flops(inputs: LayerInputs) -> float:
+    spec = inputs.setup.spec
+    return 6.0 * inputs.setup.tokens * spec.top_k * spec.hidden_size * spec.intermediate_size
+
+
+def _weights(spec: MoESpec, device: torch.device) -> TritonQuantInfo:
+    e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
+    return TritonQuantInfo(_random((e, 2 * i, h), device, h**-0.5), _random((e, h, i), device, i**-0.5), None, None)
+
+
+def _random(shape: tuple[int, ...], device: torch.device, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(scale)

@@ -1,0 +1,90 @@
+"""The MoE backend in Triton, for NVIDIA GPUs from sm_80 on: 16-bit (and float32) weights as stored.
+
+Two families by number of tokens (`ops/moe_tiles.py`): *per pair*, where nothing is sorted and every pair reads its own
+expert, and *grouped*, over the tiles of one alignment. In both the activation and the low-rank addend are part of the
+gate_up kernel's epilogue; down takes its addend before its store, and per pair also sums over k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
+from sglang_lora_moe.ops.low_rank import LowRank
+from sglang_lora_moe.ops.moe_activation import moe_activation
+from sglang_lora_moe.ops.moe_combine import moe_combine
+from sglang_lora_moe.ops.moe_grouped_gemm import grouped_gemm
+from sglang_lora_moe.ops.moe_pair_gemv import pair_down, pair_gate_up
+from sglang_lora_moe.ops.moe_tiles import LayerTiles, choose_tiles
+from sglang_lora_moe.quantization.base import QuantMethod, TritonQuantInfo
+
+
+class TritonRunnerCore(MoeRunnerCore):
+    """MoeRunnerCore over `TritonQuantInfo`. `tiles` fixes the launch shapes (benchmarks); None chooses by size."""
+
+    name = "triton"
+
+    def __init__(self, tiles: LayerTiles | None = None) -> None:
+        self.tiles = tiles
+
+    def quant_info(self, quant_method: QuantMethod, layer: nn.Module) -> TritonQuantInfo:
+        return quant_method.get_triton_quant_info(layer)
+
+    def make_routing(self, inp: RunnerInput) -> Routing:
+        tiles = self._tiles(inp)
+        return Routing(
+            inp.topk_ids,
+            inp.token_slots,
+            inp.spec.num_experts,
+            inp.num_slots,
+            base_block=tiles.base_block,
+            lora_block=tiles.lora_block,
+            rows="pair" if tiles.by_pair else "sorted",
+            workspace=inp.workspace,
+        )
+
+    def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo) -> torch.Tensor:
+        return self._first(inp, routing, quant_info, False, None)
+
+    def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+        return self._first(inp, routing, quant_info, True, addend)
+
+    def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
+        act = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
+        return moe_activation(gate_up, inp.spec, routing, act)
+
+    def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+        """[P, H] in pair order whatever the routing: the down GEMM scatters."""
+        out = inp.workspace.get("moe.down", (routing.num_pairs, inp.spec.hidden_size), inp.x.dtype)
+        tiles = self._tiles(inp)
+        if tiles.by_pair:
+            return pair_gate_up(act, quant_info.w2, quant_info.b2, routing.topk_ids, out, tiles.down, activation=None, addend=addend, by_token=False)
+        return grouped_gemm(
+            act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, top_k=routing.top_k, gather=False, scatter=True, addend=addend
+        )
+
+    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
+
+    def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+        tiles = self._tiles(inp)
+        if not tiles.by_pair:
+            return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
+        out = torch.empty_like(inp.x)
+        return pair_down(act, quant_info.w2, quant_info.b2, inp.topk_ids, inp.topk_weights, out, tiles.down, addend=addend)
+
+    def _first(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo, activate: bool, addend: LowRank | None) -> torch.Tensor:
+        columns = inp.spec.intermediate_size if activate else inp.spec.w13_rows
+        out = inp.workspace.get("moe.act" if activate else "moe.gate_up", (routing.num_pairs, columns), inp.x.dtype)
+        activation, tiles = inp.spec if activate else None, self._tiles(inp)
+        if tiles.by_pair:
+            return pair_gate_up(inp.x, quant_info.w13, quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=activation, addend=addend)
+        return grouped_gemm(
+            inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up,
+            top_k=routing.top_k, gather=True, scatter=False, activation=activation, addend=addend,
+        )  # fmt: skip
+
+    def _tiles(self, inp: RunnerInput) -> LayerTiles:
+        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())

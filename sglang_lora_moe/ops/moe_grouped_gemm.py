@@ -1,0 +1,182 @@
+"""The expert GEMMs over sorted pairs, one kernel source for every size.
+
+    out[row] = f(a[row] @ w[e]^T + bias[e] + low-rank addend)      e = the expert of the row's tile, accumulated in float32
+
+a is either gathered (row of x = token of the pair) or read in sorted order; out lies in sorted order, or scattered to pair
+order for the combine. f is the activation over (gate, up) halves of w, or nothing. A persistent grid walks the tiles of
+`moe_lora_align_block_size`; nothing is sized by experts times slots, and no row outside a tile is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.low_rank import NO_ADDEND, LowRank, pdl_wait, tile_delta
+from sglang_lora_moe.ops.moe_activation import activate, activation_code
+from sglang_lora_moe.ops.moe_lora_align import Alignment
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Launch shape of one grouped GEMM. `n` counts output columns: a gated tile reads 2 n rows of w."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    ctas: int = 1  # programs per multiprocessor of the persistent grid
+    group: int = 1  # row tiles that walk the columns together, so that they share w in L2
+    tma: bool = True  # read w through a tensor descriptor (sm_90 and newer)
+
+
+@triton.jit
+def _gemm_tile(
+    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, sorted_pairs_ptr,
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+    expert, start, rows, n0, N, K, num_pairs,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    HALVES: tl.constexpr = 2 if GATED else 1
+    rm = tl.arange(0, BM)
+    rn = n0 + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    live = rm < rows
+    place = start + rm
+    pair = tl.load(sorted_pairs_ptr + place, mask=live, other=0)
+    source = pair // TOP_K if GATHER else place
+    w_row = (expert * HALVES * N + n0).to(tl.int32)
+    a_ptrs = a_ptr + source.to(tl.int64)[:, None] * K + rk[None, :]
+    w_ptrs = w_ptr + expert * HALVES * N * K + rn.to(tl.int64)[None, :] * K + rk[:, None]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc_up = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in tl.range(0, K, BK, num_stages=STAGES):
+        if a_desc is not None:
+            a = a_desc.load([start, k])  # rows beyond this tile belong to others: computed, not stored
+        elif EVEN_K:
+            a = tl.load(a_ptrs + k, mask=live[:, None], other=0.0)
+        else:
+            a = tl.load(a_ptrs + k, mask=live[:, None] & (k + rk < K)[None, :], other=0.0)
+        if w_desc is not None:
+            w = w_desc.load([w_row, k]).T
+        else:
+            w = tl.load(w_ptrs + k, mask=(rn < N)[None, :] & (k + rk < K)[:, None], other=0.0)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        if GATED:
+            if w_desc is not None:
+                w_up = w_desc.load([w_row + N, k]).T
+            else:
+                w_up = tl.load(w_ptrs + (k + N.to(tl.int64) * K), mask=(rn < N)[None, :] & (k + rk < K)[:, None], other=0.0)
+            acc_up = tl.dot(a, w_up, acc_up, input_precision=PRECISION)
+    if bias_ptr is not None:
+        b_ptrs = bias_ptr + expert * HALVES * N + rn
+        acc += tl.load(b_ptrs, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            acc_up += tl.load(b_ptrs + N, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    if ADDEND:
+        pdl_wait(PDL)  # s comes from the kernel before this one; everything else was there before it
+        slots = tl.load(slots_ptr + pair // TOP_K, mask=live, other=-1)
+        acc, acc_up = tile_delta(
+            acc, acc_up, slots, place, num_pairs, expert, rn, N, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+            GATED, SPLITS, RANK_BLOCK, PRECISION,
+        )  # fmt: skip
+    if ACT > 0:
+        acc = activate(acc, acc_up, ACT, GATED, ALPHA, LIMIT)
+    row = pair if SCATTER else place
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + rn[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (rn < N)[None, :])
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr,  # [rows, K], [E, HALVES * N, K], [E, HALVES * N], [P, N]
+    tiles_ptr, counts_ptr, sorted_pairs_ptr,  # the alignment
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,  # the addend, None without
+    N, K, num_pairs,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN_K: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if not ADDEND:
+        pdl_wait(PDL)
+    num_tiles = tl.load(counts_ptr + 1)
+    n_blocks = tl.cdiv(N, BN)
+    for t in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), num_stages=1):
+        group = t // (GROUP * n_blocks)
+        size = tl.minimum(num_tiles - group * GROUP, GROUP)
+        local = t - group * GROUP * n_blocks
+        tile = group * GROUP + local % size
+        n0 = (local // size) * BN
+        expert = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+        start = tl.load(tiles_ptr + 3 * tile + 1)
+        rows = tl.load(tiles_ptr + 3 * tile + 2)
+        _gemm_tile(
+            a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, sorted_pairs_ptr,
+            slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+            expert, start, rows, n0, N, K, num_pairs,
+            TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, SPLITS, RANK_BLOCK, EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
+        )  # fmt: skip
+    if ADDEND:
+        pdl_wait(PDL)  # programs without a tile
+
+
+def grouped_gemm(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    alignment: Alignment,
+    out: torch.Tensor,
+    tile: GemmTile,
+    *,
+    top_k: int,
+    gather: bool,
+    scatter: bool,
+    activation: MoESpec | None = None,
+    addend: LowRank | None = None,
+) -> torch.Tensor:
+    """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
+
+    a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K]; bias [E, N or 2N]. `activation` = the layer's spec
+    where the epilogue activates (gate_up), None for a plain product. `tile.m` must be the alignment's base_block.
+    """
+    num_experts, w_rows, k = w.shape
+    num_pairs, n = out.shape
+    gated = activation is not None and activation.gated
+    _check(a, w, bias, out, gated, num_pairs, gather)
+    use_tma = tile.tma and launch.has_tma(a.device) and (k * a.element_size()) % 16 == 0
+    w_desc = TensorDescriptor(w, [num_experts * w_rows, k], [k, 1], [tile.n, tile.k]) if use_tma else None
+    a_desc = TensorDescriptor(a, [num_pairs, k], [k, 1], [tile.m, tile.k]) if use_tma and not gather else None
+    programs = launch.multiprocessors(a.device) * tile.ctas
+    grid = (max(1, min(programs, alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n))),)
+    options = launch.options(a.device)
+    _grouped_gemm_kernel[grid](
+        a, a_desc, w, w_desc, bias, out,
+        alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
+        *(NO_ADDEND if addend is None else addend.kernel_args()),
+        n, k, num_pairs,
+        TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
+        ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
+        ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits, RANK_BLOCK=16 if addend is None else addend.rank_block,
+        EVEN_K=k % tile.k == 0, GROUP=tile.group, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
+        num_warps=tile.warps, **options,
+    )  # fmt: skip
+    return out
+
+
+def _check(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, gated: bool, pairs: int, gather: bool) -> None:
+    n = out.shape[1]
+    rows = 2 * n if gated else n
+    launch.expect("grouped_gemm: w", w, (w.shape[0], rows, a.shape[1]), a.dtype, a.device)
+    launch.expect("grouped_gemm: a", a, (a.shape[0] if gather else pairs, w.shape[2]), a.dtype, a.device)
+    launch.expect("grouped_gemm: out", out, (pairs, n), a.dtype, a.device)
+    if bias is not None:
+        launch.expect("grouped_gemm: bias", bias, (w.shape[0], rows), a.dtype, a.device)

@@ -1,0 +1,195 @@
+"""The expert GEMMs of a few tokens: no sort, every pair reads its own expert, a program owns a few output columns.
+
+    gate_up   out[p] = f(w13[e] x[m] + b13[e] + addend)                     p = m * K + k, e = topk_ids[m, k]
+    down      out[m] = sum over k of weight[m, k] * (w2[e] act[p] + b2[e] + addend)      the combine is inside
+
+All arithmetic is float32. Pairs of one column block run side by side, so that two pairs of one expert share it in L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.low_rank import NO_ADDEND, LowRank, pdl_wait, row_delta
+from sglang_lora_moe.ops.moe_activation import activate, activation_code
+
+
+@dataclass(frozen=True)
+class GemvTile:
+    """Launch shape: `n` output columns and `k` inputs at a time; `stages` of loads in flight."""
+
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _pair_gate_up_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, topk_ids_ptr,  # [M, K], [E, HALVES * N, K], [E, HALVES * N], [P, N]
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+    N, K, num_pairs, num_experts,
+    TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    HALVES: tl.constexpr = 2 if GATED else 1
+    if not ADDEND:
+        pdl_wait(PDL)
+    pair = tl.program_id(0)
+    token = pair // TOP_K
+    expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
+    n0 = tl.program_id(1) * BN
+    rn = n0 + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    valid = (expert >= 0) & (expert < num_experts)
+    if valid:
+        w_ptrs = w_ptr + expert * HALVES * N * K + rn.to(tl.int64)[:, None] * K + rk[None, :]
+        x_row = x_ptr + (token if BY_TOKEN else pair).to(tl.int64) * K
+        acc = tl.zeros((BN, BK), dtype=tl.float32)
+        acc_up = tl.zeros((BN, BK), dtype=tl.float32)
+        for k in tl.range(0, K, BK, num_stages=STAGES):
+            if EVEN:
+                w = tl.load(w_ptrs + k)
+                x = tl.load(x_row + k + rk)
+            else:
+                w = tl.load(w_ptrs + k, mask=(rn < N)[:, None] & (k + rk < K)[None, :], other=0.0)
+                x = tl.load(x_row + k + rk, mask=k + rk < K, other=0.0)
+            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            if GATED:
+                if EVEN:
+                    w_up = tl.load(w_ptrs + (k + N.to(tl.int64) * K))
+                else:
+                    w_up = tl.load(w_ptrs + (k + N.to(tl.int64) * K), mask=(rn < N)[:, None] & (k + rk < K)[None, :], other=0.0)
+                acc_up += w_up.to(tl.float32) * x.to(tl.float32)[None, :]
+        gate = tl.sum(acc, axis=1)
+        up = tl.sum(acc_up, axis=1)
+        if bias_ptr is not None:
+            gate += tl.load(bias_ptr + expert * HALVES * N + rn, mask=rn < N, other=0.0).to(tl.float32)
+            if GATED:
+                up += tl.load(bias_ptr + expert * HALVES * N + N + rn, mask=rn < N, other=0.0).to(tl.float32)
+        if ADDEND:
+            pdl_wait(PDL)
+            slot = tl.load(slots_ptr + token)
+            if slot >= 0:
+                rank = tl.load(rank_ptr + slot)
+                scaling = tl.load(scaling_ptr + slot)
+                b_ptr = pool_ptr + tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)
+                gate += scaling * row_delta(s_ptr, num_pairs, s_width, pair, 0, b_ptr, 0, rn, N, rank, SPLITS, RANK_BLOCK)
+                if GATED:
+                    column = tl.load(split_ptr + slot) * rank
+                    up += scaling * row_delta(s_ptr, num_pairs, s_width, pair, column, b_ptr, N, rn, N, rank, SPLITS, RANK_BLOCK)
+        if ACT > 0:
+            gate = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
+        tl.store(out_ptr + pair.to(tl.int64) * N + rn, gate.to(out_ptr.dtype.element_ty), mask=rn < N)
+    if ADDEND:
+        pdl_wait(PDL)  # pairs without an expert
+
+
+@triton.jit
+def _pair_down_kernel(
+    a_ptr, w_ptr, bias_ptr, out_ptr, topk_ids_ptr, topk_weights_ptr,  # [P, K], [E, N, K], [E, N], [M, N]
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+    N, K, num_pairs, num_experts,
+    TOP_K: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if not ADDEND:
+        pdl_wait(PDL)
+    token = tl.program_id(0)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    k_blocks = tl.cdiv(K, BK)
+    acc = tl.zeros((BN, BK), dtype=tl.float32)
+    for j in tl.range(0, TOP_K * k_blocks, num_stages=STAGES):  # the K experts of the token, end to end
+        pair = token * TOP_K + j // k_blocks
+        k = (j % k_blocks) * BK
+        expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
+        weight = tl.load(topk_weights_ptr + pair)
+        valid = (expert >= 0) & (expert < num_experts)
+        if EVEN:
+            a = tl.load(a_ptr + pair.to(tl.int64) * K + k + rk, mask=(rk >= 0) & valid, other=0.0)
+            w = tl.load(w_ptr + expert * N * K + rn.to(tl.int64)[:, None] * K + (k + rk)[None, :], mask=(rk >= 0)[None, :] & valid, other=0.0)
+        else:
+            a = tl.load(a_ptr + pair.to(tl.int64) * K + k + rk, mask=(k + rk < K) & valid, other=0.0)
+            mask = (rn < N)[:, None] & (k + rk < K)[None, :] & valid
+            w = tl.load(w_ptr + expert * N * K + rn.to(tl.int64)[:, None] * K + (k + rk)[None, :], mask=mask, other=0.0)
+        acc += w.to(tl.float32) * (a.to(tl.float32) * weight)[None, :]
+    total = tl.sum(acc, axis=1)
+    if ADDEND:
+        pdl_wait(PDL)
+    for j in range(TOP_K):
+        pair = token * TOP_K + j
+        expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
+        weight = tl.load(topk_weights_ptr + pair)
+        if (expert >= 0) & (expert < num_experts):
+            if bias_ptr is not None:
+                total += weight * tl.load(bias_ptr + expert * N + rn, mask=rn < N, other=0.0).to(tl.float32)
+            if ADDEND:
+                slot = tl.load(slots_ptr + token)
+                if slot >= 0:
+                    b_ptr = pool_ptr + tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)
+                    delta = row_delta(s_ptr, num_pairs, s_width, pair, 0, b_ptr, 0, rn, N, tl.load(rank_ptr + slot), SPLITS, RANK_BLOCK)
+                    total += weight * tl.load(scaling_ptr + slot) * delta
+    tl.store(out_ptr + token.to(tl.int64) * N + rn, total.to(out_ptr.dtype.element_ty), mask=rn < N)
+
+
+def pair_gate_up(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    tile: GemvTile,
+    *,
+    activation: MoESpec | None,
+    addend: LowRank | None = None,
+    by_token: bool = True,
+) -> torch.Tensor:
+    """out [P, N] = f(w[e] x + ..) per pair; x [M, K], or [P, K] without `by_token`; w [E, N or 2N, K].
+
+    `activation` None: a plain product. Rows of pairs without an expert stay as they are.
+    """
+    num_pairs, n = out.shape
+    k, gated = x.shape[1], activation is not None and activation.gated
+    launch.expect("pair_gate_up: w", w, (w.shape[0], 2 * n if gated else n, k), x.dtype, x.device)
+    launch.expect("pair_gate_up: out", out, (topk_ids.numel(), n), x.dtype, x.device)
+    _pair_gate_up_kernel[(num_pairs, triton.cdiv(n, tile.n))](
+        x, w, bias, out, topk_ids, *(NO_ADDEND if addend is None else addend.kernel_args()), n, k, num_pairs, w.shape[0],
+        TOP_K=topk_ids.shape[1], BY_TOKEN=by_token, GATED=gated, ACT=0 if activation is None else activation_code(activation),
+        ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
+        ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits, RANK_BLOCK=16 if addend is None else addend.rank_block,
+        EVEN=n % tile.n == 0 and k % tile.k == 0, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(x.device),
+    )  # fmt: skip
+    return out
+
+
+def pair_down(
+    act: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    out: torch.Tensor,
+    tile: GemvTile,
+    *,
+    addend: LowRank | None = None,
+) -> torch.Tensor:
+    """out [M, N] = the router-weighted sum over k of w[e] act[p] + ..; act [P, K] in pair order, w [E, N, K]."""
+    tokens, n = out.shape
+    num_pairs, k = act.shape
+    launch.expect("pair_down: w", w, (w.shape[0], n, k), act.dtype, act.device)
+    launch.expect("pair_down: act", act, (topk_ids.numel(), k), act.dtype, act.device)
+    _pair_down_kernel[(tokens, triton.cdiv(n, tile.n))](
+        act, w, bias, out, topk_ids, topk_weights, *(NO_ADDEND if addend is None else addend.kernel_args()), n, k, num_pairs, w.shape[0],
+        TOP_K=topk_ids.shape[1], ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits,
+        RANK_BLOCK=16 if addend is None else addend.rank_block, EVEN=n % tile.n == 0 and k % tile.k == 0,
+        BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(act.device),
+    )  # fmt: skip
+    return out

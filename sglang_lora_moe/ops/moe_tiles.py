@@ -1,0 +1,55 @@
+"""Launch shapes of the expert GEMMs: a small measured table, and rules for every other shape.
+
+`LayerTiles` says how one layer runs at one number of tokens. The table's rows were measured on an H200
+(benchmarks/RESULTS.md); the rules below it extend them by tokens per expert and by sizes. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
+from sglang_lora_moe.ops.moe_pair_gemv import GemvTile
+
+MAX_PAIR_TOKENS = 4  # up to here two tokens rarely meet in an expert, and a sort costs more than reading it twice
+
+
+@dataclass(frozen=True)
+class LayerTiles:
+    """`by_pair`: the tiles are GemvTile and rows lie in pair order; else GemmTile and sorted rows. lora_block: rows of a LoRA tile."""
+
+    gate_up: GemmTile | GemvTile
+    down: GemmTile | GemvTile
+    lora_block: int = 16
+
+    @property
+    def by_pair(self) -> bool:
+        return isinstance(self.gate_up, GemvTile)
+
+    @property
+    def base_block(self) -> int:
+        return self.gate_up.m if isinstance(self.gate_up, GemmTile) else 16
+
+
+def choose_tiles(spec: MoESpec, tokens: int, itemsize: int) -> LayerTiles:
+    """The launch shape of a layer at this many tokens (the padded number of a captured graph); itemsize of an activation in bytes."""
+    if itemsize == 4:
+        return _float32_tiles(tokens)
+    if tokens <= MAX_PAIR_TOKENS:
+        return LayerTiles(GemvTile(8, 512, 4, 3), GemvTile(8, 256, 4, 3))
+    rows = tokens * spec.top_k / spec.num_experts  # mean rows of an expert
+    if rows <= 8:
+        return LayerTiles(GemmTile(16, 64, 128, 4, 4, 2), GemmTile(16, 128, 128, 4, 4, 2))
+    if rows <= 20:
+        return LayerTiles(GemmTile(32, 64, 128, 4, 4, 2), GemmTile(32, 128, 128, 4, 4, 2))
+    if rows <= 96:
+        return LayerTiles(GemmTile(64, 128, 64, 8, 4, 1), GemmTile(64, 256, 64, 8, 4, 1), lora_block=32)
+    return LayerTiles(GemmTile(128, 128, 64, 8, 4, 1, 8), GemmTile(128, 256, 64, 8, 4, 1, 8), lora_block=64)
+
+
+def _float32_tiles(tokens: int) -> LayerTiles:
+    """float32 runs on the plain multipliers: small tiles that fit shared memory; for tests and small models."""
+    if tokens <= MAX_PAIR_TOKENS:
+        return LayerTiles(GemvTile(8, 256, 4, 2), GemvTile(8, 256, 4, 2))
+    return LayerTiles(GemmTile(16, 32, 32, 4, 2, 4), GemmTile(16, 64, 32, 4, 2, 4))
