@@ -90,8 +90,6 @@ int launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t 
   kernel<<<blocks, threads, shared_bytes, (cudaStream_t)stream>>>(args...);
   return (int)cudaGetLastError();
 }
-inline const char* launch_error(int code) { return cudaGetErrorString((cudaError_t)code); }
-
 #else
 #include "emulator/emu.h"
 #endif

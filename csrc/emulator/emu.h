@@ -330,4 +330,3 @@ template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes, void* /*stream*/, Args... args) {
   return emu::launch(kernel, blocks, threads, shared_bytes, args...);
 }
-inline const char* launch_error(int) { return "emulator"; }

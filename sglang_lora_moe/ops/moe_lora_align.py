@@ -1,7 +1,7 @@
 """moe_lora_align_block_size: one sort of a layer's routed pairs by (expert, slot), and tile lists over it.
 
     sorted_pairs[i] = the pair (m * K + k) at place i; pairs are ordered by (expert, slot, pair), slot -1 first in each
-    expert, nothing is padded; pairs with an id < 0 or >= E come last, after `counts[0]` valid ones, in pair order.
+    expert, nothing is padded; pairs with an id < 0 or >= E come last, after `counts[0]` valid ones, in a fixed order.
     base_tiles: (expert, start, rows) with rows <= base_block, covering each expert's run, experts ascending.
     lora_tiles: (expert, slot, start, rows) with rows <= lora_block, covering each (expert, slot >= 0) run.
     counts = (valid pairs, base tiles, lora tiles, lora groups). A slot < 0 or >= S counts as -1.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_lora_moe.ops import build
 from sglang_lora_moe.ops.library import LIBRARY
 
 MAX_EXPERTS, MAX_SLOTS = 1024, 256
@@ -57,8 +58,8 @@ def max_lora_tiles(pairs: int, experts: int, slots: int, block: int) -> int:
 
 
 def workspace_elements(pairs: int, experts: int, slots: int) -> int:
-    """int32 elements of scratch that a CUDA implementation may use; the CPU implementation needs none."""
-    return 2 * (experts * (slots + 1) + 1) + 2 * pairs + 64
+    """int32 elements of scratch of the CUDA implementation, as moe_lora_align_workspace() in csrc/; the CPU one needs none."""
+    return 3 * pairs + (128 + pairs // 8192) * (experts + 1)
 
 
 def moe_lora_align_block_size(
@@ -86,6 +87,8 @@ def moe_lora_align_block_size(
         _check_buffers(buffers, pairs, num_experts, num_slots, base_block, lora_block, topk_ids.device)
     if workspace is None:
         workspace = topk_ids.new_empty(workspace_elements(pairs, num_experts, num_slots) if topk_ids.is_cuda else 0, dtype=torch.int32)
+    if topk_ids.is_cuda:
+        build.load()
     torch.ops.sglang_lora_moe.moe_lora_align_block_size(
         topk_ids,
         token_slots,

@@ -1,0 +1,167 @@
+"""The builder of the CUDA operators: what it compiles passes the gates, caches by content, and says what is missing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_lora_moe.ops import build
+
+
+@pytest.fixture
+def nvcc() -> Path:
+    try:
+        return build.find_nvcc()
+    except build.BuildError:
+        pytest.skip("no nvcc on this machine")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A csrc/ of one small kernel and one small binding beside a package, and an empty cache."""
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (csrc / "answer.cu").write_text('#include "answer.h"\n__global__ void kernel(int* p) { *p = ANSWER; }\nextern "C" int answer() { return ANSWER; }\n')
+    (csrc / "answer.h").write_text("#define ANSWER 42\n")
+    (csrc / "bindings.cpp").write_text("")
+    monkeypatch.setattr(build, "PACKAGE", tmp_path / "sglang_lora_moe")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build.source_hash.cache_clear()
+    yield tmp_path
+    build.source_hash.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
+def test_kernels_compile_without_spills(nvcc: Path, arch: str, tmp_path: Path) -> None:
+    """Every kernel file for every family of GPUs: code, no spilled registers, no local memory, and no more static shared memory than any GPU has."""
+    for source in build.sources():
+        if source.suffix != ".cu":
+            continue
+        command = build.compile_command(nvcc, build.find_cxx(), source, tmp_path / "out.cubin", [arch])
+        command = [{"-c": "-cubin"}.get(part, part) for part in command]
+        run = subprocess.run([*command, "-Xptxas", "-v"], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-2000:]
+        report = run.stdout + run.stderr
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert len(spills) == report.count("Compiling entry function")
+        assert all(found == ("0", "0", "0") for found in spills), f"{source.name} for sm_{arch}:\n{report}"
+
+
+def test_emulator_cases_compile_for_the_gpu(nvcc: Path, tmp_path: Path) -> None:
+    source = Path(__file__).parent / "emulator_cases.cu"
+    command = build.compile_command(nvcc, build.find_cxx(), source, tmp_path / "out.o", ["80"])
+    subprocess.run([*command, f"-I{build.sources_folder()}"], check=True, capture_output=True)
+
+
+def test_library_loads_into_this_torch(nvcc: Path, tmp_path: Path) -> None:
+    """The stable-ABI library registers its CUDA implementations even with CPU torch, and leaves the CPU ones alone."""
+    library = tmp_path / "ops.so"
+    build.build(library, ["90a"])
+    script = f"""
+import torch
+from sglang_lora_moe.ops.moe_lora_align import moe_lora_align_block_size, workspace_elements
+import ctypes
+torch.ops.load_library({str(library)!r})
+assert torch._C._dispatch_has_kernel_for_dispatch_key("sglang_lora_moe::moe_lora_align_block_size", "CUDA")
+found = moe_lora_align_block_size(torch.tensor([[0, 2], [2, 0], [2, -1]]), torch.tensor([1, -1, -1], dtype=torch.int32), 3, 2, 2, 16)
+assert found.counts.tolist() == [5, 3, 2, 2]
+size = ctypes.CDLL({str(library)!r}).moe_lora_align_workspace
+size.argtypes, size.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
+for pairs, experts in ((0, 1), (8, 128), (8191, 8), (8192, 8), (70000, 1024)):
+    assert size(pairs, experts) == workspace_elements(pairs, experts, 4), (pairs, experts)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def _build_and_time(package: Path, results: multiprocessing.Queue[tuple[str, int]]) -> None:
+    build.PACKAGE = package
+    path = build.library_path(("90a",))
+    results.put((str(path), path.stat().st_ino))
+
+
+def test_concurrent_processes_build_once(nvcc: Path, checkout: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.Queue[tuple[str, int]] = context.Queue()
+    processes = [context.Process(target=_build_and_time, args=(build.PACKAGE, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(found) == 1, "two processes built the library, or one saw another's half of it"
+    assert [p.suffix for p in build.cache_folder().iterdir() if p.name.startswith(".build")] == []
+
+
+def test_cache_is_keyed_by_content_and_flags(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Path] = []
+
+    def fake_build(target: Path, architectures: object) -> None:
+        built.append(target)
+        target.write_text("library")
+
+    monkeypatch.setattr(build, "build", fake_build)
+    first = build.library_path(("90a",))
+    assert build.library_path(("90a",)) == first and built == [first]
+    assert build.library_path(("80",)) != first
+    (checkout / "csrc" / "answer.h").write_text("#define ANSWER 43\n")
+    build.source_hash.cache_clear()
+    assert build.library_path(("90a",)) not in built[:2]
+    assert len(built) == 3
+
+
+def test_a_library_in_the_wheel_is_used_where_it_fits(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "build", lambda target, architectures: target.parent.mkdir(parents=True, exist_ok=True) or target.write_text("library"))
+    shipped = build.build_ahead_of_time(str(checkout))
+    assert build.library_path(("90a",)) == shipped
+    assert build.library_path(("86",)) == shipped and build.library_path(("103", "80")) == shipped
+    assert build.library_path(("110",)) != shipped  # no code for this family: built at first use
+    (checkout / "csrc" / "answer.h").write_text("#define ANSWER 43\n")
+    build.source_hash.cache_clear()
+    assert build.library_path(("90a",)) != shipped
+
+
+def test_missing_compilers_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.os, "access", lambda path, mode: False)
+    with pytest.raises(build.BuildError, match=r"pip install 'sglang-lora-moe\[cuda-compiler\]'"):
+        build.find_nvcc()
+    with pytest.raises(build.BuildError, match="apt install g"):
+        build.find_cxx()
+
+
+def test_the_extra_named_in_the_message_exists() -> None:
+    pyproject = Path(__file__).parent.parent.parent / "pyproject.toml"
+    assert re.search(rf"^{build.COMPILER_EXTRA} = \[", pyproject.read_text(), re.MULTILINE)
+
+
+def test_compiler_errors_are_shown(nvcc: Path, checkout: Path) -> None:
+    (checkout / "csrc" / "answer.cu").write_text("this is no CUDA\n")
+    with pytest.raises(build.BuildError, match=r"answer.cu"):
+        build.library_path(("90a",))
+    assert not list(build.cache_folder().glob("*.so"))
+
+
+def test_wheel_compiler_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    real = build.os.access
+    monkeypatch.setattr(build.os, "access", lambda path, mode: real(path, mode) and "/usr/local" not in str(path))
+    assert build.find_nvcc() == compiler
+    (compiler.parent.parent / "lib").mkdir()
+    (compiler.parent.parent / "lib" / "libcudart_static.a").write_text("")
+    assert f"-L{compiler.parent.parent / 'lib'}" in build.link_command(compiler, "g++", [], tmp_path / "x.so")
