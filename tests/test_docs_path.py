@@ -1,0 +1,37 @@
+"""The path of a request, as ARCHITECTURE.md lists it, stays short enough to be read: at most 10 files and 2,000 lines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def path_of_a_request() -> list[tuple[str, int]]:
+    """The (file, lines) table rows under "The path of a request"."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    section = text.split("## The path of a request", 1)[1].split("\n## ", 1)[0]
+    return [(name, int(count)) for name, count in re.findall(r"^\| `(\S+?)` \| (\d+) \|", section, re.MULTILINE)]
+
+
+def test_path_is_short() -> None:
+    listed = path_of_a_request()
+    assert 0 < len(listed) <= 10
+    assert len({name for name, _ in listed}) == len(listed)
+    counted = {name: len((ROOT / name).read_text().splitlines()) for name, _ in listed}
+    assert sum(counted.values()) <= 2000, counted
+
+
+def test_line_counts_are_near_the_truth() -> None:
+    for name, count in path_of_a_request():
+        lines = len((ROOT / name).read_text().splitlines())
+        assert abs(lines - count) <= 20, f"{name} has {lines} lines, ARCHITECTURE.md says {count}"
+
+
+def test_eight_steps_name_the_files() -> None:
+    section = (ROOT / "ARCHITECTURE.md").read_text().split("## The path of a request", 1)[1].split("\n## ", 1)[0]
+    assert re.findall(r"^(\d)\. ", section, re.MULTILINE) == list("12345678")
+    steps = section.split("\n1. ", 1)[1]
+    for name, _ in path_of_a_request():
+        assert f"`{name.removeprefix('sglang_lora_moe/')}`" in steps, name
