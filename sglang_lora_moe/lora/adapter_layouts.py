@@ -270,11 +270,8 @@ def _settle(source: AdapterSource, target: ExpertTarget, orientations: dict[str,
             known = layout == "peft-0.18"
         else:  # PEFT wrote no version before 0.18, and flipped [E, out, in] parameters before 0.19
             known = not target.is_transposed and (source.config.peft_version or (0, 17)) < (0, 19)
-            version = ".".join(map(str, source.config.peft_version)) if source.config.peft_version else "none"
-            warning = (
-                f"square expert matrices were read as {'[out, in]' if known else '[in, out]'} because of peft_version {version} in {source.config.path.name}"
-            )
-            if warning not in source.report.warnings:
+            warning = f"square expert matrices were read as {'[out, in]' if known else '[in, out]'}, because {source.config.path.name} has no peft_version"
+            if source.config.peft_version is None and warning not in source.report.warnings:
                 source.report.warnings.append(warning)
     return {name: known if flipped is None else flipped for name, flipped in orientations.items()}
 
