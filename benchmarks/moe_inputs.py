@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -15,6 +17,7 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import LoRAHooks, MoeRunner, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import build
 from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
@@ -50,8 +53,17 @@ class AlignedAhead(TritonRunnerCore):
         return self.routings[id(inp)]
 
 
+@lru_cache(maxsize=1)
 def has_cuda_align() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("sglang_lora_moe::moe_lora_align_block_size", "CUDA")
+    """Whether the alignment op runs on this machine's GPU; without it alignments are made ahead on the host."""
+    if not torch.cuda.is_available() or os.environ.get("ALIGN_AHEAD"):
+        return False
+    try:
+        build.load()
+    except build.BuildError as error:
+        print(f"alignment is made on the host and not timed: {error}")
+        return False
+    return True
 
 
 def align_on_host(routing: Routing) -> Routing:
