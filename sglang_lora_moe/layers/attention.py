@@ -6,6 +6,7 @@ Every step is packed: T tokens of B requests in one row of tokens. A layer write
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -235,7 +236,7 @@ def _attend(
     return torch.matmul(scores.softmax(dim=-1)[..., :-1].to(v.dtype), v)
 
 
-ATTENTION_BACKENDS: dict[str, type[TorchNativeAttention]] = {"torch_native": TorchNativeAttention}
+ATTENTION_BACKENDS: dict[str, Callable[[StepContext], AttentionBackend]] = {"torch_native": TorchNativeAttention}
 
 
 # ---- the standard module --------------------------------------------------------------------------------------------

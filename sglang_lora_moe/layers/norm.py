@@ -16,7 +16,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> [..., H]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon).to(x.dtype)
+        wide = x.to(self.weight.dtype)  # some models keep norm weights in float32 beside float16 activations
+        return F.rms_norm(wide, self.weight.shape, self.weight, self.variance_epsilon).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"

@@ -127,14 +127,14 @@ def _build_on_meta(path: Path, dtype: torch.dtype) -> Any:
     """transformers' model without storage, checked, its parameters declared in the dtypes they will have."""
     if not (path / "config.json").is_file():
         raise recognise.UnsupportedModelError(f"{path} has no config.json, so it is not the directory of a model")
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)  # code in a model directory is never run
     text_config = config.get_text_config()
     recognise.check_config(text_config)
     if getattr(text_config, "output_router_logits", False):
         text_config.output_router_logits = False  # only of use in training
     with torch.device("meta"), hf_initialization.no_init_weights():
         try:
-            hf = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, experts_implementation="eager", dtype=dtype)
+            hf = AutoModelForCausalLM.from_config(config, attn_implementation=_ATTENTION, experts_implementation="eager", dtype=dtype, trust_remote_code=False)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
