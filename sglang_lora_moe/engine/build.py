@@ -6,7 +6,6 @@ import functools
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ from sglang_lora_moe.lora.targets import collect_targets
 from sglang_lora_moe.models.build import ServedModel, build_model
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
@@ -63,17 +60,6 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     for name, path, pinned in config.lora_specs():
         _load(core, name, path, pinned)
     return core, config, _model_info(config, model)
-
-
-def load_tokenizer(config: Config) -> Any:
-    """The Hugging Face tokenizer; None, with a warning, if the directory has none."""
-    from transformers import AutoTokenizer
-
-    path = Path(config.tokenizer_path or config.model_path)
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        logger.warning("%s has no tokenizer: only token ids are served", path)
-        return None
-    return AutoTokenizer.from_pretrained(path)
 
 
 def _make_manager(config: Config, model: ServedModel) -> LoRAManager:

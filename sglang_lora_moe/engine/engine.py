@@ -16,8 +16,9 @@ from typing import Any
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import Abort, FlushCache, FrontMessage, GetStats, LoadAdapter, LogprobOptions, Reply, RequestError, SamplingParams, UnloadAdapter
-from sglang_lora_moe.engine.build import build_engine, load_tokenizer
+from sglang_lora_moe.engine.build import build_engine
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
+from sglang_lora_moe.engine.tokenizer import load_tokenizer
 from sglang_lora_moe.engine.validate import refuse
 
 _SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}

@@ -24,7 +24,7 @@ from sglang_lora_moe.core import (
     TokenOutput,
 )
 from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
-from sglang_lora_moe.engine.sampler import derive_seed
+from sglang_lora_moe.engine.seeds import derive_seed
 from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse
 
 

@@ -19,28 +19,10 @@ import torch
 
 from sglang_lora_moe.core import TokenLogprob
 from sglang_lora_moe.engine.request import Request
+from sglang_lora_moe.engine.seeds import uniform
 
-_MASK64 = (1 << 64) - 1
 _GREEDY_TEMPERATURE = 1e-5  # below this, dividing by it leaves nothing to chance and may overflow
 _FIRST_CANDIDATES = 256  # top_p without top_k looks at so many tokens before it sorts the whole vocabulary
-
-
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit integers with good avalanche."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """A seed for sample `index` of a request with n > 1; index 0 keeps the request's own."""
-    return seed if index == 0 else _mix((_mix(seed & _MASK64) + index * 0x9E3779B97F4A7C15) & _MASK64)
-
-
-def uniform(seed: int, position: int) -> float:
-    """u in [0, 1 - 1e-12], a function of seed and output position alone."""
-    bits = _mix((_mix(seed & _MASK64) + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64)
-    return min((bits >> 11) * 2.0**-53, 1.0 - 1e-12)
 
 
 def is_greedy(request: Request) -> bool:

@@ -19,7 +19,8 @@ def refuse(param: str, expected: str, found: object) -> RequestError:
 
 
 def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """An integer that fits 64 bits, as messages need."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def is_number(value: object) -> bool:
@@ -36,7 +37,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "repetition_penalty": (lambda v: is_number(v) and 0 < v <= 2, "a number above 0 and at most 2"),
     "presence_penalty": (lambda v: is_number(v) and -2 <= v <= 2, "a number from -2 to 2"),
     "frequency_penalty": (lambda v: is_number(v) and -2 <= v <= 2, "a number from -2 to 2"),
-    "seed": (lambda v: v is None or is_int(v), "an integer"),
+    "seed": (lambda v: v is None or is_int(v), "an integer of 64 bits"),
     "ignore_eos": (lambda v: isinstance(v, bool), "true or false"),
     "stop_token_ids": (lambda v: isinstance(v, list) and all(map(is_int, v)), "a list of token ids"),
     "logit_bias": (lambda v: isinstance(v, dict), "an object of token id -> bias"),

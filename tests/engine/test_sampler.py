@@ -11,7 +11,8 @@ import torch
 
 from sglang_lora_moe.core import LogprobOptions, SamplingParams
 from sglang_lora_moe.engine.request import Request
-from sglang_lora_moe.engine.sampler import Sampler, derive_seed, uniform
+from sglang_lora_moe.engine.sampler import Sampler
+from sglang_lora_moe.engine.seeds import derive_seed, uniform
 
 V = 40
 

@@ -1,0 +1,338 @@
+"""The engine in a process of its own, and `AsyncEngine`, which the server talks to.
+
+    AsyncEngine (event loop: text)  --- ZeroMQ PAIR over ipc, msgpack frames --->  engine process (steps: tensors)
+
+A frame to the engine is a list of [type, message]; a frame from it holds the outputs and replies of one step. The child
+reads its configuration as one line from stdin and then holds on to stdin: when that ends, its parent has gone, and so does it.
+When the child ends unasked, `healthy` is False and whatever waits for it fails. This is the only file that knows an encoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from sglang_lora_moe.config import Config
+from sglang_lora_moe.core import (
+    Abort,
+    EngineMessage,
+    FlushCache,
+    FrontMessage,
+    GetStats,
+    LoadAdapter,
+    Reply,
+    RequestError,
+    Submit,
+    TokenOutput,
+    UnloadAdapter,
+)
+from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
+from sglang_lora_moe.engine.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from sglang_lora_moe.engine.engine_core import EngineCore
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_READY = "ready"  # rid of the child's first reply
+_END_SECONDS = 5.0  # for the child to end when it is told to
+_LOAD_POLL_MS = 2  # while an adapter is being read and nothing runs
+_FRONT_TYPES: tuple[type[Any], ...] = (Submit, Abort, LoadAdapter, UnloadAdapter, FlushCache, GetStats)
+
+
+# ---- encoding -------------------------------------------------------------------------------------------------------
+class _EngineFrame(msgspec.Struct, array_like=True):
+    outputs: list[TokenOutput]
+    replies: list[Reply]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_front_decoder = msgspec.msgpack.Decoder(list[tuple[int, msgspec.Raw]])
+_message_decoders = [msgspec.msgpack.Decoder(kind) for kind in _FRONT_TYPES]
+_engine_decoder = msgspec.msgpack.Decoder(_EngineFrame)
+
+
+def encode_to_engine(messages: list[FrontMessage]) -> bytes:
+    return _encode([(_FRONT_TYPES.index(type(message)), message) for message in messages])
+
+
+def decode_to_engine(frame: bytes) -> list[FrontMessage]:
+    return [_message_decoders[kind].decode(raw) for kind, raw in _front_decoder.decode(frame)]
+
+
+def encode_from_engine(messages: list[EngineMessage]) -> bytes:
+    outputs = [message for message in messages if isinstance(message, TokenOutput)]
+    return _encode(_EngineFrame(outputs, [message for message in messages if isinstance(message, Reply)]))
+
+
+def decode_from_engine(frame: bytes) -> list[EngineMessage]:
+    decoded = _engine_decoder.decode(frame)
+    return [*decoded.outputs, *decoded.replies]
+
+
+# ---- the child ------------------------------------------------------------------------------------------------------
+def run_engine_process() -> int:
+    """Main function of the child: build the engine, say so, serve until the parent goes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends this process when it is ready to
+    start = json.loads(sys.stdin.buffer.readline())
+    config = Config(**start["config"])
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(start["address"])
+
+    from sglang_lora_moe.engine.build import build_engine
+
+    try:
+        core, resolved, model_info = build_engine(config)
+    except (ValueError, OSError, RequestError) as error:
+        logger.debug("the engine could not be built", exc_info=True)
+        socket.send(encode_from_engine([Reply(_READY, error=str(error))]))
+        socket.close(linger=1000)
+        return 2
+    socket.send(encode_from_engine([Reply(_READY, {"config": dataclasses.asdict(resolved), "model_info": model_info})]))
+    serve_engine(core, socket)
+    return 0
+
+
+def serve_engine(core: EngineCore, socket: zmq.Socket[bytes]) -> None:
+    """The loop: take in what has come, compute a step, send what is new; wait only when there is nothing to do."""
+    while True:
+        messages: list[EngineMessage] = []
+        timeout = 0 if core.has_work else _LOAD_POLL_MS if core.is_loading else None
+        while socket.poll(timeout):
+            for message in decode_to_engine(socket.recv()):
+                messages += core.handle(message)
+            timeout = 0
+        messages += core.step()
+        if messages:
+            socket.send(encode_from_engine(messages))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)  # at once, also in the middle of a step: nobody is left to hear of it
+
+
+# ---- the parent -----------------------------------------------------------------------------------------------------
+class AsyncEngine:
+    """The engine process, seen from the server's event loop. Made by `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, socket: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
+        self.config: Config
+        self.model_info: dict[str, Any]
+        self.tokenizer: Any = None
+        self._front: Front
+        self._process, self._socket, self._folder = process, socket, folder
+        self._queues: dict[str, asyncio.Queue[Chunk | Failure]] = {}
+        self._replies: dict[str, asyncio.Future[Reply]] = {}
+        self._outbox: asyncio.Queue[FrontMessage] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._death: RequestError | None = None  # why nothing can be asked any more
+        self._controls = 0
+
+    @classmethod
+    async def start(cls, config: Config) -> AsyncEngine:
+        """Start the engine process and wait until it has loaded everything. ValueError or RuntimeError if it cannot."""
+        config.validate()
+        folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-")
+        address = f"ipc://{folder.name}/engine"
+        socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        socket.set_hwm(0)
+        socket.bind(address)
+        process = await _spawn(config, address)
+        engine = cls(process, socket, folder)
+        try:
+            tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, config))
+            try:
+                await engine._wait_ready()
+            except BaseException:
+                tokenizer.cancel()
+                raise
+            engine.tokenizer = await tokenizer
+        except BaseException:
+            await engine._end()
+            raise
+        engine._front = Front(engine.tokenizer, engine.model_info["vocab_size"], engine.model_info["eos_token_ids"])
+        engine._tasks = [asyncio.create_task(task) for task in (engine._receive(), engine._send(), engine._watch())]
+        return engine
+
+    @property
+    def healthy(self) -> bool:
+        return self._death is None
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """Chunks of all samples as they come. Refusals are raised before the first; closing the iterator aborts."""
+        self._check_alive()
+        messages = self._front.submit(request)
+        queue: asyncio.Queue[Chunk | Failure] = asyncio.Queue()
+        self._queues[request.rid] = queue
+        left = request.n
+        try:
+            for message in messages:
+                self._outbox.put_nowait(message)
+            while left:
+                event = await queue.get()
+                if isinstance(event, Failure):
+                    raise event.error
+                left -= event.finish_reason is not None
+                yield event
+        finally:
+            del self._queues[request.rid]
+            for abort in self._front.forget(request.rid):
+                self._outbox.put_nowait(abort)
+
+    async def abort(self, rid: str) -> None:
+        """Abort one request ("" = all); its stream ends with finish_reason "abort"."""
+        for message in self._front.aborts(rid):
+            self._outbox.put_nowait(message)
+
+    # ---- control ----------------------------------------------------------------------------------------------------
+    async def load_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, Any]:
+        return await self._control(LoadAdapter("", name, path, pinned))
+
+    async def unload_adapter(self, name: str) -> dict[str, Any]:
+        return await self._control(UnloadAdapter("", name))
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        return (await self.stats())["adapters"]
+
+    async def flush_cache(self) -> dict[str, Any]:
+        return await self._control(FlushCache(""))
+
+    async def stats(self) -> dict[str, Any]:
+        return await self._control(GetStats(""))
+
+    async def shutdown(self) -> None:
+        """End the engine process; what still runs fails."""
+        self._fail(RequestError("the server is shutting down", 503))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end()
+
+    async def _control(self, message: LoadAdapter | UnloadAdapter | FlushCache | GetStats) -> dict[str, Any]:
+        self._check_alive()
+        self._controls += 1
+        message.rid = f"control/{self._controls}"
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[message.rid] = future
+        try:
+            self._outbox.put_nowait(message)
+            reply = await future
+        finally:
+            del self._replies[message.rid]
+        reply.raise_error()
+        return reply.data
+
+    # ---- tasks ------------------------------------------------------------------------------------------------------
+    async def _receive(self) -> None:
+        """Hand what the engine says to those who wait for it."""
+        while True:
+            for message in decode_from_engine(await self._socket.recv()):
+                for event in self._front.on_message(message):
+                    if isinstance(event, Abort):
+                        self._outbox.put_nowait(event)
+                    elif isinstance(event, Reply):
+                        future = self._replies.get(event.rid)
+                        if future is not None and not future.done():
+                            future.set_result(event)
+                    elif event.rid in self._queues:
+                        self._queues[event.rid].put_nowait(event)
+
+    async def _send(self) -> None:
+        """Send everything that is in the outbox in one frame."""
+        while True:
+            messages = [await self._outbox.get()]
+            while not self._outbox.empty():
+                messages.append(self._outbox.get_nowait())
+            await self._socket.send(encode_to_engine(messages))
+
+    async def _watch(self) -> None:
+        """Fail everything when the process ends, or a task above does."""
+        ends = [asyncio.ensure_future(self._process.wait()), *self._tasks[:2]]
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if ends[0] in done:
+            text = f"the engine process has ended with status {self._process.returncode}"
+        else:
+            error = next(iter(done)).exception()
+            text = f"the connection to the engine process failed: {error!r}"
+        logger.error(text)
+        self._fail(RequestError(text, 500, code="engine_dead"))
+
+    # ---- life and death ---------------------------------------------------------------------------------------------
+    async def _wait_ready(self) -> None:
+        """The child's first reply, or the reason why there is none."""
+        frame = asyncio.ensure_future(self._socket.recv())
+        end = asyncio.ensure_future(self._process.wait())
+        try:
+            await asyncio.wait([frame, end], return_when=asyncio.FIRST_COMPLETED)
+            if not frame.done():  # the reply of a failed start may come just after the end
+                await asyncio.wait([frame], timeout=0.5)
+            if not frame.done():
+                raise RuntimeError(f"the engine process ended with status {self._process.returncode} while starting; its log says why")
+            (reply,) = decode_from_engine(frame.result())
+        finally:
+            frame.cancel()
+            end.cancel()
+        assert isinstance(reply, Reply) and reply.rid == _READY
+        if reply.error is not None:
+            raise ValueError(reply.error)
+        self.config, self.model_info = Config(**reply.data["config"]), reply.data["model_info"]
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise RequestError(self._death.message, 503, code=self._death.code)
+
+    def _fail(self, error: RequestError) -> None:
+        if self._death is None:
+            self._death = error
+        for rid, queue in self._queues.items():
+            queue.put_nowait(Failure(rid, error))
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(error)
+
+    async def _end(self) -> None:
+        """End the child and give back socket and folder."""
+        if self._process.returncode is None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            try:
+                await asyncio.wait_for(self._process.wait(), _END_SECONDS)
+            except asyncio.TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._socket.close(linger=0)
+        self._folder.cleanup()
+
+
+async def _spawn(config: Config, address: str) -> asyncio.subprocess.Process:
+    """Start the child. A new interpreter, not a fork: it takes over no thread, socket or signal handler of the server."""
+    root = str(Path(__file__).parents[2])  # so that the package is found however the parent found it
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", "import sys; from sglang_lora_moe.engine.process import run_engine_process as run; sys.exit(run())"]
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
+    assert process.stdin is not None
+    process.stdin.write(json.dumps({"config": dataclasses.asdict(config), "address": address}).encode() + b"\n")
+    with contextlib.suppress(ConnectionError):  # it died already; whoever waits for it will see
+        await process.stdin.drain()
+    return process

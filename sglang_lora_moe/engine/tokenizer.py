@@ -1,0 +1,27 @@
+"""The tokenizer of a model directory. No torch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from sglang_lora_moe.config import Config
+
+logger = logging.getLogger(__name__)
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The Hugging Face tokenizer; None, with a warning, if the directory has none. ValueError if it cannot be read."""
+    from transformers import AutoTokenizer
+
+    path = Path(config.tokenizer_path or config.model_path)
+    if not any((path / name).is_file() for name in _FILES):
+        logger.warning("%s has no tokenizer: only token ids are served", path)
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever is in those files, the user needs to know which directory it is about
+        raise ValueError(f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}") from error
