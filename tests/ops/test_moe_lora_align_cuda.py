@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from sglang_lora_moe.ops import moe_lora_align as op
+from tests.ops.align_plans import Plan, align_with_plan
 from tests.ops.cpp import compile_for_emulator
 from tests.routing_cases import POPULARITIES, ROUTINGS, generator, make_token_slots, make_topk_ids
 
@@ -133,3 +134,115 @@ def test_emulator_large(driver: Path) -> None:
     check_on_emulator(
         driver, [Case(4097, 2, 8, 4, 4, 64, 32), Case(512, 8, 128, 16, 16, 16, 16), Case(4097, 2, 8, 4, 4, 128, 16, "one_expert", "zipf", order=1)]
     )
+
+
+# ---- the GPU -------------------------------------------------------------------------------------------------------
+
+ONE_BLOCK, THREE_LAUNCHES, MANY_BLOCKS = (1 << 30, 1024, 1024), (-1, 1024, 1024), (-1, 96, 512)
+
+
+def run_on_gpu(case: Case, plan: Plan | None = None) -> op.Alignment:
+    """Through the operator, or past it under a plan; outputs and scratch poisoned before."""
+    ids, slots = (None if t is None else t.cuda() for t in case.inputs())
+    assert ids is not None
+    buffers = op.empty_alignment(ids.numel(), case.experts, case.slots, case.base_block, case.lora_block, ids.device)
+    workspace = torch.empty(op.workspace_elements(ids.numel(), case.experts, case.slots), dtype=torch.int32, device=ids.device)
+    for tensor in (buffers.sorted_pairs, buffers.base_tiles, buffers.lora_tiles, buffers.counts, workspace):
+        tensor.fill_(-0x32323233)
+    sizes = (case.experts, case.slots, case.base_block, case.lora_block)
+    if plan is None:
+        op.moe_lora_align_block_size(ids, slots, *sizes, buffers=buffers, workspace=workspace)
+    else:
+        align_with_plan(plan, ids, slots, sizes, buffers, workspace)
+    return op.Alignment(*(t.cpu() for t in (buffers.sorted_pairs, buffers.base_tiles, buffers.lora_tiles, buffers.counts)))
+
+
+@pytest.mark.gpu
+def test_gpu_small() -> None:
+    """The first thing to run on a new machine."""
+    for plan in (None, ONE_BLOCK, THREE_LAUNCHES, MANY_BLOCKS):
+        case = Case(133, 8, 128, 16, 16)
+        assert_same(run_on_gpu(case, plan), case.expected(), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", [8, 32, 60, 64, 128, 256, 512, 1024])
+def test_gpu_sizes(experts: int) -> None:
+    for i, (tokens, top_k, slots) in enumerate(itertools.product((1, 2, 7, 16, 17, 64, 133, 256, 1000, 4097), (6, 8, 12), (0, 1, 4, 16, 64, 256))):
+        dtype = torch.int64 if i % 3 == 0 else torch.int32
+        case = Case(tokens, top_k, experts, slots, slots, (16, 32, 64, 128)[i % 4], (16, 64)[i % 2], dtype=dtype)
+        assert_same(run_on_gpu(case), case.expected(), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [None, ONE_BLOCK, THREE_LAUNCHES, MANY_BLOCKS], ids=["default", "one block", "three launches", "many blocks"])
+def test_gpu_routings_and_popularities(plan: Plan | None) -> None:
+    for routing, popularity, (tokens, experts) in itertools.product(ROUTINGS, POPULARITIES, ((7, 8), (133, 128), (512, 256))):
+        case = Case(tokens, 8, experts, 16, 11, 48, 16, routing, popularity)
+        assert_same(run_on_gpu(case, plan), case.expected(), case)
+
+
+@pytest.mark.gpu
+def test_gpu_more_pairs_than_the_tile_masks_fit() -> None:
+    """1.2 M pairs: blocks of more than 8,192 pairs would not fit, nor do the masks of the tile kernel in shared memory."""
+    case = Case(150_000, 8, 64, 4, 4, 128, 64, popularity="zipf")
+    assert_same(run_on_gpu(case), case.expected(), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 300, 4097])
+def test_gpu_graph_replay_follows_its_inputs(tokens: int) -> None:
+    cases = [Case(tokens, 8, 128, 16, active, routing=routing) for active in (16, 3) for routing in ("uniform", "few_experts", "all_invalid", "some_invalid")]
+    ids, slots = (t.cuda() for t in cases[0].inputs() if t is not None)
+    buffers = op.empty_alignment(ids.numel(), 128, 16, 16, 16, ids.device)
+    workspace = torch.empty(op.workspace_elements(ids.numel(), 128, 16), dtype=torch.int32, device="cuda")
+
+    def call() -> None:
+        op.moe_lora_align_block_size(ids, slots, 128, 16, 16, 16, buffers=buffers, workspace=workspace)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for case in cases:
+        new_ids, new_slots = case.inputs()
+        assert new_slots is not None
+        ids.copy_(new_ids)
+        slots.copy_(new_slots)
+        graph.replay()
+        found = op.Alignment(*(t.cpu() for t in (buffers.sorted_pairs, buffers.base_tiles, buffers.lora_tiles, buffers.counts)))
+        assert_same(found, case.expected(), case)
+
+
+@pytest.mark.gpu
+def test_gpu_runs_are_bit_equal() -> None:
+    for tokens in (64, 512, 4097):
+        case = Case(tokens, 8, 128, 64, 64, routing="some_invalid", popularity="mixed")
+        first, second = run_on_gpu(case), run_on_gpu(case)
+        for name in ("sorted_pairs", "base_tiles", "lora_tiles", "counts"):  # poison included
+            assert torch.equal(getattr(first, name), getattr(second, name)), f"{name} of {case}"
+
+
+@pytest.mark.gpu
+def test_gpu_refusals_name_expected_and_actual() -> None:
+    ids, slots = (t.cuda() for t in Case(8, 2, 4, 2, 2).inputs() if t is not None)
+    buffers = op.empty_alignment(16, 4, 2, 16, 16, ids.device)
+    workspace = torch.empty(op.workspace_elements(16, 4, 2), dtype=torch.int32, device="cuda")
+
+    def call(ids: torch.Tensor, slots: torch.Tensor | None, experts: int, workspace: torch.Tensor, counts: torch.Tensor) -> None:
+        tensors = (buffers.sorted_pairs, buffers.base_tiles, buffers.lora_tiles, counts, workspace)
+        torch.ops.sglang_lora_moe.moe_lora_align_block_size(ids, slots, experts, 2, 16, 16, *tensors)
+
+    op.moe_lora_align_block_size(ids, slots, 4, 2, 16, 16)  # loads the library
+    wrong = [
+        ((ids.float(), slots, 4, workspace, buffers.counts), "int32 or int64"),
+        ((ids.t(), slots, 4, workspace, buffers.counts), "contiguous"),
+        ((ids, slots[:4], 4, workspace, buffers.counts), "token_slots of at least 8 elements, got 4"),
+        ((ids, slots, 1025, workspace, buffers.counts), r"1\.\.1024, got 1025"),
+        ((ids, slots, 4, workspace[:8], buffers.counts), "workspace of at least"),
+        ((ids, slots, 4, workspace, buffers.counts.long()), "counts to be contiguous int32"),
+        ((ids, slots, 4, workspace, buffers.counts.cpu()), "on cuda"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments)
