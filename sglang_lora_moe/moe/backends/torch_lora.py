@@ -6,6 +6,9 @@ their true rank, in float32. The rank-space vectors are a list with one entry pe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from sglang_lora_moe.lora.host_views import add_expand, slot_views
@@ -15,7 +18,7 @@ from sglang_lora_moe.moe.backends.torch_native import combine
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
 
-addend = None  # the torch_native core adds nothing inside its matmuls
+addend: Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None = None  # the torch_native core adds nothing inside its matmuls
 RankSpace = list[torch.Tensor | None]  # per group of routing.groups: float32 [rows, c * rank]
 
 
