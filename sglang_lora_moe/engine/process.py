@@ -89,7 +89,8 @@ def decode_from_engine(frame: bytes) -> list[EngineMessage]:
 # ---- the child ------------------------------------------------------------------------------------------------------
 def run_engine_process() -> int:
     """Main function of the child: build the engine, say so, serve until the parent goes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends this process when it is ready to
+    for number in (signal.SIGINT, signal.SIGTERM):  # they often go to the whole group; the parent ends this process when it is ready to
+        signal.signal(number, signal.SIG_IGN)
     start = json.loads(sys.stdin.buffer.readline())
     config = Config(**start["config"])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
@@ -153,6 +154,8 @@ class AsyncEngine:
         """Start the engine process and wait until it has loaded everything. ValueError or RuntimeError if it cannot."""
         config.validate()
         folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-")
+        if len(folder.name) > 80:  # the address of a Unix socket has at most 107 characters
+            folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-", dir="/tmp")
         address = f"ipc://{folder.name}/engine"
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set_hwm(0)
