@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sglang_lora_moe.config import Config
-from sglang_lora_moe.core import Abort, FlushCache, FrontMessage, GetStats, LoadAdapter, LogprobOptions, Reply, RequestError, SamplingParams, UnloadAdapter
+from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, GetStats, LoadAdapter, LogprobOptions, Reply, RequestError, SamplingParams, UnloadAdapter
 from sglang_lora_moe.engine.build import build_engine
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
@@ -33,6 +33,7 @@ class Engine:
         self.core, self.config, self.model_info = build_engine(config if config is not None else Config(**fields))
         self.tokenizer = load_tokenizer(self.config)
         self.front = Front(self.tokenizer, self.core.vocab_size, self.model_info["eos_token_ids"])
+        self._events: dict[str, list[Chunk | Failure]] = {}  # by request: the list of the call that runs it
         self._replies: dict[str, Reply] = {}
         self._calls = 0
 
@@ -92,20 +93,36 @@ class Engine:
 
         Closing the iterator aborts what has not finished.
         """
+        events: list[Chunk | Failure] = []
         places: dict[str, int] = {}
+        unsent = list(enumerate(requests))[::-1]
+        left = sum(request.n for request in requests)
         try:
-            for place, request in enumerate(requests):
-                messages = self.front.submit(request)
-                places[request.rid] = place
-                for message in messages:
-                    yield from self._chunks(self._handle(message), places)
-            unfinished = set(places)
-            while unfinished := unfinished & set(self.front.unfinished()):
-                yield from self._chunks(self._step(), places)
+            while left:
+                while unsent and self._has_room(unsent[-1][1].n):
+                    place, request = unsent.pop()
+                    messages = self.front.submit(request)
+                    places[request.rid], self._events[request.rid] = place, events
+                    for message in messages:
+                        self._receive(self.core.handle(message))
+                if not events:
+                    self._receive(self.core.step())
+                ready, events[:] = list(events), []
+                for event in ready:
+                    if isinstance(event, Failure):
+                        raise event.error
+                    left -= event.finish_reason is not None
+                    yield places[event.rid], event
         finally:
             for rid in places:
+                del self._events[rid]
                 for abort in self.front.forget(rid):
-                    self._handle(abort)
+                    self._receive(self.core.handle(abort))
+
+    def _has_room(self, count: int) -> bool:
+        """The queue takes `count` more, or is empty, so that it may say itself that they are too many."""
+        waiting = len(self.core.scheduler.waiting)
+        return not waiting or waiting + count <= self.config.max_queued_requests
 
     # ---- control ----------------------------------------------------------------------------------------------------
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, Any]:
@@ -127,7 +144,7 @@ class Engine:
     def abort_request(self, rid: str = "") -> None:
         """Abort a request that an open stream runs; "" = all."""
         for message in self.front.aborts(rid):
-            self._handle(message)
+            self._receive(self.core.handle(message))
 
     def shutdown(self) -> None:
         """Give back everything. The engine cannot be used afterwards."""
@@ -135,40 +152,24 @@ class Engine:
         self.core.close()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
-    def _handle(self, message: FrontMessage) -> list[Chunk | Failure]:
-        return self._receive(self.core.handle(message))
-
-    def _step(self) -> list[Chunk | Failure]:
-        return self._receive(self.core.step())
-
-    def _receive(self, messages: list[Any]) -> list[Chunk | Failure]:
-        """Front's view of engine messages; aborts it asks for are handed over at once."""
-        found: list[Chunk | Failure] = []
+    def _receive(self, messages: list[EngineMessage]) -> None:
+        """Hand what the engine says to those who wait for it; what the front wants aborted is aborted at once."""
         for message in messages:
             for event in self.front.on_message(message):
                 if isinstance(event, Abort):
-                    found += self._handle(event)
+                    self._receive(self.core.handle(event))
                 elif isinstance(event, Reply):
                     self._replies[event.rid] = event
-                else:
-                    found.append(event)
-        return found
-
-    @staticmethod
-    def _chunks(events: list[Chunk | Failure], places: dict[str, int]) -> Iterator[tuple[int, Chunk]]:
-        for event in events:
-            if isinstance(event, Failure):
-                raise event.error
-            if event.rid in places:
-                yield places[event.rid], event
+                elif event.rid in self._events:
+                    self._events[event.rid].append(event)
 
     def _control(self, message: LoadAdapter | UnloadAdapter | FlushCache | GetStats) -> dict[str, Any]:
         """Send a control message and work until it is answered."""
-        self._handle(message)
+        self._receive(self.core.handle(message))
         while message.rid not in self._replies:
             if not self.core.has_work and not self.core.is_loading:
                 raise RuntimeError(f"{type(message).__name__} was not answered")
-            self._step()
+            self._receive(self.core.step())
             if not self.core.has_work:
                 time.sleep(0.001)  # a file is being read in another thread
         reply = self._replies.pop(message.rid)

@@ -10,7 +10,12 @@ import pytest
 from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
 from tests.tiny_models import make_tokenizer
 
-TEXTS = ["plain ascii text, long enough to move the window a few times over", "naïve café — “quotes” … ünïcödé", "日本語のテキスト 🙂🚀👩‍👩‍👧 mixed with ascii 한국어", "a\ufffdb\ufffd\ufffd end"]
+TEXTS = [
+    "plain ascii text, long enough to move the window a few times over",
+    "naïve café — “quotes” … ünïcödé",
+    "日本語のテキスト 🙂🚀👩‍👩‍👧 mixed with ascii 한국어",
+    "a\ufffdb\ufffd\ufffd end",
+]
 
 
 def byte_level_tokenizer() -> Any:
