@@ -103,8 +103,8 @@ class Engine:
                     place, request = unsent.pop()
                     messages = self.front.submit(request)
                     places[request.rid], self._events[request.rid] = place, events
-                    for message in messages:
-                        self._receive(self.core.handle(message))
+                    # All samples first: if one is refused, the front aborts all of them.
+                    self._receive([answer for message in messages for answer in self.core.handle(message)])
                 if not events:
                     self._receive(self.core.step())
                 ready, events[:] = list(events), []
