@@ -26,10 +26,12 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Any, template: str | None) -> None:
         self._tokenizer = tokenizer
-        self._template = template if template is not None else tokenizer.chat_template
+        self._template = template if template is not None else getattr(tokenizer, "chat_template", None)
 
     def render(self, request: ChatRequest) -> list[int]:
         """The token ids of the conversation, ready for the answer; RequestError 400 if the template cannot."""
+        if self._tokenizer is None:
+            raise RequestError("messages: this model has no tokenizer; send token ids to /v1/completions or /generate", param="messages", code="no_tokenizer")
         if self._template is None:
             raise RequestError(
                 "messages: the tokenizer of this model has no chat template; use /v1/completions, or start the server with --chat-template FILE",
@@ -57,7 +59,7 @@ class ChatRenderer:
         variables = dict(request.chat_template_kwargs)
         if request.reasoning_effort is not None:
             variables["reasoning_effort"] = request.reasoning_effort
-        text = self._template if isinstance(self._template, str) else "".join(self._template.values())
+        text = self._template if isinstance(self._template, str) else "".join((self._template or {}).values())
         for name in variables:
             if name not in text:
                 param = "reasoning_effort" if name == "reasoning_effort" else f"chat_template_kwargs.{name}"

@@ -17,11 +17,11 @@ _FLOOR = -9999.0  # what OpenAI reports for a probability of zero; JSON has no -
 
 
 class TokenText:
-    """Looks up tokens of one tokenizer, each once."""
+    """Looks up tokens of one tokenizer, each once. Without a tokenizer a token reads "token_id:17"."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._special = frozenset(tokenizer.all_special_ids if tokenizer is not None else ())
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
         self._cache: dict[int, tuple[str, bytes]] = {}
@@ -38,7 +38,7 @@ class TokenText:
 
     def decode(self, ids: list[int]) -> str:
         """The text of a prompt that was given as ids."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return "" if self._tokenizer is None else str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _lookup(self, token_id: int) -> tuple[str, bytes]:
         if token_id not in self._cache:
@@ -47,6 +47,8 @@ class TokenText:
         return self._cache[token_id]
 
     def _bytes_of(self, token_id: int) -> bytes:
+        if self._tokenizer is None:
+            return b"token_id:%d" % token_id
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:  # an id of the padded part of the vocabulary
             return b""

@@ -1,7 +1,7 @@
 """What `model` (or `lora_path`) of a request means: the base model, or one adapter on it.
 
-Names are the served name of the base, the name of an adapter, or "base:adapter" (split at the first colon; an empty
-adapter is the base). The engine owns the adapters; this keeps the last list it gave, so that the usual request needs no
+Names are the served name of the base, the name of an adapter, or "base:adapter" (an empty adapter
+is the base). The engine owns the adapters; this keeps the last list it gave, so that the usual request needs no
 question to the engine. A name that has gone meanwhile is refused by the engine itself.
 """
 
@@ -33,10 +33,11 @@ class ModelNames:
         """The adapter that `model` names, None for the base model; RequestError 404 with the loaded names otherwise."""
         if model is None or model == self.base:
             return None
-        base, colon, adapter = (part.strip() for part in model.partition(":"))
-        if colon and base == self.base and not adapter:
-            return None
-        name = adapter if colon and base == self.base else model
+        name, rest = model, model.strip().removeprefix(self.base).lstrip()
+        if rest.startswith(":") and model.strip().startswith(self.base):
+            name = rest[1:].strip()
+            if not name:
+                return None
         if name in self.adapters or name in await self.refresh():
             return name
         raise self.not_found(model, param)

@@ -22,7 +22,8 @@ class FakeEngine:
     def __init__(self, *, delay: float = 0.0, max_model_len: int = 512, chat_template: bool | str = True, **config: Any) -> None:
         file = chat_template if isinstance(chat_template, str) else None
         self.config = Config(model_path="/models/base", served_model_name="base", chat_template=file, **({"enable_lora": True} | config))
-        self.tokenizer = make_tokenizer()
+        self.tokenizer: Any = make_tokenizer()
+        self.decode = self.tokenizer.decode
         if not chat_template:
             self.tokenizer.chat_template = None
         self.max_model_len = max_model_len
@@ -89,7 +90,7 @@ class FakeEngine:
             yield Chunk(request.rid, k, "", [], "length", None, len(ids), 0, len(ids) // 2, [], prompt_logprobs)
         for j in range(sampling.max_new_tokens):
             token = FIRST_CHARACTER + (echo[j % len(echo)] - FIRST_CHARACTER + shift) % (LAST_CHARACTER - FIRST_CHARACTER + 1)
-            piece = self.tokenizer.decode([token])
+            piece = self.decode([token])
             matched: int | str | None = None
             text += piece
             if any(text.endswith(stop) for stop in request.stop):

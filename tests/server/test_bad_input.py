@@ -212,6 +212,15 @@ def test_no_chat_template(client_of: Any) -> None:
     assert error["param"] == "messages" and "--chat-template" in error["message"]
 
 
+def test_no_tokenizer(client_of: Any) -> None:
+    engine = FakeEngine()
+    engine.tokenizer, engine.decode = None, lambda ids: ""
+    client = client_of(engine)
+    assert error_of(client.post("/v1/chat/completions", json=CHAT))["code"] == "no_tokenizer"
+    choice = client.post("/v1/completions", json={"prompt": [75, 72], "temperature": 0, "max_tokens": 2, "logprobs": 0, "echo": True}).json()["choices"][0]
+    assert choice["text"] == "" and choice["logprobs"]["tokens"] == ["token_id:75", "token_id:72"] * 2
+
+
 def test_template_that_refuses(client_of: Any, tmp_path: Any) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{{ raise_exception('only one message') }}")

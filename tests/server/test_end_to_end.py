@@ -1,0 +1,399 @@
+"""The whole server as a user starts it: HTTP, engine process, a tiny model and real adapter files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from openai import OpenAI
+
+from benchmarks.soak import Options, soak
+from tests.adapter_files import edit_adapter, merged_reference_model, write_adapter
+from tests.server.conftest import wait_for
+from tests.tiny_models import make_tiny_model
+
+ROOT = Path(__file__).parents[2]
+ADAPTERS = {"a": ("target_parameters_3d", 8), "b": ("per_expert_2d", 4), "c": ("shared_outer", 16), "d": ("experts_and_attention", 6)}
+PROMPT = "Mixtures of experts"
+BIN, CONFIG, WEIGHTS = "adapter_model.bin", "adapter_config.json", "adapter_model.safetensors"
+
+
+class Server:
+    """`launch_server` as a process in its own group; `url` is there once it is ready."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "sglang_lora_moe.launch_server", "--port", "0", "--log-level", "warning", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        found = re.search(r"http://\S+", self.line)
+        self.url = found.group() if found else ""
+        self.children = _children(self.process.pid)
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def get(self, path: str) -> Any:
+        return self.client.get(path).json()
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(path, json=body)
+
+    def generate(self, **body: Any) -> Any:
+        response = self.post("/generate", **({"sampling_params": {"temperature": 0, "max_new_tokens": 12}} | body))
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def stats(self) -> dict[str, Any]:
+        return dict(self.get("/server_info")["stats"])
+
+    def is_idle(self) -> bool:
+        stats = self.stats()
+        return not (stats["running"] or stats["waiting"] or stats["kv_pages_used"])
+
+    def end(self, number: int | None = signal.SIGTERM, group: bool = False) -> tuple[int, str]:
+        """Exit status and what was said on stderr."""
+        if number is not None and group:
+            os.killpg(self.process.pid, number)
+        elif number is not None:
+            self.process.send_signal(number)
+        _, err = self.process.communicate(timeout=30)
+        return self.process.returncode, err
+
+
+def _children(pid: int) -> list[int]:
+    """Children of a process that still run something (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, directory of adapters)."""
+    directory = tmp_path_factory.mktemp("served")
+    model = make_tiny_model("qwen3_moe", directory)
+    for i, (name, (layout, rank)) in enumerate(ADAPTERS.items()):
+        write_adapter(layout, model, directory / "adapters" / name, rank=rank, seed=i)
+    write_adapter("attention_only", model, directory / "adapters" / "high", rank=32)
+    return model, directory / "adapters"
+
+
+@pytest.fixture(scope="module")
+def server(files: tuple[Path, Path]) -> Iterator[Server]:
+    model, adapters = files
+    flags = ["--model-path", str(model), "--served-model-name", "tiny", "--max-loras-per-batch", "2", "--max-lora-rank", "16", "--max-total-tokens", "2048"]
+    one = Server(*flags, "--lora-root", str(adapters), "--lora-paths", f"a={adapters / 'a'}", f"b={adapters / 'b'}")
+    yield one
+    if one.process.poll() is None:
+        one.end()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    """Starts servers of a test's own, and ends what still runs."""
+    started: list[Server] = []
+
+    def begin(*flags: str) -> Server:
+        started.append(Server(*flags))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.communicate()
+
+
+def reference(model: Path, adapter: Path | None, count: int) -> str:
+    """transformers' greedy continuation of PROMPT."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    hf = merged_reference_model(model, adapter) if adapter else AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for _ in range(count):
+        ids = torch.cat([ids, hf(ids).logits[:, -1:].argmax(-1)], 1)
+    return str(tokenizer.decode(ids[0, -count:], skip_special_tokens=True))
+
+
+def test_ready_line_and_models(server: Server) -> None:
+    assert server.line == f"Ready: {server.url} serves tiny, adapters: a (rank 8), b (rank 4)\n"
+    assert [(card["id"], card["parent"]) for card in server.get("/v1/models")["data"]][:3] == [("tiny", None), ("a", "tiny"), ("b", "tiny")]
+    assert server.get("/health") == server.get("/health_generate") == {"status": "ok"}
+
+
+def test_answers_are_transformers_answers(server: Server, files: tuple[Path, Path]) -> None:
+    model, adapters = files
+    with OpenAI(base_url=server.url + "/v1", api_key="none") as api:
+        texts = {}
+        for name in ("tiny", "a", "b"):
+            texts[name] = api.completions.create(model=name, prompt=PROMPT, max_tokens=8, temperature=0, extra_body={"ignore_eos": True}).choices[0].text
+            assert texts[name] == reference(model, None if name == "tiny" else adapters / name, 8)
+        assert len(set(texts.values())) == 3
+
+
+def test_load_use_unload(server: Server, files: tuple[Path, Path]) -> None:
+    path = str(files[1] / "c")
+    assert server.post("/v1/completions", model="c", prompt=PROMPT).status_code == 404
+    answer = server.post("/load_lora_adapter", lora_name="c", lora_path=path).json()
+    assert answer["success"] and not answer["already_loaded"] and answer["rank"] == 16 and set(answer["loaded_adapters"]) == {"a", "b", "c"}
+    assert server.post("/load_lora_adapter", lora_name="c", lora_path=path).json()["already_loaded"] is True
+    other = server.post("/load_lora_adapter", lora_name="c", lora_path=str(files[1] / "d"))
+    assert other.status_code == 400 and answer["revision"] in other.json()["error"]["message"]
+    text = server.generate(text=PROMPT, lora_path="c")["text"]
+    assert text != server.generate(text=PROMPT)["text"]
+    gone = server.post("/unload_lora_adapter", lora_name="c").json()
+    assert gone["success"] and gone["freed_bytes"] > 0 and set(gone["loaded_adapters"]) == {"a", "b"}
+    missing = server.post("/generate", text=PROMPT, lora_path="c")
+    assert missing.status_code == 404 and "a, b" in missing.json()["error"]["message"]
+
+
+def test_more_adapters_than_slots_in_one_batch(server: Server, files: tuple[Path, Path]) -> None:
+    for name in ("c", "d"):
+        server.post("/load_lora_adapter", lora_name=name, lora_path=str(files[1] / name))
+    paths = ["a", None, "b", "c", "d", "a", None, "d"]
+    together = [answer["output_ids"] for answer in server.generate(text=[PROMPT] * len(paths), lora_path=paths)]
+    assert together == [server.generate(text=PROMPT, lora_path=path)["output_ids"] for path in paths]
+    for name in ("c", "d"):
+        server.post("/unload_lora_adapter", lora_name=name)
+
+
+def test_logprobs_are_probabilities(server: Server) -> None:
+    answer = server.generate(text=PROMPT, lora_path="a", return_logprob=True, top_logprobs_num=3, logprob_start_len=0)
+    meta = answer["meta_info"]
+    assert len(meta["output_token_logprobs"]) == 12 and len(meta["input_token_logprobs"]) == meta["prompt_tokens"] == len(PROMPT) + 1
+    for (value, token, _), top in zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True):
+        assert top[0][:2] == [value, token] and len(top) == 3 and 0 >= top[0][0] >= top[1][0]  # greedy takes the best
+    assert meta["input_token_logprobs"][0][0] is None
+    scored = server.generate(text=PROMPT, lora_path="a", return_logprob=True, logprob_start_len=0, sampling_params={"max_new_tokens": 0})
+    assert scored["output_ids"] == [] and scored["meta_info"]["input_token_logprobs"][1][0] == pytest.approx(meta["input_token_logprobs"][1][0], abs=1e-4)
+
+
+def test_chat_samples_seed_and_stop_with_the_official_client(server: Server) -> None:
+    with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as api:
+        messages: Any = [{"role": "user", "content": PROMPT}]
+        answer = api.chat.completions.create(model="tiny:a", messages=messages, max_completion_tokens=6, n=3, seed=3, logprobs=True, top_logprobs=2)
+        again = api.chat.completions.create(model="a", messages=messages, max_completion_tokens=6, n=3, seed=3)
+        assert [choice.message.content for choice in answer.choices] == [choice.message.content for choice in again.choices]
+        assert len({choice.message.content for choice in answer.choices}) > 1
+        assert answer.choices[0].logprobs and len(answer.choices[0].logprobs.content or []) == len(answer.choices[0].logprobs.content or [])
+        whole = api.completions.create(model="b", prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}).choices[0].text
+        stream = api.completions.create(model="b", prompt=PROMPT, max_tokens=12, temperature=0, stop=whole[4:6], stream=True, extra_body={"ignore_eos": True})
+        events = list(stream)
+        assert "".join(event.choices[0].text for event in events) == whole[: whole.find(whole[4:6])] and events[-1].choices[0].finish_reason == "stop"
+        with pytest.raises(openai.BadRequestError, match="512"):
+            api.completions.create(model="tiny", prompt="x" * 600)
+        with pytest.raises(openai.NotFoundError, match="tiny, a, b"):
+            api.completions.create(model="nobody", prompt="x")
+
+
+def no_half(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+    del tensors[next(name for name in tensors if "lora_B" in name)]
+
+
+def wrong_shape(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name] = tensors[name][:, :-3]
+
+
+def not_finite(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+
+
+def leftover(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+    tensors["base_model.model.surprise.weight"] = torch.zeros(2, 2)
+
+
+def high_rank(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.parent / "high", path)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing half": (lambda path: edit_adapter(path, no_half), WEIGHTS),
+    "wrong shape": (lambda path: edit_adapter(path, wrong_shape), WEIGHTS),
+    "not a number": (lambda path: edit_adapter(path, not_finite), WEIGHTS),
+    "leftover key": (lambda path: edit_adapter(path, leftover), "surprise"),
+    "rank too high": (high_rank, "--max-lora-rank"),
+    "pickle": (lambda path: (path / WEIGHTS).rename(path / BIN), BIN),
+    "truncated": (lambda path: os.truncate(path / WEIGHTS, 5000), WEIGHTS),
+    "no config": (lambda path: (path / CONFIG).unlink(), CONFIG),
+    "broken config": (lambda path: (path / CONFIG).write_text("{"), CONFIG),
+    "nothing there": (lambda path: shutil.rmtree(path), "bad"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_adapters_are_refused_and_the_server_goes_on(server: Server, files: tuple[Path, Path], kind: str) -> None:
+    path = files[1] / "bad"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(files[1] / "b", path)
+    before, text = server.get("/server_info"), server.generate(text=PROMPT, lora_path="b")["text"]
+    spoil, named = BAD[kind]
+    spoil(path)
+    response = server.post("/load_lora_adapter", lora_name="bad", lora_path=str(path))
+    error = response.json()["error"]
+    assert response.status_code == 400 and named in error["message"] and str(path) in error["message"], response.text
+    after = server.get("/server_info")
+    assert after["adapters"] == before["adapters"] and after["stats"]["slots_used"] == before["stats"]["slots_used"]
+    assert server.generate(text=PROMPT, lora_path="b")["text"] == text
+
+
+def test_paths_outside_the_root_are_refused(server: Server, files: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(files[1] / "b", tmp_path / "out")
+    (files[1] / "link").symlink_to(tmp_path / "out")
+    for path in (tmp_path / "out", files[1] / ".." / ".." / tmp_path.name / "out", files[1] / "link"):
+        response = server.post("/load_lora_adapter", lora_name="out", lora_path=str(path))
+        assert response.status_code == 400 and "adapter root" in response.json()["error"]["message"], response.text
+    (files[1] / "link").unlink()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_disconnect_frees_the_pages(server: Server, stream: bool) -> None:
+    wait_for(server.is_idle)
+    body = {"text": PROMPT, "lora_path": "a", "sampling_params": {"max_new_tokens": 480, "ignore_eos": True, "n": 3}, "stream": stream}
+    with httpx.Client(base_url=server.url) as client:
+        if stream:
+            with client.stream("POST", "/generate", json=body) as response:
+                lines = response.iter_lines()  # kept: httpx closes the response with its iterator
+                next(lines)
+                assert server.stats()["running"] == 3
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/generate", json=body, timeout=0.2)
+    wait_for(server.is_idle)
+    finished = server.stats()["finished"]
+    assert finished["abort"] > 0
+
+
+def test_abort_by_name(server: Server) -> None:
+    answers: list[Any] = []
+    body = {"text": [PROMPT, PROMPT], "rid": "long", "sampling_params": {"max_new_tokens": 480, "ignore_eos": True}}
+    thread = threading.Thread(target=lambda: answers.append(server.post("/generate", **body)))
+    thread.start()
+    wait_for(lambda: server.stats()["running"] == 2)
+    assert server.post("/abort_request", rid="long").status_code == 200
+    thread.join()
+    assert [answer["meta_info"]["finish_reason"]["type"] for answer in answers[0].json()] == ["abort", "abort"]
+    wait_for(server.is_idle)
+
+
+def test_unload_waits_for_the_running_request(server: Server, files: tuple[Path, Path]) -> None:
+    server.post("/load_lora_adapter", lora_name="d", lora_path=str(files[1] / "d"))
+    answers: list[Any] = []
+    body = {"text": PROMPT, "lora_path": "d", "sampling_params": {"max_new_tokens": 300, "ignore_eos": True, "temperature": 0}}
+    thread = threading.Thread(target=lambda: answers.append((server.post("/generate", **body), time.monotonic())))
+    thread.start()
+    wait_for(lambda: server.stats()["running"] == 1)
+    assert server.post("/unload_lora_adapter", lora_name="d").status_code == 200
+    end = time.monotonic()
+    thread.join()
+    assert answers[0][0].json()["meta_info"]["completion_tokens"] == 300 and end > answers[0][1] - 0.2
+
+
+def test_metrics_of_a_real_engine(server: Server) -> None:
+    text = httpx.get(server.url + "/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["sglang_lora_moe_adapter_slots"]) == 2 and float(values['sglang_lora_moe_adapter_bytes{model_name="a"}']) > 0
+    assert float(values["sglang_lora_moe_kv_pages"]) == 2048 // 16 and 0 < float(values["sglang_lora_moe_prefix_hit_rate"]) < 1
+    assert float(values['sglang_lora_moe_generated_tokens_total{model_name="a"}']) > 12
+    assert set(re.findall(r'model_name="([^"]*)"', text)) == {"tiny", "a", "b"}
+
+
+def test_small_soak(server: Server, files: tuple[Path, Path]) -> None:
+    adapters = {name: str(files[1] / name) for name in ADAPTERS}
+    report = asyncio.run(soak(server.url, adapters, Options(requests=120, concurrency=12, prompts=4, max_tokens=12)))
+    assert report.is_clean and report.finished > 80 and report.aborted > 3 and report.reloads > 2, report
+
+
+def test_clean_end_while_requests_run(server: Server) -> None:
+    """The last test of the shared server."""
+    answers: list[Any] = []
+    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 100, "ignore_eos": True}}
+    thread = threading.Thread(target=lambda: answers.append(server.post("/generate", **body)))
+    thread.start()
+    wait_for(lambda: server.stats()["running"] == 1)
+    code, err = server.end()
+    thread.join()
+    assert code == 0 and "Traceback" not in err and "Exception" not in err, err
+    assert answers[0].json()["meta_info"]["completion_tokens"] == 100
+    assert server.children and not any(map(alive, server.children))
+
+
+def test_full_queue_keys_and_ctrl_c(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
+    server = start("--model-path", str(files[0]), "--max-running-requests", "1", "--max-queued-requests", "1", "--api-key", "k")
+    assert httpx.get(server.url + "/v1/models").status_code == 401
+    headers = {"Authorization": "Bearer k"}
+    body = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True}
+    statuses: list[int] = []
+    last: list[httpx.Response] = []
+
+    def ask() -> None:
+        last.append(httpx.post(server.url + "/v1/completions", json=body, headers=headers, timeout=60))
+        statuses.append(last[-1].status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: statuses.count(503) == 3)
+    assert int(last[0].headers["retry-after"]) >= 1 and last[0].json()["error"]["type"] == "server_error"
+    code, err = server.end(signal.SIGINT, group=True)  # as a terminal does
+    for thread in threads:
+        thread.join()
+    assert code == 0 and "Traceback" not in err and "KeyboardInterrupt" not in err, err
+    assert statuses.count(200) == 2 and not any(map(alive, server.children))
+
+
+def test_server_ends_when_its_engine_is_killed(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
+    server = start("--model-path", str(files[0]))
+    for child in server.children:
+        os.kill(child, signal.SIGKILL)
+    code, err = server.end(None)
+    assert code == 1 and "Traceback" not in err, err
+
+
+def test_engine_ends_when_its_server_is_killed(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
+    server = start("--model-path", str(files[0]))
+    server.process.kill()
+    wait_for(lambda: not any(map(alive, server.children)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora-paths", "x=/no/where"], ["--lora-paths", "x", "/no/where"]),
+        (["--context-length", "100000"], ["--context-length", "512"]),
+    ],
+)
+def test_what_cannot_start_says_why(start: Callable[..., Server], files: tuple[Path, Path], flags: list[str], words: list[str]) -> None:
+    server = start("--model-path", str(files[0]), *flags)
+    code, err = server.end(None)
+    lines = [line for line in err.splitlines() if line.startswith("sglang-lora-moe: ")]
+    assert code == 2 and len(lines) == 1 and all(word in lines[0] for word in words) and "Traceback" not in err, err
