@@ -16,75 +16,45 @@ import torch
 import triton
 import triton.language as tl
 
-DECODE_SPLITS = 16  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
-MIN_SPLIT_KEYS = 256
+from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.low_rank import pdl_wait
+
+MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
+MIN_SPLIT_KEYS = 128
+DECODE_PROGRAMS = 264  # as many as fill a GPU of 132 multiprocessors twice; fixed, so that results do not depend on the machine
 
 
 @triton.jit
-def _attention_kernel(
-    # pointers
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, query_starts_ptr, seq_lens_ptr, sinks_ptr,
-    # sizes
-    num_requests, scale, window, softcap,
-    # strides (elements)
-    q_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride, page_table_stride,
-    # meta
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr, DECODE: tl.constexpr,
+def _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q: tl.constexpr, SEARCH_STEPS: tl.constexpr):
+    """(request, its first token, its tokens, first query of the block). Request b owns the blocks from
+    query_starts[b] // BLOCK_Q + b on; these ranges never overlap, and a block beyond its request's has first query >= tokens."""
+    low, high = 0, num_requests
+    for _ in range(SEARCH_STEPS):
+        middle = (low + high) // 2
+        first = tl.load(query_starts_ptr + middle, mask=middle < num_requests, other=0) // BLOCK_Q + middle
+        go_up = (first <= block) & (low < high)
+        high = tl.where((first > block) & (low < high), middle, high)
+        low = tl.where(go_up, middle + 1, low)
+    request = low - 1
+    query_start = tl.load(query_starts_ptr + request)
+    query_len = tl.load(query_starts_ptr + request + 1) - query_start
+    return request, query_start, query_len, (block - (query_start // BLOCK_Q + request)) * BLOCK_Q
+
+
+@triton.jit
+def _attend_keys(
+    q, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+    k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q query tokens x all heads of one KV head x one share of the keys. Rows are (token, head)."""
-    GROUP: tl.constexpr = HQ // HKV
-    BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_PAD
-    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-
-    if DECODE:  # one token per request
-        request, query_start, query_len, first_query = block, block, 1, 0
-    else:  # request b owns the blocks from query_starts[b] // BLOCK_Q + b on; these ranges never overlap
-        low, high = 0, num_requests
-        for _ in range(SEARCH_STEPS):
-            middle = (low + high) // 2
-            first = tl.load(query_starts_ptr + middle, mask=middle < num_requests, other=0) // BLOCK_Q + middle
-            go_up = (first <= block) & (low < high)
-            high = tl.where((first > block) & (low < high), middle, high)
-            low = tl.where(go_up, middle + 1, low)
-        request = low - 1
-        query_start = tl.load(query_starts_ptr + request)
-        query_len = tl.load(query_starts_ptr + request + 1) - query_start
-        first_query = (block - (query_start // BLOCK_Q + request)) * BLOCK_Q
-        if first_query >= query_len:
-            return
-    seq_len = tl.load(seq_lens_ptr + request)
-    context = seq_len - query_len  # tokens already in the cache before this step
-
-    rows = tl.arange(0, BLOCK_M)
-    query, head = first_query + rows // GROUP_PAD, kv_head * GROUP + rows % GROUP_PAD
-    valid = (query < query_len) & (rows % GROUP_PAD < GROUP)
-    token = (query_start + query).to(tl.int64)
-    position = context + query
+    """Streaming softmax of q [BLOCK_M, D_PAD] over keys [first_key, last_key) of one request; returns (values, maximum, total)."""
     dims, v_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
-    q = tl.load(q_ptr + token[:, None] * q_stride + (head * D)[:, None] + dims[None, :], mask=valid[:, None] & (dims[None, :] < D), other=0.0)
-
-    last_key = tl.minimum(context + first_query + BLOCK_Q, seq_len)  # keys beyond the last query of the block are masked for all
-    first_key = 0
-    if WINDOW:
-        first_key = tl.maximum(context + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
-    if SPLITS > 1:
-        share = tl.maximum(tl.cdiv(tl.cdiv(last_key - first_key, SPLITS), BLOCK_N) * BLOCK_N, MIN_KEYS)
-        first_key += split * share
-        last_key = tl.minimum(last_key, first_key + share)
-
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS and split == 0:
-        maximum = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32)
-        total += 1.0
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
-    for start in tl.range(first_key, last_key, BLOCK_N):
+    for start in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_N)
         in_range = key < last_key
-        page = tl.load(page_table_ptr + request * page_table_stride + key // PAGE, mask=in_range, other=0)
+        page = tl.load(pages_ptr + key // PAGE, mask=in_range, other=0)
         row = page.to(tl.int64) * PAGE + key % PAGE
         k = tl.load(k_ptr + row[None, :] * k_row_stride + kv_head * k_head_stride + dims[:, None], mask=in_range[None, :] & (dims[:, None] < D), other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * scale
@@ -100,9 +70,64 @@ def _attention_kernel(
         decay = tl.exp(maximum - safe)
         total = total * decay + tl.sum(p, axis=1)
         v = tl.load(v_ptr + row[:, None] * v_row_stride + kv_head * v_head_stride + v_dims[None, :], mask=in_range[:, None] & (v_dims[None, :] < DV), other=0.0)
-        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         maximum = new_maximum
+    return acc, maximum, total
 
+
+@triton.jit
+def _attention_kernel(
+    # pointers
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, query_starts_ptr, seq_lens_ptr, sinks_ptr,
+    # sizes
+    num_requests, scale, window, softcap,
+    # strides (elements)
+    q_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride, page_table_stride,
+    # meta
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr, DECODE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_Q query tokens x all heads of one KV head x one share of the keys. Rows are (token, head)."""
+    pdl_wait(PDL)
+    GROUP: tl.constexpr = HQ // HKV
+    BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_PAD
+    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if DECODE:  # one token per request
+        request, query_start, query_len, first_query = block, block, 1, 0
+    else:
+        request, query_start, query_len, first_query = _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q, SEARCH_STEPS)
+        if first_query >= query_len:
+            return
+    seq_len = tl.load(seq_lens_ptr + request)
+    context = seq_len - query_len  # tokens already in the cache before this step
+
+    rows = tl.arange(0, BLOCK_M)
+    query, head = first_query + rows // GROUP_PAD, kv_head * GROUP + rows % GROUP_PAD
+    valid = (query < query_len) & (rows % GROUP_PAD < GROUP)
+    token = (query_start + query).to(tl.int64)
+    dims, v_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    last_key = tl.minimum(context + first_query + BLOCK_Q, seq_len)  # keys beyond the last query of the block are masked for all
+    first_key = 0
+    if WINDOW:
+        first_key = tl.maximum(context + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
+    if SPLITS > 1:
+        share = tl.maximum(tl.cdiv(tl.cdiv(last_key - first_key, SPLITS), BLOCK_N) * BLOCK_N, MIN_KEYS)
+        first_key += split * share
+        last_key = tl.minimum(last_key, first_key + share)
+        if (first_key >= last_key) & (split > 0):  # nothing left for this program; the merge reads no more than this
+            tl.store(lse_ptr + (token * HQ + head) * SPLITS + split, float("-inf"), mask=valid)
+            return
+    q = tl.load(q_ptr + token[:, None] * q_stride + (head * D)[:, None] + dims[None, :], mask=valid[:, None] & (dims[None, :] < D), other=0.0)
+    maximum, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if SINKS and split == 0:
+        maximum = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32)
+        total += 1.0
+    acc, maximum, total = _attend_keys(
+        q, maximum, total, context + query, first_key, last_key, kv_head, k_ptr, v_ptr, page_table_ptr + request * page_table_stride, scale, window, softcap,
+        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, STAGES,
+    )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = (token * HQ + head) * SPLITS + split
     tl.store(out_ptr + out_row[:, None] * DV + v_dims[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (v_dims[None, :] < DV))
@@ -112,8 +137,9 @@ def _attention_kernel(
 
 
 @triton.jit
-def _merge_kernel(partial_ptr, lse_ptr, out_ptr, num_rows, DV: tl.constexpr, DV_PAD: tl.constexpr, SPLITS: tl.constexpr):
+def _merge_kernel(partial_ptr, lse_ptr, out_ptr, DV: tl.constexpr, DV_PAD: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
     """out[row] = sum over splits of softmax(lse)[split] * partial[row, split], in split order."""
+    pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     dims, splits = tl.arange(0, DV_PAD), tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + row * SPLITS + splits)
@@ -144,41 +170,53 @@ def paged_attention(
 ) -> torch.Tensor:  # budget: the arguments of attention
     """Return out [M, Hq, Dv] in q's dtype. `decode` = every request has one query token (keys are then split over programs).
 
-    `scratch` (float32, at least `scratch_elements(...)`) is needed for decode and is allocated if not given. Requests whose
-    seq_len is 0 (padding) get undefined rows. Raises ValueError for shapes that do not fit together.
+    `scratch` (float32, at least `scratch_elements(...)`) is for decode and is allocated if needed and not given. Requests whose
+    seq_len is 0 (padding) get zeros or, with sinks, undefined rows. Raises ValueError for shapes that do not fit together.
     """
-    m, hq, d = q.shape
-    hkv, dv = k_cache.shape[1], v_cache.shape[2]
+    (m, hq, d), (hkv, dv), requests = q.shape, (k_cache.shape[1], v_cache.shape[2]), seq_lens.shape[0]
     if hq % hkv or k_cache.shape[2] != d:
         raise ValueError(f"paged_attention: q is {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}: heads must divide and the last dims agree")
     if q.stride(2) != 1 or q.stride(1) != d or k_cache.stride(2) != 1 or v_cache.stride(2) != 1:
         raise ValueError("paged_attention: the last dimension of q, k_cache and v_cache must be contiguous, and q's heads packed")
-    requests = seq_lens.shape[0]
     out = q.new_empty(m, hq, dv) if out is None else out
-    group_pad = triton.next_power_of_2(hq // hkv)
-    splits = DECODE_SPLITS if decode else 1
-    wide = d > 256
-    block_q = max(1, 16 // group_pad) if decode else max(1, (32 if wide else 64) // group_pad)
-    if decode:
-        scratch = q.new_empty(scratch_elements(m, hq, dv), dtype=torch.float32) if scratch is None else scratch
+    splits = num_splits(requests, hkv) if decode else 1
+    partial = lse = out
+    if splits > 1:
+        scratch = q.new_empty(m * hq * splits * (dv + 1), dtype=torch.float32) if scratch is None else scratch
         partial, lse = scratch[: m * hq * splits * dv], scratch[m * hq * splits * dv :]
-    else:
-        partial = lse = out
-    grid = (requests if decode else m // block_q + requests, hkv, splits)
-    _attention_kernel[grid](
+    block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size())
+    _attention_kernel[(requests if decode else m // block_q + requests, hkv, splits)](
         q, k_cache, v_cache, partial, lse, page_table, query_starts, seq_lens, sinks if sinks is not None else q,
         requests, scale, window or 0, softcap or 0.0,
         q.stride(0), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), page_table.stride(0),
         HQ=hq, HKV=hkv, D=d, D_PAD=triton.next_power_of_2(d), DV=dv, DV_PAD=triton.next_power_of_2(dv),
-        PAGE=page_size, BLOCK_Q=block_q, GROUP_PAD=group_pad, BLOCK_N=32 if wide else 64,
+        PAGE=page_size, BLOCK_Q=block_q, GROUP_PAD=group_pad, BLOCK_N=block_n,
         SPLITS=splits, MIN_KEYS=MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        SEARCH_STEPS=max(1, (requests + 1).bit_length()), DECODE=decode, num_warps=4, num_stages=1 if wide else 2,
+        SEARCH_STEPS=1 if decode else max(1, (requests + 1).bit_length()), DECODE=decode, STAGES=stages, num_warps=warps, **launch.options(q.device),
     )  # fmt: skip
-    if decode:
-        _merge_kernel[(m * hq,)](partial, lse, out, m * hq, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, num_warps=2)
+    if splits > 1:
+        _merge_kernel[(m * hq,)](partial, lse, out, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, num_warps=2, **launch.options(q.device))
     return out
 
 
-def scratch_elements(tokens: int, heads: int, v_dim: int) -> int:
-    """float32 elements that decode attention needs for `tokens` requests."""
-    return tokens * heads * DECODE_SPLITS * (v_dim + 1)
+def num_splits(requests: int, kv_heads: int) -> int:
+    """Programs that share the keys of one request and KV head at decode: a power of two, fewer the more requests there are."""
+    wanted = max(1, min(MAX_SPLITS, DECODE_PROGRAMS // (requests * kv_heads)))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def scratch_elements(max_requests: int, heads: int, kv_heads: int, v_dim: int) -> int:
+    """float32 elements that decode of up to `max_requests` requests needs."""
+    return max(requests * num_splits(requests, kv_heads) for requests in range(1, max_requests + 1)) * heads * (v_dim + 1)
+
+
+def _block_shape(group: int, d: int, decode: bool, itemsize: int) -> tuple[int, int, int, int, int]:
+    """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows."""
+    group_pad = triton.next_power_of_2(group)
+    if d > 256:  # latent rows of MLA
+        return max(1, (16 if decode else 32) // group_pad), group_pad, 32, 4, 1
+    if decode:
+        return max(1, 16 // group_pad), group_pad, 64, 4, 2 if itemsize > 2 else 3
+    if itemsize > 2:
+        return max(1, 64 // group_pad), group_pad, 32, 4, 2
+    return max(1, 128 // group_pad), group_pad, 64, 8, 3

@@ -10,13 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.low_rank import pdl_wait
+
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program per token; the row is held in registers."""
-    row = tl.program_id(0).to(tl.int64) * H
     cols = tl.arange(0, BLOCK)
     mask = cols < H
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # no kernel writes it, so it may be read early
+    pdl_wait(PDL)
+    row = tl.program_id(0).to(tl.int64) * H
     x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
@@ -24,7 +29,6 @@ def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, HAS_RESID
         tl.store(residual_ptr + row + cols, stored, mask=mask)
         x = stored.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -36,6 +40,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     out = torch.empty_like(x) if out is None else out
     block = triton.next_power_of_2(h)
     _rms_norm_kernel[(x.numel() // h,)](
-        x, residual, weight, out, eps, h, HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512))
-    )
+        x, residual, weight, out, eps, h, HAS_RESIDUAL=residual is not None, BLOCK=block,
+        num_warps=min(16, max(1, block // 512)), **launch.options(x.device),
+    )  # fmt: skip
     return out

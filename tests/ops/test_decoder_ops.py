@@ -37,9 +37,11 @@ def test_qk_norm_rope(norm: bool, d: int) -> None:
     qkv = torch.randn(m, (hq + 2 * hkv) * d, device=DEVICE)
     k_cache, v_cache = (torch.full((9, hkv, d), 7.0, device=DEVICE) for _ in range(2))
     slots = torch.tensor([5, 0, 8], device=DEVICE)
-    angle = torch.randn(m, d // 2, device=DEVICE).repeat(1, 2)
+    table = torch.randn(11, d // 2, device=DEVICE)
+    positions = torch.tensor([3, 10, 0], device=DEVICE)
+    angle = table[positions].repeat(1, 2)
     weights = [torch.rand(d, device=DEVICE) + 0.5 for _ in range(2)] if norm else [None, None]
-    q = qk_norm_rope(qkv, k_cache, v_cache, slots, angle.cos(), angle.sin(), num_heads=hq, q_weight=weights[0], k_weight=weights[1])
+    q = qk_norm_rope(qkv, k_cache, v_cache, slots, positions, (table.cos(), table.sin()), num_heads=hq, q_weight=weights[0], k_weight=weights[1])
 
     def want(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
         x = x.double()
@@ -77,3 +79,11 @@ def test_router_topk_breaks_ties_towards_the_smaller_id() -> None:
 
     _, ids = router_topk(torch.zeros(2, 6, device=DEVICE), 3)
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_router_topk_gives_padding_no_expert() -> None:
+    from sglang_lora_moe.ops.router_topk import router_topk
+
+    weights, ids = router_topk(torch.randn(3, 6, device=DEVICE), 2, kv_slots=torch.tensor([4, 3, 90], device=DEVICE), dump_rows=4)
+    assert ids[1].tolist() == [-1, -1] and not weights[1].any()
+    assert (ids[[0, 2]] >= 0).all() and (weights[[0, 2]] > 0).all()
