@@ -1,0 +1,244 @@
+"""Loading and unloading adapters in a running engine: answers, errors, bytes, slots, and what requests see of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_lora_moe.core import Abort, EngineMessage, LoadAdapter, Reply, RequestError, SamplingParams, Submit, TokenOutput, UnloadAdapter
+from sglang_lora_moe.engine.engine import Engine
+from tests.adapter_files import edit_adapter, write_adapter
+from tests.engine.models import adapter_path, make_engine, model_path, other_adapter_path, reference_greedy
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with make_engine(adapters=(), max_loras_per_batch=2, max_lora_rank=16) as made:
+        yield made
+        made.core.check()
+
+
+def submit(rid: str, adapter: str | None, count: int = 10) -> Submit:
+    return Submit(rid, [1, 5, 9], SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True), adapter)
+
+
+def drive(engine: Engine, messages: list[Any], steps: int = 10_000) -> list[EngineMessage]:
+    """Send messages, then step until nothing is left to do or `steps` are over."""
+    said = [answer for message in messages for answer in engine.core.handle(message)]
+    while steps and (engine.core.has_work or engine.core.is_loading):
+        said += engine.core.step()
+        engine.core.check()
+        steps -= 1
+    return said
+
+
+def replies(messages: list[EngineMessage]) -> dict[str, Reply]:
+    return {message.rid: message for message in messages if isinstance(message, Reply)}
+
+
+def ids_of(messages: list[EngineMessage], rid: str) -> list[int]:
+    return [token for message in messages if isinstance(message, TokenOutput) and message.rid == rid for token in message.token_ids]
+
+
+def test_load_use_unload(engine: Engine) -> None:
+    path = adapter_path("r8")
+    loaded = engine.load_lora_adapter("a", str(path))
+    assert loaded["already_loaded"] is False and loaded["rank"] == 8 and loaded["resident"] and len(loaded["revision"]) == 64
+    assert engine.generate(input_ids=[1, 5, 9], sampling_params=GREEDY, lora_path="a")["output_ids"] == reference_greedy("r8", [1, 5, 9], 10, ignore_eos=True)
+    (record,) = engine.get_server_info()["adapters"]
+    assert (record["name"], record["path"], record["running"], record["pinned"]) == ("a", str(path), 0, False)
+    assert engine.load_lora_adapter("a", str(path))["already_loaded"] is True
+    lora = engine.core.lora
+    assert lora is not None
+    slot = lora.slots.slot_of(loaded["revision"])
+    assert slot is not None
+    device = lora.pool.region_bytes_used(slot)
+    freed = engine.unload_lora_adapter("a")
+    assert freed["freed_host_bytes"] == loaded["nbytes"] and freed["freed_device_bytes"] == device > 0
+    assert freed["freed_bytes"] == loaded["nbytes"] + device and lora.pool.region_bytes_used(slot) == 0
+    with pytest.raises(RequestError, match="no adapter 'a' is loaded") as error:
+        engine.unload_lora_adapter("a")
+    assert error.value.status == 404
+
+
+def test_other_content_under_a_loaded_name_is_refused(engine: Engine) -> None:
+    first = engine.load_lora_adapter("a", str(other_adapter_path(0)))
+    with pytest.raises(RequestError, match=f"revision {first['revision']}") as error:
+        engine.load_lora_adapter("a", str(other_adapter_path(1)))
+    assert error.value.status == 400
+    assert engine.load_lora_adapter("b", str(other_adapter_path(1)))["revision"] != first["revision"]
+
+
+def test_copies_of_a_directory_have_one_revision(engine: Engine, tmp_path: Path) -> None:
+    copies = [write_adapter("per_expert_2d", model_path(), tmp_path / name, rank=4, seed=5) for name in ("x", "y")]
+    one, two = (engine.load_lora_adapter(path.name, str(path)) for path in copies)
+    assert one["revision"] == two["revision"] and engine.get_server_info()["slots_used"] == 1
+    assert engine.unload_lora_adapter("x")["freed_bytes"] == 0  # y still needs the weights
+    assert engine.unload_lora_adapter("y")["freed_bytes"] > 0
+
+
+def test_a_bad_adapter_is_refused_and_leaves_no_trace(engine: Engine, tmp_path: Path) -> None:
+    engine.load_lora_adapter("good", str(other_adapter_path(0)))
+    before = engine.get_server_info()
+    bad = write_adapter("per_expert_2d", model_path(), tmp_path / "bad", rank=4)
+    edit_adapter(bad, lambda tensors, config: tensors.pop(sorted(tensors)[0]))
+    high = write_adapter("per_expert_2d", model_path(), tmp_path / "high", rank=17)
+    for path, text in ((bad, "lora_"), (high, "17"), (tmp_path / "missing", "missing")):
+        with pytest.raises(RequestError, match=text) as error:
+            engine.load_lora_adapter("new", str(path))
+        assert (error.value.status, error.value.param) == (400, "path") and str(path) in error.value.message
+    assert engine.get_server_info() == before
+    assert engine.generate(input_ids=[1, 5, 9], sampling_params=GREEDY, lora_path="good")["meta_info"]["completion_tokens"] == 10
+
+
+def test_pinned_adapters_stay_resident(engine: Engine) -> None:
+    engine.load_lora_adapter("p", str(other_adapter_path(0)), pinned=True)
+    with pytest.raises(RequestError, match="at most 1 of 2 adapter slots") as error:
+        engine.load_lora_adapter("q", str(other_adapter_path(1)), pinned=True)
+    assert error.value.param == "pinned"
+    for i in (1, 2, 3):
+        engine.load_lora_adapter(f"a{i}", str(other_adapter_path(i)))
+        engine.generate(input_ids=[1, 5, 9], sampling_params=GREEDY, lora_path=f"a{i}")
+    resident = {record["name"] for record in engine.get_server_info()["adapters"] if record["resident"]}
+    assert resident == {"p", "a3"}
+    engine.unload_lora_adapter("p")
+    engine.load_lora_adapter("q", str(other_adapter_path(0)), pinned=True)
+
+
+def test_unload_waits_for_running_requests_and_refuses_new_ones(engine: Engine) -> None:
+    engine.load_lora_adapter("a", str(other_adapter_path(0)))
+    said = drive(engine, [submit("running", "a", 20), submit("queued", "a", 5)], steps=3)
+    said += drive(engine, [UnloadAdapter("u", "a"), submit("late", "a"), UnloadAdapter("twice", "a")], steps=4)
+    answers = replies(said)
+    assert "u" not in answers and answers["late"].status == 404 and answers["twice"].status == 404
+    info = engine.core.stats()
+    assert info["adapters_unloading"] == ["a"] and info["adapters"] == []
+    said += drive(engine, [])
+    assert len(ids_of(said, "running")) == 20 and len(ids_of(said, "queued")) == 5
+    assert replies(said)["u"].data["freed_bytes"] > 0 and engine.core.stats()["slots_used"] == 0
+    last = max(i for i, message in enumerate(said) if isinstance(message, TokenOutput))
+    assert said.index(replies(said)["u"]) > last - 2
+
+
+def test_unload_ends_when_the_last_request_is_aborted(engine: Engine) -> None:
+    engine.load_lora_adapter("a", str(other_adapter_path(0)))
+    said = drive(engine, [submit("r", "a", 200), UnloadAdapter("u", "a")], steps=3)
+    assert "u" not in replies(said)
+    said += drive(engine, [Abort("r"), Abort("r")])
+    assert replies(said)["u"].error is None and not engine.core.has_work
+
+
+def test_a_name_may_get_new_content_while_the_old_one_drains(engine: Engine) -> None:
+    engine.load_lora_adapter("a", str(other_adapter_path(0)))
+    alone = ids_of(drive(engine, [submit("alone", "a", 30)]), "alone")
+    said = drive(engine, [submit("old", "a", 30)], steps=2)
+    said += drive(engine, [UnloadAdapter("u", "a"), LoadAdapter("l", "a", str(other_adapter_path(1)))], steps=1)
+    while engine.core.is_loading:
+        said += engine.core.step()
+    said += drive(engine, [submit("new", "a", 30)])
+    assert replies(said)["l"].error is None and replies(said)["u"].error is None
+    assert ids_of(said, "old") == alone  # finishes on the revision it started with
+    assert ids_of(said, "new") != alone and ids_of(said, "new") == ids_of(drive(engine, [submit("again", "a", 30)]), "again")
+
+
+def test_loading_does_not_stop_running_requests(engine: Engine) -> None:
+    drive(engine, [submit("r", None, 50)], steps=2)
+    said = engine.core.handle(LoadAdapter("l", "a", str(other_adapter_path(2))))
+    said += engine.core.step()
+    assert ids_of(said, "r")  # the step was computed, whether the file was read or not
+    said += drive(engine, [])
+    assert replies(said)["l"].error is None
+
+
+def test_max_loaded_loras() -> None:
+    with make_engine(adapters=(), max_loaded_loras=1, max_lora_rank=16) as small:
+        small.load_lora_adapter("a", str(other_adapter_path(0)))
+        with pytest.raises(RequestError, match="--max-loaded-loras"):
+            small.load_lora_adapter("b", str(other_adapter_path(1)))
+        small.unload_lora_adapter("a")
+        small.load_lora_adapter("b", str(other_adapter_path(1)))
+
+
+def test_lora_root(tmp_path: Path) -> None:
+    inside = write_adapter("per_expert_2d", model_path(), tmp_path / "root" / "a", rank=4)
+    with make_engine(adapters=(), lora_root=str(tmp_path / "root"), max_lora_rank=16) as rooted:
+        rooted.load_lora_adapter("a", str(inside))
+        with pytest.raises(RequestError, match="root"):
+            rooted.load_lora_adapter("b", str(other_adapter_path(1)))
+
+
+def test_a_bad_adapter_at_start_says_which(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--lora-paths: x: .*{tmp_path}"):
+        Engine(model_path=str(model_path()), lora_paths=[f"x={tmp_path}"], max_total_tokens=256)
+
+
+def test_soak() -> None:
+    """Random requests, aborts, loads, unloads and reloads: clean books, and every finished answer as its solo run."""
+    rng, solo = random.Random(7), {}  # type: random.Random, dict[tuple[int | None, int], list[int]]
+    with make_engine(adapters=(), max_loras_per_batch=2, max_lora_rank=16, max_total_tokens=240, max_running_requests=12) as e:
+        revisions: dict[str, int] = {}  # loaded name -> seed of its content
+        prompts = [[1] + [rng.randrange(3, 98) for _ in range(rng.randrange(2, 60))] for _ in range(6)]
+        asked: dict[str, tuple[int | None, int, int]] = {}
+        out: dict[str, list[int]] = {}
+        ended: dict[str, str] = {}
+        number = aborts = 0
+
+        def take(messages: list[EngineMessage]) -> None:
+            for message in messages:
+                if isinstance(message, TokenOutput):
+                    out[message.rid] += message.token_ids
+                    if message.finish_reason:
+                        ended[message.rid] = message.finish_reason
+                else:
+                    assert message.error is None, message
+
+        for round_ in range(250):
+            for _ in range(rng.randrange(3)):
+                name = rng.choice([None, *revisions])
+                which, count = rng.randrange(len(prompts)), rng.randrange(1, 25)
+                rid, number = f"r{number}", number + 1
+                asked[rid], out[rid] = (revisions[name] if name else None, which, count), []
+                take(e.core.handle(Submit(rid, prompts[which], SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True), name)))
+            if rng.random() < 0.15 and len(revisions) < 5:
+                seed = rng.randrange(4)
+                name = f"n{rng.randrange(6)}"
+                if name not in revisions:
+                    revisions[name] = seed
+                    take(e.core.handle(LoadAdapter(f"l{round_}", name, str(other_adapter_path(seed)))))
+                    while e.core.is_loading:
+                        take(e.core.step())
+            if rng.random() < 0.1 and revisions:
+                name = rng.choice(list(revisions))
+                del revisions[name]
+                take(e.core.handle(UnloadAdapter(f"u{round_}", name)))
+            if rng.random() < 0.2 and e.core.scheduler.requests:
+                aborts += 1
+                take(e.core.handle(Abort(rng.choice(list(e.core.scheduler.requests)))))
+            take(e.core.step())
+            e.core.check()
+        while e.core.has_work:
+            take(e.core.step())
+        e.core.check()
+        stats = e.core.stats()
+        assert stats["kv_pages_used"] == 0 and stats["slots_running"] == 0 and stats["adapters_unloading"] == [] and stats["retractions"] > 0
+        assert len(ended) == number > 150 and aborts > 20
+        for name in list(revisions):
+            e.unload_lora_adapter(name)
+        assert e.core.stats()["slots_used"] == 0
+        for seed in range(4):
+            e.load_lora_adapter(f"s{seed}", str(other_adapter_path(seed)))
+        for rid, (seed_or_base, which, count) in asked.items():
+            if ended[rid] == "length":
+                key = (seed_or_base, which)
+                if key not in solo:
+                    e.flush_cache()
+                    params = {"temperature": 0.0, "max_new_tokens": 25, "ignore_eos": True}
+                    adapter = None if seed_or_base is None else f"s{seed_or_base}"
+                    solo[key] = e.generate(input_ids=prompts[which], sampling_params=params, lora_path=adapter)["output_ids"]
+                assert out[rid] == solo[key][:count], rid
