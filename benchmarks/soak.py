@@ -16,7 +16,6 @@ import contextlib
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import httpx
 
 SWAPPED = "soak-swapped"  # the name that stands for another adapter after each reload
-LOCAL_SLOTS, LOCAL_TOKENS = 3, 2048  # of the demo server: fewer slots than adapters, and a cache that forces retractions
+LOCAL_SLOTS, LOCAL_TOKENS = 3, 640  # of the demo server: fewer slots than adapters, and a cache that forces retractions
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Options:
     requests: int = 2000
     concurrency: int = 32
     abort_share: float = 0.1
-    max_tokens: int = 24
+    max_tokens: int = 48
     prompts: int = 16
     seed: int = 0
     admin_key: str | None = None
@@ -56,7 +55,7 @@ class Report:
     tokens: int = 0
     reloads: int = 0
     seconds: float = 0.0
-    peaks: Counter[str] = field(default_factory=Counter)
+    peaks: dict[str, int] = field(default_factory=dict)
     leaks: list[str] = field(default_factory=list)
 
     @property
@@ -188,7 +187,7 @@ class Soak:
         while not self.over:
             for key, value in (await self._stats()).items():
                 if isinstance(value, int):
-                    self.report.peaks[key] = max(self.report.peaks[key], value)
+                    self.report.peaks[key] = max(self.report.peaks.get(key, 0), value)
             await asyncio.sleep(0.2)
 
     # ---- the end ----------------------------------------------------------------------------------------------------

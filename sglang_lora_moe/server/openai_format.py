@@ -86,8 +86,10 @@ class CompletionFormat(OpenAIFormat):
 
     def __init__(self, *args: Any, echoes: list[str], top_logprobs: int | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._echoes, self._wants_logprobs = echoes, top_logprobs is not None
-        self._logprobs = [[CompletionLogprobs(self._tokens, bool(top_logprobs)) for _ in range(self.n)] for _ in echoes]
+        self._echoes = echoes
+        self._logprobs = None
+        if top_logprobs is not None:
+            self._logprobs = [[CompletionLogprobs(self._tokens, top_logprobs > 0) for _ in range(self.n)] for _ in echoes]
         self._begun: set[int] = set()
 
     def choice(self, index: int, sample: Sample) -> dict[str, Any]:
@@ -112,4 +114,4 @@ class CompletionFormat(OpenAIFormat):
             yield self.event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason, "matched_stop": chunk.matched_stop})
 
     def _piece(self, prompt: int, k: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
-        return self._logprobs[prompt][k].piece(entries) if self._wants_logprobs else None
+        return self._logprobs[prompt][k].piece(entries) if self._logprobs is not None else None
