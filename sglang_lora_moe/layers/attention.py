@@ -79,6 +79,11 @@ class PagedAttention:
             self.v_cache.index_copy_(0, slots, v)
         return self.backend.attend(q, self, sinks)
 
+    def attend_cached(self, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        """As a call, after something else has written the step's keys and values to the cache."""
+        self.calls += 1
+        return self.backend.attend(q, self, sinks)
+
 
 # ---- torch_native ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -236,7 +241,13 @@ def _attend(
     return torch.matmul(scores.softmax(dim=-1)[..., :-1].to(v.dtype), v)
 
 
-ATTENTION_BACKENDS: dict[str, Callable[[StepContext], AttentionBackend]] = {"torch_native": TorchNativeAttention}
+def _triton(ctx: StepContext) -> AttentionBackend:
+    from sglang_lora_moe.layers.attention_triton import TritonAttention
+
+    return TritonAttention(ctx)
+
+
+ATTENTION_BACKENDS: dict[str, Callable[[StepContext], AttentionBackend]] = {"torch_native": TorchNativeAttention, "triton": _triton}
 
 
 # ---- the standard module --------------------------------------------------------------------------------------------
@@ -273,13 +284,17 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: object) -> tuple[torch.Tensor, None]:
         """hidden_states [1, T, H], position_embeddings cos and sin [1, T, R or R/2] -> ([1, T, H], None)."""
+        cos, sin = (table[0] if self.half_tables else table[0, :, : table.shape[-1] // 2] for table in position_embeddings)
+        out = self.attend(self.qkv(hidden_states[0]), cos, sin)
+        return self.o_proj(out.flatten(1))[None], None
+
+    def attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """qkv [T, rows of q, k and v], cos and sin [T, R/2] -> [T, Hq, Dv]: what lies between the two linears."""
         spec = self.paged.spec
         head_dim, kv_heads = spec.kv.k_dim, spec.kv.num_heads
-        q, k, v = self.qkv(hidden_states[0]).split([spec.num_heads * head_dim, kv_heads * head_dim, kv_heads * spec.kv.v_dim], dim=-1)
+        q, k, v = qkv.split([spec.num_heads * head_dim, kv_heads * head_dim, kv_heads * spec.kv.v_dim], dim=-1)
         q, k = self._normed(q, self.q_norm, head_dim), self._normed(k, self.k_norm, head_dim)
-        cos, sin = (table[0] if self.half_tables else table[0, :, : table.shape[-1] // 2] for table in position_embeddings)
-        out = self.paged(rotate(q, cos, sin), rotate(k, cos, sin), v.unflatten(-1, (kv_heads, spec.kv.v_dim)), self.sinks)
-        return self.o_proj(out.flatten(1))[None], None
+        return self.paged(rotate(q, cos, sin), rotate(k, cos, sin), v.unflatten(-1, (kv_heads, spec.kv.v_dim)), self.sinks)
 
     def _normed(self, x: torch.Tensor, norm: nn.Module | None, head_dim: int) -> torch.Tensor:
         """x [T, heads * D] -> [T, heads, D], normalised over D or over the whole row."""

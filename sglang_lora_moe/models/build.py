@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 
+if TYPE_CHECKING:
+    from sglang_lora_moe.models.decoder import FusedDecoder
+
 # Name of our attention function in transformers' registry. No mask function is registered under it, so no mask is built.
 _ATTENTION = "sglang_lora_moe_paged"
 
@@ -48,6 +51,7 @@ class ServedModel:
         self.kv_specs: list[KVLayerSpec] = [layer.spec.kv for layer in attention]
         self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
         self._attention, self._names = attention, NameTable(hf)
+        self._decoder: FusedDecoder | None = None
         self._backends = {id(layer.backend): layer.backend for layer in attention}
         self._checked = False
 
@@ -66,18 +70,27 @@ class ServedModel:
     @torch.inference_mode()
     def forward(self) -> torch.Tensor:
         """Run the step that `ctx` describes; logits float32 [num_logits, V]."""
+        return self.forward_logits().float()
+
+    @torch.inference_mode()
+    def forward_logits(self) -> torch.Tensor:
+        """`forward` before the conversion: logits [num_logits, V] in the model's dtype."""
         ctx = self.ctx
         for backend in self._backends.values():
             backend.begin_step()
-        output = self.hf(
-            input_ids=ctx.input_ids[: ctx.num_tokens].unsqueeze(0),
-            position_ids=ctx.positions[: ctx.num_tokens].unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=ctx.logit_rows[: ctx.num_logits],
-        )
+        if self._decoder is not None:
+            logits = self._decoder.forward()
+        else:
+            output = self.hf(
+                input_ids=ctx.input_ids[: ctx.num_tokens].unsqueeze(0),
+                position_ids=ctx.positions[: ctx.num_tokens].unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=ctx.logit_rows[: ctx.num_logits],
+            )
+            logits = output.logits[0]
         if not self._checked:
             self._check_attention_ran()
-        return output.logits[0].float()
+        return logits
 
     def _check_attention_ran(self) -> None:
         """After the first step: a layer that did not go through the paged cache would forget what came before."""
@@ -119,6 +132,11 @@ def build_model(
     for module in hf.modules():
         if isinstance(module, FusedMoE):
             module.finalize()
+    if attention_backend == "triton":
+        from sglang_lora_moe.models.decoder import FusedDecoder, is_standard  # triton is not installed everywhere
+
+        if is_standard(hf):
+            model._decoder = FusedDecoder(hf, ctx, model.max_model_len)
     return model
 
 

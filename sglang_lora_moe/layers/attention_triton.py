@@ -1,0 +1,57 @@
+"""The `triton` attention backend: one kernel reads the paged cache through the page table, for prefill and decode alike.
+
+Nothing is gathered and no list of the host is read, so a captured graph replays with new page tables and lengths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.ops.paged_attention import paged_attention, scratch_elements
+
+if TYPE_CHECKING:
+    from sglang_lora_moe.layers.attention import PagedAttention
+
+
+class TritonAttention:
+    """Reads the step's device tensors only; the scratch of decode is shared by all layers."""
+
+    def __init__(self, ctx: StepContext) -> None:
+        self.ctx = ctx
+        self._scratch = torch.empty(0, dtype=torch.float32, device=ctx.device)
+        self._needed: dict[tuple[int, int, int], int] = {}  # by heads, KV heads and value columns: elements of scratch
+
+    def begin_step(self) -> None:
+        """Nothing to prepare: the kernels read the step context."""
+
+    def attend(self, q: torch.Tensor, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
+        """q [T, Hq, Dk] -> [T, Hq, value_dim]; rows of padding tokens are undefined."""
+        ctx, spec, requests = self.ctx, layer.spec, self.ctx.num_requests
+        decode = ctx.num_tokens == requests  # every request has one token
+        return paged_attention(
+            q.contiguous(),
+            layer.k_cache,
+            layer.v_cache,
+            ctx.page_table[:requests],
+            ctx.query_starts[: requests + 1],
+            ctx.seq_lens[:requests],
+            page_size=ctx.page_size,
+            scale=spec.scaling,
+            decode=decode,
+            window=spec.window,
+            sinks=sinks,
+            scratch=self._decode_scratch(layer) if decode else None,
+        )
+
+    def _decode_scratch(self, layer: PagedAttention) -> torch.Tensor:
+        """Sized once for the largest decode step of any layer so far: the first step of a model is the largest, before graphs are captured."""
+        spec = layer.spec
+        sizes = (spec.num_heads, spec.kv.num_heads, spec.value_dim)
+        if sizes not in self._needed:
+            self._needed[sizes] = scratch_elements(self.ctx.max_requests, *sizes)
+            if self._needed[sizes] > self._scratch.numel():
+                self._scratch = torch.empty(self._needed[sizes], dtype=torch.float32, device=self.ctx.device)
+        return self._scratch

@@ -1,0 +1,137 @@
+"""The forward of standard pre-norm decoders in a handful of launches per layer, over transformers' own module tree.
+
+    residual += attention(norm(residual));  residual += mlp(norm(residual))        for each layer
+    logits = lm_head(norm(residual)[wanted rows])
+
+Used on GPUs (with the `triton` attention backend) for classes known to compute exactly this; all others run transformers' forward.
+Each residual addition is part of the norm after it; norm, rotation and cache write of q and k are one kernel; cos and sin are
+read from a table made once. Modules are looked up when they run, so layers that were wrapped for adapters are used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.layers.attention import Attention
+from sglang_lora_moe.layers.attention_triton import TritonAttention
+from sglang_lora_moe.layers.norm import RMSNorm
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.layers.topk import Router, RouterSpec, select_experts
+from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
+from sglang_lora_moe.ops.rms_norm import rms_norm
+from sglang_lora_moe.ops.router_topk import router_topk
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss")
+_CAUSAL_MODELS = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
+_LAYERS = frozenset(f"{family}DecoderLayer" for family in FAMILIES)
+_LAYER_PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+_MODEL_PARTS = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
+_MOE_BLOCKS = frozenset({"Qwen3MoeSparseMoeBlock", "MixtralSparseMoeBlock", "OlmoeSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "GptOssMLP"})
+
+
+def is_standard(hf: nn.Module) -> bool:
+    """Whether `hf` (with our layers swapped in) is one of the known classes, nothing added, on the `triton` attention backend."""
+    model: Any = getattr(hf, "model", None)
+    if type(hf).__name__ not in _CAUSAL_MODELS or model is None or not _has_parts(model, _MODEL_PARTS):
+        return False
+    return isinstance(model.norm, RMSNorm) and all(_is_standard_layer(layer) for layer in model.layers)
+
+
+def _is_standard_layer(layer: Any) -> bool:
+    return (
+        type(layer).__name__ in _LAYERS
+        and _has_parts(layer, _LAYER_PARTS)
+        and isinstance(layer.self_attn, Attention)
+        and isinstance(layer.self_attn.paged.backend, TritonAttention)
+        and isinstance(layer.input_layernorm, RMSNorm)
+        and isinstance(layer.post_attention_layernorm, RMSNorm)
+    )
+
+
+def _has_parts(module: nn.Module, names: frozenset[str]) -> bool:
+    return {name for name, _ in module.named_children()} == names
+
+
+class FusedDecoder:
+    """`forward()` runs the step that `ctx` describes. Call after the weights and buffers of `hf` are in place."""
+
+    def __init__(self, hf: Any, ctx: StepContext, max_positions: int) -> None:
+        self.hf, self.ctx = hf, ctx
+        positions = torch.arange(max_positions, device=ctx.device).unsqueeze(0)
+        sample = torch.empty(0, dtype=torch.float32, device=ctx.device)  # tables stay float32; rotation is in float32
+        first: Attention = hf.model.layers[0].self_attn
+        cos, sin = (table[0] if first.half_tables else table[0, :, : table.shape[-1] // 2] for table in hf.model.rotary_emb(sample, positions))
+        self.cos, self.sin = cos.contiguous(), sin.contiguous()  # [positions, R/2]
+        self._rotated: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.inference_mode()
+    def forward(self) -> torch.Tensor:
+        """Logits [num_logits, V] in the model's dtype."""
+        ctx, model = self.ctx, self.hf.model
+        self._rotated = None
+        residual = model.embed_tokens(ctx.input_ids[: ctx.num_tokens])
+        x = rms_norm(residual, *_norm(model.layers[0].input_layernorm))
+        last = len(model.layers) - 1
+        for i, layer in enumerate(model.layers):
+            x = self._attention(layer.self_attn, x)
+            x = rms_norm(x, *_norm(layer.post_attention_layernorm), residual)
+            x = self._mlp(layer.mlp, x)
+            x = rms_norm(x, *_norm(model.norm if i == last else model.layers[i + 1].input_layernorm), residual)
+        if ctx.num_logits != ctx.num_tokens:  # else every row is wanted, in order
+            x = x.index_select(0, ctx.logit_rows[: ctx.num_logits])
+        return self.hf.lm_head(x)
+
+    def _attention(self, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H] -> [T, H]."""
+        ctx, paged = self.ctx, attention.paged
+        qkv = attention.qkv(x)
+        kv, q_norm, k_norm = paged.spec.kv, attention.q_norm, attention.k_norm
+        if not attention.norm_per_head or kv.k_dim != kv.v_dim or 2 * self.cos.shape[1] != kv.k_dim:
+            return attention.o_proj(attention.attend(qkv, *self._step_tables(qkv)).flatten(1))
+        weights = (None, None, 1e-6) if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, float(q_norm.variance_epsilon))
+        t = qkv.shape[0]
+        q = qk_norm_rope(
+            qkv, paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
+            num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2],
+        )  # fmt: skip
+        return attention.o_proj(paged.attend_cached(q, attention.sinks).flatten(1))
+
+    def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
+        if self._rotated is None:
+            rows = self.ctx.positions[: self.ctx.num_tokens]
+            self._rotated = self.cos.index_select(0, rows).to(like.dtype), self.sin.index_select(0, rows).to(like.dtype)
+        return self._rotated
+
+    def _mlp(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H] -> [T, H]."""
+        if type(block).__name__ not in _MOE_BLOCKS:
+            return block(x)
+        router = block.router if hasattr(block, "router") else block.gate
+        weights, ids = self._route(router, x)
+        out = block.experts(x, ids, weights)
+        if hasattr(block, "shared_expert"):
+            out = torch.addcmul(out, torch.sigmoid(block.shared_expert_gate(x)), block.shared_expert(x))
+        return out
+
+    def _route(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(topk_weights float32 [T, K], topk_ids int32 [T, K]); rows of padding get ids -1."""
+        spec, ctx = router.spec, self.ctx
+        logits = router.linear(x.float() if spec.float32_logits else x)
+        if not _fits_kernel(spec):
+            return select_experts(logits, spec, router.e_score_correction_bias)
+        mode = "choice" if spec.score == "topk_softmax" else "softmax"
+        return router_topk(
+            logits, spec.top_k, mode=mode, renormalize=spec.renormalise, scale=spec.scale, kv_slots=ctx.kv_slots[: x.shape[0]], dump_rows=ctx.page_size
+        )
+
+
+def _fits_kernel(spec: RouterSpec) -> bool:
+    return spec.score in ("softmax", "topk_softmax") and not spec.correction_bias and spec.num_groups == 1 and spec.epsilon == 0.0
+
+
+def _norm(norm: RMSNorm) -> tuple[torch.Tensor, float]:
+    return norm.weight, norm.variance_epsilon

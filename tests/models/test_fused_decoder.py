@@ -1,0 +1,56 @@
+"""The `triton` attention backend and the fused decoder, through the interpreter here and natively on a GPU, against transformers' own model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sglang_lora_moe.models.build import ServedModel, build_model
+from tests.models.driver import Driver, Sequence, make_context
+from tests.models.test_against_transformers import load_stock, random_tokens, stock_logits
+from tests.tiny_models import make_tiny_model
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", {"num_key_value_heads": 1}),
+    "qwen3_moe-dense-layer": ("qwen3_moe", {"mlp_only_layers": [0], "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "mixtral": ("mixtral", {}),
+    "olmoe": ("olmoe", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "deepseek_v3": ("deepseek_v3", {}),  # not fused: latent attention on the same backend
+}
+
+
+def build(path: Path) -> ServedModel:
+    return build_model(path, ctx=make_context(), dtype=torch.float32, device="cpu", attention_backend="triton", show_progress=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_stock(case: str, tmp_path: Path) -> None:
+    arch, overrides = CASES[case]
+    path = make_tiny_model(arch, tmp_path, **overrides)
+    seqs = [Sequence(random_tokens(seed, n)) for seed, n in enumerate((22, 25))]
+    stock = load_stock(path)
+    expected = [stock_logits(stock, seq.tokens) for seq in seqs]
+    model = build(path)
+    assert (model._decoder is None) == (arch == "deepseek_v3")
+    driver = Driver(model)
+    got: list[list[torch.Tensor]] = [[], []]
+    for work, padding in [([(0, 13), (1, 9)], 0), ([(1, 11), (0, 1)], 2), ([(0, 1), (1, 1)], 0), ([(1, 1)], 0), ([(0, 3)], 0)]:
+        for (i, _), logits in zip(work, driver.step([(seqs[i], n) for i, n in work], padding), strict=True):
+            got[i].append(logits)
+    for logits, reference in zip(got, expected, strict=True):
+        out = torch.cat(logits)
+        torch.testing.assert_close(out, reference[: out.shape[0]], rtol=0, atol=1e-4)
+
+
+def test_only_wanted_logits_are_computed(tmp_path: Path) -> None:
+    driver = Driver(build(make_tiny_model("qwen3_moe", tmp_path)))
+    whole = driver.run(Sequence(random_tokens(0, 5)), 5)
+    driver.ctx.num_logits, driver.ctx.logit_rows[0] = 1, 3
+    torch.testing.assert_close(driver.model.forward(), whole[3:4], rtol=0, atol=1e-5)
