@@ -333,7 +333,9 @@ async def _spawn(config: Config, address: str) -> asyncio.subprocess.Process:
     root = str(Path(__file__).parents[2])  # so that the package is found however the parent found it
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", "import sys; from sglang_lora_moe.engine.process import run_engine_process as run; sys.exit(run())"]
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of a step that spin at its many small barriers stall on a busy machine; the user's own choice wins
+    environment = {**waiting, **os.environ, "PYTHONPATH": path}
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=environment)
     assert process.stdin is not None
     process.stdin.write(json.dumps({"config": dataclasses.asdict(config), "address": address}).encode() + b"\n")
     with contextlib.suppress(ConnectionError):  # it died already; whoever waits for it will see
