@@ -23,6 +23,7 @@ import torch
 from benchmarks import timing
 from benchmarks.compile_ahead import compile_all
 from benchmarks.moe_inputs import LayerInputs, Setup, adapter_bytes, base_bytes, base_flops, run_layer
+from benchmarks.moe_parts import print_parts
 from benchmarks.moe_sweep import sweep
 from benchmarks.shapes import SHAPES, MoEShape
 
@@ -95,17 +96,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     timing.add_arguments(parser, "moe_lora")
     parser.add_argument("--sweep", action="store_true", help="time tile candidates instead of layers")
+    parser.add_argument("--with-adapters", action="store_true", help="sweep the GEMMs with the addend of the first --ranks and --active")
+    parser.add_argument("--parts", action="store_true", help="time every kernel of a layer alone")
     parser.add_argument("--ranks", nargs="*", type=int, default=[16, 64])
     parser.add_argument("--active", nargs="*", type=int, default=[1, 4, 16])
     args = parser.parse_args()
     shapes, tokens = args.shapes or list(SHAPES), args.tokens or [1, 4, 16, 64, 256, 1024, 4096]
     deadline = timing.Deadline(args.time_limit)
     if args.sweep:
-        sweep([SHAPES[name] for name in shapes], tokens, args.out, deadline)
+        load = (args.ranks[0], args.active[0]) if args.with_adapters else (0, 0)
+        sweep([SHAPES[name] for name in shapes], tokens, load, args.out, deadline)
         return
     rows = plan(shapes, tokens, args.ranks, args.active)
     warm_compile(rows)
     device = torch.device("cuda")
+    if args.parts:
+        print_parts([setup_of(row) for row in rows if row.rank], device, deadline)
+        return
     results = timing.Results(args.out, "moe_lora", KEYS, {"align": "included"}, commit=args.commit, peer="vllm 0.33.0, sglang 0.5.23")
     ceilings = results.stored_ceilings() or timing.measure_ceilings(device)
     results.set_ceilings(ceilings)

@@ -16,6 +16,7 @@ from benchmarks.compile_ahead import SHARED_LIMIT, compile_all
 from benchmarks.moe_inputs import LayerInputs, Setup, align_on_host
 from benchmarks.shapes import MoEShape
 from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
@@ -41,23 +42,32 @@ def candidates(shape: MoEShape, tokens: int, gated: bool) -> Iterator[Tile]:
             registers = m * n * (2 if gated else 1) // (32 * warps)
             if (m == 64 or rows > 40) and registers <= 128 and stage * stages <= 220 << 10 and (k == 64 or m == 64) and (tma or stages == 3):
                 if (group == 1) == (rows <= 96 or shape.experts > 64):
-                    yield GemmTile(m, n, k, warps, stages, max(1, min(2, (226 << 10) // (stage * stages + 1024), 65536 // (registers + 56) // (32 * warps))), group, tma)
+                    yield GemmTile(
+                        m, n, k, warps, stages, max(1, min(2, (226 << 10) // (stage * stages + 1024), 65536 // (registers + 56) // (32 * warps))), group, tma
+                    )
 
 
 def run_gemm(inputs: LayerInputs, gated: bool, tile: Tile, routings: list[Routing], acts: list[torch.Tensor], index: int) -> None:
+    """One expert GEMM of one set; with adapters in the set-up, with a ready addend."""
     core, inp = inputs.runner.core, inputs.inputs[index]
     core.tiles = LayerTiles(tile, tile)
-    weights = inputs.weights[index % len(inputs.weights)]
+    weights, low = inputs.weights[index % len(inputs.weights)], None
+    if inputs.stacks:
+        stacks = inputs.stacks[index % len(inputs.stacks)]
+        b = stacks.b13 if gated else stacks.b2
+        by_pair = isinstance(tile, GemvTile)
+        dtype, width = torch.float32 if by_pair else inp.x.dtype, (stacks.a13 if gated else stacks.a2).shrink_width
+        low = LowRank(inp.workspace.get("sweep.s", (1, routings[index].num_pairs, width), dtype), b, inp.token_slots)
     if gated:
-        core.gate_up_activation(inp, routings[index], weights)
+        core.gate_up_activation(inp, routings[index], weights, low)
     elif isinstance(tile, GemvTile):
-        core.down_combine(inp, acts[index], routings[index], weights)
+        core.down_combine(inp, acts[index], routings[index], weights, low)
     else:
-        core.down(inp, acts[index], routings[index], weights)
+        core.down(inp, acts[index], routings[index], weights, low)
 
 
-def prepare(shape: MoEShape, tokens: int, device: torch.device, sets: int = 0) -> tuple[LayerInputs, list[torch.Tensor]]:
-    inputs = LayerInputs.build(Setup(shape, tokens, sets=sets), device)
+def prepare(shape: MoEShape, tokens: int, device: torch.device, load: tuple[int, int], sets: int = 0) -> tuple[LayerInputs, list[torch.Tensor]]:
+    inputs = LayerInputs.build(Setup(shape, tokens, *load, sets=sets), device)
     acts = [torch.randn(tokens * shape.top_k, shape.inter, device=device, dtype=torch.bfloat16) for _ in inputs.inputs]
     return inputs, acts
 
@@ -65,21 +75,21 @@ def prepare(shape: MoEShape, tokens: int, device: torch.device, sets: int = 0) -
 def routings_for(inputs: LayerInputs, block: int, by_pair: bool) -> list[Routing]:
     made = []
     for inp in inputs.inputs:
-        routing = Routing(inp.topk_ids, None, inp.spec.num_experts, base_block=block, rows="pair" if by_pair else "sorted")
+        routing = Routing(inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots, base_block=block, rows="pair" if by_pair else "sorted")
         made.append(routing if by_pair else align_on_host(routing))  # outside the timed graph
     return made
 
 
-def _compile(shape: MoEShape, tokens: int, gated: bool, tile: Tile) -> None:
-    inputs, acts = prepare(shape, tokens, torch.device("meta"), 1)
+def _compile(load: tuple[int, int], shape: MoEShape, tokens: int, gated: bool, tile: Tile) -> None:
+    inputs, acts = prepare(shape, tokens, torch.device("meta"), load, 1)
     by_pair = isinstance(tile, GemvTile)
     run_gemm(inputs, gated, tile, routings_for(inputs, 16 if by_pair else tile.m, by_pair), acts, 0)
 
 
-def sweep(shapes: list[MoEShape], tokens: list[int], out: Path, deadline: timing.Deadline) -> None:
-    """Write [shape, M, gemm, us, tile] rows to `out`, best first per GEMM, and print the best five."""
+def sweep(shapes: list[MoEShape], tokens: list[int], load: tuple[int, int], out: Path, deadline: timing.Deadline) -> None:
+    """Write [shape, M, gemm, rank, active, us, tile] rows to `out`, best first per GEMM, and print the best. load = (rank, active), 0 without."""
     todo = [(shape, m, gated, tile) for shape in shapes for m in tokens for gated in (True, False) for tile in candidates(shape, m, gated)]
-    compiled = compile_all([functools.partial(_compile, *job) for job in todo])
+    compiled = compile_all([functools.partial(_compile, load, *job) for job in todo])
     device, rows = torch.device("cuda"), []
     good = {}
     for job, result in zip(todo, compiled, strict=True):
@@ -89,7 +99,7 @@ def sweep(shapes: list[MoEShape], tokens: list[int], out: Path, deadline: timing
     for (shape, m, gated), tiles in good.items():
         if deadline.reached():
             break
-        inputs, acts = prepare(shape, m, device)
+        inputs, acts = prepare(shape, m, device, load)
         routings: dict[tuple[int, bool], list[Routing]] = {}
         found = []
         for tile in tiles:
@@ -102,10 +112,10 @@ def sweep(shapes: list[MoEShape], tokens: list[int], out: Path, deadline: timing
             except (RuntimeError, ValueError) as error:
                 print(f"{shape.name} M={m}: {tile}: {error}", flush=True)
         found.sort(key=lambda pair: pair[0])
-        rows += [[shape.name, m, "gate_up" if gated else "down", round(us, 2), repr(tile)] for us, tile in found]
+        rows += [[shape.name, m, "gate_up" if gated else "down", *load, round(us, 2), repr(tile)] for us, tile in found]
         weight_bytes = inputs.inputs[0].topk_ids.unique().numel() * shape.hidden * shape.inter * (4 if gated else 2)
         print(f"{shape.name} M={m} {'gate_up' if gated else 'down'}: weights alone {weight_bytes / 4.45e6:.1f} us", flush=True)
-        for us, tile in found[:5]:
+        for us, tile in found[:4]:
             print(f"    {us:9.2f}  {tile}", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=0))

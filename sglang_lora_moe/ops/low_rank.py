@@ -1,9 +1,12 @@
 """What every kernel with a low-rank delta shares: the addend it is given, and the device functions that add it.
 
-    acc[row, n] += scaling[t] * sum over r of B(t, expert)[n, r] * s[row, r]        t = the row's slot; none if t < 0
+    acc[row, n] += sum over r of B(t, expert)[n, r] * s[row, r]        t = the row's slot; none if t < 0
 
-s is float32 [splits, P, width]: the sum over `splits` is A x, in the layout of `lora/stacks.py` (columns [0, R) for one A;
-with split_a gate in [0, R), up in [R, 2R)). Columns beyond a row's own rank, and rows without an adapter, are never read.
+s [splits, P, width] holds scaling * A x, as a sum over `splits`: float32 per pair, grouped in the activation dtype that the
+tensor cores take (scaled in float32, rounded once). Columns [0, R); with split_a these are the gate half's, and the up half's
+are [max_rank, max_rank + R). Columns beyond a row's own rank, and rows without an adapter, are never read.
+Offsets and expert strides of a stack are multiples of 16 bytes (the memory pool pads matrices to that), so that B is read in
+16-byte pieces where the rank allows it.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sglang_lora_moe.lora.stacks import Stack
 
 NO_SLOT = tl.constexpr(1 << 30)
+COLUMNS = 32  # rank columns that one product of a tile takes: two slots of rank 16, half a slot of rank 64; 64 spill registers
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """An addend of an expert GEMM: s float32 [splits, P, width] in the GEMM's row order, and B by slot."""
+    """An addend of an expert GEMM: s [splits, P, width] in the GEMM's row order, and B by slot."""
 
     s: torch.Tensor
     b: Stack
@@ -34,15 +38,20 @@ class LowRank:
 
     @property
     def rank_block(self) -> int:
-        """Rank columns a kernel takes at once; a tensor-core product needs at least 16."""
-        return min(32, max(16, triton.next_power_of_2(self.b.max_rank)))  # 64 spills in wide tiles
+        """Rank columns of one slot that a kernel takes at once; a tensor-core product needs at least 16."""
+        return min(COLUMNS, max(16, triton.next_power_of_2(self.b.max_rank)))
 
     def kernel_args(self) -> tuple:
         b = self.b
-        return (self.token_slots, self.s, b.pool, b.offset, b.expert_stride, b.rank, b.scaling, b.split_a, self.s.shape[2])
+        return (self.token_slots, self.s, b.pool, b.offset, b.expert_stride, b.rank, b.split_a, self.s.shape[2])
+
+    def kernel_options(self) -> dict[str, int | bool]:
+        align = 16 // self.b.pool.element_size()
+        return {"ADDEND": True, "SPLITS": self.splits, "RANK_BLOCK": self.rank_block, "MAX_RANK": self.b.max_rank, "ALIGN": align}
 
 
-NO_ADDEND = (None,) * 8 + (0,)
+NO_ADDEND = (None,) * 7 + (0,)
+NO_OPTIONS = {"ADDEND": False, "SPLITS": 1, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8}
 
 
 @triton.jit
@@ -55,49 +64,102 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 @triton.jit
+def slot_columns(slots, after, COLUMNS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """The next distinct slots > `after` of a tile's rows, ascending, each over RANK_BLOCK of the COLUMNS; NO_SLOT where none is left."""
+    column = tl.arange(0, COLUMNS)
+    found = tl.full((COLUMNS,), NO_SLOT, tl.int32)
+    for j in tl.static_range(COLUMNS // RANK_BLOCK):
+        after = tl.min(tl.where(slots > after, slots, NO_SLOT), 0)
+        found = tl.where(column // RANK_BLOCK == j, after, found)
+    return found
+
+
+@triton.jit
+def slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN: tl.constexpr):
+    """(B's place in the pool in units of 16 bytes, rank, split) per column of `slot_columns`; rank 0 where there is no slot."""
+    some = slot_of < NO_SLOT
+    place = tl.load(offset_ptr + slot_of, mask=some, other=0) + expert * tl.load(stride_ptr + slot_of, mask=some, other=0)
+    rank = tl.load(rank_ptr + slot_of, mask=some, other=0)
+    return place // ALIGN, rank, tl.load(split_ptr + slot_of, mask=some, other=0)
+
+
+@triton.jit
+def load_s(s_ptr, row, num_pairs, width, column, mask, SPLITS: tl.constexpr):
+    """The sum over the splits of s[row, column]; row and column are broadcast against each other."""
+    low = tl.load(s_ptr + row.to(tl.int64) * width + column, mask=mask, other=0.0)
+    for i in tl.static_range(1, SPLITS):
+        low += tl.load(s_ptr + (row + i * num_pairs).to(tl.int64) * width + column, mask=mask, other=0.0)
+    return low
+
+
+@triton.jit
+def _load_b(pool_ptr, place, row, rank, r, mask, ALIGN: tl.constexpr):
+    """B[row, r] in pieces of 16 bytes if every rank is a multiple of them. place and rank are constant over runs of r."""
+    if tl.max(rank % ALIGN) == 0:
+        b = tl.load(pool_ptr + (place * ALIGN)[:, None] + row[None, :] * (rank // ALIGN * ALIGN)[:, None] + r[:, None], mask=mask, other=0.0)
+    else:
+        b = tl.load(pool_ptr + (place * ALIGN)[:, None] + row[None, :] * rank[:, None] + r[:, None], mask=mask, other=0.0)
+    return b
+
+
+@triton.jit
 def tile_delta(
-    acc_gate, acc_up, slots, place, num_pairs, expert, rn, N, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, width,
-    GATED: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    acc_gate, acc_up, slots, slot_of, place, rank, split, rows, num_pairs, expert, rn, N, s_ptr, width,
+    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
+    GATED: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the delta to a tile [BM, BN] of one expert whose rows may have any slots (-1 = none): one pass per distinct slot."""
-    slot = tl.min(tl.where(slots >= 0, slots, NO_SLOT), 0)
-    while slot < NO_SLOT:
-        rank = tl.load(rank_ptr + slot)
-        scaling = tl.load(scaling_ptr + slot)
-        up_column = tl.load(split_ptr + slot) * rank
-        b_ptr = pool_ptr + tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)
-        mine = slots == slot
-        for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-            rr = r0 + tl.arange(0, RANK_BLOCK)
-            s_mask = mine[:, None] & (rr < rank)[None, :]
+    """Add the delta to a tile [BM, BN] of one expert whose rows may have any slots (-1 = none).
+
+    `slot_of` and what follows are the first columns, which the caller fetched early; further slots follow here. One product
+    takes COLUMNS // RANK_BLOCK slots at once: a row's s is zero in the columns of other slots.
+    """
+    r = tl.arange(0, COLUMNS) % RANK_BLOCK
+    more = tl.min(slot_of) < NO_SLOT
+    while more:
+        slot_of = tl.max_constancy(slot_of + 0, RANK_BLOCK)
+        place = tl.max_constancy(place + 0, RANK_BLOCK)
+        rank = tl.max_constancy(rank + 0, RANK_BLOCK)
+        up_column = tl.max_constancy(split * MAX_RANK, RANK_BLOCK)
+        for r0 in tl.range(0, tl.max(rank), RANK_BLOCK, num_stages=1):
+            rr = r0 + r
+            s_mask = (slots[:, None] == slot_of[None, :]) & (rr < rank)[None, :]
             b_mask = (rr < rank)[:, None] & (rn < N)[None, :]
-            s_ptrs = s_ptr + place.to(tl.int64)[:, None] * width + rr[None, :]
-            b_ptrs = b_ptr + rn.to(tl.int64)[None, :] * rank + rr[:, None]
-            low = tl.load(s_ptrs, mask=s_mask, other=0.0)
-            for i in tl.static_range(1, SPLITS):
-                low += tl.load(s_ptrs + i * num_pairs * width, mask=s_mask, other=0.0)
-            b = tl.load(b_ptrs, mask=b_mask, other=0.0)
-            acc_gate = tl.dot((low * scaling).to(b.dtype), b, acc_gate, input_precision=DOT_PRECISION)
+            low = load_s(s_ptr, rows[:, None], num_pairs, width, rr[None, :], s_mask, SPLITS)
+            b = _load_b(pool_ptr, place, rn.to(tl.int64), rank, rr, b_mask, ALIGN)
             if GATED:
-                low = tl.load(s_ptrs + up_column, mask=s_mask, other=0.0)
-                for i in tl.static_range(1, SPLITS):
-                    low += tl.load(s_ptrs + up_column + i * num_pairs * width, mask=s_mask, other=0.0)
-                b = tl.load(b_ptrs + N.to(tl.int64) * rank, mask=b_mask, other=0.0)
-                acc_up = tl.dot((low * scaling).to(b.dtype), b, acc_up, input_precision=DOT_PRECISION)
-        slot = tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
+                high = load_s(s_ptr, rows[:, None], num_pairs, width, (rr + up_column)[None, :], s_mask, SPLITS)
+                b_up = _load_b(pool_ptr, place, N + rn.to(tl.int64), rank, rr, b_mask, ALIGN)
+                acc_up = tl.dot(high.to(b.dtype), b_up, acc_up, input_precision=PRECISION)
+            acc_gate = tl.dot(low.to(b.dtype), b, acc_gate, input_precision=PRECISION)
+        last = tl.max(slot_of)
+        more = last < NO_SLOT  # no column was left empty: there may be more slots
+        if more:
+            slot_of = slot_columns(slots, last, COLUMNS, RANK_BLOCK)
+            place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
+            more = tl.min(slot_of) < NO_SLOT
     return acc_gate, acc_up
 
 
 @triton.jit
-def row_delta(s_ptr, num_pairs, width, place, column, b_ptr, row0, rn, N, rank, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B[row0 + rn] . s[place, column : column + rank] of one pair, [BN] float32. b_ptr: the matrix of the pair's slot and expert."""
+def row_delta(s_ptr, num_pairs, width, pair, column, pool_ptr, place, rn, N, rank, r0, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """sum over r >= r0 of B[rn, r] s[pair, column + r] of one pair, [BN] float32; `place` of B's row 0, in units of 16 bytes."""
     total = tl.zeros(rn.shape, dtype=tl.float32)
-    for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-        rr = r0 + tl.arange(0, RANK_BLOCK)
-        b = tl.load(b_ptr + (row0 + rn).to(tl.int64)[:, None] * rank + rr[None, :], mask=(rn < N)[:, None] & (rr < rank)[None, :], other=0.0)
-        s_ptrs = s_ptr + place.to(tl.int64) * width + column + rr
-        low = tl.load(s_ptrs, mask=rr < rank, other=0.0)
-        for i in tl.static_range(1, SPLITS):
-            low += tl.load(s_ptrs + i * num_pairs * width, mask=rr < rank, other=0.0)
-        total += tl.sum(b.to(tl.float32) * low[None, :], axis=1)
+    for start in tl.range(r0, rank, RANK_BLOCK, num_stages=1):
+        rr = start + tl.arange(0, RANK_BLOCK)
+        b = load_b_rows(pool_ptr, place, rn, N, rank, rr, ALIGN)
+        low = load_s(s_ptr, pair, num_pairs, width, column + rr, rr < rank, SPLITS)
+        total += tl.sum(b.to(tl.float32) * low.to(tl.float32)[None, :], axis=1)
     return total
+
+
+@triton.jit
+def load_b_rows(pool_ptr, place, rn, N, rank, rr, ALIGN: tl.constexpr):
+    """B[rn, rr] of one pair, [BN, R]."""
+    mask = (rn < N)[:, None] & (rr < rank)[None, :]
+    b_ptr = pool_ptr + place * ALIGN
+    if rank % ALIGN == 0:
+        b = tl.load(b_ptr + rn.to(tl.int64)[:, None] * (rank // ALIGN * ALIGN) + rr[None, :], mask=mask, other=0.0)
+    else:
+        b = tl.load(b_ptr + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask, other=0.0)
+    return b

@@ -14,7 +14,7 @@ import triton.language as tl
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_ADDEND, LowRank, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_ADDEND, NO_OPTIONS, LowRank, pdl_wait, row_delta
 
 SILU, GELU, GELU_TANH, RELU, RELU2, CLAMPED_SWIGLU = (tl.constexpr(i) for i in range(1, 7))
 _CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
@@ -56,10 +56,10 @@ def activate(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constex
 @triton.jit
 def _activation_kernel(
     gate_up_ptr, out_ptr, topk_ids_ptr, sorted_pairs_ptr,
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
     N, num_pairs, num_experts,
     TOP_K: tl.constexpr, BY_PAIR: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, blocks of N): one row of gate_up."""
     pdl_wait(PDL)
@@ -78,12 +78,11 @@ def _activation_kernel(
             slot = tl.load(slots_ptr + pair // TOP_K)
             if slot >= 0:
                 rank = tl.load(rank_ptr + slot)
-                scaling = tl.load(scaling_ptr + slot)
-                b_ptr = pool_ptr + tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)
-                gate += scaling * row_delta(s_ptr, num_pairs, s_width, row, 0, b_ptr, 0, rn, N, rank, SPLITS, RANK_BLOCK)
+                b_place = (tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)) // ALIGN
+                gate += row_delta(s_ptr, num_pairs, s_width, row, 0, pool_ptr, b_place, rn, N, rank, 0, SPLITS, RANK_BLOCK, ALIGN)
                 if GATED:
-                    column = tl.load(split_ptr + slot) * rank
-                    up += scaling * row_delta(s_ptr, num_pairs, s_width, row, column, b_ptr, N, rn, N, rank, SPLITS, RANK_BLOCK)
+                    column = tl.load(split_ptr + slot) * MAX_RANK
+                    up += row_delta(s_ptr, num_pairs, s_width, row, column, pool_ptr, b_place, N + rn, 2 * N, rank, 0, SPLITS, RANK_BLOCK, ALIGN)
         value = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
         tl.store(out_ptr + row.to(tl.int64) * N + rn, value.to(out_ptr.dtype.element_ty), mask=rn < N)
 
@@ -98,7 +97,6 @@ def moe_activation(gate_up: torch.Tensor, spec: MoESpec, routing: Routing, out: 
         gate_up, out, routing.topk_ids, None if by_pair else routing.sorted_pairs, *(NO_ADDEND if addend is None else addend.kernel_args()),
         n, pairs, spec.num_experts,
         TOP_K=routing.top_k, BY_PAIR=by_pair, GATED=spec.gated, ACT=activation_code(spec), ALPHA=spec.swiglu_alpha or 0.0, LIMIT=spec.swiglu_limit or 0.0,
-        ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits, RANK_BLOCK=16 if addend is None else addend.rank_block,
-        BN=block, num_warps=4, **launch.options(out.device),
+        **(NO_OPTIONS if addend is None else addend.kernel_options()), BN=block, num_warps=4, **launch.options(out.device),
     )  # fmt: skip
     return out

@@ -10,15 +10,16 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_ADDEND, LowRank, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_ADDEND, NO_OPTIONS, LowRank, pdl_wait, row_delta
 
 
 @triton.jit
 def _combine_kernel(
     down_ptr, out_ptr, topk_ids_ptr, topk_weights_ptr,
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
     N, num_pairs, num_experts,
-    TOP_K: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pdl_wait(PDL)
     token = tl.program_id(0)
@@ -33,9 +34,10 @@ def _combine_kernel(
         if ADDEND:
             slot = tl.load(slots_ptr + token)
             if (slot >= 0) & valid:
-                b_ptr = pool_ptr + tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)
-                delta = row_delta(s_ptr, num_pairs, s_width, pair, 0, b_ptr, 0, rn, N, tl.load(rank_ptr + slot), SPLITS, RANK_BLOCK)
-                value += tl.load(scaling_ptr + slot) * delta
+                b_place = (tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)) // ALIGN
+                rank = tl.load(rank_ptr + slot)
+                delta = row_delta(s_ptr, num_pairs, s_width, pair, 0, pool_ptr, b_place, rn, N, rank, 0, SPLITS, RANK_BLOCK, ALIGN)
+                value += delta
         total += tl.where(valid, weight, 0.0) * value
     tl.store(out_ptr + token.to(tl.int64) * N + rn, total.to(out_ptr.dtype.element_ty), mask=rn < N)
 
@@ -52,7 +54,6 @@ def moe_combine(
     block = min(64 if addend is not None else 256 if tokens < 64 else 1024, launch.next_power_of_2(n))
     _combine_kernel[(tokens, triton.cdiv(n, block))](
         down, out, topk_ids, topk_weights, *(NO_ADDEND if addend is None else addend.kernel_args()), n, tokens * top_k, num_experts,
-        TOP_K=top_k, ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits,
-        RANK_BLOCK=16 if addend is None else addend.rank_block, BN=block, num_warps=2 if block <= 256 else 4, **launch.options(out.device),
+        TOP_K=top_k, **(NO_OPTIONS if addend is None else addend.kernel_options()), BN=block, num_warps=2 if block <= 256 else 4, **launch.options(out.device),
     )  # fmt: skip
     return out

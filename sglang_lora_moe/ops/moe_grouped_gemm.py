@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_ADDEND, LowRank, pdl_wait, tile_delta
+from sglang_lora_moe.ops.low_rank import COLUMNS, NO_ADDEND, NO_OPTIONS, LowRank, pdl_wait, slot_columns, slot_tables, tile_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 
@@ -38,22 +38,28 @@ class GemmTile:
 
 
 @triton.jit
-def _gemm_tile(
-    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, sorted_pairs_ptr,
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
-    expert, start, rows, n0, N, K, num_pairs,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+def _find_tile(t, total, num_tiles, n_blocks, tiles_ptr, GROUP: tl.constexpr, BN: tl.constexpr):
+    """(expert, start, rows, first column) of the t-th tile of the walk; rows 0 beyond the last."""
+    inside = t < total
+    group = t // (GROUP * n_blocks)
+    size = tl.maximum(tl.minimum(num_tiles - group * GROUP, GROUP), 1)
+    local = t - group * GROUP * n_blocks
+    tile_ptr = tiles_ptr + 3 * (group * GROUP + local % size)
+    expert = tl.load(tile_ptr, mask=inside, other=0).to(tl.int64)
+    start = tl.load(tile_ptr + 1, mask=inside, other=0)
+    rows = tl.load(tile_ptr + 2, mask=inside, other=0)
+    return expert, start, rows, (local // size) * BN
+
+
+@triton.jit
+def _main_loop(
+    a_ptr, a_desc, w_ptr, w_desc, source, live, expert, start, n0, N, K,
+    GATED: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """(a @ gate^T, a @ up^T) of one tile, or (a @ w^T, zeros)."""
     HALVES: tl.constexpr = 2 if GATED else 1
-    rm = tl.arange(0, BM)
     rn = n0 + tl.arange(0, BN)
     rk = tl.arange(0, BK)
-    live = rm < rows
-    place = start + rm
-    pair = tl.load(sorted_pairs_ptr + place, mask=live, other=0)
-    source = pair // TOP_K if GATHER else place
     w_row = (expert * HALVES * N + n0).to(tl.int32)
     a_ptrs = a_ptr + source.to(tl.int64)[:, None] * K + rk[None, :]
     w_ptrs = w_ptr + expert * HALVES * N * K + rn.to(tl.int64)[None, :] * K + rk[:, None]
@@ -77,54 +83,71 @@ def _gemm_tile(
             else:
                 w_up = tl.load(w_ptrs + (k + N.to(tl.int64) * K), mask=(rn < N)[None, :] & (k + rk < K)[:, None], other=0.0)
             acc_up = tl.dot(a, w_up, acc_up, input_precision=PRECISION)
-    if bias_ptr is not None:
-        b_ptrs = bias_ptr + expert * HALVES * N + rn
-        acc += tl.load(b_ptrs, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            acc_up += tl.load(b_ptrs + N, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    if ADDEND:
-        pdl_wait(PDL)  # s comes from the kernel before this one; everything else was there before it
-        slots = tl.load(slots_ptr + pair // TOP_K, mask=live, other=-1)
-        acc, acc_up = tile_delta(
-            acc, acc_up, slots, place, num_pairs, expert, rn, N, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
-            GATED, SPLITS, RANK_BLOCK, PRECISION,
-        )  # fmt: skip
-    if ACT > 0:
-        acc = activate(acc, acc_up, ACT, GATED, ALPHA, LIMIT)
-    row = pair if SCATTER else place
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + rn[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (rn < N)[None, :])
+    return acc, acc_up
 
 
 @triton.jit
 def _grouped_gemm_kernel(
     a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr,  # [rows, K], [E, HALVES * N, K], [E, HALVES * N], [P, N]
     tiles_ptr, counts_ptr, sorted_pairs_ptr,  # the alignment
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,  # the addend, None without
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,  # the addend, None without
     N, K, num_pairs,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN_K: tl.constexpr, GROUP: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A persistent walk. What a tile needs before its main loop is fetched during the tile before: a chain of dependent loads
+    (tile, pairs, slots, tables) would otherwise stand between any two tiles."""
+    HALVES: tl.constexpr = 2 if GATED else 1
     if not ADDEND:
         pdl_wait(PDL)
     num_tiles = tl.load(counts_ptr + 1)
     n_blocks = tl.cdiv(N, BN)
-    for t in tl.range(tl.program_id(0), num_tiles * n_blocks, tl.num_programs(0), num_stages=1):
-        group = t // (GROUP * n_blocks)
-        size = tl.minimum(num_tiles - group * GROUP, GROUP)
-        local = t - group * GROUP * n_blocks
-        tile = group * GROUP + local % size
-        n0 = (local // size) * BN
-        expert = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
-        start = tl.load(tiles_ptr + 3 * tile + 1)
-        rows = tl.load(tiles_ptr + 3 * tile + 2)
-        _gemm_tile(
-            a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, sorted_pairs_ptr,
-            slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
-            expert, start, rows, n0, N, K, num_pairs,
-            TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, SPLITS, RANK_BLOCK, EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
+    total = num_tiles * n_blocks
+    step = tl.num_programs(0)
+    rm = tl.arange(0, BM)
+    expert, start, rows, n0 = _find_tile(tl.program_id(0), total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
+    expert1, start1, rows1, n1 = _find_tile(tl.program_id(0) + step, total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
+    pair = tl.load(sorted_pairs_ptr + start + rm, mask=rm < rows, other=0)
+    if ADDEND:
+        slots = tl.load(slots_ptr + pair // TOP_K, mask=rm < rows, other=-1)
+        slot_of = slot_columns(slots, -1, COLUMNS, RANK_BLOCK)
+        b_place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
+    for t in tl.range(tl.program_id(0), total, step, num_stages=1):
+        pair1 = tl.load(sorted_pairs_ptr + start1 + rm, mask=rm < rows1, other=0)
+        expert2, start2, rows2, n2 = _find_tile(t + 2 * step, total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
+        live = rm < rows
+        place = start + rm
+        rn = n0 + tl.arange(0, BN)
+        source = pair // TOP_K if GATHER else place
+        acc, acc_up = _main_loop(
+            a_ptr, a_desc, w_ptr, w_desc, source, live, expert, start, n0, N, K, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION,
         )  # fmt: skip
+        if ADDEND:
+            slots1 = tl.load(slots_ptr + pair1 // TOP_K, mask=rm < rows1, other=-1)
+            pdl_wait(PDL)  # s comes from the kernel before this one; everything else was there before it
+            acc, acc_up = tile_delta(
+                acc, acc_up, slots, slot_of, b_place, rank, split, place, num_pairs, expert, rn, N, s_ptr, s_width,
+                pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
+                GATED, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS, PRECISION,
+            )  # fmt: skip
+        if bias_ptr is not None:
+            b_ptrs = bias_ptr + expert * HALVES * N + rn
+            acc += tl.load(b_ptrs, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                acc_up += tl.load(b_ptrs + N, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+        if ACT > 0:
+            acc = activate(acc, acc_up, ACT, GATED, ALPHA, LIMIT)
+        row = pair if SCATTER else place
+        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + rn[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (rn < N)[None, :])
+        expert, start, rows, n0, pair = expert1, start1, rows1, n1, pair1
+        expert1, start1, rows1, n1 = expert2, start2, rows2, n2
+        if ADDEND:
+            slots = slots1
+            slot_of = slot_columns(slots, -1, COLUMNS, RANK_BLOCK)
+            b_place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
     if ADDEND:
         pdl_wait(PDL)  # programs without a tile
 
@@ -165,7 +188,7 @@ def grouped_gemm(
         n, k, num_pairs,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits, RANK_BLOCK=16 if addend is None else addend.rank_block,
+        **(NO_OPTIONS if addend is None else addend.kernel_options()), COLUMNS=COLUMNS,
         EVEN_K=k % tile.k == 0, GROUP=tile.group, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
     )  # fmt: skip

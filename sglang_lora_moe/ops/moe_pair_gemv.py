@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_ADDEND, LowRank, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_ADDEND, NO_OPTIONS, LowRank, load_b_rows, load_s, pdl_wait, row_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 
 
@@ -33,11 +33,11 @@ class GemvTile:
 @triton.jit
 def _pair_gate_up_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, topk_ids_ptr,  # [M, K], [E, HALVES * N, K], [E, HALVES * N], [P, N]
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
     N, K, num_pairs, num_experts,
     TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = 2 if GATED else 1
     if not ADDEND:
@@ -50,6 +50,16 @@ def _pair_gate_up_kernel(
     rk = tl.arange(0, BK)
     valid = (expert >= 0) & (expert < num_experts)
     if valid:
+        if ADDEND:  # B does not depend on the kernel before: its loads are in flight during the main loop
+            slot = tl.load(slots_ptr + token)
+            some = slot >= 0
+            rank = tl.load(rank_ptr + slot, mask=some, other=0)
+            column = tl.load(split_ptr + slot, mask=some, other=0) * MAX_RANK
+            place = (tl.load(offset_ptr + slot, mask=some, other=0) + expert * tl.load(stride_ptr + slot, mask=some, other=0)) // ALIGN
+            rr = tl.arange(0, RANK_BLOCK)
+            b = load_b_rows(pool_ptr, place, rn, N, rank, rr, ALIGN)
+            if GATED:
+                b_up = load_b_rows(pool_ptr, place, N + rn, 2 * N, rank, rr, ALIGN)
         w_ptrs = w_ptr + expert * HALVES * N * K + rn.to(tl.int64)[:, None] * K + rk[None, :]
         x_row = x_ptr + (token if BY_TOKEN else pair).to(tl.int64) * K
         acc = tl.zeros((BN, BK), dtype=tl.float32)
@@ -76,15 +86,13 @@ def _pair_gate_up_kernel(
                 up += tl.load(bias_ptr + expert * HALVES * N + N + rn, mask=rn < N, other=0.0).to(tl.float32)
         if ADDEND:
             pdl_wait(PDL)
-            slot = tl.load(slots_ptr + token)
-            if slot >= 0:
-                rank = tl.load(rank_ptr + slot)
-                scaling = tl.load(scaling_ptr + slot)
-                b_ptr = pool_ptr + tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)
-                gate += scaling * row_delta(s_ptr, num_pairs, s_width, pair, 0, b_ptr, 0, rn, N, rank, SPLITS, RANK_BLOCK)
-                if GATED:
-                    column = tl.load(split_ptr + slot) * rank
-                    up += scaling * row_delta(s_ptr, num_pairs, s_width, pair, column, b_ptr, N, rn, N, rank, SPLITS, RANK_BLOCK)
+            delta = tl.sum(b.to(tl.float32) * load_s(s_ptr, pair, num_pairs, s_width, rr, rr < rank, SPLITS)[None, :], axis=1)
+            delta += row_delta(s_ptr, num_pairs, s_width, pair, 0, pool_ptr, place, rn, N, rank, RANK_BLOCK, SPLITS, RANK_BLOCK, ALIGN)
+            gate += delta
+            if GATED:
+                delta = tl.sum(b_up.to(tl.float32) * load_s(s_ptr, pair, num_pairs, s_width, column + rr, rr < rank, SPLITS)[None, :], axis=1)
+                delta += row_delta(s_ptr, num_pairs, s_width, pair, column, pool_ptr, place, N + rn, 2 * N, rank, RANK_BLOCK, SPLITS, RANK_BLOCK, ALIGN)
+                up += delta
         if ACT > 0:
             gate = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
         tl.store(out_ptr + pair.to(tl.int64) * N + rn, gate.to(out_ptr.dtype.element_ty), mask=rn < N)
@@ -93,18 +101,44 @@ def _pair_gate_up_kernel(
 
 
 @triton.jit
+def _load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN: tl.constexpr):
+    """B[rn, rr] of the matrices at `place` (one per column, constant over runs of rr), [BN, columns]."""
+    mask = (rn < N)[:, None] & (routed & (rr < rank))[None, :]
+    if rank % ALIGN == 0:
+        b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * (rank // ALIGN * ALIGN) + rr[None, :], mask=mask, other=0.0)
+    else:
+        b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask, other=0.0)
+    return b
+
+
+@triton.jit
 def _pair_down_kernel(
     a_ptr, w_ptr, bias_ptr, out_ptr, topk_ids_ptr, topk_weights_ptr,  # [P, K], [E, N, K], [E, N], [M, N]
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, split_ptr, s_width,
+    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
     N, K, num_pairs, num_experts,
-    TOP_K: tl.constexpr, ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if not ADDEND:
         pdl_wait(PDL)
     token = tl.program_id(0)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
+    if ADDEND:  # rank columns of all K experts side by side; B does not depend on the kernel before: its loads run beside the main loop
+        column = tl.arange(0, K_BLOCK * RANK_BLOCK)
+        of_k = column // RANK_BLOCK
+        rr = column % RANK_BLOCK
+        slot = tl.load(slots_ptr + token)
+        some = slot >= 0
+        rank = tl.load(rank_ptr + slot, mask=some, other=0)
+        offset = tl.load(offset_ptr + slot, mask=some, other=0)
+        stride = tl.load(stride_ptr + slot, mask=some, other=0)
+        chosen = tl.load(topk_ids_ptr + token * TOP_K + of_k, mask=of_k < TOP_K, other=-1).to(tl.int64)
+        routed = (chosen >= 0) & (chosen < num_experts)
+        gain = tl.load(topk_weights_ptr + token * TOP_K + of_k, mask=of_k < TOP_K, other=0.0)
+        place = tl.max_constancy((offset + tl.where(routed, chosen, 0) * stride) // ALIGN, RANK_BLOCK)
+        b = _load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN)
     k_blocks = tl.cdiv(K, BK)
     acc = tl.zeros((BN, BK), dtype=tl.float32)
     for j in tl.range(0, TOP_K * k_blocks, num_stages=STAGES):  # the K experts of the token, end to end
@@ -124,19 +158,20 @@ def _pair_down_kernel(
     total = tl.sum(acc, axis=1)
     if ADDEND:
         pdl_wait(PDL)
-    for j in range(TOP_K):
-        pair = token * TOP_K + j
-        expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
-        weight = tl.load(topk_weights_ptr + pair)
-        if (expert >= 0) & (expert < num_experts):
-            if bias_ptr is not None:
+        r0 = 0
+        while r0 < rank:
+            mask = routed & (r0 + rr < rank)
+            low = load_s(s_ptr, token * TOP_K + of_k, num_pairs, s_width, r0 + rr, mask, SPLITS) * gain
+            total += tl.sum(b.to(tl.float32) * tl.where(mask, low, 0.0)[None, :], axis=1)
+            r0 += RANK_BLOCK
+            if r0 < rank:
+                b = _load_b_columns(pool_ptr, place, rn, N, rank, r0 + rr, routed, ALIGN)
+    if bias_ptr is not None:
+        for j in range(TOP_K):
+            expert = tl.load(topk_ids_ptr + token * TOP_K + j).to(tl.int64)
+            weight = tl.load(topk_weights_ptr + token * TOP_K + j)
+            if (expert >= 0) & (expert < num_experts):
                 total += weight * tl.load(bias_ptr + expert * N + rn, mask=rn < N, other=0.0).to(tl.float32)
-            if ADDEND:
-                slot = tl.load(slots_ptr + token)
-                if slot >= 0:
-                    b_ptr = pool_ptr + tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)
-                    delta = row_delta(s_ptr, num_pairs, s_width, pair, 0, b_ptr, 0, rn, N, tl.load(rank_ptr + slot), SPLITS, RANK_BLOCK)
-                    total += weight * tl.load(scaling_ptr + slot) * delta
     tl.store(out_ptr + token.to(tl.int64) * N + rn, total.to(out_ptr.dtype.element_ty), mask=rn < N)
 
 
@@ -164,7 +199,7 @@ def pair_gate_up(
         x, w, bias, out, topk_ids, *(NO_ADDEND if addend is None else addend.kernel_args()), n, k, num_pairs, w.shape[0],
         TOP_K=topk_ids.shape[1], BY_TOKEN=by_token, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits, RANK_BLOCK=16 if addend is None else addend.rank_block,
+        **(NO_OPTIONS if addend is None else addend.kernel_options()),
         EVEN=n % tile.n == 0 and k % tile.k == 0, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(x.device),
     )  # fmt: skip
     return out
@@ -188,8 +223,8 @@ def pair_down(
     launch.expect("pair_down: act", act, (topk_ids.numel(), k), act.dtype, act.device)
     _pair_down_kernel[(tokens, triton.cdiv(n, tile.n))](
         act, w, bias, out, topk_ids, topk_weights, *(NO_ADDEND if addend is None else addend.kernel_args()), n, k, num_pairs, w.shape[0],
-        TOP_K=topk_ids.shape[1], ADDEND=addend is not None, SPLITS=1 if addend is None else addend.splits,
-        RANK_BLOCK=16 if addend is None else addend.rank_block, EVEN=n % tile.n == 0 and k % tile.k == 0,
+        TOP_K=topk_ids.shape[1], K_BLOCK=launch.next_power_of_2(topk_ids.shape[1]), **(NO_OPTIONS if addend is None else addend.kernel_options()),
+        EVEN=n % tile.n == 0 and k % tile.k == 0,
         BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(act.device),
     )  # fmt: skip
     return out

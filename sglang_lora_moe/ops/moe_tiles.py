@@ -36,16 +36,18 @@ def choose_tiles(spec: MoESpec, tokens: int, itemsize: int) -> LayerTiles:
     """The launch shape of a layer at this many tokens (the padded number of a captured graph); itemsize of an activation in bytes."""
     if itemsize == 4:
         return _float32_tiles(tokens)
+    if tokens == 1:
+        return LayerTiles(GemvTile(4, 512, 4, 3), GemvTile(8, 1024, 4, 4))
     if tokens <= MAX_PAIR_TOKENS:
-        return LayerTiles(GemvTile(8, 512, 4, 3), GemvTile(8, 256, 4, 3))
+        return LayerTiles(GemvTile(8, 256, 4, 3), GemvTile(16, 512, 4, 3))
     rows = tokens * spec.top_k / spec.num_experts  # mean rows of an expert
     if rows <= 8:
-        return LayerTiles(GemmTile(16, 64, 128, 4, 4, 2), GemmTile(16, 128, 128, 4, 4, 2))
+        return LayerTiles(GemmTile(16, 32, 64, 4, 3, 4), GemmTile(16, 64, 64, 4, 3, 4))
     if rows <= 20:
-        return LayerTiles(GemmTile(32, 64, 128, 4, 4, 2), GemmTile(32, 128, 128, 4, 4, 2))
+        return LayerTiles(GemmTile(32, 128, 128, 4, 3, 1), GemmTile(32, 64, 64, 4, 3, 4))
     if rows <= 96:
-        return LayerTiles(GemmTile(64, 128, 64, 8, 4, 1), GemmTile(64, 256, 64, 8, 4, 1), lora_block=32)
-    return LayerTiles(GemmTile(128, 128, 64, 8, 4, 1, 8), GemmTile(128, 256, 64, 8, 4, 1, 8), lora_block=64)
+        return LayerTiles(GemmTile(128, 128, 64, 8, 4, 1), GemmTile(128, 128, 64, 8, 3, 2), lora_block=32)
+    return LayerTiles(GemmTile(128, 128, 64, 8, 3, 1), GemmTile(128, 128, 64, 4, 3, 2), lora_block=64)
 
 
 def _float32_tiles(tokens: int) -> LayerTiles:

@@ -19,17 +19,21 @@ from sglang_lora_moe.ops.moe_combine import moe_combine
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> LowRank:
     """What a triton core adds to its GEMM. NOTE: the GEMM must be the very next launch; it waits for the shrink alone."""
-    return LowRank(shrink(inp, rows, stack_a, routing, rows_from), stack_b, inp.token_slots)
+    return LowRank(_shrink(inp, rows, stack_a, routing, rows_from, stack_b.scaling), stack_b, inp.token_slots)
 
 
 def shrink(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> torch.Tensor:
-    """float32 [splits, P, width] in routing order."""
+    """scaling * A x of every pair with an adapter, [splits, P, width] in routing order."""
+    return _shrink(inp, rows, stack_a, routing, rows_from, stack_a.scaling)
+
+
+def _shrink(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str, scaling: torch.Tensor) -> torch.Tensor:
     gather = rows_from == "tokens"
-    return moe_shrink(rows, stack_a, routing, inp.workspace, gather=gather, name="lora.s13" if gather else "lora.s2")
+    return moe_shrink(rows, stack_a, routing, inp.workspace, gather=gather, name="lora.s13" if gather else "lora.s2", scaling=scaling)
 
 
 def act_with_delta(inp: RunnerInput, gate_up: torch.Tensor, s: torch.Tensor, stack_b: Stack, routing: Routing) -> torch.Tensor:
-    """act(gate_up + scaling * B13 s), in one kernel."""
+    """act(gate_up + B13 s), in one kernel."""
     out = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), gate_up.dtype)
     return moe_activation(gate_up, inp.spec, routing, out, addend=LowRank(s, stack_b, inp.token_slots))
 
