@@ -141,6 +141,8 @@ class Front:
         check_stops(request.stop)
         check_samples(request.n)
         check_logprobs(request.logprobs, self.vocab_size)
+        if request.adapter is not None and not isinstance(request.adapter, str):
+            raise refuse("lora_path", "the name of an adapter", request.adapter)
         request.rid = request.rid or uuid.uuid4().hex
         if request.rid in self._requests:
             raise RequestError(f"rid: a request with the id {request.rid!r} is running already", param="rid")
@@ -153,7 +155,7 @@ class Front:
         messages = []
         for index in range(request.n):
             self._serial += 1
-            name = f"{request.rid}/{self._serial}"
+            name = f"sample-{self._serial}"
             self._samples[name] = _Sample(request, index, self._decode)
             own = sampling if sampling.seed is None or index == 0 else replace(sampling, seed=derive_seed(sampling.seed, index))
             messages.append(Submit(name, ids, own, request.adapter, request.logprobs))

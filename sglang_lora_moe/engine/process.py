@@ -68,8 +68,16 @@ _message_decoders = [msgspec.msgpack.Decoder(kind) for kind in _FRONT_TYPES]
 _engine_decoder = msgspec.msgpack.Decoder(_EngineFrame)
 
 
-def encode_to_engine(messages: list[FrontMessage]) -> bytes:
-    return _encode([(_FRONT_TYPES.index(type(message)), message) for message in messages])
+def encode_message(message: FrontMessage) -> msgspec.Raw:
+    """One message of a frame. RequestError for values that have no encoding, such as lone surrogates in a text."""
+    try:
+        return msgspec.Raw(_encode((_FRONT_TYPES.index(type(message)), message)))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RequestError(f"a value of the request cannot be passed on: {error}") from error
+
+
+def encode_to_engine(messages: list[msgspec.Raw]) -> bytes:
+    return _encode(messages)
 
 
 def decode_to_engine(frame: bytes) -> list[FrontMessage]:
@@ -144,7 +152,7 @@ class AsyncEngine:
         self._process, self._socket, self._folder = process, socket, folder
         self._queues: dict[str, asyncio.Queue[Chunk | Failure]] = {}
         self._replies: dict[str, asyncio.Future[Reply]] = {}
-        self._outbox: asyncio.Queue[FrontMessage] = asyncio.Queue()
+        self._outbox: asyncio.Queue[msgspec.Raw] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._death: RequestError | None = None  # why nothing can be asked any more
         self._controls = 0
@@ -190,8 +198,8 @@ class AsyncEngine:
         self._queues[request.rid] = queue
         left = request.n
         try:
-            for message in messages:
-                self._outbox.put_nowait(message)
+            for raw in [encode_message(message) for message in messages]:
+                self._outbox.put_nowait(raw)
             while left:
                 event = await queue.get()
                 if isinstance(event, Failure):
@@ -201,12 +209,12 @@ class AsyncEngine:
         finally:
             del self._queues[request.rid]
             for abort in self._front.forget(request.rid):
-                self._outbox.put_nowait(abort)
+                self._outbox.put_nowait(encode_message(abort))
 
     async def abort(self, rid: str) -> None:
         """Abort one request ("" = all); its stream ends with finish_reason "abort"."""
         for message in self._front.aborts(rid):
-            self._outbox.put_nowait(message)
+            self._outbox.put_nowait(encode_message(message))
 
     # ---- control ----------------------------------------------------------------------------------------------------
     async def load_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, Any]:
@@ -239,7 +247,7 @@ class AsyncEngine:
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[message.rid] = future
         try:
-            self._outbox.put_nowait(message)
+            self._outbox.put_nowait(encode_message(message))
             reply = await future
         finally:
             del self._replies[message.rid]
@@ -253,7 +261,7 @@ class AsyncEngine:
             for message in decode_from_engine(await self._socket.recv()):
                 for event in self._front.on_message(message):
                     if isinstance(event, Abort):
-                        self._outbox.put_nowait(event)
+                        self._outbox.put_nowait(encode_message(event))
                     elif isinstance(event, Reply):
                         future = self._replies.get(event.rid)
                         if future is not None and not future.done():

@@ -19,6 +19,7 @@ from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import (
     Abort,
     FlushCache,
+    FrontMessage,
     GetStats,
     LoadAdapter,
     LogprobOptions,
@@ -31,7 +32,7 @@ from sglang_lora_moe.core import (
     UnloadAdapter,
 )
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest
-from sglang_lora_moe.engine.process import AsyncEngine, decode_from_engine, decode_to_engine, encode_from_engine, encode_to_engine
+from sglang_lora_moe.engine.process import AsyncEngine, decode_from_engine, decode_to_engine, encode_from_engine, encode_message, encode_to_engine
 from tests.engine.models import adapter_path, model_path, other_adapter_path, reference_greedy
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ def ids_of(chunks: list[Chunk]) -> list[int]:
 
 def test_messages_survive_their_encoding() -> None:
     sampling = SamplingParams(seed=2**62, logit_bias={5: -1.5}, stop_token_ids=[7])
-    sent = [
+    sent: list[FrontMessage] = [
         Submit("a", [1, 2], sampling, "x", LogprobOptions(3, 0)),
         Abort(""),
         LoadAdapter("b", "n", "/p", True),
@@ -90,7 +91,7 @@ def test_messages_survive_their_encoding() -> None:
         FlushCache("d"),
         GetStats("e"),
     ]
-    assert decode_to_engine(encode_to_engine(list(sent))) == sent
+    assert decode_to_engine(encode_to_engine([encode_message(message) for message in sent])) == sent
     said = [
         TokenOutput("a", [3], 2, 1, "stop", 3, [TokenLogprob(3, -0.5, [(3, -0.5), (4, -math.inf)])], [TokenLogprob(1, None)]),
         Reply("b", {"x": [1, {"y": None}]}, "no", 404, "p", "c", 5),
@@ -139,6 +140,14 @@ def test_control(session: Session) -> None:
         assert (await engine.flush_cache())["flushed_pages"] > 0
 
     session.run(work())
+
+
+def test_values_without_an_encoding_are_refused(session: Session) -> None:
+    with pytest.raises(RequestError, match="surrogates not allowed"):
+        session.run(session.engine.load_adapter("\ud800", "/x"))
+    with pytest.raises(RequestError, match="surrogates not allowed"):
+        session.run(session.collect(adapter="\ud800"))
+    assert session.engine.healthy and session.run(session.settled())
 
 
 def test_refusals_come_before_the_first_chunk(session: Session) -> None:
