@@ -47,8 +47,8 @@ class GenerateRequest:
 class Chunk:
     """What is new of sample `index` of request `rid`. Text and ids are deltas, counts are totals so far.
 
-    `token_ids` may run ahead of `text` inside a request only within one chunk: ids wait for their text. `matched_stop` is
-    the stop string or the stop id that ended the sample; neither is part of the text.
+    While streaming, ids wait until some text can be said with them. `matched_stop` is the stop string or the stop id that
+    ended the sample; neither is part of the text.
     """
 
     rid: str
