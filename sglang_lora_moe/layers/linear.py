@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 
 class Linear(nn.Module):
@@ -30,23 +34,30 @@ class Linear(nn.Module):
             raise ValueError(f"slot_source must be 'tokens' or 'logits', got {slot_source!r}")
         self.parts, self.in_features, self.slot_source, self.biased_parts = parts, in_features, slot_source, biased_parts
         rows = sum(count for _, count in parts)
-        self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device), requires_grad=False)  # [sum(rows), in]
+        self._create_weight(rows, dtype, device)
         self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device), requires_grad=False) if biased_parts else None
 
+    def _create_weight(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.weight = nn.Parameter(torch.empty(rows, self.in_features, dtype=dtype, device=device), requires_grad=False)  # [sum(rows), in]
+
+    def _rows(self, start: int, rows: int) -> torch.Tensor | WNA16Weight:
+        return self.weight[start : start + rows]
+
     @classmethod
-    def from_modules(cls, modules: dict[str, nn.Linear], *, device: torch.device | str, slot_source: str = "tokens") -> Linear:
+    def from_modules(cls, modules: dict[str, nn.Linear], *, device: torch.device | str, slot_source: str = "tokens", **options: Any) -> Linear:
         """An empty layer with the sizes of `modules` (name -> nn.Linear, also on meta), stacked in their order."""
         first = next(iter(modules.values()))
         parts = tuple((name, module.out_features) for name, module in modules.items())
         biased_parts = tuple(name for name, module in modules.items() if module.bias is not None)
-        return cls(parts, first.in_features, biased_parts=biased_parts, dtype=first.weight.dtype, device=device, slot_source=slot_source)
+        return cls(parts, first.in_features, biased_parts=biased_parts, dtype=first.weight.dtype, device=device, slot_source=slot_source, **options)
 
-    def part_views(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    def part_views(self) -> dict[str, tuple[torch.Tensor | WNA16Weight, torch.Tensor | None]]:
         """The rows of weight [rows, in] and bias [rows] (None where the part has no bias) that belong to each part."""
-        views, start = {}, 0
+        views: dict[str, tuple[torch.Tensor | WNA16Weight, torch.Tensor | None]] = {}
+        start = 0
         for name, rows in self.parts:
             bias = self.bias[start : start + rows] if self.bias is not None and name in self.biased_parts else None
-            views[name] = (self.weight[start : start + rows], bias)
+            views[name] = (self._rows(start, rows), bias)
             start += rows
         return views
 

@@ -49,7 +49,7 @@ class LinearWithLoRA(nn.Module):
         self.parts: list[Part] = []
         first = 0
         for (name, rows), part in zip(base.parts, stacks, strict=True):
-            _check_dims(name, part, base.weight.shape[1], rows)
+            _check_dims(name, part, base.in_features, rows)
             self.parts.append((part, first, rows))
             first += rows
 

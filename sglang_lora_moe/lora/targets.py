@@ -61,7 +61,7 @@ def collect_targets(model: nn.Module) -> dict[str, Target]:
     for module in model.modules():
         if hasattr(module, "parts") and hasattr(module, "slot_source"):  # layers.linear.Linear
             for name, rows in module.parts:
-                targets[name] = LinearTarget(name, in_features=module.weight.shape[1], out_features=rows)
+                targets[name] = LinearTarget(name, in_features=module.in_features, out_features=rows)
         elif hasattr(module, "spec") and hasattr(module, "interleaved_gate_up"):  # layers.fused_moe.FusedMoE
             spec = module.spec
             targets[module.name] = ExpertTarget(

@@ -25,12 +25,17 @@ from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec
 from sglang_lora_moe.models import recognise
 from sglang_lora_moe.models.dummy import fill_dummy
-from sglang_lora_moe.models.loader import NameTable, load_weights
+from sglang_lora_moe.models.loader import NameTable, list_tensors, load_weights
 from sglang_lora_moe.models.overrides.mla import KV_B_REASON, AbsorbedMLA
+from sglang_lora_moe.models.quantized import WeightFormats
 from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core
 from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.quantization.base import QuantMethod
+from sglang_lora_moe.quantization.config import parse_quantization_config
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
+from sglang_lora_moe.quantization.wna16 import WNA16Scheme
+from sglang_lora_moe.quantization.wna16_method import WNA16Method
 
 if TYPE_CHECKING:
     from sglang_lora_moe.models.decoder import FusedDecoder
@@ -50,6 +55,7 @@ class ServedModel:
         self.eos_token_ids: list[int] = []
         self.kv_specs: list[KVLayerSpec] = [layer.spec.kv for layer in attention]
         self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
+        self.moe_runner_backend = ""  # that runs the experts
         self._attention, self._names = attention, NameTable(hf)
         self._decoder: FusedDecoder | None = None
         self._backends = {id(layer.backend): layer.backend for layer in attention}
@@ -118,7 +124,8 @@ def build_model(
     """
     path, device = Path(path), torch.device(device)
     hf = _build_on_meta(path, dtype)
-    swap = _Swap(hf, ctx, dtype, device, moe_runner_backend, attention_backend)
+    formats = _weight_formats(hf, path if load_format != "dummy" else None)
+    swap = _Swap(hf, ctx, dtype, device, formats, moe_runner_backend, attention_backend)
     swap.run()
     _materialise(hf, device)
     hf.tie_weights()
@@ -128,7 +135,7 @@ def build_model(
     if load_format == "dummy":
         fill_dummy(hf, seed)
     else:
-        load_weights(hf, path, model._names, show_progress)
+        load_weights(hf, path, model._names, formats, show_progress)
     for module in hf.modules():
         if isinstance(module, FusedMoE):
             module.finalize()
@@ -136,6 +143,7 @@ def build_model(
         from sglang_lora_moe.models.decoder import FusedDecoder, is_standard  # triton is not installed everywhere
 
         if is_standard(hf):
+    model.moe_runner_backend = "+".join(sorted(swap.moe_backends)) or moe_runner_backend
             model._decoder = FusedDecoder(hf, ctx, model.max_model_len)
     return model
 
@@ -173,16 +181,28 @@ def _build_on_meta(path: Path, dtype: torch.dtype) -> Any:
 class _Swap:
     """Replaces modules of a model on meta by empty layers of ours on the device."""
 
-    def __init__(self, hf: Any, ctx: StepContext, dtype: torch.dtype, device: torch.device, moe_backend: str, attention_backend: str) -> None:
-        self.hf, self.ctx, self.dtype, self.device = hf, ctx, dtype, device
+    def __init__(
+        self, hf: Any, ctx: StepContext, dtype: torch.dtype, device: torch.device, formats: WeightFormats, moe_backend: str, attention_backend: str
+    ) -> None:
+        self.hf, self.ctx, self.dtype, self.device, self.formats, self._moe_backend = hf, ctx, dtype, device, formats, moe_backend
         self.config = hf.config.get_text_config()
         self.attention: dict[str, PagedAttention] = {}
         self.refused_adapter_modules: dict[str, str] = {}
         if attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(f"unknown attention backend {attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}")
         self._backend = ATTENTION_BACKENDS[attention_backend](ctx)
-        self._quant = UnquantizedMethod()
-        self._runner = MoeRunner(make_core(get_moe_runner_backend(moe_backend, device, self._quant)))
+        self.moe_backends: set[str] = set()
+        self._methods: dict[WNA16Scheme | None, tuple[QuantMethod, MoeRunner]] = {}
+def _weight_formats(hf: Any, path: Path | None) -> WeightFormats:
+    """What of the model (on meta) is quantized, by its configuration and the files in `path` (None = no files)."""
+    quantization = getattr(hf.config, "quantization_config", None) or getattr(hf.config.get_text_config(), "quantization_config", None)
+    if not quantization:
+        return WeightFormats(None, None, lambda key: (key, None))
+    config = parse_quantization_config(quantization if isinstance(quantization, dict) else quantization.to_dict())
+    table, names = NameTable(hf), dict([*hf.named_parameters(), *hf.named_buffers()])
+    return WeightFormats(config, None if path is None else list_tensors(path), lambda key: table.place_of(key, names))
+
+
         self._workspace = Workspace(device)
 
     def run(self) -> None:
@@ -197,7 +217,7 @@ class _Swap:
             inside_latent = isinstance(self.hf.get_submodule(path.rpartition(".")[0]), AbsorbedMLA) if path else True
             if type(module) is nn.Linear and not inside_latent:
                 source = "logits" if module is head else "tokens"
-                self._replace(path, Linear.from_modules({path: module}, device=self.device, slot_source=source))
+                self._replace(path, self.formats.make_linear({path: module}, device=self.device, slot_source=source))
             elif type(module) is nn.Embedding:
                 vocab, hidden = module.weight.shape
                 self._replace(path, Embedding(path, vocab, hidden, dtype=module.weight.dtype, device=self.device))
@@ -209,7 +229,7 @@ class _Swap:
         setattr(self.hf.get_submodule(parent), leaf, module)
 
     def _linear(self, path: str, owner: Any, *names: str) -> Linear:
-        return Linear.from_modules({f"{path}.{name}": getattr(owner, name) for name in names}, device=self.device)
+        return self.formats.make_linear({f"{path}.{name}": getattr(owner, name) for name in names}, device=self.device)
 
     def _swap_attention(self, path: str, module: Any) -> None:
         latent = type(module).__name__ in recognise.LATENT_ATTENTION
@@ -253,7 +273,8 @@ class _Swap:
 
     def _make_experts(self, path: str, module: Any) -> FusedMoE:
         spec = recognise.moe_spec(path, module, self.config)
-        experts = FusedMoE(path, spec, self._quant, self.ctx, self._workspace, self._runner, dtype=self.dtype, device=self.device)
+        method, runner = self._method(path, self.formats.experts_scheme(path, spec))
+        experts = FusedMoE(path, spec, method, self.ctx, self._workspace, runner, dtype=self.dtype, device=self.device)
         experts.interleaved_gate_up, experts.is_transposed = not module.is_concatenated, bool(module.is_transposed)
         return experts
 
@@ -270,6 +291,18 @@ class _Swap:
                 self.refused_adapter_modules[f"{block.rpartition('.')[2]}.{leaf}"] = f"{kind} is not in the table of routers that take adapters"
 
     def _make_router(self, path: str, module: Any, spec: RouterSpec) -> Router:
+    def _method(self, path: str, scheme: WNA16Scheme | None) -> tuple[QuantMethod, MoeRunner]:
+        """How the experts at `path` are stored, and what runs them; one of each per scheme."""
+        if scheme not in self._methods:
+            method = UnquantizedMethod() if scheme is None else WNA16Method(scheme)
+            try:
+                backend = get_moe_runner_backend(self._moe_backend, self.device, method)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            self.moe_backends.add(backend)
+            self._methods[scheme] = method, MoeRunner(make_core(backend))
+        return self._methods[scheme]
+
         weight = module.weight
         biased = (path,) if getattr(module, "bias", None) is not None else ()
         dtype = torch.float32 if spec.float32_logits else weight.dtype

@@ -43,10 +43,6 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError(f"{config.model_type}: layers of type {layer_type!r} are not supported; only full and sliding-window attention is")
     if getattr(config, "attn_logit_softcapping", None):
         raise UnsupportedModelError(f"{config.model_type}: attention logit softcapping ({config.attn_logit_softcapping}) is not supported")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise UnsupportedModelError(f"{config.model_type}: checkpoints quantized as {method!r} are not supported yet; use one in float32, bfloat16 or float16")
 
 
 def find_attention(hf: nn.Module) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,18 @@ from torch import nn
 from sglang_lora_moe.moe.spec import MoESpec
 
 
+class ExpertMatrices(Protocol):
+    """`matrices[e]` is expert e's, which may be made when it is asked for."""
+
+    def __getitem__(self, expert: int, /) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class TorchQuantInfo:
     """One matrix per expert, ready for `x @ matrix`: w13 [H, 2I], w2 [I, H] (transposed views), biases [2I] and [H] or None."""
 
-    w13: tuple[torch.Tensor, ...]
-    w2: tuple[torch.Tensor, ...]
+    w13: ExpertMatrices
+    w2: ExpertMatrices
     b13: tuple[torch.Tensor, ...] | None
     b2: tuple[torch.Tensor, ...] | None
 

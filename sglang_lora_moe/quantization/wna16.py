@@ -19,9 +19,32 @@ import torch
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble k of a word is output column 8 * word + AWQ_ORDER[k]
 
+# Tensors of one linear by format, as they follow the module's name.
+_GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+TENSORS = {
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+    "gptq": _GPTQ_TENSORS,
+    "gptq_v2": _GPTQ_TENSORS,
+    "awq": ("qweight", "qzeros", "scales"),
+}
+
 
 class QuantizationError(ValueError):
     """A quantized tensor or configuration that cannot be served; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class WNA16Scheme:
+    """How the linears of a checkpoint are quantized, and which tensors hold them."""
+
+    bits: int
+    group_size: int  # -1 = one scale per output row
+    symmetric: bool
+    format: str  # a key of TENSORS
+
+    def __str__(self) -> str:
+        group = "per channel" if self.group_size == -1 else f"group {self.group_size}"
+        return f"int{self.bits} {group} {'symmetric' if self.symmetric else 'with zero points'} ({self.format})"
 
 
 @dataclass(frozen=True)
@@ -69,11 +92,19 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def dequantize(weight: WNA16Weight, dtype: torch.dtype) -> torch.Tensor:
     """The float weight [.., O, I]: (q - z) * s with scales and product in `dtype` (the value that kernels multiply by)."""
-    zero: torch.Tensor | int = 1 << (weight.bits - 1)
-    if weight.zeros is not None:
-        zero = weight.zeros.to(torch.int16).repeat_interleave(weight.group_size, -1)
-    codes = unpack(weight.packed, weight.bits).to(torch.int16)
-    return (codes - zero).to(dtype) * weight.scales.to(dtype).repeat_interleave(weight.group_size, -1)
+    codes = weight.packed.view(torch.uint8)  # hosts and GPUs are little-endian: code 0 is in the lowest bits of byte 0
+    if weight.bits == 4:
+        values = torch.empty(*codes.shape, 2, dtype=dtype, device=codes.device)
+        values[..., 0] = codes & 15
+        values[..., 1] = codes >> 4
+        values = values.flatten(-2)
+    else:
+        values = codes.to(dtype)
+    groups = values.unflatten(-1, (-1, weight.group_size))
+    # Differences of codes and zeros are exact in every dtype, so that the product is rounded once.
+    groups.sub_(1 << (weight.bits - 1) if weight.zeros is None else weight.zeros.to(dtype).unsqueeze(-1))
+    groups.mul_(weight.scales.to(dtype).unsqueeze(-1))
+    return values
 
 
 def quantize(weight: torch.Tensor, bits: int, group_size: int, symmetric: bool = True, scale_dtype: torch.dtype | None = None) -> WNA16Weight:
@@ -100,7 +131,9 @@ def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tup
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _groups(name: str, in_features: int, group_size: int, bits: int) -> int:
+def num_groups(name: str, in_features: int, group_size: int, bits: int) -> int:
+    """Groups of one row; refuses widths that do not divide. -1 = the whole row is one group."""
+    group_size = in_features if group_size == -1 else group_size
     if bits not in (4, 8):
         raise QuantizationError(f"{name}: {bits}-bit weights; int4 and int8 are served")
     if in_features % group_size or in_features % (32 // bits):
@@ -118,7 +151,7 @@ def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: 
     """
     out, inn = shape
     group = inn if group_size == -1 else group_size
-    groups = _groups(name, inn, group, bits)
+    groups = num_groups(name, inn, group_size, bits)
     for key in ("weight_packed", "weight_scale") + (() if symmetric else ("weight_zero_point",)):
         if key not in tensors:
             raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
@@ -126,6 +159,8 @@ def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: 
         raise QuantizationError(f"{name}.weight_zero_point is present, but the quantization config declares symmetric weights")
     _expect(f"{name}.weight_packed", tensors["weight_packed"], (out, inn * bits // 32), (torch.int32,))
     _expect(f"{name}.weight_scale", tensors["weight_scale"], (out, groups), _SCALE_DTYPES)
+    if "weight_shape" in tensors and tuple(tensors["weight_shape"].tolist()) != shape:
+        raise QuantizationError(f"{name}.weight_shape: expected {shape}, found {tuple(tensors['weight_shape'].tolist())}")
     if "weight_g_idx" in tensors:
         _check_group_index(name, tensors["weight_g_idx"], inn, group)
     zeros = None
@@ -155,7 +190,7 @@ def from_gptq(
     """
     out, inn = shape
     group = inn if group_size == -1 else group_size
-    groups = _groups(name, inn, group, bits)
+    groups = num_groups(name, inn, group_size, bits)
     for key in ("qweight", "scales", "qzeros"):
         if key not in tensors:
             raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
@@ -186,7 +221,7 @@ def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int]
     if bits != 4:
         raise QuantizationError(f"{name}: AWQ with {bits} bits; its gemm layout has 4")
     group = inn if group_size == -1 else group_size
-    groups = _groups(name, inn, group, bits)
+    groups = num_groups(name, inn, group_size, bits)
     for key in ("qweight", "scales", "qzeros"):
         if key not in tensors:
             raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
@@ -201,3 +236,13 @@ def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int]
     return WNA16Weight(
         pack(columns(tensors["qweight"]).t().contiguous(), 4), tensors["scales"].t().contiguous(), columns(tensors["qzeros"]).t().contiguous(), bits, group
     )
+
+
+def read_weight(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], scheme: WNA16Scheme) -> WNA16Weight:
+    """The tensors of the linear `name`, logical shape (O, I), by whatever format `scheme` names."""
+    bits, group_size = scheme.bits, scheme.group_size
+    if scheme.format == "awq":
+        return from_awq(name, tensors, shape, bits, group_size)
+    if scheme.format == "compressed-tensors":
+        return from_compressed_tensors(name, tensors, shape, bits, group_size, scheme.symmetric)
+    return from_gptq(name, tensors, shape, bits, group_size, scheme.symmetric, zero_offset=0 if scheme.format == "gptq_v2" else 1)

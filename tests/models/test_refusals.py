@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "own attention table": ("gptj", {"n_layer": 1, "n_head": 2, "n_embd": 32, "rotary_dim": 8, "vocab_size": 128}, "gptj"),
     "softcapping": ("gemma2", _SMALL | {"head_dim": 16}, "softcapping"),
     "dynamic rope": ("qwen3", _SMALL | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
-    "quantized": ("qwen3_moe", CONFIGS["qwen3_moe"] | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq'"),
     "encoder": ("t5", {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 32, "vocab_size": 128}, "'t5'"),
 }
 

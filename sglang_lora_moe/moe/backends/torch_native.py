@@ -12,7 +12,7 @@ from torch import nn
 from sglang_lora_moe.moe.activation import apply_activation
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
-from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo
+from sglang_lora_moe.quantization.base import ExpertMatrices, QuantMethod, TorchQuantInfo
 
 
 class TorchNativeCore(MoeRunnerCore):
@@ -49,7 +49,7 @@ def combine(inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Ten
 
 
 def _grouped_matmul(
-    rows: torch.Tensor, runs: list[tuple[int, int]], weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...] | None, out_features: int
+    rows: torch.Tensor, runs: list[tuple[int, int]], weights: ExpertMatrices, biases: tuple[torch.Tensor, ...] | None, out_features: int
 ) -> torch.Tensor:
     """out[run] = rows[run] @ weights[expert] + biases[expert]; the runs cover all rows in order."""
     out = rows.new_empty(rows.shape[0], out_features)

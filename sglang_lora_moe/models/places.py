@@ -1,0 +1,203 @@
+"""Where the tensors of a checkpoint go: the storage of a built model, by transformers' parameter names.
+
+A place takes whole tensors, or the pieces of fused parameters (one expert, one of gate and up), checks shapes and dtypes, and
+knows what it still lacks. Quantized tensors go into quantized storage as they are, or dequantized into 16-bit storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.layers.embedding import Embedding
+from sglang_lora_moe.layers.fused_moe import FusedMoE
+from sglang_lora_moe.layers.linear import Linear
+from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, read_weight
+from sglang_lora_moe.quantization.wna16_method import WNA16Method
+
+Piece = tuple[int, int]  # (expert, part) of a fused parameter; part 0 and 1 are gate and up
+Tensors = dict[str, torch.Tensor]
+
+
+class LoadError(ValueError):
+    """A checkpoint that cannot be loaded as it is; the message names file and tensor, expected and found."""
+
+
+class TensorPlace:
+    """Storage of one whole tensor of the checkpoint."""
+
+    def __init__(self, storage: torch.Tensor) -> None:
+        self.storage, self.filled = storage, False
+
+    def put(self, opened: Any, key: str, piece: Piece | None) -> None:
+        if piece is not None:
+            raise LoadError("is one expert's tensor, but the model has no experts of that name")
+        tensor = _floating(opened.get_tensor(key))
+        if tensor.shape != self.storage.shape:
+            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(self.storage.shape)}")
+        tensor = tensor.to(self.storage.device, self.storage.dtype)
+        if self.filled and not torch.equal(self.storage, tensor):
+            raise LoadError("differs from another tensor that the model ties it to; set tie_word_embeddings to false in config.json")
+        self.storage.copy_(tensor)
+        self.filled = True
+
+    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
+        """Take the tensors of the linear `name`; True = they were dequantized, because this storage is not quantized."""
+        if piece is not None or self.storage.dim() != 2:
+            raise LoadError("is quantized, but the model has no linear of that name")
+        rows, inputs = self.storage.shape
+        self.storage.copy_(dequantize(read_weight(name, tensors, (rows, inputs), scheme), self.storage.dtype))
+        self.filled = True
+        return True
+
+    def missing(self) -> str | None:
+        return None if self.filled else "not in the files"
+
+
+class ExpertsPlace:
+    """Storage [E, rows, ..] of one parameter of an experts module, filled whole, by expert, or by expert and part.
+
+    Files hold gate and up rows as halves, interleaved, or as two tensors per expert (parts 0 and 1); storage holds halves.
+    """
+
+    def __init__(self, storage: torch.Tensor, num_parts: int, transposed: bool, interleaved: bool) -> None:
+        self.storage, self.num_parts, self.transposed, self.interleaved = storage, num_parts, transposed, interleaved
+        self.pieces: set[Piece] = set()
+
+    def put(self, opened: Any, key: str, piece: Piece | None) -> None:
+        if piece is None:
+            self._put_whole(opened.get_slice(key))
+            return
+        place, tensor = self.storage[_rows_of(piece, self.storage, self.num_parts)], _floating(opened.get_tensor(key))
+        if tensor.shape != place.shape:
+            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(place.shape)}")
+        place.copy_(tensor)
+        self.pieces.add(piece)
+
+    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
+        raise LoadError("is quantized, but the experts of its layer are not")
+
+    def _put_whole(self, read: Any) -> None:
+        """A tensor of all experts, read expert by expert."""
+        found, expected = list(read.get_shape()), list(self.storage.shape)
+        if self.transposed:
+            expected[1:] = expected[:0:-1]
+        if found != expected:
+            raise LoadError(f"has shape {found}, expected {expected}")
+        for expert in range(found[0]):
+            self._put_expert(expert, _floating(read[expert : expert + 1])[0])
+            self.pieces.update((expert, part) for part in range(self.num_parts))
+
+    def _put_expert(self, expert: int, tensor: torch.Tensor) -> None:
+        if self.transposed:
+            tensor = tensor.T
+        if self.interleaved:
+            half = tensor.shape[0] // 2
+            self.storage[expert, :half].copy_(tensor[0::2])
+            self.storage[expert, half:].copy_(tensor[1::2])
+        else:
+            self.storage[expert].copy_(tensor)
+
+    def missing(self) -> str | None:
+        return _missing_pieces(self.pieces, self.storage.shape[0], self.num_parts)
+
+
+class QuantizedPlace:
+    """Quantized storage of one linear [rows, in], or of one parameter of an experts module [E, rows, in] in `num_parts` parts."""
+
+    def __init__(self, weight: WNA16Weight, num_parts: int = 0) -> None:
+        self.weight, self.num_parts = weight, num_parts  # 0 parts: not of experts
+        self.pieces: set[Piece] = set()
+
+    def put(self, opened: Any, key: str, piece: Piece | None) -> None:
+        raise LoadError(f"is {opened.get_slice(key).get_dtype()}, but the files also hold this module quantized")
+
+    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
+        """Take the tensors of the linear `name` as they are."""
+        weight = self.weight
+        if (piece is None) != (self.num_parts == 0):
+            raise LoadError("is one expert's tensor where a whole linear is expected, or the other way round")
+        rows = slice(None) if piece is None else _rows_of(piece, weight.packed, self.num_parts)
+        packed, scales = weight.packed[rows], weight.scales[rows]
+        source = read_weight(name, tensors, (packed.shape[0], weight.in_features), scheme)
+        packed.copy_(source.packed)
+        scales.copy_(source.scales)
+        if weight.zeros is not None:
+            if source.zeros is None:
+                weight.zeros[rows].fill_(1 << (weight.bits - 1))
+            else:
+                weight.zeros[rows].copy_(source.zeros)
+        self.pieces.add(piece or (0, 0))
+        return False
+
+    def missing(self) -> str | None:
+        if self.num_parts:
+            return _missing_pieces(self.pieces, self.weight.packed.shape[0], self.num_parts)
+        return None if self.pieces else "not in the files"
+
+
+Place = TensorPlace | ExpertsPlace | QuantizedPlace
+
+
+def _rows_of(piece: Piece, storage: torch.Tensor, num_parts: int) -> tuple[int, slice]:
+    """Index of one piece in a parameter [E, rows, ..] of experts."""
+    expert, part = piece
+    if expert >= storage.shape[0]:
+        raise LoadError(f"belongs to expert {expert}, but the model has {storage.shape[0]} experts")
+    rows = storage.shape[1] // num_parts
+    return expert, slice(part * rows, (part + 1) * rows)
+
+
+def _missing_pieces(pieces: set[Piece], num_experts: int, num_parts: int) -> str | None:
+    absent = [e for e in range(num_experts) if any((e, part) not in pieces for part in range(num_parts))]
+    return f"experts {absent[:8]} of {num_experts} not in the files" if absent else None
+
+
+def find_places(hf: nn.Module) -> dict[str, Place]:
+    """Every tensor that a checkpoint must bring, by transformers' parameter name. Tied names share one place."""
+    places: dict[str, Place] = {}
+    shared: dict[tuple[int, torch.Size], TensorPlace] = {}
+
+    def place(storage: torch.Tensor) -> TensorPlace:
+        return shared.setdefault((storage.data_ptr(), storage.shape), TensorPlace(storage.detach()))
+
+    for path, module in hf.named_modules():
+        if isinstance(module, Linear):
+            for name, (weight, bias) in module.part_views().items():
+                places[f"{name}.weight"] = QuantizedPlace(weight) if isinstance(weight, WNA16Weight) else place(weight)
+                if bias is not None:
+                    places[f"{name}.bias"] = place(bias)
+        elif isinstance(module, Embedding):
+            places[f"{module.name}.weight"] = place(module.weight)
+        elif isinstance(module, FusedMoE):
+            places.update(_expert_places(module))
+        else:
+            for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if leaf not in module._non_persistent_buffers_set:
+                    places[f"{path}.{leaf}" if path else leaf] = place(tensor)
+    return places
+
+
+def _expert_places(experts: Any) -> Iterator[tuple[str, Place]]:
+    gated, interleaved, transposed = experts.spec.gated, experts.interleaved_gate_up, experts.is_transposed
+    first = "gate_up_proj" if gated else "up_proj"
+    parts = 2 if gated else 1
+    if isinstance(experts.quant_method, WNA16Method):
+        w13, w2 = experts.quant_method.weights(experts)
+        yield f"{experts.name}.{first}", QuantizedPlace(w13, parts)
+        yield f"{experts.name}.down_proj", QuantizedPlace(w2, 1)
+    else:
+        yield f"{experts.name}.{first}", ExpertsPlace(experts.w13.detach(), parts, transposed, interleaved)
+        yield f"{experts.name}.down_proj", ExpertsPlace(experts.w2.detach(), 1, transposed, False)
+    if experts.spec.has_bias:
+        yield f"{experts.name}.{first}_bias", ExpertsPlace(experts.b13.detach(), parts, False, interleaved)
+        yield f"{experts.name}.down_proj_bias", ExpertsPlace(experts.b2.detach(), 1, False, False)
+
+
+def _floating(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise LoadError(f"has dtype {tensor.dtype}, expected float32, float16 or bfloat16 (the checkpoint seems quantized)")
+    return tensor

@@ -1,0 +1,92 @@
+"""Experts with integer weights (int4 and int8): storage, and the forms in which backends read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo
+from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, num_groups
+
+
+@dataclass(frozen=True)
+class WNA16QuantInfo:
+    """The canonical tensors of `wna16.py`, which a core may convert once: w13 [E, 2I, H] and w2 [E, H, I] with scales in the
+    activation dtype, biases [E, 2I] and [E, H] or None."""
+
+    w13: WNA16Weight
+    w2: WNA16Weight
+    b13: torch.Tensor | None
+    b2: torch.Tensor | None
+
+
+class DequantizedExperts:
+    """`experts[e]` is expert e's matrix [in, out] in the activation dtype, made anew each time: one expert's memory, not E."""
+
+    def __init__(self, weight: WNA16Weight) -> None:
+        self.weight = weight
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        w = self.weight
+        one = WNA16Weight(w.packed[expert], w.scales[expert], None if w.zeros is None else w.zeros[expert], w.bits, w.group_size)
+        return dequantize(one, w.scales.dtype).t()
+
+
+class WNA16Method(QuantMethod):
+    """Parameters w13_packed int32 [E, 2I, H * bits / 32], w13_scales [E, 2I, H / g] in the activation dtype, w13_zeros uint8
+    [E, 2I, H / g] or None; w2_* likewise over [E, H, I]; with `has_bias` also b13 [E, 2I] and b2 [E, H]."""
+
+    # "triton" joins when its core reads WNA16QuantInfo.
+    backends = ("marlin", "torch_native")
+
+    def __init__(self, scheme: WNA16Scheme) -> None:
+        self.scheme = scheme
+        self.name = str(scheme)
+
+    def create_weights(self, layer: nn.Module, spec: MoESpec, dtype: torch.dtype, device: torch.device | str) -> None:
+        e, h, i, rows = spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.w13_rows
+        create_wna16(layer, "w13_", f"{layer.name}.gate_up_proj", (e, rows, h), self.scheme, dtype, device)
+        create_wna16(layer, "w2_", f"{layer.name}.down_proj", (e, h, i), self.scheme, dtype, device)
+        for name, width in (("b13", rows), ("b2", h)):
+            bias = nn.Parameter(torch.empty(e, width, dtype=dtype, device=device), requires_grad=False) if spec.has_bias else None
+            layer.register_parameter(name, bias)
+
+    def weights(self, layer: Any) -> tuple[WNA16Weight, WNA16Weight]:
+        """w13 and w2 of the layer, without copying."""
+        return get_wna16(layer, "w13_", self.scheme), get_wna16(layer, "w2_", self.scheme)
+
+    def get_torch_quant_info(self, layer: Any) -> TorchQuantInfo:
+        w13, w2 = self.weights(layer)
+        b13, b2 = (None if bias is None else bias.detach().unbind(0) for bias in (layer.b13, layer.b2))
+        return TorchQuantInfo(DequantizedExperts(w13), DequantizedExperts(w2), b13, b2)
+
+    def get_triton_quant_info(self, layer: Any) -> Any:
+        return WNA16QuantInfo(*self.weights(layer), layer.b13, layer.b2)
+
+    def get_marlin_quant_info(self, layer: Any) -> WNA16QuantInfo:
+        return WNA16QuantInfo(*self.weights(layer), layer.b13, layer.b2)
+
+
+def create_wna16(layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...], scheme: WNA16Scheme, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Register `{prefix}packed`, `{prefix}scales` and `{prefix}zeros` of a weight [.., O, I]; refuses widths that do not divide."""
+    *outer, inputs = shape
+    groups = num_groups(name, inputs, scheme.group_size, scheme.bits)
+    sizes: dict[str, tuple[int, torch.dtype] | None] = {
+        "packed": (inputs * scheme.bits // 32, torch.int32),
+        "scales": (groups, dtype),
+        "zeros": None if scheme.symmetric else (groups, torch.uint8),
+    }
+    for leaf, size in sizes.items():
+        parameter = None if size is None else nn.Parameter(torch.empty(*outer, size[0], dtype=size[1], device=device), requires_grad=False)
+        layer.register_parameter(f"{prefix}{leaf}", parameter)
+
+
+def get_wna16(layer: nn.Module, prefix: str, scheme: WNA16Scheme) -> WNA16Weight:
+    """The weight that `create_wna16` registered."""
+    packed, scales, zeros = (getattr(layer, f"{prefix}{leaf}") for leaf in ("packed", "scales", "zeros"))
+    group_size = packed.shape[-1] * 32 // scheme.bits // scales.shape[-1]
+    return WNA16Weight(packed.detach(), scales.detach(), None if zeros is None else zeros.detach(), scheme.bits, group_size)
