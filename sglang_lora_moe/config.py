@@ -35,8 +35,11 @@ class Config:
     context_length: int | None = _flag(None, "longest prompt + output in tokens; the model's limit if not given")
     random_seed: int = _flag(0, "seed of sampling for requests that give none, and of dummy weights")
     # backends
-    moe_runner_backend: str = _flag("auto", "expert GEMMs; auto = torch_native on a CPU, else by the checkpoint", ("auto", "torch_native", "triton"))
-    attention_backend: str = _flag("auto", "attention over the paged KV cache", ("auto", "torch_native"))
+    moe_runner_backend: str = _flag("auto", "expert GEMMs; auto = torch_native on a CPU, else by the checkpoint", ("auto", "torch_native", "triton", "marlin"))
+    attention_backend: str = _flag("auto", "attention over the paged KV cache; auto = triton on a GPU", ("auto", "torch_native", "triton"))
+    lora_backend: str = _flag("auto", "adapters on linears and the embedding; auto = triton on a GPU", ("auto", "torch_native", "triton"))
+    disable_cuda_graph: bool = _flag(False, "launch the kernels of decode steps one by one instead of as captured graphs")
+    disable_overlap: bool = _flag(False, "wait for the tokens of each step before the next one is prepared")
     # adapters
     enable_lora: bool = _flag(False, "serve LoRA adapters; implied by --lora-paths")
     lora_paths: list[str] = _flag([], "adapters to load at start: PATH, NAME=PATH, or JSON with lora_name, lora_path, pinned")

@@ -12,11 +12,13 @@ import torch
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import LoadAdapter, Reply
+from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, ladder
 from sglang_lora_moe.engine.engine_core import EngineCore
 from sglang_lora_moe.engine.kv_cache import PagePool, PrefixCache
 from sglang_lora_moe.engine.model_runner import ModelRunner
-from sglang_lora_moe.engine.resolve import resolve, resolve_total_tokens
+from sglang_lora_moe.engine.resolve import allocated_bytes, resolve, resolve_total_tokens
 from sglang_lora_moe.engine.scheduler import Limits, Scheduler
+from sglang_lora_moe.engine.warm_up import run_largest_step
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.adapter import read_adapter
 from sglang_lora_moe.lora.manager import LoRAManager
@@ -53,8 +55,13 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
         seed=config.random_seed,
     )
     config = replace(config, context_length=min(config.context_length, model.max_model_len))
+    weights = allocated_bytes(config)
     lora = _make_manager(config, model) if config.enable_lora else None  # before the KV cache takes what memory is left
-    config = replace(config, max_total_tokens=resolve_total_tokens(config, model.kv_bytes_per_token()))
+    adapters = allocated_bytes(config) - weights
+    if config.device == "cuda":
+        model.allocate_kv(1)
+        run_largest_step(model, config.enable_lora)
+    config = replace(config, max_total_tokens=resolve_total_tokens(config, model.kv_bytes_per_token(), weights, adapters))
     core = _make_core(config, model, lora)
     logger.info("model %s is ready after %.1f s", config.served_model_name, time.monotonic() - begin)
     for name, path, pinned in config.lora_specs():
@@ -74,7 +81,9 @@ def _make_manager(config: Config, model: ServedModel) -> LoRAManager:
         base_model=config.model_path,
         refused_adapter_modules=model.refused_adapter_modules,
     )
-    return LoRAManager(model, reader, num_slots=config.max_loras_per_batch, max_rank=config.max_lora_rank, max_loaded=config.max_loaded_loras)
+    return LoRAManager(
+        model, reader, num_slots=config.max_loras_per_batch, max_rank=config.max_lora_rank, max_loaded=config.max_loaded_loras, backend=config.lora_backend
+    )
 
 
 def _make_core(config: Config, model: ServedModel, lora: LoRAManager | None) -> EngineCore:
@@ -84,7 +93,21 @@ def _make_core(config: Config, model: ServedModel, lora: LoRAManager | None) -> 
     cache = PrefixCache(PagePool(num_pages), config.page_size, not config.disable_prefix_cache)
     limits = Limits(config.max_running_requests, config.max_queued_requests, config.chunked_prefill_size, config.context_length)
     scheduler = Scheduler(cache, lora.slots if lora is not None else None, limits)
-    return EngineCore(scheduler, ModelRunner(model), lora, vocab_size=model.vocab_size, eos_ids=model.eos_token_ids, seed=config.random_seed)
+    runner = ModelRunner(model, _capture_graphs(config, model))
+    overlap = config.device == "cuda" and not config.disable_overlap
+    return EngineCore(scheduler, runner, lora, vocab_size=model.vocab_size, eos_ids=model.eos_token_ids, seed=config.random_seed, overlap=overlap)
+
+
+def _capture_graphs(config: Config, model: ServedModel) -> DecodeGraphs | None:
+    """Graphs of decode steps where everything in them can be captured: backends that read no device data on the host."""
+    host_bound = "torch_native" in (config.moe_runner_backend, config.attention_backend, config.lora_backend if config.enable_lora else "")
+    if config.device != "cuda" or config.disable_cuda_graph or host_bound:
+        if config.device == "cuda" and host_bound and not config.disable_cuda_graph:
+            logger.warning("decode steps run without CUDA graphs: a torch_native backend reads device data on the host")
+        return None
+    graphs = DecodeGraphs(model, (False, True) if config.enable_lora else (False,), ladder(config.max_running_requests))
+    graphs.capture()
+    return graphs
 
 
 def _load(core: EngineCore, name: str, path: str, pinned: bool) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, FrontMessage, GetStats, LoadAdapter, Reply, RequestError, Submit, UnloadAdapter
+from sglang_lora_moe.engine.model_runner import Launched
 from sglang_lora_moe.engine.request import Batch, Request, StepResult
 from sglang_lora_moe.engine.scheduler import Scheduler
 from sglang_lora_moe.lora.manager import LoRAManager
@@ -26,14 +27,23 @@ logger = logging.getLogger(__name__)
 class Runner(Protocol):
     """What the core needs of `engine.model_runner.ModelRunner`."""
 
-    def run(self, batch: Batch) -> StepResult: ...
+    def launch(self, batch: Batch) -> Launched: ...
+    def collect(self, launched: Launched) -> StepResult: ...
 
 
 class EngineCore:
-    """Scheduler, runner and adapters of one model. `lora` None = a server without adapters."""
+    """Scheduler, runner and adapters of one model. `lora` None = a server without adapters.
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, lora: LoRAManager | None, *, vocab_size: int, eos_ids: list[int], seed: int = 0) -> None:
+    With `overlap` a decode step is launched before the tokens of the one before have come to the host; what ends by such a
+    token has then taken part in one step too many, whose token is dropped.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, lora: LoRAManager | None, *, vocab_size: int, eos_ids: list[int], seed: int = 0, overlap: bool = False
+    ) -> None:
         self.scheduler, self.runner, self.lora = scheduler, runner, lora
+        self.overlap = overlap
+        self._in_flight: tuple[Batch, Launched] | None = None
         self.vocab_size, self.eos_ids = vocab_size, frozenset(eos_ids)
         self.num_steps = 0
         self._seeds = random.Random(seed)
@@ -54,7 +64,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """`step` has something to compute."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     @property
     def is_loading(self) -> bool:
@@ -74,12 +84,21 @@ class EngineCore:
         """Register adapters that have been read, and compute one step if there is one."""
         if self._loads:
             self._finish_loads()
-        batch = self.scheduler.schedule()
+        if self._in_flight is not None and not self.scheduler.can_run_ahead():
+            self._collect()
+        batch, previous = self.scheduler.schedule(), self._in_flight
         if batch is not None:
             self.num_steps += 1
             if self.lora is not None:
                 self.lora.flush_writes()
-            self._outbox.extend(self.scheduler.update(batch, self.runner.run(batch)))
+            launched = self.runner.launch(batch)
+            self.scheduler.advance(batch, launched.result.sampled)
+            self._in_flight = (batch, launched)
+        if previous is not None:
+            self._finish(*previous)
+            self._in_flight = self._in_flight if batch is not None else None
+        if self._in_flight is not None and not (self.overlap and self._in_flight[1].can_overlap):
+            self._collect()
         return self._flush_outbox()
 
     def stats(self) -> dict[str, Any]:
@@ -119,6 +138,17 @@ class EngineCore:
     def close(self) -> None:
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)
+
+    # ---- the step in flight -----------------------------------------------------------------------------------------
+    def _collect(self) -> None:
+        """Wait for the step in flight."""
+        assert self._in_flight is not None
+        batch, launched = self._in_flight
+        self._in_flight = None
+        self._finish(batch, launched)
+
+    def _finish(self, batch: Batch, launched: Launched) -> None:
+        self._outbox.extend(self.scheduler.update(batch, self.runner.collect(launched)))
 
     # ---- messages ---------------------------------------------------------------------------------------------------
     def _submit(self, message: Submit) -> None:

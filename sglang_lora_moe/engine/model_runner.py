@@ -1,7 +1,12 @@
-"""Runs one batch: fills the step context, computes logits, samples, and returns plain host values."""
+"""Runs one batch: fills the step context, computes logits and samples.
+
+`launch` starts a step and `collect` waits for its tokens, so that the engine can prepare a step while the one before runs;
+`run` is both. Sampled tokens stay on the device for the next step and reach the host with an event.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,32 +24,90 @@ class Model(Protocol):
     ctx: StepContext
     vocab_size: int
 
-    def forward(self) -> torch.Tensor: ...  # float32 [num_logits, V]
+    def forward_logits(self) -> torch.Tensor: ...  # [num_logits, V] in the model's dtype
+
+
+class Graphs(Protocol):
+    """What the runner needs of `engine.cuda_graph.DecodeGraphs`."""
+
+    def padded_size(self, batch: Batch) -> int: ...  # 0 = no graph for this batch
+    def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass
+class Launched:
+    """A step on its way. `token_ids` is host memory that is valid once `done` has passed, or None if nothing is sampled."""
+
+    result: StepResult
+    token_ids: torch.Tensor | None
+    done: torch.cuda.Event | None
+    can_overlap: bool  # the next step needs nothing of this one on the host
 
 
 class ModelRunner:
-    """One model on one device."""
+    """One model on one device. `graphs` None = every step eager."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, graphs: Graphs | None = None) -> None:
+        self.model, self.graphs = model, graphs
         self.inputs = StepInputs(model.ctx)
         self.sampler = Sampler(model.vocab_size, model.ctx.device)
+        self._cuda = model.ctx.device.type == "cuda"
+        pinned = [torch.empty(model.ctx.max_requests, dtype=torch.int64, pin_memory=self._cuda) for _ in range(2)]
+        self._ring = [(buffer, torch.cuda.Event() if self._cuda else None) for buffer in pinned]
+        self._turn = 0
+
+    def run(self, batch: Batch) -> StepResult:
+        return self.collect(self.launch(batch))
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
-        wanted = self.inputs.fill(batch)
-        logits = self.model.forward()
-        requests = batch.requests
-        sampled = [b for b, request in enumerate(requests) if request.num_computed + batch.query_lens[b] == len(request.tokens)]
+    def launch(self, batch: Batch) -> Launched:
+        """Start the step. Its requests' tokens may be pending: then they are what the last launched step sampled."""
+        size = self.graphs.padded_size(batch) if self.graphs is not None else 0
+        wanted = self.inputs.fill(batch, size)
+        best: torch.Tensor | None = None
+        if size and self.graphs is not None:
+            logits, best = self.graphs.replay(size, batch.lora_active)
+        else:
+            logits = self.model.forward_logits()
+        ends = zip(batch.requests, batch.query_lens, strict=True)
+        sampled = [b for b, (request, count) in enumerate(ends) if request.num_computed + count == len(request.tokens)]
         result = StepResult(sampled, [])
-        count = sum(map(len, wanted))
-        if count > len(sampled):
+        if sum(map(len, wanted)) > len(sampled):
             sample_rows = self._score_prompts(logits, batch, wanted, result)
-            logits = logits[sample_rows]
-        if sampled:
-            result.token_ids, logprobs = self.sampler.sample(logits[: len(sampled)], [requests[b] for b in sampled])
+            logits, best = logits[sample_rows], None
+        if not sampled:
+            return Launched(result, None, None, False)
+        requests = [batch.requests[b] for b in sampled]
+        logits = logits[: len(sampled)]
+        tokens = self.sampler.choose(logits, requests, None if best is None else best[: len(sampled)])
+        needs_host = self.sampler.needs_host(requests)
+        if needs_host:
+            result.token_ids = tokens.tolist()
+            logprobs = self.sampler.logprobs(logits, requests, result.token_ids)
             result.logprobs = {sampled[row]: value for row, value in logprobs.items()}
-        return result
+            return Launched(result, None, None, False)
+        return self._send_tokens(tokens, result)
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for the step's tokens."""
+        if launched.done is not None:
+            launched.done.synchronize()
+        if launched.token_ids is not None:
+            launched.result.token_ids = launched.token_ids.tolist()
+        return launched.result
+
+    def _send_tokens(self, tokens: torch.Tensor, result: StepResult) -> Launched:
+        """Leave the tokens for the next step on the device and start their way to the host."""
+        count = len(result.sampled)
+        sampled = self.model.ctx.sampled[:count]
+        if sampled.data_ptr() != tokens.data_ptr():
+            sampled.copy_(tokens)
+        buffer, event = self._ring[self._turn]
+        self._turn = 1 - self._turn
+        buffer[:count].copy_(sampled, non_blocking=True)
+        if event is not None:
+            event.record()
+        return Launched(result, buffer[:count], event, not result.prompt_logprobs)
 
     @staticmethod
     def _score_prompts(logits: torch.Tensor, batch: Batch, wanted: list[list[int]], result: StepResult) -> list[int]:
@@ -66,7 +129,7 @@ class ModelRunner:
             sample_rows += range(row + len(positions), row + len(rows))
             row += len(rows)
         if prompt_rows:
-            values = iter(token_logprobs(logits[prompt_rows], targets, tops))
+            values = iter(token_logprobs(logits[prompt_rows].float(), targets, tops))
             for b in result.prompt_logprobs:
                 request = batch.requests[b]
                 count = len(request.prompt_logit_positions(request.num_computed + batch.query_lens[b]))

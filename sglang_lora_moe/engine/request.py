@@ -8,6 +8,9 @@ from sglang_lora_moe.core import LogprobOptions, SamplingParams, TokenLogprob
 from sglang_lora_moe.engine.kv_cache import page_key, root_key
 
 
+PENDING = -1  # stands in `tokens` for a token that the device is about to sample
+
+
 class Request:
     """One sample being generated. `tokens` = prompt + output; the first `num_computed` of them are in the KV cache.
 
@@ -19,7 +22,7 @@ class Request:
     __slots__ = (
         "rid", "tokens", "prompt_len", "sampling", "seed", "stop_ids", "max_len", "logprobs", "adapter", "revision", "root",
         "order", "running", "finish_reason", "slot", "pages", "page_keys", "num_computed", "num_committed", "num_cached",
-        "first_scheduled", "blocked_since", "bypassed", "prompt_logprobs",
+        "first_scheduled", "blocked_since", "bypassed", "prompt_logprobs", "sampled_row",
     )  # fmt: skip
 
     def __init__(self, rid: str, input_ids: list[int], sampling: SamplingParams, *, eos_ids: frozenset[int] = frozenset(), seed: int = 0) -> None:
@@ -48,6 +51,7 @@ class Request:
         self.blocked_since = -1  # scheduling pass in which it was first passed over, -1 = not blocked
         self.bypassed = 0  # admissions of younger requests while it was blocked
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.sampled_row = -1  # where on the device the last token is while `tokens` ends with PENDING
 
     def bind(self, adapter: str, revision: str) -> None:
         """Fix the adapter revision that this request runs under."""
@@ -89,6 +93,7 @@ class Batch:
     query_lens: list[int]
     num_tokens: int
     lora_active: bool  # some request of the step has an adapter
+    ends: list[int] | None = None  # `num_computed` of each request after the step, once it is launched
 
     @property
     def starts(self) -> list[int]:

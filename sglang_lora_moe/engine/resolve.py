@@ -31,7 +31,8 @@ def resolve(config: Config) -> Config:
         device=device,
         dtype=config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else _checkpoint_dtype(model),
         moe_runner_backend=config.moe_runner_backend if config.moe_runner_backend != "auto" else "torch_native" if device == "cpu" else "triton",
-        attention_backend=config.attention_backend if config.attention_backend != "auto" else "torch_native",
+        attention_backend=config.attention_backend if config.attention_backend != "auto" else "torch_native" if device == "cpu" else "triton",
+        lora_backend=config.lora_backend if config.lora_backend != "auto" else "torch_native" if device == "cpu" else "triton",
         context_length=_context_length(config, model),
         served_model_name=config.served_model_name or Path(config.model_path).resolve().name,
         tokenizer_path=config.tokenizer_path or config.model_path,
@@ -43,8 +44,16 @@ def resolve(config: Config) -> Config:
     return resolved
 
 
-def resolve_total_tokens(config: Config, bytes_per_token: int) -> int:
-    """Tokens of the KV cache, a multiple of the page size: as given, else what free memory and the running requests suggest."""
+def allocated_bytes(config: Config) -> int:
+    """Device memory that tensors take now; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if config.device == "cuda" else 0
+
+
+def resolve_total_tokens(config: Config, bytes_per_token: int, weights: int = 0, adapters: int = 0) -> int:
+    """Tokens of the KV cache, a multiple of the page size: as given, else what free memory and the running requests suggest.
+
+    On a GPU it comes after a step of the largest size, so that scratch memory is taken already. `weights` and `adapters`: their bytes, for the log.
+    """
     assert config.context_length is not None, "resolve() comes first"
     page = config.page_size
     if config.max_total_tokens is not None:
@@ -55,12 +64,29 @@ def resolve_total_tokens(config: Config, bytes_per_token: int) -> int:
         wanted = config.max_running_requests * min(config.context_length, CPU_CONTEXT)
         tokens = min(max(wanted, config.context_length), free_memory_bytes() // 4 // bytes_per_token)
     else:
-        free, total = torch.cuda.mem_get_info()
-        tokens = int(free - total * (1.0 - config.mem_fraction_static)) // bytes_per_token
+        tokens = _tokens_on_gpu(config, bytes_per_token, weights, adapters)
     if tokens < 2 * page:
         raise ValueError(f"no memory for a KV cache: {tokens} tokens of {bytes_per_token} bytes fit; use a smaller model, or set --max-total-tokens")
     tokens = tokens // page * page
     logger.info("KV cache: %d tokens, %d pages of %d, %.1f MiB", tokens, tokens // page, page, tokens * bytes_per_token / 2**20)
+    return tokens
+
+
+def _tokens_on_gpu(config: Config, bytes_per_token: int, weights: int, adapters: int) -> int:
+    """What --mem-fraction-static leaves beside weights, adapters and scratch memory; ValueError with the arithmetic if that is nothing."""
+    gib = float(2**30)
+    free, total = torch.cuda.mem_get_info()
+    usable = int(free - total * (1.0 - config.mem_fraction_static))
+    scratch = torch.cuda.memory_reserved() - weights - adapters
+    tokens = usable // bytes_per_token
+    text = (
+        f"GPU memory {total / gib:.1f} GiB, --mem-fraction-static {config.mem_fraction_static}: weights {weights / gib:.1f}, adapters {adapters / gib:.1f} "
+        f"({config.max_loras_per_batch} slots of rank {config.max_lora_rank}), scratch {scratch / gib:.1f}, left for the KV cache {usable / gib:.1f} GiB "
+        f"= {max(tokens, 0)} tokens of {bytes_per_token} bytes"
+    )
+    logger.info(text)
+    if tokens < 2 * config.page_size:
+        raise ValueError(f"the model does not fit. {text}. Raise --mem-fraction-static, or lower --max-loras-per-batch, --max-lora-rank or --chunked-prefill-size")
     return tokens
 
 

@@ -81,25 +81,42 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, requests: list[Request]) -> tuple[list[int], dict[int, TokenLogprob]]:
         """One token per row of logits float32 [B, V] (left unchanged); log-probabilities by row, where asked for."""
-        plan = self._plan
-        if plan is None or plan.requests != requests:
-            plan = self._plan = self._make_plan(requests)
-        token_ids = logits.argmax(dim=-1).tolist() if plan.greedy else self._modified_tokens(logits, plan)
-        logprobs: dict[int, TokenLogprob] = {}
-        if plan.logprob_rows:
-            rows = plan.logprob_rows
-            wanted = logits if len(rows) == len(requests) else logits[rows]
-            tops = [options.top for options in (requests[row].logprobs for row in rows) if options is not None]
-            logprobs = dict(zip(rows, token_logprobs(wanted, [token_ids[row] for row in rows], tops), strict=True))
-        return token_ids, logprobs
+        token_ids = self.choose(logits, requests).tolist()
+        return token_ids, self.logprobs(logits, requests, token_ids)
+
+    def choose(self, logits: torch.Tensor, requests: list[Request], best: torch.Tensor | None = None) -> torch.Tensor:
+        """One token per row of logits [B, V], int64 [B] on their device. `best`: their argmax, if it is known."""
+        plan = self._plan_for(requests)
+        if plan.greedy:
+            return logits.argmax(dim=-1) if best is None else best
+        return self._modified_tokens(logits.float(), plan)
+
+    def needs_host(self, requests: list[Request]) -> bool:
+        """Whether sampling these requests needs the ids of their earlier tokens, or gives more than ids."""
+        plan = self._plan_for(requests)
+        return bool(plan.penalised or plan.logprob_rows)
+
+    def logprobs(self, logits: torch.Tensor, requests: list[Request], token_ids: list[int]) -> dict[int, TokenLogprob]:
+        """Log-probabilities of the chosen tokens by row, for requests that ask for them."""
+        rows = self._plan_for(requests).logprob_rows
+        if not rows:
+            return {}
+        wanted = (logits if len(rows) == len(requests) else logits[rows]).float()
+        tops = [options.top for options in (requests[row].logprobs for row in rows) if options is not None]
+        return dict(zip(rows, token_logprobs(wanted, [token_ids[row] for row in rows], tops), strict=True))
 
     # ---- parts ------------------------------------------------------------------------------------------------------
-    def _modified_tokens(self, logits: torch.Tensor, plan: _Plan) -> list[int]:
+    def _plan_for(self, requests: list[Request]) -> _Plan:
+        if self._plan is None or self._plan.requests != requests:
+            self._plan = self._make_plan(requests)
+        return self._plan
+
+    def _modified_tokens(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
         z = self._modify(logits, plan)
         best = z.argmax(dim=-1) if plan.argmax_rows is not None else None
         if plan.all_argmax:
             assert best is not None
-            return best.tolist()
+            return best
         z = z / plan.temperature
         if plan.filter is not None:
             z[plan.filter.rows] = self._cut(z[plan.filter.rows], plan.filter)
@@ -108,7 +125,7 @@ class Sampler:
         tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=z.shape[1] - 1).squeeze(1)
         if plan.argmax_rows is not None and best is not None:
             tokens = torch.where(plan.argmax_rows, best, tokens)
-        return tokens.tolist()
+        return tokens
 
     def _modify(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """Bias, penalties and the minimum length, on a copy if there are any."""

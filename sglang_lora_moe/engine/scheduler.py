@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from sglang_lora_moe.core import FinishReason, RequestError, TokenOutput
 from sglang_lora_moe.engine.kv_cache import PrefixCache
-from sglang_lora_moe.engine.request import Batch, Request, StepResult
+from sglang_lora_moe.engine.request import PENDING, Batch, Request, StepResult
 from sglang_lora_moe.lora.slots import SlotTable
 
 RESCAN_STEPS = 16  # a queue in which nothing could be admitted is looked at again this often, or when something is released
@@ -114,26 +114,48 @@ class Scheduler:
             return budget > 0
 
         for request in self.running:
-            take(request)
+            if request.tokens[-1] != PENDING or len(request.tokens) < request.max_len:  # else it ends when its token is known
+                take(request)
         if self.waiting and budget > 0:
             self._admit(take)
         if not requests:
             return None
         return Batch(requests, query_lens, sum(query_lens), any(request.slot >= 0 for request in requests))
 
-    def update(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
-        """Take in what the step computed; returns the new tokens of its requests."""
-        page_size = self.cache.page_size
+    def can_run_ahead(self) -> bool:
+        """Whether the next step is known before the tokens of the last one are: all decode, and nobody comes or is retracted."""
+        full = not self.waiting or len(self.running) >= self.limits.max_running
+        decoding = all(request.num_output > 0 and request.num_computed == len(request.tokens) - 1 for request in self.running)
+        return full and decoding and self.cache.available >= len(self.running)
+
+    def advance(self, batch: Batch, sampled: list[int]) -> None:
+        """A step was launched: count it as computed, with PENDING for the tokens that it samples. `update` fills them in."""
         for request, count in zip(batch.requests, batch.query_lens, strict=True):
             request.num_computed += count
-            if request.num_computed // page_size > request.num_committed:
-                self._commit_pages(request)
+        batch.ends = [request.num_computed for request in batch.requests]
+        for row, index in enumerate(sampled):
+            request = batch.requests[index]
+            if request.sampling.max_new_tokens > 0:
+                request.tokens.append(PENDING)
+                request.sampled_row = row
+
+    def update(self, batch: Batch, result: StepResult) -> list[TokenOutput]:
+        """Take in what the step computed; returns the new tokens of its requests."""
+        if batch.ends is None:
+            self.advance(batch, result.sampled)
+        assert batch.ends is not None
+        page_size = self.cache.page_size
+        for request, end in zip(batch.requests, batch.ends, strict=True):
+            if request.running and end // page_size > request.num_committed:
+                self._commit_pages(request, end // page_size)
         for index, prompt_logprobs in result.prompt_logprobs.items():
             batch.requests[index].prompt_logprobs.extend(prompt_logprobs)
         outputs = []
         for index, token in zip(result.sampled, result.token_ids, strict=True):
             request = batch.requests[index]
-            output = self._output(request, token)
+            if request.finish_reason is not None:  # it ended while this step was running
+                continue
+            output = self._output(request, token, batch.ends[index])
             if index in result.logprobs and output.token_ids:
                 output.logprobs = [result.logprobs[index]]
             outputs.append(output)
@@ -280,8 +302,8 @@ class Scheduler:
                     left[request.slot] = max(left[request.slot], request.max_len - request.num_computed)
             slots.draining[min(left, key=lambda slot: left[slot])] = revision
 
-    def _commit_pages(self, request: Request) -> None:
-        full = request.num_computed // self.cache.page_size
+    def _commit_pages(self, request: Request, full: int) -> None:
+        """Offer the first `full` pages of a request to the prefix cache."""
         if self.cache.enabled:
             request.extend_keys(self.cache.page_size, full)
             for index in range(request.num_committed, full):
@@ -291,19 +313,20 @@ class Scheduler:
                     self._dirty = True
         request.num_committed = full
 
-    def _output(self, request: Request, token: int) -> TokenOutput:
-        """Append a sampled token and say whether it ends the request."""
+    def _output(self, request: Request, token: int, position: int) -> TokenOutput:
+        """Put a sampled token into its place and say whether it ends the request."""
         output = TokenOutput(request.rid, [], request.prompt_len, request.num_cached)
         if request.prompt_logprobs:
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
         if request.sampling.max_new_tokens > 0:
-            request.tokens.append(token)
+            request.tokens[position] = token
             output.token_ids.append(token)
             self.totals["generated_tokens"] += 1
         if token in request.stop_ids and output.token_ids:
             output.finish_reason, output.stop_token_id = FinishReason.STOP.value, token
+            del request.tokens[position + 1 :]  # what runs ahead of the end
             self._end(request, FinishReason.STOP)
-        elif len(request.tokens) >= request.max_len:
+        elif position + len(output.token_ids) >= request.max_len:
             output.finish_reason = FinishReason.LENGTH.value
             self._end(request, FinishReason.LENGTH)
         return output

@@ -1,8 +1,8 @@
 """Writes a batch into the static buffers of the `StepContext`.
 
-Values are made as Python lists and stored once through numpy views of host memory: on a CPU the views are the context's
-own buffers; for another device they are pinned copies that are sent with one transfer each. The page table is kept
-between steps, and only what changed of a row is written.
+Values are made as Python lists and stored through numpy views of host memory: on a CPU the views are the context's own
+buffers; for another device they are one of two pinned copies, sent with one transfer, so that the host can prepare a step
+while the device still reads the one before. The page table is kept between steps, and only what changed of a row is written.
 """
 
 from __future__ import annotations
@@ -13,9 +13,21 @@ import numpy as np
 import torch
 
 from sglang_lora_moe.engine.request import Batch, Request
-from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.layers.step import PAGE_WRITES, StepContext
 
-_BUFFERS = ("input_ids", "positions", "token_slots", "kv_slots", "page_table", "query_starts", "seq_lens", "logit_rows", "logit_slots")
+
+class _Staging:
+    """Host memory for the inputs of one step: the context's own on a CPU, else pinned, with the event of its last transfer."""
+
+    def __init__(self, ctx: StepContext) -> None:
+        self.pinned = ctx.device.type != "cpu"
+        if self.pinned:
+            self.flat, views = ctx.make_inputs("cpu", pin_memory=True)
+            self.sent = torch.cuda.Event()
+        else:
+            names = ctx.make_inputs("meta")[1]
+            self.flat, views = ctx.inputs, {name: getattr(ctx, name) for name in names}
+        self.arrays: dict[str, np.ndarray] = {name: view.numpy() for name, view in views.items()}
 
 
 class StepInputs:
@@ -24,21 +36,25 @@ class StepInputs:
     def __init__(self, ctx: StepContext) -> None:
         self.ctx = ctx
         self._on_device = ctx.device.type != "cpu"
-        self._staging = {name: torch.zeros_like(getattr(ctx, name), device="cpu", pin_memory=True) for name in _BUFFERS} if self._on_device else {}
-        self._host: dict[str, np.ndarray] = {name: self._staging.get(name, getattr(ctx, name)).numpy() for name in _BUFFERS}
+        self._ring = [_Staging(ctx) for _ in range(2 if self._on_device else 1)]
+        self._turn = 0
         # Row b of the page table holds the first _row_counts[b] pages of the list _row_pages[b]; a request that is
         # retracted gets another list, so a list is the same only if its pages are.
         self._row_pages: list[list[int] | None] = [None] * ctx.max_requests
         self._row_counts = [0] * ctx.max_requests
 
-    def fill(self, batch: Batch) -> list[list[int]]:
-        """Describe `batch` in the context. Returns, per request, the packed rows whose logits are wanted, in the order of the logits."""
+    def fill(self, batch: Batch, padded: int = 0) -> list[list[int]]:
+        """Describe `batch` in the context. Returns, per request, the packed rows whose logits are wanted, in the order of the logits.
+
+        `padded`: a decode batch is filled up to so many requests with padding.
+        """
         ctx, page_size = self.ctx, self.ctx.page_size
         requests, query_lens = batch.requests, batch.query_lens
         ids: list[int] = []
         positions: list[int] = []
         kv_slots: list[int] = []
         ends: list[int] = []
+        sources: list[tuple[int, int]] = []  # (token, row of ctx.sampled)
         for request, count in zip(requests, query_lens, strict=True):
             start = request.num_computed
             ends.append(start + count)
@@ -50,46 +66,76 @@ class StepInputs:
                 ids += request.tokens[start : start + count]
                 positions += range(start, start + count)
                 kv_slots += _rows(request.pages, page_size, start, start + count)
+            if ids[-1] < 0:  # sampled by the step that still runs
+                sources.append((len(ids) - 1, request.sampled_row))
+                ids[-1] = 0
         starts = [0, *accumulate(query_lens)]
         wanted = [_wanted_rows(request, first, end) for request, first, end in zip(requests, starts, ends, strict=False)]
         rows = [row for rows in wanted for row in rows] or [0]  # at least one, so that every layer sees a normal shape
-        self._write_page_table(requests)
-        self._write("input_ids", ids)
-        self._write("positions", positions)
-        self._write("kv_slots", kv_slots)
-        self._write("query_starts", starts)
-        self._write("seq_lens", ends)
-        self._write("logit_rows", rows)
         if batch.lora_active:
             slots: list[int] = []
             for request, count in zip(requests, query_lens, strict=True):
                 slots += [request.slot] * count
-            self._write("token_slots", slots)
-            self._write("logit_slots", [slots[row] for row in rows])
-        ctx.num_tokens, ctx.num_requests, ctx.num_logits = batch.num_tokens, len(requests), len(rows)
+            self._write(token_slots=_pad(slots, padded, -1), logit_slots=_pad([slots[row] for row in rows], padded, -1))
+        ctx.num_tokens, ctx.num_requests, ctx.num_logits = padded or batch.num_tokens, padded or len(requests), padded or len(rows)
         ctx.lora_active, ctx.query_lens, ctx.seq_lens_host = batch.lora_active, query_lens, ends
+        self._write(input_ids=_pad(ids, padded, 0), positions=_pad(positions, padded, 0), kv_slots=_pad(kv_slots, padded, 0))  # KV row 0: dump page
+        self._write(query_starts=starts, seq_lens=_pad(ends, padded, 0), logit_rows=rows)
+        self._write_sources(sources)
+        self._send(self._changed_pages(requests))
         return wanted
 
-    def _write(self, name: str, values: list[int]) -> None:
-        count = len(values)
-        self._host[name][:count] = values
-        if self._on_device:
-            # NOTE: the pinned copy is read asynchronously; the step's own wait for its tokens comes before the next fill.
-            getattr(self.ctx, name)[:count].copy_(self._staging[name][:count], non_blocking=True)
+    def _write(self, **values: list[int]) -> None:
+        arrays = self._ring[self._turn].arrays
+        for name, entries in values.items():
+            arrays[name][: len(entries)] = entries
 
-    def _write_page_table(self, requests: list[Request]) -> None:
-        table, changed = self._host["page_table"], False
+    def _write_sources(self, sources: list[tuple[int, int]]) -> None:
+        array = self._ring[self._turn].arrays["token_source"]
+        array[: self.ctx.num_tokens] = -1
+        for token, row in sources:
+            array[token] = row
+
+    def _changed_pages(self, requests: list[Request]) -> tuple[list[int], list[int]]:
+        """(places in the flattened page table, pages) that differ from what it holds."""
+        places: list[int] = []
+        pages: list[int] = []
+        width = self.ctx.page_table.shape[1]
         for b, request in enumerate(requests):
-            pages, known = request.pages, self._row_counts[b]
-            if self._row_pages[b] is not pages:
-                self._row_pages[b], known = pages, 0
-            if known < len(pages):
-                table[b, known : len(pages)] = pages[known:]
-                self._row_counts[b], changed = len(pages), True
-            elif known > len(pages):
+            known = self._row_counts[b]
+            if self._row_pages[b] is not request.pages:
+                self._row_pages[b], known = request.pages, 0
+            count = len(request.pages)
+            if known < count:
+                places += range(b * width + known, b * width + count)
+                pages += request.pages[known:]
+                self._row_counts[b] = count
+            elif known > count:
                 raise AssertionError(f"{request.rid} has lost pages without getting another list")
-        if changed and self._on_device:
-            self.ctx.page_table[: len(requests)].copy_(self._staging["page_table"][: len(requests)], non_blocking=True)
+        return places, pages
+
+    def _send(self, changes: tuple[list[int], list[int]]) -> None:
+        """Bring the inputs and the changes of the page table to the device, in stream order."""
+        ctx, (places, pages), table = self.ctx, changes, self.ctx.page_table.view(-1)
+        if not self._on_device:
+            table.numpy()[places] = pages
+            return
+        staging = self._ring[self._turn]
+        few = len(places) <= PAGE_WRITES
+        if few:
+            self._write(page_at=places, page_values=pages)
+        ctx.inputs.copy_(staging.flat, non_blocking=True)
+        staging.sent.record()
+        if few and places:
+            table.index_copy_(0, ctx.page_at[: len(places)], ctx.page_values[: len(places)])
+        elif places:  # this transfer waits for the device
+            table.index_copy_(0, torch.tensor(places, device=ctx.device), torch.tensor(pages, dtype=torch.int32, device=ctx.device))
+        self._turn = 1 - self._turn
+        self._ring[self._turn].sent.synchronize()  # the transfer before last; it is done long since
+
+
+def _pad(values: list[int], padded: int, value: int) -> list[int]:
+    return values + [value] * (padded - len(values))
 
 
 def _rows(pages: list[int], page_size: int, start: int, end: int) -> list[int]:

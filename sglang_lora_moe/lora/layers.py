@@ -15,10 +15,10 @@ from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.dense import DenseDelta, TorchDense
 from sglang_lora_moe.lora.hooks import build_lora_hooks
-from sglang_lora_moe.lora.slot_runs import slot_runs
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
-from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta
+from sglang_lora_moe.lora.torch_linear import Part
 from sglang_lora_moe.moe.backends import make_lora_ops
 
 
@@ -41,8 +41,9 @@ class FusedMoEWithLoRA(nn.Module):
 class LinearWithLoRA(nn.Module):
     """A linear, fused or not, with adapters on each of its parts (`stacks` in the order of `base.parts`)."""
 
-    def __init__(self, base: Linear, stacks: Sequence[LinearStacks], ctx: StepContext) -> None:
+    def __init__(self, base: Linear, stacks: Sequence[LinearStacks], ctx: StepContext, delta: DenseDelta | None = None) -> None:
         super().__init__()
+        self.delta = delta or TorchDense(ctx)
         if len(stacks) != len(base.parts):
             raise ValueError(f"expected stacks for {len(base.parts)} parts ({', '.join(name for name, _ in base.parts)}), got {len(stacks)}")
         self.base, self.ctx = base, ctx
@@ -58,15 +59,16 @@ class LinearWithLoRA(nn.Module):
         y = self.base.forward(x)
         if self.ctx.lora_active:
             flat = x.reshape(-1, x.shape[-1])
-            add_linear_delta(y.view(-1, y.shape[-1]), flat, self.parts, slot_runs(self.ctx, self.base.slot_source, flat.shape[0]))
+            self.delta.add_linear(y.view(-1, y.shape[-1]), flat, self.parts, self.base.slot_source)
         return y
 
 
 class EmbeddingWithLoRA(nn.Module):
     """Token embedding with adapters."""
 
-    def __init__(self, base: Embedding, stacks: EmbeddingStacks, ctx: StepContext) -> None:
+    def __init__(self, base: Embedding, stacks: EmbeddingStacks, ctx: StepContext, delta: DenseDelta | None = None) -> None:
         super().__init__()
+        self.delta = delta or TorchDense(ctx)
         _check_dims(base.name, stacks, base.weight.shape[0], base.weight.shape[1])
         self.base, self.stacks, self.ctx = base, stacks, ctx
 
@@ -75,7 +77,7 @@ class EmbeddingWithLoRA(nn.Module):
         y = self.base.forward(input_ids)
         if self.ctx.lora_active:
             flat = input_ids.reshape(-1)
-            add_embedding_delta(y.view(flat.shape[0], -1), flat, self.stacks, slot_runs(self.ctx, "tokens", flat.shape[0]))
+            self.delta.add_embedding(y.view(flat.shape[0], -1), flat, self.stacks)
         return y
 
 

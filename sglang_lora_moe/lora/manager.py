@@ -18,6 +18,7 @@ from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.dense import make_dense_delta
 from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, FusedMoEWithLoRA, LinearWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.registry import AdapterEntry, LoRARegistry
@@ -41,12 +42,21 @@ class Model(Protocol):
 class LoRAManager:
     """`reader(path)` gives the weights of an adapter directory, or raises a ValueError that says what is wrong with it."""
 
-    def __init__(self, model: Model, reader: Callable[[str], AdapterWeights], *, num_slots: int, max_rank: int, max_loaded: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        reader: Callable[[str], AdapterWeights],
+        *,
+        num_slots: int,
+        max_rank: int,
+        max_loaded: int | None = None,
+        backend: str = "torch_native",
+    ) -> None:
         self.read = reader
         self.slots = SlotTable(num_slots)
         self.registry = LoRARegistry(num_slots, max_loaded)
         self.pool = LoRAMemoryPool(list(collect_targets(model.hf).values()), num_slots, max_rank, model.dtype, model.device)
-        wrap_layers(model.hf, self.pool, model.ctx)
+        wrap_layers(model.hf, self.pool, model.ctx, backend)
 
     # ---- names ------------------------------------------------------------------------------------------------------
     def load(self, name: str, path: str, weights: AdapterWeights, pinned: bool) -> dict[str, Any]:
@@ -122,16 +132,17 @@ class LoRAManager:
         return [(rid, data) for rid in entry.unload_rids]
 
 
-def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext) -> None:
-    """Replace each layer of `hf` that adapters may touch by its wrapper over `pool`."""
+def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext, backend: str) -> None:
+    """Replace each layer of `hf` that adapters may touch by its wrapper over `pool`. `backend` computes linears and embeddings."""
+    delta = make_dense_delta(backend, ctx)
     for path, module in list(hf.named_modules()):
         wrapped: nn.Module | None = None
         if isinstance(module, FusedMoE):
             wrapped = FusedMoEWithLoRA(module, _stacks(pool, module.name, ExpertStacks), ctx)
         elif isinstance(module, Linear):
-            wrapped = LinearWithLoRA(module, [_stacks(pool, name, LinearStacks) for name, _ in module.parts], ctx)
+            wrapped = LinearWithLoRA(module, [_stacks(pool, name, LinearStacks) for name, _ in module.parts], ctx, delta)
         elif isinstance(module, Embedding):
-            wrapped = EmbeddingWithLoRA(module, _stacks(pool, module.name, EmbeddingStacks), ctx)
+            wrapped = EmbeddingWithLoRA(module, _stacks(pool, module.name, EmbeddingStacks), ctx, delta)
         if wrapped is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(hf.get_submodule(parent), leaf, wrapped)

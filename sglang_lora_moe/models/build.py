@@ -82,6 +82,7 @@ class ServedModel:
     def forward_logits(self) -> torch.Tensor:
         """`forward` before the conversion: logits [num_logits, V] in the model's dtype."""
         ctx = self.ctx
+        self._take_sampled()
         for backend in self._backends.values():
             backend.begin_step()
         if self._decoder is not None:
@@ -97,6 +98,18 @@ class ServedModel:
         if not self._checked:
             self._check_attention_ran()
         return logits
+
+    def _take_sampled(self) -> None:
+        """Tokens that the last step sampled and that only the device knows yet."""
+        ctx, rows = self.ctx, slice(0, self.ctx.num_tokens)
+        if self.device.type == "cuda":
+            from sglang_lora_moe.ops.take_sampled import take_sampled
+
+            take_sampled(ctx.input_ids[rows], ctx.token_source[rows], ctx.sampled)
+            return
+        pending = (ctx.token_source[rows] >= 0).nonzero().squeeze(1)
+        if pending.shape[0]:
+            ctx.input_ids[pending] = ctx.sampled[ctx.token_source[pending].long()]
 
     def _check_attention_ran(self) -> None:
         """After the first step: a layer that did not go through the paged cache would forget what came before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,9 @@ from sglang_lora_moe.quantization.base import QuantMethod
 if TYPE_CHECKING:
     from sglang_lora_moe.lora.hooks import ExpertLoRAOps
 
-BACKENDS = ("torch_native",)
-_ON_CPU = ("torch_native",)
+BACKENDS = ("triton", "torch_native")
+# Without a GPU, Triton kernels run in its interpreter, for tests.
+_ON_CPU = ("torch_native", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch_native",)
 
 
 def get_moe_runner_backend(name: str, device: torch.device | str, quant_method: QuantMethod) -> str:
@@ -27,7 +29,7 @@ def get_moe_runner_backend(name: str, device: torch.device | str, quant_method: 
     if name == "auto":
         if not usable:
             raise ValueError(f"no MoE backend runs {quant_method.name} weights on {device_type}; they need one of {', '.join(quant_method.backends)}")
-        return usable[0]
+        return usable[0] if device_type == "cuda" or "torch_native" not in usable else "torch_native"
     if name not in BACKENDS:
         raise ValueError(f"unknown MoE backend {name!r}; known: auto, {', '.join(BACKENDS)}")
     if name not in usable:
@@ -41,6 +43,10 @@ def make_core(name: str) -> MoeRunnerCore:
         from sglang_lora_moe.moe.backends.torch_native import TorchNativeCore
 
         return TorchNativeCore()
+    if name == "triton":
+        from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
+
+        return TritonRunnerCore()
     raise ValueError(f"unknown MoE backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
@@ -50,4 +56,8 @@ def make_lora_ops(name: str) -> ExpertLoRAOps:
         from sglang_lora_moe.moe.backends import torch_lora
 
         return torch_lora
+    if name == "triton":
+        from sglang_lora_moe.moe.backends import triton_lora
+
+        return triton_lora
     raise ValueError(f"the {name} MoE backend cannot apply adapters to experts; use --moe-runner-backend torch_native")

@@ -1,0 +1,51 @@
+"""Who computes the deltas of linears and embeddings: `--lora-backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.slot_runs import slot_runs
+from sglang_lora_moe.lora.stacks import EmbeddingStacks
+from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta
+
+BACKENDS = ("torch_native", "triton")
+
+
+class DenseDelta(Protocol):
+    """Adds in place what a step's adapters add to a layer's output; the slots of the rows are the step context's."""
+
+    def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
+        """y [M, rows] += scaling * B (A x) for each part; x [M, in]; `slot_source` "tokens" or "logits"."""
+        ...
+
+    def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
+        """y [M, H] += scaling * B A[:, ids]; ids int [M]."""
+        ...
+
+
+class TorchDense:
+    """Plain torch: one pair of matmuls per run of equal slots, which it finds on the host."""
+
+    def __init__(self, ctx: StepContext) -> None:
+        self.ctx = ctx
+
+    def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
+        add_linear_delta(y, x, parts, slot_runs(self.ctx, slot_source, x.shape[0]))
+
+    def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
+        add_embedding_delta(y, ids, stacks, slot_runs(self.ctx, "tokens", ids.shape[0]))
+
+
+def make_dense_delta(backend: str, ctx: StepContext) -> DenseDelta:
+    """The one of `backend`, shared by all layers of a model."""
+    if backend == "torch_native":
+        return TorchDense(ctx)
+    if backend == "triton":
+        from sglang_lora_moe.lora.triton_dense import TritonDense
+
+        return TritonDense(ctx)
+    raise ValueError(f"unknown LoRA backend {backend!r}; known: {', '.join(BACKENDS)}")
