@@ -54,7 +54,7 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
         attention_backend=config.attention_backend,
         seed=config.random_seed,
     )
-    config = replace(config, context_length=min(config.context_length, model.max_model_len))
+    config = replace(config, context_length=min(config.context_length, model.max_model_len), moe_runner_backend=model.moe_runner_backend)
     weights = allocated_bytes(config)
     lora = _make_manager(config, model) if config.enable_lora else None  # before the KV cache takes what memory is left
     adapters = allocated_bytes(config) - weights
@@ -100,7 +100,8 @@ def _make_core(config: Config, model: ServedModel, lora: LoRAManager | None) -> 
 
 def _capture_graphs(config: Config, model: ServedModel) -> DecodeGraphs | None:
     """Graphs of decode steps where everything in them can be captured: backends that read no device data on the host."""
-    host_bound = "torch_native" in (config.moe_runner_backend, config.attention_backend, config.lora_backend if config.enable_lora else "")
+    backends = f"{config.moe_runner_backend} {config.attention_backend} {config.lora_backend if config.enable_lora else ''}"
+    host_bound = "torch_native" in backends
     if config.device != "cuda" or config.disable_cuda_graph or host_bound:
         if config.device == "cuda" and host_bound and not config.disable_cuda_graph:
             logger.warning("decode steps run without CUDA graphs: a torch_native backend reads device data on the host")

@@ -1,4 +1,4 @@
-"""Turns every "auto" of the configuration into a decision, in one place, and sizes the KV cache from free memory."""
+"""Turns every "auto" of the configuration into a decision, in one place (the build decides the experts' backend), and sizes the KV cache from free memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def resolve(config: Config) -> Config:
         config,
         device=device,
         dtype=config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else _checkpoint_dtype(model),
-        moe_runner_backend=config.moe_runner_backend if config.moe_runner_backend != "auto" else "torch_native" if device == "cpu" else "triton",
         attention_backend=config.attention_backend if config.attention_backend != "auto" else "torch_native" if device == "cpu" else "triton",
         lora_backend=config.lora_backend if config.lora_backend != "auto" else "torch_native" if device == "cpu" else "triton",
         context_length=_context_length(config, model),

@@ -55,7 +55,7 @@ class ServedModel:
         self.eos_token_ids: list[int] = []
         self.kv_specs: list[KVLayerSpec] = [layer.spec.kv for layer in attention]
         self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
-        self.moe_runner_backend = ""  # that runs the experts
+        self.moe_runner_backend = "auto"  # what runs the experts; two names joined by "+" where only some layers are quantized
         self._attention, self._names = attention, NameTable(hf)
         self._decoder: FusedDecoder | None = None
         self._backends = {id(layer.backend): layer.backend for layer in attention}
@@ -143,6 +143,7 @@ def build_model(
     _materialise(hf, device)
     hf.tie_weights()
     model = ServedModel(hf, ctx, dtype, device, list(swap.attention.values()))
+    model.moe_runner_backend = "+".join(sorted(swap.moe_backends)) or moe_runner_backend  # a model without experts decides nothing
     model.refused_adapter_modules = swap.refused_adapter_modules
     model.eos_token_ids = _eos_token_ids(path, model.config)
     if load_format == "dummy":
@@ -156,7 +157,6 @@ def build_model(
         from sglang_lora_moe.models.decoder import FusedDecoder, is_standard  # triton is not installed everywhere
 
         if is_standard(hf):
-    model.moe_runner_backend = "+".join(sorted(swap.moe_backends)) or moe_runner_backend
             model._decoder = FusedDecoder(hf, ctx, model.max_model_len)
     return model
 
@@ -191,6 +191,16 @@ def _build_on_meta(path: Path, dtype: torch.dtype) -> Any:
     return hf.eval().requires_grad_(False)
 
 
+def _weight_formats(hf: Any, path: Path | None) -> WeightFormats:
+    """What of the model (on meta) is quantized, by its configuration and the files in `path` (None = no files)."""
+    quantization = getattr(hf.config, "quantization_config", None) or getattr(hf.config.get_text_config(), "quantization_config", None)
+    if not quantization:
+        return WeightFormats(None, None, lambda key: (key, None))
+    config = parse_quantization_config(quantization if isinstance(quantization, dict) else quantization.to_dict())
+    table, names = NameTable(hf), dict([*hf.named_parameters(), *hf.named_buffers()])
+    return WeightFormats(config, None if path is None else list_tensors(path), lambda key: table.place_of(key, names))
+
+
 class _Swap:
     """Replaces modules of a model on meta by empty layers of ours on the device."""
 
@@ -206,16 +216,6 @@ class _Swap:
         self._backend = ATTENTION_BACKENDS[attention_backend](ctx)
         self.moe_backends: set[str] = set()
         self._methods: dict[WNA16Scheme | None, tuple[QuantMethod, MoeRunner]] = {}
-def _weight_formats(hf: Any, path: Path | None) -> WeightFormats:
-    """What of the model (on meta) is quantized, by its configuration and the files in `path` (None = no files)."""
-    quantization = getattr(hf.config, "quantization_config", None) or getattr(hf.config.get_text_config(), "quantization_config", None)
-    if not quantization:
-        return WeightFormats(None, None, lambda key: (key, None))
-    config = parse_quantization_config(quantization if isinstance(quantization, dict) else quantization.to_dict())
-    table, names = NameTable(hf), dict([*hf.named_parameters(), *hf.named_buffers()])
-    return WeightFormats(config, None if path is None else list_tensors(path), lambda key: table.place_of(key, names))
-
-
         self._workspace = Workspace(device)
 
     def run(self) -> None:
@@ -291,6 +291,18 @@ def _weight_formats(hf: Any, path: Path | None) -> WeightFormats:
         experts.interleaved_gate_up, experts.is_transposed = not module.is_concatenated, bool(module.is_transposed)
         return experts
 
+    def _method(self, path: str, scheme: WNA16Scheme | None) -> tuple[QuantMethod, MoeRunner]:
+        """How the experts at `path` are stored, and what runs them; one of each per scheme."""
+        if scheme not in self._methods:
+            method = UnquantizedMethod() if scheme is None else WNA16Method(scheme)
+            try:
+                backend = get_moe_runner_backend(self._moe_backend, self.device, method)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            self.moe_backends.add(backend)
+            self._methods[scheme] = method, MoeRunner(make_core(backend))
+        return self._methods[scheme]
+
     def _swap_router(self, block: str) -> None:
         """Replace the router of the MoE block at path `block`, if its formula is known."""
         for leaf, module in list(self.hf.get_submodule(block).named_children()):
@@ -304,18 +316,6 @@ def _weight_formats(hf: Any, path: Path | None) -> WeightFormats:
                 self.refused_adapter_modules[f"{block.rpartition('.')[2]}.{leaf}"] = f"{kind} is not in the table of routers that take adapters"
 
     def _make_router(self, path: str, module: Any, spec: RouterSpec) -> Router:
-    def _method(self, path: str, scheme: WNA16Scheme | None) -> tuple[QuantMethod, MoeRunner]:
-        """How the experts at `path` are stored, and what runs them; one of each per scheme."""
-        if scheme not in self._methods:
-            method = UnquantizedMethod() if scheme is None else WNA16Method(scheme)
-            try:
-                backend = get_moe_runner_backend(self._moe_backend, self.device, method)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-            self.moe_backends.add(backend)
-            self._methods[scheme] = method, MoeRunner(make_core(backend))
-        return self._methods[scheme]
-
         weight = module.weight
         biased = (path,) if getattr(module, "bias", None) is not None else ()
         dtype = torch.float32 if spec.float32_logits else weight.dtype
