@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from sglang_lora_moe.core import LogprobOptions, SamplingParams, TokenLogprob
 from sglang_lora_moe.engine.kv_cache import page_key, root_key
 
-
 PENDING = -1  # stands in `tokens` for a token that the device is about to sample
 
 

@@ -85,7 +85,9 @@ def _tokens_on_gpu(config: Config, bytes_per_token: int, weights: int, adapters:
     )
     logger.info(text)
     if tokens < 2 * config.page_size:
-        raise ValueError(f"the model does not fit. {text}. Raise --mem-fraction-static, or lower --max-loras-per-batch, --max-lora-rank or --chunked-prefill-size")
+        raise ValueError(
+            f"the model does not fit. {text}. Raise --mem-fraction-static, or lower --max-loras-per-batch, --max-lora-rank or --chunked-prefill-size"
+        )
     return tokens
 
 
