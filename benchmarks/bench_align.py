@@ -29,7 +29,12 @@ from tests.routing_cases import generator, make_token_slots, make_topk_ids
 KEYS = ("shape", "M", "active", "plan")
 COLUMNS = (*KEYS, "us", "low_us", "high_us", "peer_base_us", "peer_us", "ratio", "floor_us")
 CALLS = 64
-PLANS: dict[str, Plan] = {"one block": (1 << 30, 1024, 1024), "large 256": (-1, 256, 1024), "large 512": (-1, 512, 1024), "large 1024": (-1, 1024, 1024)}
+PLANS: dict[str, Plan] = {
+    "one block": (1 << 30, 0, 512, 0),
+    **{f"recount {n}": (-1, 1 << 30, n, 1) for n in (256, 512, 1024)},
+    **{f"count {n}": (-1, 0, n, 1) for n in (256, 512, 1024)},
+    "count 512 apart": (-1, 0, 512, 0),
+}
 PEERS = json.loads((Path(__file__).parent / "peers_align_h200.json").read_text())["rows"]
 
 
@@ -100,7 +105,7 @@ def main() -> None:
         for name in args.shapes or SHAPES:
             for active in sorted(args.active, key=lambda a: (a != 16, a)):  # the targets stand on A = 16
                 for tokens in args.tokens or TOKENS:
-                    one_block_too_big = plan == "one block" and tokens * SHAPES[name].top_k > 8192
+                    one_block_too_big = plan == "one block" and tokens * SHAPES[name].top_k > 4096
                     key = {"shape": name, "M": tokens, "active": active, "plan": plan}
                     if deadline.reached() or one_block_too_big or results.find(**key):
                         continue

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <string>
 
 #include "errors.h"
 #include "moe_lora_align.h"
@@ -20,6 +21,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr const char* kAlign = "moe_lora_align_block_size";
+
 void* current_stream(int32_t device) {
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA streams");
@@ -27,13 +30,18 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// int32, contiguous, on `device`, at least `elements`; its data.
+// "Int [8, 2], not contiguous, on cuda:0"
+std::string describe(const Tensor& tensor) {
+  std::string text = torch::headeronly::toString(tensor.scalar_type()) + std::string(" [");
+  for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  text += tensor.is_contiguous() ? "]" : "], not contiguous";
+  return text + (tensor.is_cuda() ? " on cuda:" + std::to_string(tensor.get_device_index()) : " not on a GPU");
+}
+
+// The data of `tensor`: int32, contiguous, on `device`, of at least `elements`.
 int32_t* int32_data(const Tensor& tensor, const char* name, int32_t device, int64_t elements) {
-  const bool fits = tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous();
-  STD_TORCH_CHECK(fits, "moe_lora_align_block_size: expected ", name, " to be contiguous int32 on cuda:", device, ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()), tensor.is_contiguous() ? "" : " not contiguous", tensor.is_cuda() ? " on cuda:" : " on another device type, ",
-                  tensor.get_device_index());
-  STD_TORCH_CHECK(tensor.numel() >= elements, "moe_lora_align_block_size: expected ", name, " of at least ", elements, " elements, got ", tensor.numel());
+  const bool fits = tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() && tensor.numel() >= elements;
+  STD_TORCH_CHECK(fits, kAlign, ": expected ", name, " to be contiguous int32 of at least ", elements, " elements on cuda:", device, ", got ", describe(tensor));
   return static_cast<int32_t*>(tensor.mutable_data_ptr());
 }
 
@@ -47,15 +55,14 @@ void moe_lora_align_block_size(Tensor topk_ids, std::optional<Tensor> token_slot
   const int32_t device = topk_ids.get_device_index();
   const bool long_ids = topk_ids.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(topk_ids.dim() == 2 && topk_ids.is_contiguous() && (long_ids || topk_ids.scalar_type() == ScalarType::Int),
-                  "moe_lora_align_block_size: expected topk_ids to be contiguous int32 or int64 [M, K], got ", torch::headeronly::toString(topk_ids.scalar_type()), " of ",
-                  topk_ids.dim(), " dimensions");
-  STD_TORCH_CHECK(num_experts >= 1 && num_experts <= 1024, "moe_lora_align_block_size: expected num_experts in 1..1024, got ", num_experts);
-  STD_TORCH_CHECK(num_slots >= 0 && num_slots <= 256, "moe_lora_align_block_size: expected num_slots in 0..256, got ", num_slots);
-  STD_TORCH_CHECK(base_block >= 1 && base_block <= 1 << 20 && lora_block >= 1 && lora_block <= 1 << 20, "moe_lora_align_block_size: expected blocks in 1..2^20, got base_block ",
+                  kAlign, ": expected topk_ids to be contiguous int32 or int64 [M, K], got ", describe(topk_ids));
+  STD_TORCH_CHECK(num_experts >= 1 && num_experts <= 1024, kAlign, ": expected num_experts in 1..1024, got ", num_experts);
+  STD_TORCH_CHECK(num_slots >= 0 && num_slots <= 256, kAlign, ": expected num_slots in 0..256, got ", num_slots);
+  STD_TORCH_CHECK(base_block >= 1 && base_block <= 1 << 20 && lora_block >= 1 && lora_block <= 1 << 20, kAlign, ": expected blocks in 1..2^20, got base_block ",
                   base_block, ", lora_block ", lora_block);
-  STD_TORCH_CHECK(topk_ids.size(1) >= 1, "moe_lora_align_block_size: expected top_k of at least 1, got 0");
+  STD_TORCH_CHECK(topk_ids.size(1) >= 1, kAlign, ": expected top_k of at least 1, got 0");
   const int64_t tokens = topk_ids.size(0), top_k = topk_ids.size(1), pairs = tokens * top_k, slots = token_slots ? num_slots : 0;
-  STD_TORCH_CHECK(pairs < (int64_t)1 << 30, "moe_lora_align_block_size: expected fewer than 2^30 pairs, got ", pairs);
+  STD_TORCH_CHECK(pairs < (int64_t)1 << 30, kAlign, ": expected fewer than 2^30 pairs, got ", pairs);
 
   MoeLoraAlign a;
   a.topk_ids = topk_ids.const_data_ptr();
@@ -75,7 +82,7 @@ void moe_lora_align_block_size(Tensor topk_ids, std::optional<Tensor> token_slot
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = moe_lora_align(&a, moe_lora_align_default_plan(), current_stream(device));
-  STD_TORCH_CHECK(error == 0, "moe_lora_align_block_size: launch failed: ", cuda_error_text(error));
+  STD_TORCH_CHECK(error == 0, kAlign, ": launch failed: ", cuda_error_text(error));
 }
 
 }  // namespace

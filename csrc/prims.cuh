@@ -25,13 +25,37 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 DEVICE uint32_t match_any(int value) { return __match_any_sync(0xffffffffu, value); }  // lanes that hold the same value
 DEVICE uint32_t shuffle_up(uint32_t value, int delta) { return __shfl_up_sync(0xffffffffu, value, delta); }
+DEVICE uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 DEVICE uint32_t warp_sum(uint32_t value) { return __reduce_add_sync(0xffffffffu, value); }
 DEVICE int warp_max(int value) { return __reduce_max_sync(0xffffffffu, value); }
 DEVICE void atomic_add(uint32_t* address, uint32_t value) { atomicAdd(address, value); }
+DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 DEVICE int count_bits(uint32_t word) { return __popc(word); }
 DEVICE int highest_bit(uint32_t word) { return 31 - __clz((int)word); }  // -1 for 0
 DEVICE int lowest_bit(uint32_t word) { return __ffs((int)word) - 1; }    // -1 for 0
+
+// One word from a block to later blocks of the same grid: what was written before publish() is seen after observe() returns that word.
+// A block may wait for blocks of lower index only: those are started first.
+DEVICE void publish(uint32_t* address, uint32_t value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"); }
+DEVICE uint32_t observe(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Programmatic dependent launch (sm_90 and newer, else nothing): the next kernel of the stream, if launched with overlap, may start once
+// every block has called allow_next_kernel; it sees this kernel's writes only after its own wait_for_previous_kernel.
+DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -80,16 +104,39 @@ DEVICE uint32_t pack_fp16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
-// Launch on a stream; more than 48 KB of dynamic shared memory is asked for first. Returns a cudaError_t, 0 = success.
+struct Launch {
+  unsigned blocks, threads;
+  size_t shared_bytes;
+  void* stream;          // cudaStream_t
+  bool overlap = false;  // may start before the previous kernel of the stream has ended: the kernel calls wait_for_previous_kernel
+};
+
+// Enqueue a kernel; more than 48 KB of dynamic shared memory is asked for first. Returns a cudaError_t, 0 = success.
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes, void* stream, Args... args) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+int launch(const Launch& how, void (*kernel)(Params...), Args... args) {
+  if (how.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)how.shared_bytes);
     if (error != cudaSuccess) return (int)error;
   }
-  kernel<<<blocks, threads, shared_bytes, (cudaStream_t)stream>>>(args...);
-  return (int)cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(how.blocks);
+  config.blockDim = dim3(how.threads);
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = (cudaStream_t)how.stream;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = how.overlap ? 1 : 0;
+  return (int)cudaLaunchKernelEx(&config, kernel, args...);
 }
+
+// Whether kernels may be launched with overlap on the current device.
+inline bool can_overlap() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
 #else
 #include "emulator/emu.h"
 #endif

@@ -57,7 +57,7 @@ struct Block {
   Dim index, grid, threads;
   std::vector<Thread> thread;
   std::vector<Warp> warp;
-  int current = 0, arrived = 0;
+  int current = 0, arrived = 0, observed = 0;
   unsigned generation = 0;
   std::unique_ptr<uint8_t[]> shared;
   std::function<void()> body;
@@ -120,7 +120,7 @@ inline bool advance(int index, size_t& left) {
 
 // Each warp runs as far as it can before the next one does: the schedule furthest from lockstep.
 inline void run_block(const std::vector<int>& warps, const std::vector<int>& lanes) {
-  block.arrived = 0;
+  block.arrived = block.observed = 0;
   for (Warp& warp : block.warp) warp.arrived = 0;
   for (Thread& thread : block.thread) {
     thread.done = false;
@@ -280,6 +280,9 @@ inline uint32_t match_any(int value) {
 inline uint32_t shuffle_up(uint32_t value, int delta) {
   return emu::exchange("shuffle_up", value, [delta](int lane, auto from) { return from(lane >= delta ? lane - delta : lane); });
 }
+inline uint32_t shuffle_xor(uint32_t value, int mask) {
+  return emu::exchange("shuffle_xor", value, [mask](int lane, auto from) { return from(lane ^ mask); });
+}
 inline uint32_t shuffle(uint32_t value, int source) {  // every lane must name the same source here
   return emu::exchange("shuffle", value, [source](int, auto from) { return from(source & 31); });
 }
@@ -298,6 +301,14 @@ inline int warp_max(int value) {
   });
 }
 inline void atomic_add(uint32_t* address, uint32_t value) { *address += value; }
+inline uint32_t multiply_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
+inline void publish(uint32_t* address, uint32_t value) { *address = value; }
+inline uint32_t observe(const uint32_t* address) {  // blocks run in order: what a correct kernel waits for is there
+  if (++emu::block.observed > 1 << 20) emu::fail("a block waits for a word that no earlier block has published");
+  return *address;
+}
+inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() {}
 inline int count_bits(uint32_t word) { return __builtin_popcount(word); }
 inline int highest_bit(uint32_t word) { return word ? 31 - __builtin_clz(word) : -1; }
 inline int lowest_bit(uint32_t word) { return __builtin_ffs((int)word) - 1; }
@@ -326,7 +337,15 @@ inline void mma_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline uint32_t pack_bf16(float low, float high) { return emu::to_bf16(low) | (uint32_t)emu::to_bf16(high) << 16; }
 inline uint32_t pack_fp16(float low, float high) { return emu::to_fp16(low) | (uint32_t)emu::to_fp16(high) << 16; }
 
+struct Launch {
+  unsigned blocks, threads;
+  size_t shared_bytes;
+  void* stream;
+  bool overlap = false;
+};
+
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes, void* /*stream*/, Args... args) {
-  return emu::launch(kernel, blocks, threads, shared_bytes, args...);
+int launch(const Launch& how, void (*kernel)(Params...), Args... args) {
+  return emu::launch(kernel, how.blocks, how.threads, how.shared_bytes, args...);
 }
+inline bool can_overlap() { return false; }

@@ -59,7 +59,7 @@ def max_lora_tiles(pairs: int, experts: int, slots: int, block: int) -> int:
 
 def workspace_elements(pairs: int, experts: int, slots: int) -> int:
     """int32 elements of scratch of the CUDA implementation, as moe_lora_align_workspace() in csrc/; the CPU one needs none."""
-    return 3 * pairs + (128 + pairs // 8192) * (experts + 1)
+    return 2 * pairs + (128 + pairs // 8192) * (experts + 1) + 2 * experts + 1
 
 
 def moe_lora_align_block_size(

@@ -44,7 +44,7 @@ KERNEL void collectives(const int* in, uint32_t* out) {
   uint32_t* row = out + lane * 8;
   row[0] = warp_ballot(value & 1);
   row[1] = match_any(value);
-  row[2] = shuffle_up((uint32_t)value, 3);
+  row[2] = shuffle_up((uint32_t)value, 3) + 1000 * shuffle_xor((uint32_t)value, 6);
   row[3] = shuffle((uint32_t)value, 5);
   row[4] = warp_sum((uint32_t)value);
   row[5] = (uint32_t)warp_max(-value);
@@ -101,17 +101,17 @@ int main(int, char** argv) {
   auto* words = (uint32_t*)out.data();
   auto* ints = (int*)out.data();
   const uint16_t* half = i((uint16_t*)nullptr);
-  if (name == "copy") launch(copy_rows<true>, 1, 32, 1024, nullptr, i((uint32_t*)nullptr), words);
-  if (name == "copy_without_wait") launch(copy_rows<false>, 1, 32, 1024, nullptr, i((uint32_t*)nullptr), words);
-  if (name == "multiply_bf16") launch(multiply<true>, 1, 32, 768, nullptr, half, half + 256, (float*)out.data());
-  if (name == "multiply_fp16") launch(multiply<false>, 1, 32, 768, nullptr, half, half + 256, (float*)out.data());
-  if (name == "collectives") launch(collectives, 1, 32, 0, nullptr, i((int*)nullptr), words);
-  if (name == "reverse") launch(reverse<true>, 1, 128, 512, nullptr, i((int*)nullptr), ints);
-  if (name == "reverse_without_barrier") launch(reverse<false>, 1, 128, 512, nullptr, i((int*)nullptr), ints);
-  if (name == "early_return") launch(early_return, 1, 64, 0, nullptr, ints);
-  if (name == "split_warp") launch(split_warp, 1, 32, 0, nullptr, words);
-  if (name == "overrun") launch(overrun, 1, 32, 128, nullptr, ints);
-  if (name == "pack") launch(pack, 1, 32, 0, nullptr, i((float*)nullptr), words);
+  if (name == "copy") launch({1, 32, 1024, nullptr}, copy_rows<true>, i((uint32_t*)nullptr), words);
+  if (name == "copy_without_wait") launch({1, 32, 1024, nullptr}, copy_rows<false>, i((uint32_t*)nullptr), words);
+  if (name == "multiply_bf16") launch({1, 32, 768, nullptr}, multiply<true>, half, half + 256, (float*)out.data());
+  if (name == "multiply_fp16") launch({1, 32, 768, nullptr}, multiply<false>, half, half + 256, (float*)out.data());
+  if (name == "collectives") launch({1, 32, 0, nullptr}, collectives, i((int*)nullptr), words);
+  if (name == "reverse") launch({1, 128, 512, nullptr}, reverse<true>, i((int*)nullptr), ints);
+  if (name == "reverse_without_barrier") launch({1, 128, 512, nullptr}, reverse<false>, i((int*)nullptr), ints);
+  if (name == "early_return") launch({1, 64, 0, nullptr}, early_return, ints);
+  if (name == "split_warp") launch({1, 32, 0, nullptr}, split_warp, words);
+  if (name == "overrun") launch({1, 32, 128, nullptr}, overrun, ints);
+  if (name == "pack") launch({1, 32, 0, nullptr}, pack, i((float*)nullptr), words);
   std::fwrite(out.data(), 1, out.size(), stdout);
   return 0;
 }

@@ -63,7 +63,8 @@ def test_collectives(emulate: Run) -> None:
         match = sum((v == lanes[lane]) << i for i, v in enumerate(lanes))
         bits = (1 << lane) - 1 + lanes[lane].bit_count()
         place = (lanes[lane].bit_length() - 1) * 100 + (lanes[lane] & -lanes[lane]).bit_length() - 1
-        expected = [ballot, match, lanes[max(lane - 3, 0)] if lane >= 3 else lanes[lane], lanes[5], sum(lanes), -min(lanes), bits, place]
+        shuffled = (lanes[lane - 3] if lane >= 3 else lanes[lane]) + 1000 * lanes[lane ^ 6]
+        expected = [ballot, match, shuffled, lanes[5], sum(lanes), -min(lanes), bits, place]
         assert [v % 2**32 for v in row] == [v % 2**32 for v in expected], f"lane {lane}"
 
 
