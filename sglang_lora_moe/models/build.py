@@ -120,7 +120,7 @@ class ServedModel:
 
 
 def build_model(
-    path: str | Path,
+    path: str | Path,  # budget: the choices of `Config` that decide a build
     *,
     ctx: StepContext,
     dtype: torch.dtype,

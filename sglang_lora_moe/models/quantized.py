@@ -49,7 +49,10 @@ class WeightFormats:
     def make_linear(self, modules: dict[str, nn.Linear], *, device: torch.device | str, slot_source: str = "tokens") -> Linear:
         """The layer for one linear or several fused ones. One that is only partly quantized is built in 16 bit and dequantized at load."""
         schemes = {name: self._linear_scheme(name, module) for name, module in modules.items()}
-        distinct = {scheme: name for name, scheme in schemes.items() if scheme is not None}
+        distinct: dict[WNA16Scheme, str] = {}
+        for name, scheme in schemes.items():
+            if scheme is not None:
+                distinct.setdefault(scheme, name)
         if len(distinct) > 1:
             found = ", ".join(f"{name} is {scheme}" for scheme, name in distinct.items())
             raise QuantizationError(f"these are computed as one projection, but quantized differently: {found}; quantize them alike")
