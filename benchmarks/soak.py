@@ -177,7 +177,7 @@ class Soak:
             turn += 1
             for one, path in ((name, self.adapters[name]), (SWAPPED, self.adapters[self.moving[turn % len(self.moving)]])):
                 await self._post("/unload_lora_adapter", lora_name=one)
-                await self._post("/load_lora_adapter", lora_name=one, lora_path=path, pinned=self.random.random() < 0.1)
+                await self._post("/load_lora_adapter", lora_name=one, lora_path=path, pinned=one == SWAPPED and self.random.random() < 0.2)
                 self.report.reloads += 1
             if turn % 5 == 0:
                 await self._post("/flush_cache")

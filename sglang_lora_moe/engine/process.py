@@ -136,7 +136,8 @@ def serve_engine(core: EngineCore, socket: zmq.Socket[bytes]) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: an interpreter that ends cannot take the lock of a blocked reader
+        pass
     os._exit(0)  # at once, also in the middle of a step: nobody is left to hear of it
 
 
@@ -343,7 +344,8 @@ async def _spawn(config: Config, address: str) -> asyncio.subprocess.Process:
     command = [sys.executable, "-c", "import sys; from sglang_lora_moe.engine.process import run_engine_process as run; sys.exit(run())"]
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of a step that spin at its many small barriers stall on a busy machine; the user's own choice wins
     environment = {**waiting, **os.environ, "PYTHONPATH": path}
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=environment)
+    # its own session: a Ctrl-C in the terminal would else hit it before it has a handler
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=environment, start_new_session=True)
     assert process.stdin is not None
     process.stdin.write(json.dumps({"config": dataclasses.asdict(config), "address": address}).encode() + b"\n")
     with contextlib.suppress(ConnectionError):  # it died already; whoever waits for it will see

@@ -56,7 +56,8 @@ def control_routes(service: Service) -> APIRouter:
         adapters = await service.names.refresh()
         return {"version": __version__, "config": _masked(engine.config), "stats": await engine.stats(), "adapters": list(adapters.values())}
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    @router.get("/flush_cache", include_in_schema=False)
+    @router.post("/flush_cache")
     async def flush_cache() -> dict[str, Any]:
         return {"success": True} | await engine.flush_cache()
 

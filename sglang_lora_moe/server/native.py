@@ -193,7 +193,8 @@ def native_routes(service: Service) -> APIRouter:
     """The route, bound to one service."""
     router = APIRouter()
 
-    @router.api_route("/generate", methods=["POST", "PUT"])
+    @router.put("/generate", include_in_schema=False)
+    @router.post("/generate")
     async def generate(body: NativeRequest, request: Request) -> Response:
         return await service.respond(request, await native_job(service, body))
 

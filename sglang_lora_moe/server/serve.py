@@ -33,7 +33,7 @@ def serve(config: Config) -> int:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         return asyncio.run(_serve(config))
-    except (KeyboardInterrupt, asyncio.CancelledError):  # a signal before the HTTP server took over
+    except asyncio.CancelledError:  # SIGTERM before the HTTP server took over
         return 130
 
 

@@ -121,3 +121,9 @@ def test_apps_do_not_share_metrics(client_of: Any) -> None:
     first, second = client_of(FakeEngine()), client_of(FakeEngine())
     first.post("/v1/completions", json={"prompt": "x"})
     assert ("requests_total", "base") in samples(first) and ("requests_total", "base") not in samples(second)
+
+
+def test_docs_describe_the_endpoints(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/generate", "/load_lora_adapter", "/metrics"} <= set(paths)
+    assert client.get("/docs").status_code == 200
