@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     timing.add_arguments(parser, "moe_lora")
     parser.add_argument("--sweep", action="store_true", help="time tile candidates instead of layers")
-    parser.add_argument("--with-adapters", action="store_true", help="sweep the GEMMs with the addend of the first --ranks and --active")
+    parser.add_argument("--with-adapters", action="store_true", help="sweep also with the first of --ranks and of --active")
     parser.add_argument("--parts", action="store_true", help="time every kernel of a layer alone")
     parser.add_argument("--ranks", nargs="*", type=int, default=[16, 64])
     parser.add_argument("--active", nargs="*", type=int, default=[1, 4, 16])
@@ -104,8 +104,8 @@ def main() -> None:
     shapes, tokens = args.shapes or list(SHAPES), args.tokens or [1, 4, 16, 64, 256, 1024, 4096]
     deadline = timing.Deadline(args.time_limit)
     if args.sweep:
-        load = (args.ranks[0], args.active[0]) if args.with_adapters else (0, 0)
-        sweep([SHAPES[name] for name in shapes], tokens, load, args.out, deadline)
+        loads = [(0, 0)] + ([(args.ranks[0], args.active[0])] if args.with_adapters else [])
+        sweep([SHAPES[name] for name in shapes], tokens, loads, args.out, deadline)
         return
     rows = plan(shapes, tokens, args.ranks, args.active)
     warm_compile(rows)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.compile_ahead import SHARED_LIMIT, compile_all
-from benchmarks.moe_inputs import LayerInputs, Setup, align_on_host
+from benchmarks.moe_inputs import AlignedAhead, LayerInputs, Setup, align_on_host, run_layer
 from benchmarks.shapes import MoEShape
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.ops.low_rank import LowRank
@@ -31,20 +31,25 @@ def candidates(shape: MoEShape, tokens: int, gated: bool) -> Iterator[Tile]:
         for n, k, warps, stages in itertools.product((4, 8, 16), (256, 512, 1024), (4, 8), (2, 3, 4)):
             if 16 <= n * k // (32 * warps) <= 64:
                 yield GemvTile(n, k, warps, stages)
-    if 4 <= tokens and rows <= 24:
-        for m, n, k, stages, tma in itertools.product((16, 32), (32, 64, 128), (64, 128, 256), (3, 4, 6), (True, False)):
-            stage = (2 * n if gated else n) * k * 2 + m * k * 2
-            if (m == 16 or rows > 6) and 24 << 10 <= stage * stages <= 220 << 10 and (tma or stages < 6):
-                yield GemmTile(m, n, k, 4, stages, max(1, min(4, (226 << 10) // (stage * stages + 1024))), 1, tma)
-    if rows > 24 or (tokens >= 256 and rows > 12):
-        for m, n, k, warps, stages, group, tma in itertools.product((64, 128), (64, 128, 256), (64, 128), (4, 8), (3, 4), (1, 8), (True, False)):
-            stage = (2 * n if gated else n) * k * 2 + m * k * 2
-            registers = m * n * (2 if gated else 1) // (32 * warps)
-            if (m == 64 or rows > 40) and registers <= 128 and stage * stages <= 220 << 10 and (k == 64 or m == 64) and (tma or stages == 3):
-                if (group == 1) == (rows <= 96 or shape.experts > 64):
-                    yield GemmTile(
-                        m, n, k, warps, stages, max(1, min(2, (226 << 10) // (stage * stages + 1024), 65536 // (registers + 56) // (32 * warps))), group, tma
-                    )
+    for n, k, stages, tma, m in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 6), (True, False), (16, 32)):
+        shared = ((2 * n if gated else n) * k * 2 + m * k * 2) * stages
+        if tokens >= 4 and rows <= 24 and (m == 16 or rows > 6) and 24 << 10 <= shared <= 220 << 10 and (tma or stages < 6):
+            yield GemmTile(m, n, k, 4, stages, 0, 1, tma)
+            if tma:
+                yield GemmTile(m, n, k, 4, stages, _occupancy(shared, 64, 4), 1, tma)
+    for m, n, k, warps, stages, group, tail in itertools.product((64, 128), (64, 128, 256), (64, 128), (4, 8), (3, 4), (1, 8), (True, False)):
+        shared = ((2 * n if gated else n) * k * 2 + m * k * 2) * stages
+        registers = m * n * (2 if gated else 1) // (32 * warps)
+        fits = registers <= 128 and shared <= 220 << 10 and (k == 64 or m == 64)
+        wanted = (m == 64 or rows > 40) and (group == 1) == (rows <= 96 or shape.experts > 64) and (m == 128 or not tail)
+        if fits and wanted and (rows > 24 or (tokens >= 256 and rows > 12)):
+            yield GemmTile(m, n, k, warps, stages, _occupancy(shared, registers + 56, warps), group, True, tail)
+            if rows < 96 and not tail:
+                yield GemmTile(m, n, k, warps, stages, 0, group, True, tail)
+
+
+def _occupancy(shared: int, registers: int, warps: int) -> int:
+    return max(1, min(4, (226 << 10) // (shared + 1024), 65536 // registers // (32 * warps)))
 
 
 def run_gemm(inputs: LayerInputs, gated: bool, tile: Tile, routings: list[Routing], acts: list[torch.Tensor], index: int) -> None:
@@ -86,38 +91,76 @@ def _compile(load: tuple[int, int], shape: MoEShape, tokens: int, gated: bool, t
     run_gemm(inputs, gated, tile, routings_for(inputs, 16 if by_pair else tile.m, by_pair), acts, 0)
 
 
-def sweep(shapes: list[MoEShape], tokens: list[int], load: tuple[int, int], out: Path, deadline: timing.Deadline) -> None:
-    """Write [shape, M, gemm, rank, active, us, tile] rows to `out`, best first per GEMM, and print the best. load = (rank, active), 0 without."""
-    todo = [(shape, m, gated, tile) for shape in shapes for m in tokens for gated in (True, False) for tile in candidates(shape, m, gated)]
-    compiled = compile_all([functools.partial(_compile, load, *job) for job in todo])
-    device, rows = torch.device("cuda"), []
-    good = {}
-    for job, result in zip(todo, compiled, strict=True):
+def layer_time(inputs: LayerInputs, tiles: LayerTiles) -> float:
+    core = inputs.runner.core
+    core.tiles = tiles
+    if isinstance(core, AlignedAhead):
+        core.routings.clear()
+    calls = [functools.partial(run_layer, inputs, i) for i in range(inputs.sets)]
+    return timing.time_calls(calls, budget_ms=15.0).us
+
+
+def sweep(shapes: list[MoEShape], tokens: list[int], loads: list[tuple[int, int]], out: Path, deadline: timing.Deadline) -> None:
+    """Layers over tile candidates, one GEMM varied at a time; the other has the family's best so far.
+
+    Kernels timed alone mislead: programmatic launches overlap them with their neighbours. Writes rows
+    [shape, M, rank, active, us, gate_up tile, down tile] to `out` and prints the best of each load (rank, active).
+    """
+    groups = itertools.product(loads, shapes, tokens, (True, False))
+    jobs = [(load, shape, m, gated, tile) for load, shape, m, gated in groups for tile in candidates(shape, m, gated)]
+    good: dict[tuple, list[Tile]] = {}
+    for job, result in zip(jobs, compile_all([functools.partial(_compile, *job) for job in jobs]), strict=True):
         if not isinstance(result, str) and all(c.shared <= SHARED_LIMIT[90] for c in result):
-            good.setdefault(job[:3], []).append(job[3])
-    print(f"{len(todo)} candidates, {sum(map(len, good.values()))} left after compiling", flush=True)
-    for (shape, m, gated), tiles in good.items():
+            good.setdefault((*job[:4], _family(job[4])), []).append(job[4])
+    print(f"{len(jobs)} candidates, {sum(map(len, good.values()))} left after compiling", flush=True)
+    device, rows = torch.device("cuda"), []
+    for shape, m, load in itertools.product(shapes, tokens, loads):
         if deadline.reached():
             break
-        inputs, acts = prepare(shape, m, device, load)
-        routings: dict[tuple[int, bool], list[Routing]] = {}
-        found = []
-        for tile in tiles:
-            key = (16 if isinstance(tile, GemvTile) else tile.m, isinstance(tile, GemvTile))
-            if key not in routings:
-                routings[key] = routings_for(inputs, *key)
-            calls = [functools.partial(run_gemm, inputs, gated, tile, routings[key], acts, i) for i in range(inputs.sets)]
-            try:
-                found.append((timing.time_calls(calls, budget_ms=12.0).us, tile))
-            except (RuntimeError, ValueError) as error:
-                print(f"{shape.name} M={m}: {tile}: {error}", flush=True)
+        inputs = LayerInputs.build(Setup(shape, m, *load), device)
+        found: list[tuple[float, LayerTiles]] = []
+        for family in sorted({key[4] for key in good if key[:3] == (load, shape, m)}):
+            ups, downs = (good.get((load, shape, m, gated, family), []) for gated in (True, False))
+            if ups and downs:
+                found += _descend(inputs, ups, downs, deadline)
         found.sort(key=lambda pair: pair[0])
-        rows += [[shape.name, m, "gate_up" if gated else "down", *load, round(us, 2), repr(tile)] for us, tile in found]
-        weight_bytes = inputs.inputs[0].topk_ids.unique().numel() * shape.hidden * shape.inter * (4 if gated else 2)
-        print(f"{shape.name} M={m} {'gate_up' if gated else 'down'}: weights alone {weight_bytes / 4.45e6:.1f} us", flush=True)
-        for us, tile in found[:4]:
-            print(f"    {us:9.2f}  {tile}", flush=True)
+        rows += [[shape.name, m, *load, round(us, 2), repr(tiles.gate_up), repr(tiles.down)] for us, tiles in found]
+        print(f"{shape.name} M={m} r{load[0]} A{load[1]}", flush=True)
+        shown: dict[str, int] = {}
+        for us, tiles in found:
+            family = _family(tiles.gate_up)
+            shown[family] = shown.get(family, 0) + 1
+            if shown[family] <= 3:
+                print(f"  {us:9.2f}  {_short(tiles.gate_up)}  {_short(tiles.down)}", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=0))
-        del inputs, acts, routings
+        del inputs
         torch.cuda.empty_cache()
+
+
+def _descend(inputs: LayerInputs, ups: list[Tile], downs: list[Tile], deadline: timing.Deadline) -> list[tuple[float, LayerTiles]]:
+    found: list[tuple[float, LayerTiles]] = []
+    up, down = ups[len(ups) // 2], downs[len(downs) // 2]
+    for gated in (True, False, True):  # gate_up is most of the bytes: it goes first, and once more against the best down
+        done = {repr(tiles): us for us, tiles in found}
+        for tile in ups if gated else downs:
+            lora_block = {16: 16, 32: 16, 64: 32, 128: 64}[getattr(tile, "m", 16)]
+            tiles = LayerTiles(tile, down, lora_block) if gated else LayerTiles(up, tile, lora_block)
+            if repr(tiles) in done or deadline.reached():
+                continue
+            try:
+                found.append((layer_time(inputs, tiles), tiles))
+            except (RuntimeError, ValueError) as error:
+                print(f"{tiles}: {error}", flush=True)
+        found.sort(key=lambda pair: pair[0])
+        up, down = found[0][1].gate_up, found[0][1].down
+        ups = [tiles.gate_up for _, tiles in found if tiles.down == down or gated][:8]
+    return found
+
+
+def _family(tile: Tile) -> str:
+    return "pair" if isinstance(tile, GemvTile) else f"m{tile.m}"
+
+
+def _short(tile: Tile) -> str:
+    return "(" + ", ".join(str(getattr(tile, name)) for name in tile.__dataclass_fields__) + ")"

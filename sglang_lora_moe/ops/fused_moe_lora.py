@@ -10,6 +10,8 @@ cost nothing: per pair their programs return at once, grouped they have no tile.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -144,11 +146,25 @@ def _expand_kernel(
             tl.store(y_ptrs + N, high.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def shrink_tiles(pairs: int, lora_block: int, by_pair: bool, width: int, cols: int) -> tuple[int, int, int, int, int, int]:
-    """(BM, BR, BK, split_k, warps, stages). Per pair the columns are split where programs are too few to fill the GPU."""
+@dataclass(frozen=True)
+class ShrinkTile:
+    """Launch shape of a shrink. `m` is the alignment's lora_block (16 per pair); `r` rows of A and `k` columns at a time."""
+
+    m: int
+    r: int
+    k: int
+    warps: int
+    stages: int
+    split: int = 1  # parts of the columns, per pair only
+    ctas: int = 8  # programs per multiprocessor of the persistent grid
+
+
+def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: int) -> ShrinkTile:
+    """Per pair the columns are split where programs are too few to fill the GPU; grouped, groups alone fill it."""
+    rows = max(16, launch.next_power_of_2(width))
     if by_pair:
-        return 16, min(32, max(16, launch.next_power_of_2(width))), 256, max(1, min(4, 256 // max(pairs, 1), cols // 512)), 4, 3
-    return lora_block, min(64, max(16, launch.next_power_of_2(width))), 128 if lora_block <= 32 else 64, 1, 4, 4
+        return ShrinkTile(16, min(32, rows), 256, 4, 3, split=max(1, min(4, 256 // max(pairs, 1), cols // 512)))
+    return ShrinkTile(lora_block, min(64, rows), 128 if lora_block <= 32 else 64, 4, 4)
 
 
 def moe_shrink(
@@ -164,18 +180,18 @@ def moe_shrink(
     launch.expect_float("moe_shrink: rows", rows.dtype)
     launch.expect("moe_shrink: rows", rows, (pairs // routing.top_k if gather else pairs, cols), stack.pool.dtype, stack.pool.device)
     width = stack.shrink_width
-    bm, br, bk, split, warps, stages = shrink_tiles(pairs, routing.lora_block, by_pair, width, cols)
-    s = workspace.get(name, (split, pairs, width), torch.float32 if by_pair else rows.dtype)
+    tile = shrink_tile(pairs, routing.lora_block, by_pair, width, cols)
+    s = workspace.get(name, (tile.split, pairs, width), torch.float32 if by_pair else rows.dtype)
     align = None if by_pair else routing.alignment
-    tiles = pairs if by_pair else min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * 8)
-    _shrink_kernel[(max(tiles, 1), triton.cdiv(width, br), split)](
+    tiles = pairs if by_pair else min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas)
+    _shrink_kernel[(max(tiles, 1), triton.cdiv(width, tile.r), tile.split)](
         rows, s, routing.topk_ids, routing.token_slots,
         *((None, None, None) if align is None else (align.lora_tiles, align.counts, align.sorted_pairs)),
         stack.pool, stack.offset, stack.expert_stride, stack.rank, stack.split_a, stack.scaling if scaling is None else scaling,
         cols, width, pairs, routing.num_experts, stack.num_slots,
-        TOP_K=routing.top_k, BY_PAIR=by_pair, GATHER=gather, SPLIT_K=split, MAX_RANK=stack.max_rank, ALIGN=16 // rows.element_size(),
-        BM=bm, BR=br, BK=bk, EVEN_K=cols % (bk * split) == 0, STAGES=stages,
-        PRECISION=launch.dot_precision(rows.dtype), num_warps=warps, **launch.options(rows.device),
+        TOP_K=routing.top_k, BY_PAIR=by_pair, GATHER=gather, SPLIT_K=tile.split, MAX_RANK=stack.max_rank, ALIGN=16 // rows.element_size(),
+        BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=cols % (tile.k * tile.split) == 0, STAGES=tile.stages,
+        PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),
     )  # fmt: skip
     return s
 

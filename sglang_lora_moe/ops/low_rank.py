@@ -93,13 +93,24 @@ def load_s(s_ptr, row, num_pairs, width, column, mask, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _load_b(pool_ptr, place, row, rank, r, mask, ALIGN: tl.constexpr):
-    """B[row, r] in pieces of 16 bytes if every rank is a multiple of them. place and rank are constant over runs of r."""
-    if tl.max(rank % ALIGN) == 0:
-        b = tl.load(pool_ptr + (place * ALIGN)[:, None] + row[None, :] * (rank // ALIGN * ALIGN)[:, None] + r[:, None], mask=mask, other=0.0)
-    else:
-        b = tl.load(pool_ptr + (place * ALIGN)[:, None] + row[None, :] * rank[:, None] + r[:, None], mask=mask, other=0.0)
-    return b
+def _load_half(
+    s_ptr, rows, slots, num_pairs, width, half, pool_ptr, place, brow, in_rows, slot, pieces, r,
+    SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """(s of each row in its own slot's columns [BM, columns], B^T [columns, BN]) for one half of gate_up.
+
+    The rank is `pieces` * PIECE. Slot, rank and place are constant over the RANK_BLOCK columns of a slot, and masks over PIECE
+    columns; the hints say so to the compiler (which keeps them only on results of this function), and loads take 16 bytes.
+    """
+    rank = tl.multiple_of(tl.max_constancy(pieces * PIECE, RANK_BLOCK), PIECE)
+    fits = tl.max_constancy(r // PIECE < pieces, PIECE)
+    base = tl.multiple_of(tl.max_constancy(place * ALIGN, RANK_BLOCK), ALIGN)
+    column = tl.max_constancy(half * MAX_RANK, RANK_BLOCK)
+    s_mask = tl.max_constancy(slots[:, None] == slot[None, :], (1, PIECE)) & fits[None, :]
+    low = load_s(s_ptr, rows[:, None], num_pairs, width, (column + r)[None, :], s_mask, SPLITS)
+    mask = fits[:, None] & in_rows[None, :]
+    b = tl.load(pool_ptr + base[:, None] + brow[None, :] * rank[:, None] + r[:, None], mask=mask, other=0.0)
+    return low.to(b.dtype), b
 
 
 @triton.jit
@@ -115,23 +126,34 @@ def tile_delta(
     takes COLUMNS // RANK_BLOCK slots at once: a row's s is zero in the columns of other slots.
     """
     r = tl.arange(0, COLUMNS) % RANK_BLOCK
+    brow = rn.to(tl.int64)
     more = tl.min(slot_of) < NO_SLOT
     while more:
-        slot_of = tl.max_constancy(slot_of + 0, RANK_BLOCK)
-        place = tl.max_constancy(place + 0, RANK_BLOCK)
-        rank = tl.max_constancy(rank + 0, RANK_BLOCK)
-        up_column = tl.max_constancy(split * MAX_RANK, RANK_BLOCK)
+        aligned = tl.max(rank % ALIGN) == 0
         for r0 in tl.range(0, tl.max(rank), RANK_BLOCK, num_stages=1):
-            rr = r0 + r
-            s_mask = (slots[:, None] == slot_of[None, :]) & (rr < rank)[None, :]
-            b_mask = (rr < rank)[:, None] & (rn < N)[None, :]
-            low = load_s(s_ptr, rows[:, None], num_pairs, width, rr[None, :], s_mask, SPLITS)
-            b = _load_b(pool_ptr, place, rn.to(tl.int64), rank, rr, b_mask, ALIGN)
+            if aligned:
+                low, b = _load_half(
+                    s_ptr, rows, slots, num_pairs, width, split * 0, pool_ptr, place, brow, rn < N, slot_of, rank // ALIGN, r0 + r,
+                    SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, ALIGN,
+                )  # fmt: skip
+            else:
+                low, b = _load_half(
+                    s_ptr, rows, slots, num_pairs, width, split * 0, pool_ptr, place, brow, rn < N, slot_of, rank, r0 + r,
+                    SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, 1,
+                )  # fmt: skip
+            acc_gate = tl.dot(low, b, acc_gate, input_precision=PRECISION)
             if GATED:
-                high = load_s(s_ptr, rows[:, None], num_pairs, width, (rr + up_column)[None, :], s_mask, SPLITS)
-                b_up = _load_b(pool_ptr, place, N + rn.to(tl.int64), rank, rr, b_mask, ALIGN)
-                acc_up = tl.dot(high.to(b.dtype), b_up, acc_up, input_precision=PRECISION)
-            acc_gate = tl.dot(low.to(b.dtype), b, acc_gate, input_precision=PRECISION)
+                if aligned:
+                    low, b = _load_half(
+                        s_ptr, rows, slots, num_pairs, width, split, pool_ptr, place, brow + N, rn < N, slot_of, rank // ALIGN, r0 + r,
+                        SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, ALIGN,
+                    )  # fmt: skip
+                else:
+                    low, b = _load_half(
+                        s_ptr, rows, slots, num_pairs, width, split, pool_ptr, place, brow + N, rn < N, slot_of, rank, r0 + r,
+                        SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, 1,
+                    )  # fmt: skip
+                acc_up = tl.dot(low, b, acc_up, input_precision=PRECISION)
         last = tl.max(slot_of)
         more = last < NO_SLOT  # no column was left empty: there may be more slots
         if more:
@@ -156,10 +178,10 @@ def row_delta(s_ptr, num_pairs, width, pair, column, pool_ptr, place, rn, N, ran
 @triton.jit
 def load_b_rows(pool_ptr, place, rn, N, rank, rr, ALIGN: tl.constexpr):
     """B[rn, rr] of one pair, [BN, R]."""
-    mask = (rn < N)[:, None] & (rr < rank)[None, :]
     b_ptr = pool_ptr + place * ALIGN
     if rank % ALIGN == 0:
+        mask = (rn < N)[:, None] & tl.max_constancy(rr // ALIGN < rank // ALIGN, ALIGN)[None, :]
         b = tl.load(b_ptr + rn.to(tl.int64)[:, None] * (rank // ALIGN * ALIGN) + rr[None, :], mask=mask, other=0.0)
     else:
-        b = tl.load(b_ptr + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask, other=0.0)
+        b = tl.load(b_ptr + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=(rn < N)[:, None] & (rr < rank)[None, :], other=0.0)
     return b

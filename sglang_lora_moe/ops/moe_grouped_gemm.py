@@ -32,9 +32,10 @@ class GemmTile:
     k: int
     warps: int
     stages: int
-    ctas: int = 1  # programs per multiprocessor of the persistent grid
+    ctas: int = 1  # programs per multiprocessor of the persistent grid; 0 = a program per tile, which the hardware balances
     group: int = 1  # row tiles that walk the columns together, so that they share w in L2
     tma: bool = True  # read w through a tensor descriptor (sm_90 and newer)
+    tail: bool = False  # run tiles of at most m / 2 rows at half height
 
 
 @triton.jit
@@ -87,19 +88,54 @@ def _main_loop(
 
 
 @triton.jit
+def _one_tile(
+    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, slots, slot_of, b_place, rank, split,
+    s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
+    expert, start, rows, n0, N, K, num_pairs,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Main loop, addend, bias, activation and store of one tile of at most BM rows."""
+    HALVES: tl.constexpr = 2 if GATED else 1
+    rm = tl.arange(0, BM)
+    live = rm < rows
+    place = start + rm
+    rn = n0 + tl.arange(0, BN)
+    source = pair // TOP_K if GATHER else place
+    acc, acc_up = _main_loop(a_ptr, a_desc, w_ptr, w_desc, source, live, expert, start, n0, N, K, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION)
+    if ADDEND:
+        pdl_wait(PDL)  # s comes from the kernel before this one; everything else was there before it
+        acc, acc_up = tile_delta(
+            acc, acc_up, slots, slot_of, b_place, rank, split, place, num_pairs, expert, rn, N, s_ptr, s_width,
+            pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
+            GATED, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS, PRECISION,
+        )  # fmt: skip
+    if bias_ptr is not None:
+        b_ptrs = bias_ptr + expert * HALVES * N + rn
+        acc += tl.load(b_ptrs, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            acc_up += tl.load(b_ptrs + N, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    if ACT > 0:
+        acc = activate(acc, acc_up, ACT, GATED, ALPHA, LIMIT)
+    row = pair if SCATTER else place
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + rn[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (rn < N)[None, :])
+
+
+@triton.jit
 def _grouped_gemm_kernel(
-    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr,  # [rows, K], [E, HALVES * N, K], [E, HALVES * N], [P, N]
+    a_ptr, a_desc, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr,  # [rows, K] (three forms), [E, HALVES * N, K], [E, HALVES * N], [P, N]
     tiles_ptr, counts_ptr, sorted_pairs_ptr,  # the alignment
     slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,  # the addend, None without
     N, K, num_pairs,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A persistent walk. What a tile needs before its main loop is fetched during the tile before: a chain of dependent loads
-    (tile, pairs, slots, tables) would otherwise stand between any two tiles."""
-    HALVES: tl.constexpr = 2 if GATED else 1
+    (tile, pairs, slots, tables) would otherwise stand between any two tiles. With TAIL, tiles of few rows run at half height."""
     if not ADDEND:
         pdl_wait(PDL)
     num_tiles = tl.load(counts_ptr + 1)
@@ -110,6 +146,7 @@ def _grouped_gemm_kernel(
     expert, start, rows, n0 = _find_tile(tl.program_id(0), total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
     expert1, start1, rows1, n1 = _find_tile(tl.program_id(0) + step, total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
     pair = tl.load(sorted_pairs_ptr + start + rm, mask=rm < rows, other=0)
+    slots, slot_of, b_place, rank, split = pair, 0, 0, 0, 0
     if ADDEND:
         slots = tl.load(slots_ptr + pair // TOP_K, mask=rm < rows, other=-1)
         slot_of = slot_columns(slots, -1, COLUMNS, RANK_BLOCK)
@@ -117,35 +154,29 @@ def _grouped_gemm_kernel(
     for t in tl.range(tl.program_id(0), total, step, num_stages=1):
         pair1 = tl.load(sorted_pairs_ptr + start1 + rm, mask=rm < rows1, other=0)
         expert2, start2, rows2, n2 = _find_tile(t + 2 * step, total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
-        live = rm < rows
-        place = start + rm
-        rn = n0 + tl.arange(0, BN)
-        source = pair // TOP_K if GATHER else place
-        acc, acc_up = _main_loop(
-            a_ptr, a_desc, w_ptr, w_desc, source, live, expert, start, n0, N, K, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION,
-        )  # fmt: skip
-        if ADDEND:
-            slots1 = tl.load(slots_ptr + pair1 // TOP_K, mask=rm < rows1, other=-1)
-            pdl_wait(PDL)  # s comes from the kernel before this one; everything else was there before it
-            acc, acc_up = tile_delta(
-                acc, acc_up, slots, slot_of, b_place, rank, split, place, num_pairs, expert, rn, N, s_ptr, s_width,
-                pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
-                GATED, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS, PRECISION,
+        if TAIL and rows <= BM // 2:
+            rt = tl.arange(0, BM // 2)
+            few = tl.load(sorted_pairs_ptr + start + rt, mask=rt < rows, other=0)
+            few_slots = few
+            if ADDEND:
+                few_slots = tl.load(slots_ptr + few // TOP_K, mask=rt < rows, other=-1)
+            _one_tile(
+                a_ptr, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr, few, few_slots, slot_of, b_place, rank, split,
+                s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width, expert, start, rows, n0, N, K, num_pairs,
+                TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS,
+                EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
-        if bias_ptr is not None:
-            b_ptrs = bias_ptr + expert * HALVES * N + rn
-            acc += tl.load(b_ptrs, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-            if GATED:
-                acc_up += tl.load(b_ptrs + N, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-        if ACT > 0:
-            acc = activate(acc, acc_up, ACT, GATED, ALPHA, LIMIT)
-        row = pair if SCATTER else place
-        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * N + rn[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (rn < N)[None, :])
+        else:
+            _one_tile(
+                a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, slots, slot_of, b_place, rank, split,
+                s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width, expert, start, rows, n0, N, K, num_pairs,
+                TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS,
+                EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
+            )  # fmt: skip
         expert, start, rows, n0, pair = expert1, start1, rows1, n1, pair1
         expert1, start1, rows1, n1 = expert2, start2, rows2, n2
         if ADDEND:
-            slots = slots1
+            slots = tl.load(slots_ptr + pair // TOP_K, mask=rm < rows, other=-1)
             slot_of = slot_columns(slots, -1, COLUMNS, RANK_BLOCK)
             b_place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
     if ADDEND:
@@ -177,19 +208,19 @@ def grouped_gemm(
     _check(a, w, bias, out, gated, num_pairs, gather)
     use_tma = tile.tma and launch.has_tma(a.device) and (k * a.element_size()) % 16 == 0
     w_desc = TensorDescriptor(w, [num_experts * w_rows, k], [k, 1], [tile.n, tile.k]) if use_tma else None
-    a_desc = TensorDescriptor(a, [num_pairs, k], [k, 1], [tile.m, tile.k]) if use_tma and not gather else None
-    programs = launch.multiprocessors(a.device) * tile.ctas
-    grid = (max(1, min(programs, alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n))),)
+    a_desc, tail_desc = (TensorDescriptor(a, [num_pairs, k], [k, 1], [m, tile.k]) if use_tma and not gather else None for m in (tile.m, tile.m // 2))
+    tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
+    grid = (max(1, min(tiles, launch.multiprocessors(a.device) * tile.ctas) if tile.ctas else tiles),)
     options = launch.options(a.device)
     _grouped_gemm_kernel[grid](
-        a, a_desc, w, w_desc, bias, out,
+        a, a_desc, tail_desc if tile.tail else None, w, w_desc, bias, out,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
         *(NO_ADDEND if addend is None else addend.kernel_args()),
         n, k, num_pairs,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
         **(NO_OPTIONS if addend is None else addend.kernel_options()), COLUMNS=COLUMNS,
-        EVEN_K=k % tile.k == 0, GROUP=tile.group, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
+        EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
     )  # fmt: skip
     return out

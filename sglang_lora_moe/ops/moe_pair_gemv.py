@@ -103,10 +103,11 @@ def _pair_gate_up_kernel(
 @triton.jit
 def _load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN: tl.constexpr):
     """B[rn, rr] of the matrices at `place` (one per column, constant over runs of rr), [BN, columns]."""
-    mask = (rn < N)[:, None] & (routed & (rr < rank))[None, :]
     if rank % ALIGN == 0:
+        mask = (rn < N)[:, None] & tl.max_constancy(routed & (rr // ALIGN < rank // ALIGN), ALIGN)[None, :]
         b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * (rank // ALIGN * ALIGN) + rr[None, :], mask=mask, other=0.0)
     else:
+        mask = (rn < N)[:, None] & (routed & (rr < rank))[None, :]
         b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask, other=0.0)
     return b
 
@@ -137,7 +138,7 @@ def _pair_down_kernel(
         chosen = tl.load(topk_ids_ptr + token * TOP_K + of_k, mask=of_k < TOP_K, other=-1).to(tl.int64)
         routed = (chosen >= 0) & (chosen < num_experts)
         gain = tl.load(topk_weights_ptr + token * TOP_K + of_k, mask=of_k < TOP_K, other=0.0)
-        place = tl.max_constancy((offset + tl.where(routed, chosen, 0) * stride) // ALIGN, RANK_BLOCK)
+        place = tl.max_constancy((offset + tl.where(routed, chosen, 0) * stride) // ALIGN, RANK_BLOCK)  # the hints let loads take 16 bytes
         b = _load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN)
     k_blocks = tl.cdiv(K, BK)
     acc = tl.zeros((BN, BK), dtype=tl.float32)
