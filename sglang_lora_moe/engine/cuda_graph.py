@@ -35,28 +35,37 @@ class DecodeGraphs:
         self.sizes = sorted(sizes)
         self._by_count = [0, *(next(size for size in self.sizes if size >= n) for n in range(1, self.sizes[-1] + 1))]
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._layouts: dict[int, int] = {}  # size -> ctx.lora_layout at the capture of its "lora" graph
+        self._pool: tuple[int, int] | None = None
 
     @torch.inference_mode()
     def capture(self, show_progress: bool = True) -> None:
         """Capture every size and family, the largest first, so that smaller ones reuse its memory. Logs time and memory."""
         begin, free = time.monotonic(), torch.cuda.mem_get_info()[0]
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
         work = [(size, lora) for size in reversed(self.sizes) for lora in self.families]
         for size, lora in tqdm(work, desc="capturing decode graphs", disable=not show_progress, leave=False):
-            self._set_padding(size, lora)
-            self._graphs[size, lora] = self._capture_one(size, pool)
+            self._capture_one(size, lora)
         torch.cuda.synchronize()
         used = (free - torch.cuda.mem_get_info()[0]) / 2**20
         logger.info("captured %d decode graphs, up to %d requests, in %.1f s, %.0f MiB", len(work), self.sizes[-1], time.monotonic() - begin, used)
 
     def padded_size(self, batch: Batch) -> int:
-        """The size of the graph for this batch; 0 if it is no decode step, is too large or wants other logits than each request's next."""
+        """The size of the graph for this batch; 0 if it is no decode step, is too large or wants other logits than each request's next.
+
+        Comes before the step's inputs are set: a graph that misses layers which adapters touch by now is captured again here.
+        """
         count = len(batch.requests)
         if count != batch.num_tokens or count >= len(self._by_count):
             return 0
         if any(request.num_computed + 1 != len(request.tokens) for request in batch.requests):  # a chunk of one token in the middle of a prompt
             return 0
-        return self._by_count[count]
+        size = self._by_count[count]
+        if batch.lora_active and self._layouts[size] != self.model.ctx.lora_layout:
+            sampled = self.model.ctx.sampled.clone()
+            self._capture_one(size, True)
+            self.model.ctx.sampled.copy_(sampled)
+        return size
 
     def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the step in the context's buffers; logits [size, V] in the model's dtype and their argmax int64 [size], valid until the next replay."""
@@ -64,7 +73,9 @@ class DecodeGraphs:
         graph.replay()
         return logits, self.model.ctx.sampled[:size]
 
-    def _capture_one(self, size: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    @torch.inference_mode()
+    def _capture_one(self, size: int, lora: bool) -> None:
+        self._set_padding(size, lora)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -72,9 +83,11 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             logits = self._step(size)
-        return graph, logits
+        self._graphs[size, lora] = graph, logits
+        if lora:
+            self._layouts[size] = self.model.ctx.lora_layout
 
     def _step(self, size: int) -> torch.Tensor:
         logits = self.model.forward_logits()

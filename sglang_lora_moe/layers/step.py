@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-
 PAGE_WRITES = 4096  # changes of the page table that travel with a step's other inputs; more go in a transfer of their own
 
 
@@ -48,6 +47,7 @@ class StepContext:
         self.sampled = torch.zeros(max_requests, dtype=torch.int64, device=self.device)
 
         self.num_tokens = self.num_requests = self.num_logits = 0
+        self.lora_layout = 0  # changes when adapters begin to touch layers that none touched before
         self.lora_active = False  # host bool: some request of the step has an adapter
         self.query_lens: list[int] = []
         self.seq_lens_host: list[int] = []

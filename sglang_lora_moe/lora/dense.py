@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,10 @@ BACKENDS = ("torch_native", "triton")
 class DenseDelta(Protocol):
     """Adds in place what a step's adapters add to a layer's output; the slots of the rows are the step context's."""
 
+    def prepare(self, parts: Sequence[Part]) -> None:
+        """Announce a linear's parts, once, when the linear is built."""
+        ...
+
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
         """y [M, rows] += scaling * B (A x) for each part; x [M, in]; `slot_source` "tokens" or "logits"."""
         ...
@@ -26,12 +30,29 @@ class DenseDelta(Protocol):
         """y [M, H] += scaling * B A[:, ids]; ids int [M]."""
         ...
 
+    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> Any:
+        """Start A x of the step's tokens beside the linear's own GEMM, for a next kernel that adds the rest; None where there is no such way."""
+        ...
+
+    def join(self) -> None:
+        """Make what `begin` started visible to the kernels launched from here on."""
+        ...
+
 
 class TorchDense:
     """Plain torch: one pair of matmuls per run of equal slots, which it finds on the host."""
 
     def __init__(self, ctx: StepContext) -> None:
         self.ctx = ctx
+
+    def prepare(self, parts: Sequence[Part]) -> None:
+        """Nothing to prepare."""
+
+    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> None:
+        return None
+
+    def join(self) -> None:
+        """Nothing was started."""
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
         add_linear_delta(y, x, parts, slot_runs(self.ctx, slot_source, x.shape[0]))

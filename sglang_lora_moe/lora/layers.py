@@ -7,6 +7,7 @@ shared `StepContext`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,20 +48,33 @@ class LinearWithLoRA(nn.Module):
         if len(stacks) != len(base.parts):
             raise ValueError(f"expected stacks for {len(base.parts)} parts ({', '.join(name for name, _ in base.parts)}), got {len(stacks)}")
         self.base, self.ctx = base, ctx
+        self.used = True  # False: no adapter touches this layer, and no launch is spent on it
         self.parts: list[Part] = []
         first = 0
         for (name, rows), part in zip(base.parts, stacks, strict=True):
             _check_dims(name, part, base.in_features, rows)
             self.parts.append((part, first, rows))
             first += rows
+        self.delta.prepare(self.parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., sum(rows)]; the leading dims hold the step's tokens (or logit rows) in order."""
         y = self.base.forward(x)
-        if self.ctx.lora_active:
+        if self.ctx.lora_active and self.used:
             flat = x.reshape(-1, x.shape[-1])
             self.delta.add_linear(y.view(-1, y.shape[-1]), flat, self.parts, self.base.slot_source)
         return y
+
+    def forward_deferred(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """`forward` of the step's tokens x [M, in], less what the second value stands for, which the next kernel adds (None = nothing)."""
+        if not (self.ctx.lora_active and self.used):
+            return self.base.forward(x), None
+        addend = self.delta.begin(x, self.parts)
+        if addend is None:
+            return self.forward(x), None
+        y = self.base.forward(x)
+        self.delta.join()
+        return y, addend
 
 
 class EmbeddingWithLoRA(nn.Module):
@@ -71,11 +85,12 @@ class EmbeddingWithLoRA(nn.Module):
         self.delta = delta or TorchDense(ctx)
         _check_dims(base.name, stacks, base.weight.shape[0], base.weight.shape[1])
         self.base, self.stacks, self.ctx = base, stacks, ctx
+        self.used = True
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids int [...] -> [..., H]."""
         y = self.base.forward(input_ids)
-        if self.ctx.lora_active:
+        if self.ctx.lora_active and self.used:
             flat = input_ids.reshape(-1)
             self.delta.add_embedding(y.view(flat.shape[0], -1), flat, self.stacks)
         return y

@@ -18,6 +18,7 @@ from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.layers.topk import Router
 from sglang_lora_moe.lora.dense import make_dense_delta
 from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, FusedMoEWithLoRA, LinearWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
@@ -56,12 +57,18 @@ class LoRAManager:
         self.slots = SlotTable(num_slots)
         self.registry = LoRARegistry(num_slots, max_loaded)
         self.pool = LoRAMemoryPool(list(collect_targets(model.hf).values()), num_slots, max_rank, model.dtype, model.device)
-        wrap_layers(model.hf, self.pool, model.ctx, backend)
+        self._ctx = model.ctx
+        self._unused = wrap_layers(model.hf, self.pool, model.ctx, backend)
+        for layer in self._unused.values():
+            layer.used = False
 
     # ---- names ------------------------------------------------------------------------------------------------------
     def load(self, name: str, path: str, weights: AdapterWeights, pinned: bool) -> dict[str, Any]:
         """Register weights that were read. An adapter gets a slot at once if one is free, and a pinned one also an idle one."""
         entry, known = self.registry.add(name, path, weights, pinned)
+        for target in weights.modules.keys() & self._unused.keys():
+            self._unused.pop(target).used = True
+            self._ctx.lora_layout += 1  # graphs captured without this layer's adapters are captured again
         self.slots.pinned = self.registry.pinned_revisions()
         if self.slots.slot_of(entry.revision) is None and (self.slots.has_free or entry.pinned):
             self.slots.make_resident(entry.revision)
@@ -132,20 +139,26 @@ class LoRAManager:
         return [(rid, data) for rid in entry.unload_rids]
 
 
-def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext, backend: str) -> None:
-    """Replace each layer of `hf` that adapters may touch by its wrapper over `pool`. `backend` computes linears and embeddings."""
+def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext, backend: str) -> dict[str, LinearWithLoRA | EmbeddingWithLoRA]:
+    """Replace each layer of `hf` that adapters may touch by its wrapper over `pool`. `backend` computes linears and embeddings.
+
+    Returns, by target, the layers that few adapters touch: routers, the embedding, the language-model head.
+    """
     delta = make_dense_delta(backend, ctx)
+    rare: dict[str, LinearWithLoRA | EmbeddingWithLoRA] = {}
     for path, module in list(hf.named_modules()):
-        wrapped: nn.Module | None = None
+        parent, _, leaf = path.rpartition(".")
         if isinstance(module, FusedMoE):
-            wrapped = FusedMoEWithLoRA(module, _stacks(pool, module.name, ExpertStacks), ctx)
+            setattr(hf.get_submodule(parent), leaf, FusedMoEWithLoRA(module, _stacks(pool, module.name, ExpertStacks), ctx))
         elif isinstance(module, Linear):
-            wrapped = LinearWithLoRA(module, [_stacks(pool, name, LinearStacks) for name, _ in module.parts], ctx, delta)
+            linear = LinearWithLoRA(module, [_stacks(pool, name, LinearStacks) for name, _ in module.parts], ctx, delta)
+            if module.slot_source == "logits" or isinstance(hf.get_submodule(parent), Router):
+                rare |= {name: linear for name, _ in module.parts}
+            setattr(hf.get_submodule(parent), leaf, linear)
         elif isinstance(module, Embedding):
-            wrapped = EmbeddingWithLoRA(module, _stacks(pool, module.name, EmbeddingStacks), ctx, delta)
-        if wrapped is not None:
-            parent, _, leaf = path.rpartition(".")
-            setattr(hf.get_submodule(parent), leaf, wrapped)
+            rare[module.name] = EmbeddingWithLoRA(module, _stacks(pool, module.name, EmbeddingStacks), ctx, delta)
+            setattr(hf.get_submodule(parent), leaf, rare[module.name])
+    return rare
 
 
 def _stacks(pool: LoRAMemoryPool, name: str, kind: type[Any]) -> Any:

@@ -76,28 +76,28 @@ class FusedDecoder:
         x = rms_norm(residual, *_norm(model.layers[0].input_layernorm))
         last = len(model.layers) - 1
         for i, layer in enumerate(model.layers):
-            x = self._attention(layer.self_attn, x)
-            x = rms_norm(x, *_norm(layer.post_attention_layernorm), residual)
+            x, addend = self._attention(layer.self_attn, x)
+            x = rms_norm(x, *_norm(layer.post_attention_layernorm), residual, addend=addend)
             x = self._mlp(layer.mlp, x)
             x = rms_norm(x, *_norm(model.norm if i == last else model.layers[i + 1].input_layernorm), residual)
         if ctx.num_logits != ctx.num_tokens:  # else every row is wanted, in order
             x = x.index_select(0, ctx.logit_rows[: ctx.num_logits])
         return self.hf.lm_head(x)
 
-    def _attention(self, attention: Attention, x: torch.Tensor) -> torch.Tensor:
-        """x [T, H] -> [T, H]."""
+    def _attention(self, attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None)."""
         ctx, paged = self.ctx, attention.paged
-        qkv = attention.qkv(x)
         kv, q_norm, k_norm = paged.spec.kv, attention.q_norm, attention.k_norm
         if not attention.norm_per_head or kv.k_dim != kv.v_dim or 2 * self.cos.shape[1] != kv.k_dim:
-            return attention.o_proj(attention.attend(qkv, *self._step_tables(qkv)).flatten(1))
+            return _deferred(attention.o_proj, attention.attend(attention.qkv(x), *self._step_tables(x)).flatten(1))
+        qkv, addend = _deferred(attention.qkv, x)
         weights = (None, None, 1e-6) if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, float(q_norm.variance_epsilon))
         t = qkv.shape[0]
         q = qk_norm_rope(
             qkv, paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
-            num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2],
+            num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2], addend=addend,
         )  # fmt: skip
-        return attention.o_proj(paged.attend_cached(q, attention.sinks).flatten(1))
+        return _deferred(attention.o_proj, paged.attend_cached(q, attention.sinks).flatten(1))
 
     def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
@@ -131,6 +131,11 @@ class FusedDecoder:
 
 def _fits_kernel(spec: RouterSpec) -> bool:
     return spec.score in ("softmax", "topk_softmax") and not spec.correction_bias and spec.num_groups == 1 and spec.epsilon == 0.0
+
+
+def _deferred(linear: Any, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A linear's output, and what the next kernel has yet to add to it (None for linears that do not know of such a thing)."""
+    return linear.forward_deferred(x) if hasattr(linear, "forward_deferred") else (linear(x), None)
 
 
 def _norm(norm: RMSNorm) -> tuple[torch.Tensor, float]:

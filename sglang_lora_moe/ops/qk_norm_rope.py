@@ -3,6 +3,8 @@
 q' = rope(norm(q)), k' = rope(norm(k)); k' and v go to cache row kv_slots[t]
 rope (Su et al. 2021, the half-split form of GPT-NeoX that transformers uses), cos and sin of row positions[t]:
     y[:D/2] = x[:D/2] * cos - x[D/2:] * sin;  y[D/2:] = x[D/2:] * cos + x[:D/2] * sin
+
+qkv may come with the adapters' part of it still to be added (`LinearAddend` of the qkv linear, whose parts are q, k and v).
 """
 
 from __future__ import annotations
@@ -12,14 +14,46 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend
 from sglang_lora_moe.ops.low_rank import pdl_wait
+
+
+@triton.jit
+def _head_delta(
+    token, head, half, mask, s_ptr, slot, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scaling * B s for rows [D/2] and the D/2 after them of each head, float32 [HEADS, HALF_PAD] twice."""
+    HALF: tl.constexpr = D // 2
+    part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
+    part = tl.where(head < HQ + 2 * HKV, part, 0)
+    entry = part * part_stride + slot
+    rank = tl.load(rank_ptr + entry)
+    local = head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))
+    b_ptr = pool_ptr + (tl.load(offset_ptr + entry) + (local * D * rank).to(tl.int64))[:, None, None]
+    low, high = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
+    for r0 in tl.range(0, tl.max(rank, axis=0), RANK_BLOCK, num_stages=1):
+        rr = r0 + tl.arange(0, RANK_BLOCK)
+        real = rr[None, :] < rank[:, None]
+        s_ptrs = s_ptr + token * s_stride + part[:, None] * width + rr[None, :]
+        s = tl.load(s_ptrs, mask=real, other=0.0)
+        for i in tl.static_range(1, SPLITS):
+            s += tl.load(s_ptrs + i * split_stride, mask=real, other=0.0)
+        b_ptrs = b_ptr + half[None, :, None] * rank[:, None, None] + rr[None, None, :]
+        b_mask = mask[:, :, None] & real[:, None, :]
+        low += tl.sum(tl.load(b_ptrs, mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
+        high += tl.sum(tl.load(b_ptrs + (HALF * rank)[:, None, None], mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
+    scaling = tl.load(scaling_ptr + entry)[:, None]
+    return low * scaling, high * scaling
 
 
 @triton.jit
 def _qk_norm_rope_kernel(
     qkv_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, kv_slots_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
     eps, qkv_stride, cache_stride, cos_stride,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (token, HEADS heads): heads [0, HQ) are queries, then HKV keys, then HKV values."""
     pdl_wait(PDL)
@@ -31,6 +65,14 @@ def _qk_norm_rope_kernel(
     mask = (head < HQ + 2 * HKV)[:, None] & inside[None, :]
     source = qkv_ptr + token * qkv_stride + head[:, None] * D + half[None, :]
     first, second = tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
+    if ADDEND:
+        slot = tl.load(slots_ptr + token)
+        if slot >= 0:
+            low, high = _head_delta(
+                token, head, half, mask, s_ptr, slot, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+                HQ, HKV, D, SPLITS, RANK_BLOCK,
+            )  # fmt: skip
+            first, second = (first.to(tl.float32) + low).to(first.dtype), (second.to(tl.float32) + high).to(first.dtype)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
@@ -70,6 +112,7 @@ def qk_norm_rope(
     q_weight: torch.Tensor | None = None,  # [D]; norm is skipped without
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    addend: LinearAddend | None = None,
 ) -> torch.Tensor:  # budget: one fused step of attention
     """Return q [M, Hq, D] after norm and rope; writes k and v to the cache. Raises ValueError on shapes that do not fit."""
     m, (hkv, d), (cos, sin) = qkv.shape[0], k_cache.shape[1:], tables
@@ -80,10 +123,13 @@ def qk_norm_rope(
     if cos.shape != sin.shape or cos.stride() != sin.stride() or cos.shape[1] < d // 2:
         raise ValueError(f"qk_norm_rope: cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}, expected [positions, at least {d // 2}]")
     q = qkv.new_empty(m, num_heads, d)
-    heads = 4 if m <= 64 else 8
+    heads = 4 if m <= 64 or addend is not None else 8
+    extra = (*NO_LINEAR_ADDEND, 0) if addend is None else (*addend.kernel_args(), addend.s.shape[3])
     _qk_norm_rope_kernel[(m, triton.cdiv(num_heads + 2 * hkv, heads))](
-        qkv, q, k_cache, v_cache, kv_slots, positions, cos, sin, q_weight, k_weight, eps, qkv.stride(0), hkv * d, cos.stride(0),
-        HQ=num_heads, HKV=hkv, D=d, HALF_PAD=triton.next_power_of_2(d // 2), HEADS=heads, NORM=q_weight is not None, num_warps=heads // 2,
-        **launch.options(qkv.device),
+        qkv, q, k_cache, v_cache, kv_slots, positions, cos, sin, q_weight, k_weight, eps, qkv.stride(0), hkv * d, cos.stride(0), *extra,
+        HQ=num_heads, HKV=hkv, D=d, HALF_PAD=triton.next_power_of_2(d // 2), HEADS=heads, NORM=q_weight is not None,
+        num_warps=heads // 2 if addend is None else heads, ADDEND=addend is not None,
+        SPLITS=1 if addend is None else addend.s.shape[0], RANK_BLOCK=16 if addend is None else addend.rank_block,
+        **(launch.options(qkv.device) if addend is None else {"PDL": False}),
     )  # fmt: skip
     return q

@@ -37,7 +37,7 @@ def _router_topk_kernel(
         left = tl.where(experts == expert, float("-inf"), left)
     p = tl.exp(best - top)
     weights = p / (tl.sum(p, axis=0) if CHOICE or RENORM else total) * scale
-    if kv_slots_ptr is not None:
+    if kv_slots_ptr is not None:  # noqa: SIM102 - decided when compiling
         if tl.load(kv_slots_ptr + token) < dump_rows:
             chosen = tl.full([BLOCK_K], -1, tl.int32)
             weights = tl.zeros([BLOCK_K], tl.float32)

@@ -1,6 +1,6 @@
 """Puts the tokens that the last step sampled into this step's inputs, without a way over the host.
 
-    input_ids[t] = sampled[token_source[t]]   where token_source[t] >= 0
+input_ids[t] = sampled[token_source[t]]   where token_source[t] >= 0
 """
 
 from __future__ import annotations

@@ -1,0 +1,271 @@
+"""Decode and prefill of the whole engine on a GPU, with and without adapters, at real shapes with random weights.
+
+    python -m benchmarks.bench_engine                                  Qwen3-30B-A3B, batch 1, 16, 64, 256, 0/1/4/16 adapters of rank 16
+    python -m benchmarks.bench_engine --batches 16 --active 4 --rank 64 --popularity zipf
+
+Method (that of the recorded peer): prompts of 32 tokens, time of 64 decode steps in the running engine, median of 3; prefill is
+the wall time of one request of one token. The base engine is a server without --enable-lora, the other one a server with it, in
+one run. Printed beside each step: what the targets allow, the floor (bytes of weights that a step must read), the peer's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import logging
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.dummy_model import CONFIGS, is_adapted, make_adapters, write_config
+from sglang_lora_moe.config import Config
+from sglang_lora_moe.core import SamplingParams, Submit
+from sglang_lora_moe.engine.build import build_engine
+from sglang_lora_moe.lora.targets import LinearTarget
+
+KEYS = ("shape", "backend", "weights", "phase", "batch", "input", "rank", "active", "popularity")
+COLUMNS = (
+    "phase", "batch", "input", "rank", "active", "step_us", "base_step_us", "retention", "allowed_step_us", "floor_us", "peer_step_us", "gpu_us", "busy",
+    "experts", "tok_s",
+)  # fmt: skip
+READ_BYTES_PER_S = 4.49e12
+PEER_STEP_US = {1: 4090.0, 16: 12220.0, 64: 17210.0, 256: 20680.0}  # vLLM 0.33.0, compiled, without adapters
+PEER_PREFILL_US = {1: 49580.0, 4: 118850.0}
+ALLOWED_PREFILL_US = {1: 42000.0, 4: 119000.0}
+PEER_LORA_STEP_US = {1: 7140.0, 16: 17230.0, 64: 23620.0, 256: 28700.0}  # four adapters of rank 16
+PROMPT, SKIPPED, STEPS, PREFILL = 32, 8, 64, 2048
+
+
+@dataclass
+class Probe:
+    """What one decode step touched, means over layers."""
+
+    experts: float  # distinct
+    groups: float  # distinct (adapter, expert)
+    adapters: int  # distinct
+
+
+class Bench:
+    """One engine. `rank` 0 = a server without adapters."""
+
+    def __init__(self, args: argparse.Namespace, path: Path, rank: int, slots: int) -> None:
+        begin = time.monotonic()
+        config = Config(
+            model_path=str(path), load_format="dummy", enable_lora=rank > 0, max_lora_rank=rank or None, max_loras_per_batch=max(slots, 1),
+            max_running_requests=max(args.batches), chunked_prefill_size=4 * PREFILL, context_length=8192, max_total_tokens=65536,
+            disable_prefix_cache=True, disable_cuda_graph=args.eager, disable_overlap=args.no_overlap,
+        )  # fmt: skip
+        self.core, self.config, _ = build_engine(config)
+        self.model: Any = self.core.runner.model  # type: ignore[attr-defined]
+        self.rank = rank
+        self.targets: dict[str, Any] = {}
+        if self.core.lora is not None:
+            self.targets = self.core.lora.pool.targets
+            for i, weights in enumerate(make_adapters(self.targets.values(), rank, slots, self.model.dtype, self.model.device)):
+                self.core.lora.load(f"a{i}", weights.path, weights, False)
+        torch.cuda.synchronize()
+        print(f"engine (rank {rank}, {slots} slots) ready after {time.monotonic() - begin:.1f} s", flush=True)
+        self.random = random.Random(0)
+
+    def submit(self, count: int, tokens: int, new: int, adapters: list[str | None]) -> None:
+        vocab = self.model.vocab_size
+        for i in range(count):
+            ids = [self.random.randrange(vocab) for _ in range(tokens)]
+            self.core.handle(Submit(f"r{self.random.getrandbits(60)}", ids, SamplingParams(temperature=0.0, max_new_tokens=new, ignore_eos=True), adapters[i]))
+
+    def decode(self, batch: int, adapters: list[str | None]) -> tuple[float, float, Probe]:
+        """(wall us per step, GPU us per step, what the last step touched)."""
+        walls: list[float] = []
+        for _ in range(3):
+            self.submit(batch, PROMPT, SKIPPED + STEPS + 8, adapters)
+            running = self.core.scheduler.running
+            while len(running) < batch or min(request.num_output for request in running) < SKIPPED:
+                self.core.step()
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(STEPS):
+                self.core.step()
+            torch.cuda.synchronize()
+            walls.append((time.perf_counter() - begin) * 1e6 / STEPS)
+            probe, gpu = self.probe(), self.gpu_us(batch, adapters[0] is not None)
+            while self.core.has_work:
+                self.core.step()
+        return statistics.median(walls), gpu, probe
+
+    def gpu_us(self, batch: int, lora: bool) -> float:
+        """A graph's replay by itself, in the buffers as they are."""
+        graphs = self.core.runner.graphs  # type: ignore[attr-defined]
+        if graphs is None:
+            return float("nan")
+        size = graphs._by_count[batch]
+        saved = self.model.ctx.sampled.clone()
+        found = timing.time_replays(lambda: graphs.replay(size, lora), 1, budget_ms=100.0, most=20).us
+        self.model.ctx.sampled.copy_(saved)
+        return found
+
+    @torch.inference_mode()
+    def probe(self) -> Probe:
+        """Run the last step once more, eagerly, and count what it routes to."""
+        decoder, ctx = self.model._decoder, self.model.ctx
+        route, found = decoder._route, []
+        slots = ctx.token_slots[: ctx.num_tokens].long()
+
+        def counted(router: Any, x: torch.Tensor) -> Any:
+            weights, ids = route(router, x)
+            real = ids[:, 0] >= 0
+            ids = ids.long()
+            keys = (ids * 1024 + slots[:, None])[real & (slots >= 0)] if ctx.lora_active else ids[:0]
+            found.append((ids[real].unique().numel(), keys.unique().numel()))
+            return weights, ids.int()
+
+        decoder._route = counted
+        saved = ctx.sampled.clone()
+        try:
+            self.model.forward_logits()
+        finally:
+            decoder._route = route
+            ctx.sampled.copy_(saved)
+        adapters = int(slots[slots >= 0].unique().numel()) if ctx.lora_active else 0
+        return Probe(statistics.fmean(e for e, _ in found), statistics.fmean(g for _, g in found), adapters)
+
+    def prefill(self, count: int, adapters: list[str | None]) -> tuple[float, float]:
+        """(wall us, GPU us) until `count` prompts have their first token, in one step."""
+        walls, gpus = [], []
+        for _ in range(4):
+            self.submit(count, PREFILL, 1, adapters)
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            first.record()
+            while self.core.has_work:
+                self.core.step()
+            last.record()
+            torch.cuda.synchronize()
+            walls.append((time.perf_counter() - begin) * 1e6)
+            gpus.append(first.elapsed_time(last) * 1e3)
+        return statistics.median(walls[1:]), statistics.median(gpus[1:])
+
+    def close(self) -> None:
+        self.core.close()
+        del self.core, self.model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def assign(batch: int, active: int, popularity: str) -> list[str | None]:
+    """An adapter for each request of a batch."""
+    if not active:
+        return [None] * batch
+    if popularity == "zipf":
+        weights = [1.0 / (k + 1) for k in range(active)]
+        return [f"a{k}" for k in random.Random(batch).choices(range(active), weights, k=batch)]
+    return [f"a{i % active}" for i in range(batch)]
+
+
+def floors(shape: str, probe: Probe, batch: int) -> float:
+    """Bytes of weights that a decode step reads, base part."""
+    c = CONFIGS[shape]
+    h, d = c["hidden_size"], c["head_dim"]
+    attention = h * d * (2 * c["num_attention_heads"] + 2 * c["num_key_value_heads"])
+    layer = probe.experts * 3 * h * c["moe_intermediate_size"] + attention + h * c["num_experts"]
+    return 2.0 * (c["num_hidden_layers"] * layer + h * c["vocab_size"] + batch * h)
+
+
+def adapter_bytes(bench: Bench, shape: str, probe: Probe) -> float:
+    """Bytes of adapter weights that a decode step reads: routed groups of the experts, and the dense stacks of the active adapters."""
+    c = CONFIGS[shape]
+    dense = sum(t.in_features + t.out_features for t in bench.targets.values() if isinstance(t, LinearTarget) and is_adapted(t.name, t))
+    expert = 3 * c["hidden_size"] + 3 * c["moe_intermediate_size"]
+    return 2.0 * bench.rank * (c["num_hidden_layers"] * probe.groups * expert + probe.adapters * dense)
+
+
+def allowed(batch: int, base: float, addon: float) -> float:
+    """The target of a decode step with adapters, us."""
+    if batch == 1:
+        return base / 0.92
+    return base / 0.95 if addon <= 0.025 * base else base * 1.02 + 1.25 * addon
+
+
+def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, active: int, popularity: str) -> None:
+    """All batches and prefills of one engine and one load, as rows of `results`."""
+    common = {"shape": args.shape, "backend": bench.model.moe_runner_backend, "weights": "bf16", "rank": bench.rank, "active": active, "popularity": popularity}
+
+    def base_of(phase: str, batch: int, inputs: int) -> dict[str, Any] | None:
+        return results.find(**(common | {"phase": phase, "batch": batch, "input": inputs, "rank": 0, "active": 0, "popularity": "none"}))
+
+    for batch in args.batches:
+        adapters = assign(batch, active, popularity)
+        step, gpu, probe = bench.decode(batch, adapters)
+        base = base_of("decode", batch, PROMPT)
+        addon = adapter_bytes(bench, args.shape, probe) / READ_BYTES_PER_S * 1e6 if active else 0.0
+        floor = floors(args.shape, probe, batch) / READ_BYTES_PER_S * 1e6 + addon
+        base_us = base["step_us"] if base else step
+        peer = PEER_LORA_STEP_US if active == 4 and bench.rank == 16 else {} if active else PEER_STEP_US
+        row = {
+            "phase": "decode", "batch": batch, "input": PROMPT, "output": STEPS, "tok_s": batch / step * 1e6, "base_tok_s": batch / base_us * 1e6,
+            "retention": base_us / step, "step_us": step, "base_step_us": base_us, "floor_us": floor, "gpu_us": gpu, "busy": gpu / step,
+            "allowed_step_us": allowed(batch, base_us, addon) if active else PEER_STEP_US.get(batch), "peer_step_us": peer.get(batch),
+            "experts": probe.experts, "groups": probe.groups, "adapter_us": addon,
+        }  # fmt: skip
+        results.add(common | row)
+        print(timing.format_table([row | common], COLUMNS), flush=True)
+    for count in args.prefills:
+        wall, gpu = bench.prefill(count, assign(count, active, popularity))
+        base = base_of("prefill", count, PREFILL)
+        base_gpu = base["gpu_us"] if base else gpu
+        row = {
+            "phase": "prefill", "batch": count, "input": PREFILL, "output": 1, "tok_s": count * PREFILL / wall * 1e6,
+            "base_tok_s": base["tok_s"] if base else count * PREFILL / wall * 1e6, "retention": base_gpu / gpu, "step_us": wall,
+            "base_step_us": base["step_us"] if base else wall, "floor_us": None, "gpu_us": gpu, "busy": gpu / wall,
+            "allowed_step_us": base_gpu / 0.9 if active else ALLOWED_PREFILL_US.get(count), "peer_step_us": None if active else PEER_PREFILL_US.get(count),
+            "experts": None, "groups": None, "adapter_us": None,
+        }  # fmt: skip
+        results.add(common | row)
+        print(timing.format_table([row | common], COLUMNS), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=timing.default_path("engine"), help="JSON file; must not exist")
+    parser.add_argument("--commit", default=None, help="commit to record when run from a copy without .git")
+    parser.add_argument("--time-limit", type=float, default=None, help="seconds after which no further load is started")
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(CONFIGS))
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers, to try the benchmark itself")
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64, 256])
+    parser.add_argument("--prefills", nargs="*", type=int, default=[1, 4])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--active", nargs="*", type=int, default=[1, 4, 16])
+    parser.add_argument("--popularity", nargs="*", default=["uniform"], choices=["uniform", "zipf", "distinct"])
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--no-overlap", action="store_true")
+    args = parser.parse_args()
+    logging.basicConfig(level="INFO", format="%(name)s: %(message)s")
+    deadline = timing.Deadline(args.time_limit)
+    overrides: dict[str, Any] = {"num_hidden_layers": args.layers} if args.layers else {}
+    CONFIGS[args.shape] |= overrides
+    settings = {"steps": STEPS, "prompt": PROMPT, "graphs": not args.eager, "overlap": not args.no_overlap, **overrides}
+    results = timing.Results(args.out, "engine", KEYS, settings, commit=args.commit, peer="vllm 0.33.0")
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_config(args.shape, Path(folder) / args.shape)
+        bench = Bench(args, path, 0, 0)
+        measure(bench, args, results, 0, "none")
+        bench.close()
+        if args.active and not deadline.reached():
+            bench = Bench(args, path, args.rank, max(args.active))
+            for active, popularity in itertools.product(args.active, args.popularity):
+                if not deadline.reached():
+                    measure(bench, args, results, active, popularity)
+            bench.close()
+    print(timing.format_table(results.rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Models and adapters without files: real shapes, random weights made on the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_lora_moe.lora.adapter_config import AdapterConfig
+from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
+from sglang_lora_moe.lora.weights import AdapterWeights, ExpertLoRA, LinearLoRA, LoadReport, ModuleLoRA
+
+_STD = 0.01
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "intermediate_size": 6144, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "tie_word_embeddings": False, "attention_bias": False, "eos_token_id": 151645, "dtype": "bfloat16",
+    },
+}  # fmt: skip
+
+
+def write_config(shape: str, folder: Path, **overrides: Any) -> Path:
+    """A model directory with a config.json alone, for --load-format dummy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[shape] | overrides))
+    return folder
+
+
+def is_adapted(name: str, target: Target) -> bool:
+    """All linears of the layers and the experts; not routers, the embedding and the head."""
+    return not isinstance(target, EmbeddingTarget) and not name.endswith(("lm_head", "mlp.gate", "router"))
+
+
+def make_adapters(targets: Iterable[Target], rank: int, count: int, dtype: torch.dtype, device: torch.device | str) -> list[AdapterWeights]:
+    """`count` adapters that share one set of random weights, so that memory holds the pool and little else."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, _STD)
+
+    modules: dict[str, ModuleLoRA] = {}
+    for target in targets:
+        if not is_adapted(target.name, target):
+            continue
+        if isinstance(target, LinearTarget):
+            modules[target.name] = LinearLoRA(noise(rank, target.in_features), noise(target.out_features, rank), 1.0)
+        elif isinstance(target, ExpertTarget):
+            e, h, i = target.num_experts, target.hidden, target.intermediate
+            a13, b13 = noise(e, 2 * rank, h), noise(e, target.w13_rows, rank)
+            modules[target.name] = ExpertLoRA(a13, b13, True, 1.0, noise(e, rank, i), noise(e, h, rank), 1.0)
+    config = AdapterConfig(Path("dummy"), rank, float(rank))
+    return [AdapterWeights(f"dummy-{i}", f"dummy-{rank}-{i}", config, modules, LoadReport()) for i in range(count)]

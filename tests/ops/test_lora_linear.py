@@ -1,0 +1,114 @@
+"""The Triton kernels of dense LoRA against the reference, and their fused consumers against the unfused way, through a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sglang_lora_moe.layers.embedding import Embedding
+from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA
+from sglang_lora_moe.lora.manager import wrap_layers
+from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, collect_targets
+from sglang_lora_moe.lora.triton_dense import TritonDense
+from sglang_lora_moe.lora.weights import EmbeddingLoRA, LinearLoRA
+from sglang_lora_moe.models.build import ServedModel, build_model
+from sglang_lora_moe.ops import lora_linear
+from tests.lora.test_linear_lora import PARTS, SLOT_PATTERNS, make_linear, make_pool
+from tests.lora.test_linear_lora import make_context as make_slots
+from tests.models.driver import Driver, Sequence, make_context
+from tests.models.test_against_transformers import random_tokens
+from tests.references import ref_linear, relative_error
+from tests.tiny_models import make_tiny_model
+
+INTERPRETED = not torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="tensors of these tests are on the CPU; test_gpu_engine.py covers the GPU")
+
+
+@pytest.mark.parametrize("pattern", SLOT_PATTERNS)
+@pytest.mark.parametrize("rows_max", [256, 0])
+def test_linear(pattern: str, rows_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_linear, "ROWS_MAX", rows_max)
+    slots = SLOT_PATTERNS[pattern][:70]
+    pool, base, ctx = make_pool(), make_linear(), make_slots(slots)
+    parts = [pool.stacks_for(name) for name, _ in PARTS]
+    layer = LinearWithLoRA(base, parts, ctx, TritonDense(ctx))
+    x = torch.randn(len(slots), 32)
+    want = ref_linear(x, base.weight, base.bias, parts, torch.tensor(slots))
+    assert relative_error(layer(x), want) < 1e-6
+    assert torch.equal(layer(x)[[i for i, slot in enumerate(slots) if slot < 0]], base(x)[[i for i, slot in enumerate(slots) if slot < 0]])
+    layer.used = False
+    assert torch.equal(layer(x), base(x))
+
+
+def test_logit_slots_and_a_wider_activation() -> None:
+    slots = SLOT_PATTERNS["decode"]
+    pool, base, ctx = make_pool(torch.float16), make_linear(torch.float32, "logits"), make_slots([-1] * 3)
+    ctx.logit_slots[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
+    ctx.lora_active = True
+    parts = [pool.stacks_for(name) for name, _ in PARTS]
+    x = torch.randn(len(slots), 32)
+    want = ref_linear(x, base.weight, base.bias, parts, torch.tensor(slots))
+    assert relative_error(LinearWithLoRA(base, parts, ctx, TritonDense(ctx))(x), want) < 1e-6
+
+
+def test_embedding() -> None:
+    torch.manual_seed(0)
+    pool = LoRAMemoryPool([EmbeddingTarget("embed", 50, 40)], 3, 16, torch.float32)
+    for slot, rank in ((0, 16), (2, 3)):
+        pool.write(slot, SimpleNamespace(modules={"embed": EmbeddingLoRA(torch.randn(rank, 50), torch.randn(40, rank), 0.5 + slot)}))
+    base = Embedding("embed", 50, 40, dtype=torch.float32, device="cpu")
+    base.weight.data.normal_()
+    ctx = make_slots([0, -1, 2, 1, 2])
+    ids = torch.tensor([3, 49, 0, 7, 7])
+    stacks = pool.stacks_for("embed")
+    expected = EmbeddingWithLoRA(base, stacks, ctx)(ids)
+    assert relative_error(EmbeddingWithLoRA(base, stacks, ctx, TritonDense(ctx))(ids), expected) < 1e-6
+
+
+def test_parts_must_share_a_pool() -> None:
+    pools = [make_pool(), make_pool()]
+    a, b, c = (pools[i].stacks_for(name) for i, (name, _) in zip((0, 1, 0), PARTS, strict=True))
+    with pytest.raises(ValueError, match="equal distances"):
+        lora_linear.PartTables([(a, 0, 48), (b, 48, 16), (c, 64, 24)])
+
+
+def served(path: Path, backend: str) -> ServedModel:
+    """A model with random adapters on all its linears in slots 0 (rank 3) and 1 (rank 16); experts without."""
+    model = build_model(path, ctx=make_context(), dtype=torch.float32, device="cpu", attention_backend="triton", show_progress=False)
+    targets = collect_targets(model.hf)
+    pool = LoRAMemoryPool(list(targets.values()), 2, 16, torch.float32)
+    wrap_layers(model.hf, pool, model.ctx, backend)
+    torch.manual_seed(5)
+    for slot, rank in ((0, 3), (1, 16)):
+        modules: dict[str, LinearLoRA | EmbeddingLoRA] = {}
+        for name, target in targets.items():
+            if isinstance(target, LinearTarget):
+                modules[name] = LinearLoRA(torch.randn(rank, target.in_features) * 0.1, torch.randn(target.out_features, rank) * 0.3, 0.7)
+            elif not isinstance(target, ExpertTarget):
+                modules[name] = EmbeddingLoRA(torch.randn(rank, target.vocab) * 0.3, torch.randn(target.hidden, rank) * 0.3, 0.7)
+        pool.write(slot, SimpleNamespace(modules=modules))
+    return model
+
+
+@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss"])
+def test_whole_model(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_tiny_model(arch, tmp_path, num_key_value_heads=1)
+    found = []
+    for backend in ("torch_native", "triton"):
+        driver = Driver(served(path, backend))
+        seqs = [Sequence(random_tokens(seed, n), slot=slot) for seed, (n, slot) in enumerate(((9, 0), (7, -1), (8, 1)))]
+        driver.ctx.lora_active = True
+        logits = [*driver.step([(seq, len(seq.tokens) - 2) for seq in seqs]), *driver.step([(seq, 1) for seq in seqs])]
+        monkeypatch.setattr("sglang_lora_moe.lora.triton_dense.ROWS_MAX", 0)  # from here on nothing is deferred
+        found.append(torch.cat([*logits, *driver.step([(seq, 1) for seq in seqs])]))
+        monkeypatch.undo()
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-4)
+    driver.ctx.lora_active = False
+    base = driver.step([(Sequence(random_tokens(0, 3)), 3)])[0]
+    assert (base - found[1][:3]).abs().max() > 0.1, "the adapters do nothing"
