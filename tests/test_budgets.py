@@ -70,9 +70,10 @@ def test_package_is_small() -> None:
 
 
 def test_nothing_large_is_committed() -> None:
-    """The demo is the only binary data, and is small."""
+    """The demo and the quantized checkpoints of the tests are the only binary data, and are small."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     files = [ROOT / name for name in listed.stdout.splitlines()] if listed.returncode == 0 else []
     weights = list((ROOT / "examples").rglob("*.safetensors"))
     assert sum(p.stat().st_size for p in weights) <= 4 * 2**20
+    assert sum(p.stat().st_size for p in (ROOT / "tests" / "data").rglob("*.safetensors")) <= 2**20
     assert not [p for p in files if p.exists() and p.stat().st_size > 2**18 and p not in weights]

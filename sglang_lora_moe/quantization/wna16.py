@@ -71,28 +71,24 @@ class WNA16Weight:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [.., n] -> codes uint8 [.., n * 32 / bits], low bits first."""
-    per_word = 32 // bits
-    shifts = torch.arange(per_word, device=words.device, dtype=torch.int32) * bits
-    codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return codes.to(torch.uint8).flatten(-2)
+    """int32 [.., n] -> codes uint8 [.., n * 32 / bits], low bits first (the byte order of hosts and GPUs: little-endian)."""
+    codes = words.contiguous().view(torch.uint8)
+    return codes if bits == 8 else torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [.., n] -> int32 [.., ceil(n * bits / 32)], low bits first; a short last word is filled with zeros."""
-    per_word = 32 // bits
-    short = -codes.shape[-1] % per_word
+    short = -codes.shape[-1] % (32 // bits)
     if short:
         codes = torch.nn.functional.pad(codes, (0, short))
-    parts = codes.unflatten(-1, (-1, per_word)).to(torch.int64)
-    shifts = torch.arange(per_word, device=codes.device, dtype=torch.int64) * bits
-    words = (parts << shifts).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    if bits == 4:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def dequantize(weight: WNA16Weight, dtype: torch.dtype) -> torch.Tensor:
     """The float weight [.., O, I]: (q - z) * s with scales and product in `dtype` (the value that kernels multiply by)."""
-    codes = weight.packed.view(torch.uint8)  # hosts and GPUs are little-endian: code 0 is in the lowest bits of byte 0
+    codes = weight.packed.view(torch.uint8)
     if weight.bits == 4:
         values = torch.empty(*codes.shape, 2, dtype=dtype, device=codes.device)
         values[..., 0] = codes & 15
@@ -228,14 +224,18 @@ def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int]
     _expect(f"{name}.qweight", tensors["qweight"], (inn, out // 8), (torch.int32,))
     _expect(f"{name}.scales", tensors["scales"], (groups, out), _SCALE_DTYPES)
     _expect(f"{name}.qzeros", tensors["qzeros"], (groups, out // 8), (torch.int32,))
-    place = torch.tensor(AWQ_ORDER).argsort()  # nibble that holds output column c of a word
+    zeros = _awq_columns(tensors["qzeros"]).contiguous()
+    return WNA16Weight(pack(_awq_columns(tensors["qweight"]), 4), tensors["scales"].t().contiguous(), zeros, bits, group)
 
-    def columns(words: torch.Tensor) -> torch.Tensor:
-        return unpack(words, 4).unflatten(-1, (-1, 8))[..., place].flatten(-2)
 
-    return WNA16Weight(
-        pack(columns(tensors["qweight"]).t().contiguous(), 4), tensors["scales"].t().contiguous(), columns(tensors["qzeros"]).t().contiguous(), bits, group
-    )
+def _awq_columns(words: torch.Tensor) -> torch.Tensor:
+    """int32 [n, O / 8] -> uint8 [O, n]: the columns in order, transposed byte by byte (a word's nibble k is half of byte k // 2)."""
+    halves = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))  # [n, O / 8, 4]
+    columns = torch.empty(halves.shape[1], 8, halves.shape[0], dtype=torch.uint8, device=words.device)
+    for nibble, column in enumerate(AWQ_ORDER):
+        half = halves[..., nibble // 2].t()
+        columns[:, column] = half >> 4 if nibble % 2 else half & 15
+    return columns.flatten(0, 1)
 
 
 def read_weight(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], scheme: WNA16Scheme) -> WNA16Weight:

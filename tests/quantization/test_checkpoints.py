@@ -31,7 +31,7 @@ from sglang_lora_moe.quantization.wna16 import QuantizationError
 from tests.adapter_files import merged_reference_model, write_adapter
 from tests.models.driver import Driver, Sequence, make_context
 from tests.models.test_against_transformers import load_stock, random_tokens, stock_logits
-from tests.quantized_checkpoints import GENUINE, genuine, pack_linear, quantization_config, write_quantized, write_reference
+from tests.quantized_checkpoints import GENUINE, dequantized, genuine, pack_linear, quantization_config, write_quantized, write_reference
 from tests.tiny_models import make_tiny_model
 
 TOLERANCE = 1e-4
@@ -96,6 +96,34 @@ def test_adapters_on_it_equal_peft_on_the_dequantized_weights(name: str, layout:
     expected = stock_logits(merged_reference_model(reference, adapter), tokens)
     torch.testing.assert_close(adapted, expected, rtol=0, atol=TOLERANCE)
     assert (adapted - plain).abs().max() > 0.1
+
+
+def test_gpt_oss_saved_expert_by_expert(tmp_path: Path) -> None:
+    """llmcompressor splits fused, transposed, interleaved experts into linears with biases; transformers itself cannot read these files."""
+    source = make_tiny_model("gpt_oss", tmp_path)
+    path = write_quantized(source, tmp_path / "q", "compressed-tensors", only=r".*self_attn.*proj\.weight")
+    reference = write_reference(path, tmp_path / "reference")
+    state, dense = load_file(path / "model.safetensors"), load_file(reference / "model.safetensors")
+    for key in [key for key in state if ".mlp.experts." in key]:
+        name, _, leaf = key.rpartition(".")
+        fused = state.pop(key)
+        for expert in range(fused.shape[0]):
+            columns = {"down_proj": fused[expert]}
+            if leaf.startswith("gate_up"):
+                columns = {"gate_proj": fused[expert, ..., 0::2], "up_proj": fused[expert, ..., 1::2]}
+            for projection, tensor in columns.items():
+                linear = f"{name}.{expert}.{projection}"
+                if leaf.endswith("_bias"):
+                    state[f"{linear}.bias"] = tensor.clone()
+                    continue
+                packed = pack_linear(tensor.T, "compressed-tensors", 4, 32, True)
+                state |= {f"{linear}.{part}": value for part, value in packed.items()}
+                place = slice(None) if projection == "down_proj" else slice(projection == "up_proj", None, 2)
+                dense[key][expert, ..., place] = dequantized(packed, 4, "compressed-tensors").T
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(dense, reference / "model.safetensors", metadata={"format": "pt"})
+    tokens = random_tokens(0, 40)
+    torch.testing.assert_close(logits_of(build(path), tokens), stock_logits(load_stock(reference), tokens), rtol=0, atol=TOLERANCE)
 
 
 def test_what_is_quantized_stays_quantized_and_exceptions_are_honoured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
