@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -36,7 +37,7 @@ class DecodeGraphs:
         self._by_count = [0, *(next(size for size in self.sizes if size >= n) for n in range(1, self.sizes[-1] + 1))]
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._layouts: dict[int, int] = {}  # size -> ctx.lora_layout at the capture of its "lora" graph
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle of the memory that all graphs share
 
     @torch.inference_mode()
     def capture(self, show_progress: bool = True) -> None:

@@ -46,6 +46,7 @@ def _is_standard_layer(layer: Any) -> bool:
         and _has_parts(layer, _LAYER_PARTS)
         and isinstance(layer.self_attn, Attention)
         and isinstance(layer.self_attn.paged.backend, TritonAttention)
+        and all(norm is None or isinstance(norm, RMSNorm) for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm))
         and isinstance(layer.input_layernorm, RMSNorm)
         and isinstance(layer.post_attention_layernorm, RMSNorm)
     )
@@ -87,11 +88,14 @@ class FusedDecoder:
     def _attention(self, attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None)."""
         ctx, paged = self.ctx, attention.paged
-        kv, q_norm, k_norm = paged.spec.kv, attention.q_norm, attention.k_norm
+        kv = paged.spec.kv
         if not attention.norm_per_head or kv.k_dim != kv.v_dim or 2 * self.cos.shape[1] != kv.k_dim:
             return _deferred(attention.o_proj, attention.attend(attention.qkv(x), *self._step_tables(x)).flatten(1))
         qkv, addend = _deferred(attention.qkv, x)
-        weights = (None, None, 1e-6) if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, float(q_norm.variance_epsilon))
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        weights: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
+        if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+            weights = (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
         t = qkv.shape[0]
         q = qk_norm_rope(
             qkv, paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
