@@ -38,6 +38,7 @@ TOLERANCE = 1e-4
 SYNTHETIC: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptq": ("qwen3_moe", "gptq", {}),
     "gptq-zeros": ("mixtral", "gptq", {"symmetric": False}),
+    "gptq-zeros-all-in-the-middle": ("qwen3_moe", "gptq", {"sym": False}),  # declared with zero points, written symmetric
     "gptq_v2-int8-channel": ("qwen3_moe", "gptq_v2", {"bits": 8, "group_size": -1}),
     "awq": ("mixtral", "awq", {}),
     "awq-qwen": ("qwen3_moe", "awq", {}),
