@@ -13,7 +13,7 @@ from sglang_lora_moe.quantization.base import QuantMethod
 if TYPE_CHECKING:
     from sglang_lora_moe.lora.hooks import ExpertLoRAOps
 
-BACKENDS = ("triton", "torch_native")
+BACKENDS = ("marlin", "triton", "torch_native")
 # Without a GPU, Triton kernels run in its interpreter, for tests.
 _ON_CPU = ("torch_native", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch_native",)
 
@@ -47,6 +47,10 @@ def make_core(name: str) -> MoeRunnerCore:
         from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
 
         return TritonRunnerCore()
+    if name == "marlin":
+        from sglang_lora_moe.moe.backends.marlin import MarlinRunnerCore
+
+        return MarlinRunnerCore()
     raise ValueError(f"unknown MoE backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
@@ -60,4 +64,8 @@ def make_lora_ops(name: str) -> ExpertLoRAOps:
         from sglang_lora_moe.moe.backends import triton_lora
 
         return triton_lora
+    if name == "marlin":
+        from sglang_lora_moe.moe.backends import marlin_lora
+
+        return marlin_lora
     raise ValueError(f"the {name} MoE backend cannot apply adapters to experts; use --moe-runner-backend torch_native")

@@ -1,0 +1,61 @@
+// Grouped GEMM over experts with int4 or int8 weights and 16-bit activations, and the layout it reads. No torch, no CUDA header.
+// Formulas and the layout in words: sglang_lora_moe/ops/marlin_moe.py.
+#pragma once
+#include <stdint.h>
+
+extern "C" {
+
+// Canonical weights [experts, rows, k] -> units of 32 rows x 32 k in fragment order [experts, row_units, k_units, 32 lanes * bits / 4 words].
+struct MarlinMoeRepack {
+  const uint32_t* codes;  // [experts, rows, k * bits / 32], low bits first along k
+  uint32_t* packed;
+  int32_t experts, rows, k, bits;
+  int32_t row_units, k_units;
+  int32_t halves;  // 2: the first half of the rows (gate) and the second (up) alternate by fragment; else 1
+};
+
+// out[row] = act(w[expert] x[row] + bias[expert]) for the rows of every tile.
+struct MarlinMoeGemm {
+  const void* x;                // [.., k] of the activation type
+  const uint32_t* packed;       // as above
+  const void* scales;           // [experts, row_units, groups, 32] of the activation type, rows in fragment order
+  const uint8_t* zeros;         // the same shape, or null: 2^(bits - 1)
+  const void* bias;             // [experts, rows] of the activation type, or null
+  const int32_t* tiles;         // [.., 3] expert, start, rows <= token block; null: one tile for each pair
+  const int32_t* counts;        // counts[1] = tiles
+  const int32_t* sorted_pairs;  // [pairs], with tiles
+  const int32_t* topk_ids;      // [pairs], without
+  void* out;                    // [.., out_columns]
+  float* partials;              // marlin_moe_partials() floats
+  uint32_t* arrivals;           // [blocks], zero before and after
+  int32_t experts, pairs, top_k;
+  int32_t rows, k;              // logical widths of a weight: rows = 2I or H
+  int32_t row_units, k_units, groups;
+  int32_t group_size;           // 32, 64, 128; 0 = one group
+  int32_t bits, is_bf16, halves;
+  int32_t activation;           // 0 none; else with halves 2: codes of Activation
+  float alpha, limit;
+  int32_t gather, scatter;      // x by token (pair / top_k) rather than by row; out by pair rather than by row
+};
+
+enum Activation { kNone, kSilu, kGelu, kGeluTanh, kRelu, kClampedSwiglu };
+
+struct MarlinMoePlan {
+  int32_t config;   // index of a shape of tiles, see marlin_moe_shape
+  int32_t sms;      // multiprocessors
+  int32_t overlap;  // start beside the end of the kernel before, where the GPU can
+};
+
+struct MarlinMoeShape {
+  int32_t block_rows, block_tokens, block_k, threads, blocks_per_sm, stages;
+};
+
+// The shapes of tiles; block_tokens 0 beyond the last.
+MarlinMoeShape marlin_moe_shape(int32_t config);
+int32_t marlin_moe_blocks(MarlinMoePlan plan);
+int64_t marlin_moe_partials(MarlinMoePlan plan);  // floats of scratch
+
+// Enqueue on `stream`. Return a cudaError_t, 0 = success. Never synchronise; safe to capture.
+int marlin_moe_repack(const MarlinMoeRepack* arguments, void* stream);
+int marlin_moe_gemm(const MarlinMoeGemm* arguments, MarlinMoePlan plan, void* stream);
+}

@@ -1,0 +1,113 @@
+// The CUDA implementations of marlin_moe_repack and marlin_moe_gemm, whose schemas are in sglang_lora_moe/ops/marlin_moe.py. Checks and unwrapping only.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "errors.h"
+#include "marlin_moe.h"
+
+// Only torch with CUDA has this symbol: weak, so that the library loads on CPU torch too (in tests).
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA streams");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no current CUDA stream on device ", device);
+  return stream;
+}
+
+// Contiguous, of `type`, on `device`, with at least `elements`; its data.
+template <class T>
+T* checked(const Tensor& tensor, const char* name, ScalarType type, int32_t device, int64_t elements) {
+  const bool fits = tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == type && tensor.is_contiguous();
+  STD_TORCH_CHECK(fits, "marlin_moe: expected ", name, " to be contiguous ", torch::headeronly::toString(type), " on cuda:", device, ", got ",
+                  torch::headeronly::toString(tensor.scalar_type()), tensor.is_contiguous() ? "" : " not contiguous",
+                  tensor.is_cuda() ? " on cuda:" : " on another device type, ", tensor.get_device_index());
+  STD_TORCH_CHECK(tensor.numel() >= elements, "marlin_moe: expected ", name, " of at least ", elements, " elements, got ", tensor.numel());
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// [E, row units, k units, 32 * bits], the layout's own shape.
+void check_packed(const Tensor& packed, int64_t rows, int64_t k, int64_t bits, int64_t halves) {
+  STD_TORCH_CHECK(bits == 4 || bits == 8, "marlin_moe: expected 4 or 8 bits, got ", bits);
+  STD_TORCH_CHECK(halves == 1 || halves == 2, "marlin_moe: expected halves 1 or 2, got ", halves);
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(3) == 32 * bits, "marlin_moe: expected packed [E, row units, k units, ", 32 * bits, "], got ", packed.dim(), " dimensions");
+  STD_TORCH_CHECK(packed.size(1) % 4 == 0 && packed.size(2) % 4 == 0 && packed.size(1) * 32 >= rows && packed.size(2) * 32 >= k,
+                  "marlin_moe: expected units padded to 128 that hold ", rows, " x ", k, ", got ", packed.size(1), " x ", packed.size(2));
+}
+
+void marlin_moe_repack_op(Tensor codes, int64_t k, int64_t bits, int64_t halves, Tensor packed) {
+  const int32_t device = codes.get_device_index();
+  STD_TORCH_CHECK(codes.dim() == 3 && codes.size(2) == (k * bits + 31) / 32, "marlin_moe_repack: expected codes [E, rows, ", (k * bits + 31) / 32, "], got ", codes.dim(),
+                  " dimensions, the last of ", codes.size(codes.dim() - 1));
+  check_packed(packed, codes.size(1), k, bits, halves);
+  MarlinMoeRepack a;
+  a.codes = checked<const uint32_t>(codes, "codes", ScalarType::Int, device, 0);
+  a.packed = checked<uint32_t>(packed, "packed", ScalarType::Int, device, 0);
+  a.experts = (int32_t)codes.size(0), a.rows = (int32_t)codes.size(1), a.k = (int32_t)k, a.bits = (int32_t)bits;
+  a.row_units = (int32_t)packed.size(1), a.k_units = (int32_t)packed.size(2), a.halves = (int32_t)halves;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int error = marlin_moe_repack(&a, current_stream(device));
+  STD_TORCH_CHECK(error == 0, "marlin_moe_repack: launch failed: ", cuda_error_text(error));
+}
+
+void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, std::optional<Tensor> tiles,
+                        std::optional<Tensor> counts, std::optional<Tensor> sorted_pairs, Tensor topk_ids, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
+                        int64_t group_size, int64_t halves, int64_t activation, double alpha, double limit, bool gather, bool scatter, int64_t config, int64_t sms,
+                        bool overlap) {
+  const int32_t device = x.get_device_index();
+  const ScalarType type = x.scalar_type();
+  const int64_t pairs = topk_ids.numel(), bits = packed.size(3) / 32, k = x.size(x.dim() - 1), width = activation ? rows / 2 : rows;
+  const MarlinMoePlan plan = {(int32_t)config, (int32_t)sms, overlap};
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "marlin_moe_gemm: expected x of bfloat16 or float16, got ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(config >= 0 && marlin_moe_shape((int32_t)config).block_tokens > 0, "marlin_moe_gemm: no shape of tiles ", config);
+  STD_TORCH_CHECK(x.dim() == 2 && k % 8 == 0 && rows % (8 * halves) == 0, "marlin_moe_gemm: expected x [.., k] and rows that divide by 8, got k ", k, ", rows ", rows);
+  STD_TORCH_CHECK(topk_ids.dim() == 2 && x.size(0) >= (gather ? topk_ids.size(0) : pairs), "marlin_moe_gemm: expected topk_ids [M, K] and a row of x for each ",
+                  gather ? "token" : "pair", ", got ", x.size(0), " rows");
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) >= pairs && out.size(1) == width, "marlin_moe_gemm: expected out [", pairs, ", ", width, "], got width ", out.size(out.dim() - 1));
+  STD_TORCH_CHECK(activation == 0 || (halves == 2 && activation > 0 && activation <= kClampedSwiglu), "marlin_moe_gemm: activation ", activation, " with halves ", halves);
+  STD_TORCH_CHECK(tiles.has_value() == counts.has_value() && tiles.has_value() == sorted_pairs.has_value(), "marlin_moe_gemm: tiles, counts and sorted_pairs come together");
+  STD_TORCH_CHECK(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, "marlin_moe_gemm: expected groups of 32, 64, 128 or 0 (one), got ", group_size);
+  check_packed(packed, rows, k, bits, halves);
+  const int64_t experts = packed.size(0), row_units = packed.size(1), groups = group_size ? k / group_size : 1, scale_elements = experts * row_units * groups * 32;
+
+  MarlinMoeGemm a;
+  a.x = checked<void>(x, "x", type, device, 0);
+  a.packed = checked<const uint32_t>(packed, "packed", ScalarType::Int, device, 0);
+  a.scales = checked<void>(scales, "scales", type, device, scale_elements);
+  a.zeros = zeros ? checked<const uint8_t>(*zeros, "zeros", ScalarType::Byte, device, scale_elements) : nullptr;
+  a.bias = bias ? checked<void>(*bias, "bias", type, device, experts * rows) : nullptr;
+  a.tiles = tiles ? checked<const int32_t>(*tiles, "tiles", ScalarType::Int, device, 0) : nullptr;
+  a.counts = counts ? checked<const int32_t>(*counts, "counts", ScalarType::Int, device, 2) : nullptr;
+  a.sorted_pairs = sorted_pairs ? checked<const int32_t>(*sorted_pairs, "sorted_pairs", ScalarType::Int, device, pairs) : nullptr;
+  a.topk_ids = checked<const int32_t>(topk_ids, "topk_ids", ScalarType::Int, device, 0);
+  a.out = checked<void>(out, "out", type, device, 0);
+  a.partials = checked<float>(partials, "partials", ScalarType::Float, device, marlin_moe_partials(plan));
+  a.arrivals = checked<uint32_t>(arrivals, "arrivals", ScalarType::Int, device, marlin_moe_blocks(plan));
+  a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)topk_ids.size(1);
+  a.rows = (int32_t)rows, a.k = (int32_t)k, a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups;
+  a.group_size = (int32_t)group_size, a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16, a.halves = (int32_t)halves;
+  a.activation = (int32_t)activation, a.alpha = (float)alpha, a.limit = (float)limit, a.gather = gather, a.scatter = scatter;
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int error = marlin_moe_gemm(&a, plan, current_stream(device));
+  STD_TORCH_CHECK(error == 0, "marlin_moe_gemm: launch failed: ", cuda_error_text(error));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sglang_lora_moe, CUDA, m) {
+  m.impl("marlin_moe_repack", TORCH_BOX(&marlin_moe_repack_op));
+  m.impl("marlin_moe_gemm", TORCH_BOX(&marlin_moe_gemm_op));
+}

@@ -1,0 +1,139 @@
+"""The MoE backend for int4 and int8 experts on NVIDIA GPUs from sm_80 on: the two GEMMs in CUDA (`ops/marlin_moe.py`).
+
+Everything around them is the triton backend's: its alignment, activation, combine and LoRA functions. Up to
+`MAX_PAIR_TOKENS` tokens nothing is sorted and every pair is a tile of its own, beyond that rows lie sorted by expert.
+Without adapters a gated activation is part of the first GEMM; down always scatters to pair order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.marlin_moe import SHAPES, GemmScratch, MarlinWeight, marlin_moe_gemm, marlin_moe_repack
+from sglang_lora_moe.ops.moe_activation import moe_activation
+from sglang_lora_moe.ops.moe_combine import moe_combine
+from sglang_lora_moe.quantization.base import QuantMethod
+
+MAX_PAIR_TOKENS = 4  # up to here two tokens rarely meet in an expert, and a sort costs more than reading it twice
+
+
+@dataclass(frozen=True)
+class MarlinPlan:
+    """Shapes of tiles (indices of `SHAPES`) of the two GEMMs, which share their token block; rows of a LoRA tile."""
+
+    gate_up: int
+    down: int
+    by_pair: bool = False
+    lora_block: int = 16
+    overlap: bool = True
+
+    @property
+    def base_block(self) -> int:
+        return SHAPES[self.gate_up].block_tokens
+
+
+@dataclass(frozen=True)
+class MarlinQuantInfo:
+    w13: MarlinWeight
+    w2: MarlinWeight
+
+
+@lru_cache(maxsize=64)
+def choose_plan(spec: MoESpec, tokens: int) -> MarlinPlan:
+    """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once."""
+    if tokens <= MAX_PAIR_TOKENS:
+        return MarlinPlan(0, 0, by_pair=True)
+    rows = tokens * spec.top_k / spec.num_experts
+    if rows <= 5:
+        return MarlinPlan(1, 1)
+    if rows <= 12:
+        return MarlinPlan(2, 2)
+    if rows <= 24:
+        return MarlinPlan(3, 3)
+    if rows <= 48:
+        return MarlinPlan(4, 4, lora_block=32)
+    return MarlinPlan(5, 5, lora_block=64)
+
+
+@lru_cache(maxsize=16)
+def scratch_of(device: torch.device) -> GemmScratch:
+    """One a device, like the workspace: GEMMs follow each other on the main stream. Made when weights are converted, never while capturing."""
+    return GemmScratch.allocate(launch.multiprocessors(device), device)
+
+
+class MarlinRunnerCore(MoeRunnerCore):
+    """MoeRunnerCore over `MarlinQuantInfo`. `plan` fixes the launch shapes (benchmarks); None chooses by size."""
+
+    name = "marlin"
+
+    def __init__(self, plan: MarlinPlan | None = None) -> None:
+        self.plan = plan
+
+    def quant_info(self, quant_method: QuantMethod, layer: nn.Module) -> MarlinQuantInfo:
+        canonical = quant_method.get_marlin_quant_info(layer)
+        device = canonical.w13.packed.device
+        if device.type != "cuda":
+            raise ValueError(f"the marlin MoE backend runs on NVIDIA GPUs, the weights are on {device}; use --moe-runner-backend torch_native")
+        scratch_of(device)
+        halves = 2 if canonical.w13.out_features == 2 * canonical.w2.in_features else 1
+        return MarlinQuantInfo(marlin_moe_repack(canonical.w13, halves, canonical.b13), marlin_moe_repack(canonical.w2, 1, canonical.b2))
+
+    def make_routing(self, inp: RunnerInput) -> Routing:
+        plan = self._plan(inp)
+        return Routing(
+            inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots,
+            base_block=plan.base_block, lora_block=plan.lora_block, rows="pair" if plan.by_pair else "sorted", workspace=inp.workspace,
+        )  # fmt: skip
+
+    def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo) -> torch.Tensor:
+        return self._first(inp, routing, quant_info, "moe.gate_up", inp.spec.w13_rows, None)
+
+    def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
+        act = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
+        return moe_activation(gate_up, inp.spec, routing, act)
+
+    def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: object = None) -> torch.Tensor:
+        assert addend is None, "the marlin core takes no addend"
+        if not inp.spec.gated:
+            return self.activation(inp, self.gate_up(inp, routing, quant_info), routing)
+        return self._first(inp, routing, quant_info, "moe.act", inp.spec.intermediate_size, inp.spec)
+
+    def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo) -> torch.Tensor:
+        """[P, H] in pair order whatever the routing."""
+        out = inp.workspace.get("moe.down", (routing.num_pairs, inp.spec.hidden_size), inp.x.dtype)
+        return self._gemm(inp, act, quant_info.w2, routing, out, self._plan(inp).down, gather=False, activation=None)
+
+    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
+
+    def _first(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, name: str, columns: int, activation: MoESpec | None) -> torch.Tensor:
+        out = inp.workspace.get(name, (routing.num_pairs, columns), inp.x.dtype)
+        return self._gemm(inp, inp.x, quant_info.w13, routing, out, self._plan(inp).gate_up, gather=True, activation=activation)
+
+    def _gemm(
+        self,
+        inp: RunnerInput,
+        x: torch.Tensor,
+        weight: MarlinWeight,
+        routing: Routing,
+        out: torch.Tensor,
+        config: int,
+        *,
+        gather: bool,
+        activation: MoESpec | None,
+    ) -> torch.Tensor:
+        return marlin_moe_gemm(
+            x, weight, None if routing.rows == "pair" else routing.alignment, routing.topk_ids, out, scratch_of(x.device),
+            config=config, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation, overlap=self._plan(inp).overlap,
+        )  # fmt: skip
+
+    def _plan(self, inp: RunnerInput) -> MarlinPlan:
+        return self.plan or choose_plan(inp.spec, inp.x.shape[0])

@@ -1,0 +1,233 @@
+"""Grouped GEMM over experts whose weights have 4 or 8 bits, and the layout of weights that it reads.
+
+    out[row] = act(w[e] x[row] + bias[e])        w[e][o, i] = (q - z) * s, rounded once to the activation dtype
+
+Layout, one for every GPU and every number of tokens: units of 32 rows x 32 inputs, in the order in which tensor cores take
+them as their left operand. A unit is two m16n8k16 fragments wide and two steps deep; lane l holds its rows
+4 * (l // 4) + 2 * fragment + half, so that it ends with four neighbouring outputs. Of gate_up weights ("halves" 2) fragment 0
+holds 16 gate rows and fragment 1 the 16 up rows that belong to them, so that the activation needs no other lane.
+    packed int32 [E, row units, k units, 32 * bits]: int4 one 16-byte piece a lane (step, fragment, register), int8 one a step
+    scales [E, row units, groups, 32] activation dtype, zeros uint8 of that shape or None: rows of a unit in the same order
+Rows are padded to 128 and inputs to 128, in here alone: the padding computes nothing that is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import build
+from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.moe_lora_align import Alignment
+from sglang_lora_moe.quantization.wna16 import WNA16Weight, pack, unpack
+
+UNIT, ROW_PADDING, K_PADDING = 32, 128, 128
+GROUP_SIZES = (32, 64, 128)  # and one group for each row
+DTYPES = (torch.bfloat16, torch.float16)
+
+LIBRARY.define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) packed) -> ()")
+LIBRARY.define(
+    "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? tiles, Tensor? counts, Tensor? sorted_pairs, "
+    "Tensor topk_ids, Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, int activation, float alpha, "
+    "float limit, bool gather, bool scatter, int config, int sms, bool overlap) -> ()"
+)
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """One entry of the kernel's table of shapes, as marlin_moe_shape() in csrc/ has it."""
+
+    block_rows: int
+    block_tokens: int
+    block_k: int
+    threads: int
+    blocks_per_sm: int
+    stages: int
+
+
+SHAPES = (
+    TileShape(32, 8, 512, 128, 4, 4),
+    TileShape(128, 8, 128, 128, 4, 4),
+    TileShape(128, 16, 128, 128, 4, 4),
+    TileShape(128, 32, 128, 128, 3, 4),
+    TileShape(128, 64, 64, 128, 3, 4),
+    TileShape(128, 128, 64, 128, 2, 4),
+)
+
+
+@dataclass(frozen=True)
+class MarlinWeight:
+    """Weights of all experts in the layout above; `rows` and `k` are the logical widths. group_size 0 = one group a row."""
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bias: torch.Tensor | None  # [E, rows]
+    rows: int
+    k: int
+    bits: int
+    group_size: int
+    halves: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.packed, self.scales, self.zeros) if t is not None)
+
+
+def padded_units(rows: int, k: int, halves: int) -> tuple[int, int]:
+    """(row units, k units). With halves 2 each half is padded to 64, so that both end in the same unit."""
+    step = ROW_PADDING // halves
+    return -(-(rows // halves) // step) * step * halves // UNIT, -(-k // K_PADDING) * K_PADDING // UNIT
+
+
+def marlin_moe_repack(weight: WNA16Weight, halves: int = 1, bias: torch.Tensor | None = None) -> MarlinWeight:
+    """Canonical weights [E, rows, k] -> the layout above, on the weights' own device. Raises ValueError on what the kernel cannot read."""
+    experts, rows, k = weight.packed.shape[0], weight.out_features, weight.in_features
+    _check(weight, rows, k, halves)
+    row_units, k_units = padded_units(rows, k, halves)
+    packed = weight.packed.new_empty(experts, row_units, k_units, UNIT * weight.bits)
+    if packed.is_cuda:
+        build.load()
+    torch.ops.sglang_lora_moe.marlin_moe_repack(weight.packed.contiguous(), k, weight.bits, halves, packed)
+    order = _row_order(rows, row_units, halves).to(packed.device)
+    zeros = None if weight.zeros is None else _gather_rows(weight.zeros, order)
+    one_group = weight.scales.shape[-1] == 1
+    return MarlinWeight(packed, _gather_rows(weight.scales, order), zeros, bias, rows, k, weight.bits, 0 if one_group else weight.group_size, halves)
+
+
+def unpack_weight(weight: MarlinWeight) -> WNA16Weight:
+    """Back to the canonical form, for references and tests."""
+    row_units, k_units = weight.packed.shape[1:3]
+    stored = unpack(weight.packed, weight.bits)  # [E, row units, k units, 1024]
+    units = torch.empty_like(stored)
+    units[..., fragment_order(weight.bits).to(stored.device)] = stored
+    by_row = units.unflatten(-1, (UNIT, UNIT)).transpose(2, 3).reshape(-1, row_units * UNIT, k_units * UNIT)
+    order = _row_order(weight.rows, row_units, weight.halves).to(stored.device)
+    place = torch.empty(weight.rows, dtype=torch.int64, device=stored.device)
+    place[order[order < weight.rows]] = (order < weight.rows).nonzero().squeeze(1)
+
+    def rows_of(values: torch.Tensor) -> torch.Tensor:  # [E, row units, groups, 32] -> [E, rows, groups]
+        return values.transpose(2, 3).flatten(1, 2)[:, place].contiguous()
+
+    zeros = None if weight.zeros is None else rows_of(weight.zeros)
+    return WNA16Weight(pack(by_row[:, place, : weight.k].contiguous(), weight.bits), rows_of(weight.scales), zeros, weight.bits, weight.group_size or weight.k)
+
+
+@functools.cache
+def fragment_order(bits: int) -> torch.Tensor:
+    """int64 [1024]: the place row * 32 + k within a unit of each stored code, low bits first."""
+    step, lane, fragment, upper, half, element = torch.meshgrid(*(torch.arange(n) for n in (2, 32, 2, 2, 2, 2)), indexing="ij")
+    place = (4 * (lane // 4) + 2 * fragment + half) * UNIT + 16 * step + 8 * upper + 2 * (lane % 4) + element
+    if bits == 8:  # bytes of a register: (half, element)
+        return place.flatten()
+    return place.permute(1, 0, 2, 5, 3, 4).flatten()  # nibbles of a word: register = upper, half; the second element 16 bits up
+
+
+def _row_order(rows: int, row_units: int, halves: int) -> torch.Tensor:
+    """int64 [row_units * 32]: the logical row at each place; `rows` where there is none."""
+    place = torch.arange(row_units * UNIT)
+    if halves == 1:
+        return place.clamp(max=rows)
+    unit, p, half_rows = place // UNIT, place % UNIT, rows // 2
+    within = 16 * unit + 2 * (p // 4) + p % 2
+    return torch.where(within < half_rows, p // 2 % 2 * half_rows + within, rows)
+
+
+def _gather_rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[E, rows, groups] -> [E, row units, groups, 32], zero where there is no row."""
+    padded = torch.nn.functional.pad(values, (0, 0, 0, 1))
+    return padded[:, order].unflatten(1, (-1, UNIT)).transpose(2, 3).contiguous()
+
+
+def _check(weight: WNA16Weight, rows: int, k: int, halves: int) -> None:
+    name = "marlin_moe_repack"
+    if weight.bits not in (4, 8):
+        raise ValueError(f"{name}: {weight.bits}-bit weights; the marlin backend reads 4 and 8 bits")
+    if weight.scales.dtype not in DTYPES:
+        raise ValueError(f"{name}: scales of {weight.scales.dtype}; the marlin backend runs in bfloat16 or float16, use --dtype")
+    if weight.scales.shape[-1] > 1 and weight.group_size not in GROUP_SIZES:
+        raise ValueError(
+            f"{name}: groups of {weight.group_size}; the marlin backend reads groups of 32, 64 and 128 and whole rows, use --moe-runner-backend torch_native"
+        )
+    if k % 8 or rows % (8 * halves):
+        raise ValueError(f"{name}: a weight of {rows} x {k}; the marlin backend needs widths that divide by 8, use --moe-runner-backend torch_native")
+
+
+# ---- GEMM ------------------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+NO_ACTIVATION = (0, 0.0, 0.0)
+
+
+def activation_of(spec: MoESpec | None) -> tuple[int, float, float]:
+    """(code, alpha, limit) of a gated activation in the GEMM's end; None = none."""
+    if spec is None:
+        return NO_ACTIVATION
+    if not spec.gated:
+        raise ValueError(f"marlin_moe_gemm: only gated activations are part of the GEMM, got {spec}")
+    if spec.swiglu_limit is not None:
+        return 5, spec.swiglu_alpha or 1.0, spec.swiglu_limit
+    return _ACTIVATIONS[spec.activation], 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class GemmScratch:
+    """Sums of shared tiles, and the counters of blocks that have left theirs: zero before and after every launch."""
+
+    partials: torch.Tensor  # float32
+    arrivals: torch.Tensor  # int32
+
+    @classmethod
+    def allocate(cls, sms: int, device: torch.device) -> GemmScratch:
+        floats = max(2 * sms * s.blocks_per_sm * s.block_rows * s.block_tokens for s in SHAPES)
+        blocks = max(sms * s.blocks_per_sm for s in SHAPES)
+        return cls(torch.empty(floats, dtype=torch.float32, device=device), torch.zeros(blocks, dtype=torch.int32, device=device))
+
+
+def marlin_moe_gemm(
+    x: torch.Tensor,
+    weight: MarlinWeight,
+    alignment: Alignment | None,
+    topk_ids: torch.Tensor,
+    out: torch.Tensor,
+    scratch: GemmScratch,
+    *,
+    config: int,
+    sms: int,
+    gather: bool,
+    scatter: bool,
+    activation: MoESpec | None = None,
+    overlap: bool = False,
+) -> torch.Tensor:
+    """x [M, k] with `gather`, else [P, k] in routing order -> out, which it returns: [P, rows], or [P, rows / 2] with an activation.
+
+    out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens; without
+    an alignment every pair is a tile of its own, in pair order. Rows of pairs without an expert are not written.
+    """
+    code, alpha, limit = activation_of(activation)
+    tiles, counts, order = (None, None, None) if alignment is None else (alignment.base_tiles, alignment.counts, alignment.sorted_pairs)
+    torch.ops.sglang_lora_moe.marlin_moe_gemm(
+        x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, out, scratch.partials, scratch.arrivals,
+        weight.rows, weight.group_size, weight.halves, code, alpha, limit, gather, scatter, config, sms, overlap,
+    )  # fmt: skip
+    return out
+
+
+def _repack_cpu(codes: torch.Tensor, k: int, bits: int, halves: int, packed: torch.Tensor) -> None:
+    experts, rows, _ = codes.shape
+    row_units, k_units = packed.shape[1:3]
+    values = torch.nn.functional.pad(unpack(codes, bits)[..., :k], (0, k_units * UNIT - k, 0, 1))[:, _row_order(rows, row_units, halves)]
+    units = values.unflatten(2, (-1, UNIT)).unflatten(1, (-1, UNIT)).transpose(2, 3).flatten(-2)  # [E, row units, k units, 1024]
+    packed.copy_(pack(units[..., fragment_order(bits)], bits))
+
+
+def _nothing(*args: object) -> None:
+    """Only writes into the caller's buffers: nothing to infer."""
+
+
+LIBRARY.impl("marlin_moe_repack", _repack_cpu, "CPU")
+for _name in ("marlin_moe_repack", "marlin_moe_gemm"):
+    torch.library.register_fake(f"sglang_lora_moe::{_name}", _nothing, lib=LIBRARY)

@@ -1,0 +1,75 @@
+// Runs cases from stdin through csrc/marlin_moe.cu on the emulator. Each buffer is a heap block of its exact size, poisoned.
+// In: 30 int32 (see Case), then for a repack the codes, for a GEMM the tensors in the order of `run_gemm`. Out: packed, or out and arrivals.
+#include <cstdio>
+#include <vector>
+
+#include "../../csrc/marlin_moe.cu"
+
+namespace {
+
+struct Case {
+  int32_t is_repack, order_seed, config, sms;
+  int32_t experts, rows, k, bits, row_units, k_units, halves;
+  int32_t groups, group_size, has_zeros, has_bias, is_bf16, has_tiles, tiles, pairs, top_k, x_rows, out_rows, out_columns, activation, gather, scatter, sorted;
+  float alpha, limit;
+  int32_t unused;
+};
+
+template <class T>
+std::vector<T> read(int64_t count) {
+  std::vector<T> values(count);
+  if (count && std::fread(values.data(), sizeof(T), values.size(), stdin) != values.size()) std::exit(2);
+  return values;
+}
+
+template <class T>
+void write(const std::vector<T>& values) {
+  if (!values.empty()) std::fwrite(values.data(), sizeof(T), values.size(), stdout);
+}
+
+int run_repack(const Case& c) {
+  const auto codes = read<uint32_t>((int64_t)c.experts * c.rows * ((c.k * c.bits + 31) / 32));
+  std::vector<uint32_t> packed((int64_t)c.experts * c.row_units * c.k_units * 32 * c.bits, 0xCDCDCDCD);
+  const MarlinMoeRepack arguments = {codes.data(), packed.data(), c.experts, c.rows, c.k, c.bits, c.row_units, c.k_units, c.halves};
+  const int error = marlin_moe_repack(&arguments, nullptr);
+  write(packed);
+  return error;
+}
+
+int run_gemm(const Case& c) {
+  const int64_t units = (int64_t)c.experts * c.row_units;
+  const auto x = read<uint16_t>((int64_t)c.x_rows * c.k);
+  const auto packed = read<uint32_t>(units * c.k_units * 32 * c.bits);
+  const auto scales = read<uint16_t>(units * c.groups * 32);
+  const auto zeros = read<uint8_t>(c.has_zeros ? units * c.groups * 32 : 0);
+  const auto bias = read<uint16_t>(c.has_bias ? (int64_t)c.experts * c.rows : 0);
+  const auto tiles = read<int32_t>(3 * c.tiles);
+  const auto sorted = read<int32_t>(c.sorted);
+  const auto ids = read<int32_t>(c.pairs);
+  const std::vector<int32_t> counts = {0, c.tiles, 0, 0};
+  const MarlinMoePlan plan = {c.config, c.sms, 0};
+  std::vector<uint16_t> out((int64_t)c.out_rows * c.out_columns, 0xCDCD);
+  std::vector<float> partials(marlin_moe_partials(plan), NAN);
+  std::vector<uint32_t> arrivals(marlin_moe_blocks(plan), 0);
+  const MarlinMoeGemm arguments = {x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr,
+                                   c.has_tiles ? tiles.data() : nullptr, counts.data(), sorted.data(), ids.data(), out.data(), partials.data(), arrivals.data(),
+                                   c.experts, c.pairs, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.halves,
+                                   c.activation, c.alpha, c.limit, c.gather, c.scatter};
+  const int error = marlin_moe_gemm(&arguments, plan, nullptr);
+  write(out);
+  for (const uint32_t count : arrivals)
+    if (count != 0) return 3;
+  return error;
+}
+
+}  // namespace
+
+int main() {
+  Case c;
+  while (std::fread(&c, sizeof c, 1, stdin) == 1) {
+    emu::order_seed = (uint64_t)c.order_seed;
+    const int error = c.is_repack ? run_repack(c) : run_gemm(c);
+    if (error != 0) return error;
+  }
+  return 0;
+}

@@ -1,0 +1,113 @@
+"""The Marlin GEMM and its repack: on the emulator under AddressSanitizer and UBSan, and with a GPU (`gpu`) through the operators."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import marlin_moe as op
+from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack
+from tests.ops.cpp import compile_for_emulator
+from tests.ops.marlin_cases import Case, emulate, encode_gemm, encode_repack
+from tests.routing_cases import generator
+
+HERE = Path(__file__).parent
+WIDTHS = ((128, 128), (64, 32), (80, 40), (192, 160), (16, 384))
+SILU, CLAMPED = MoESpec(4, 2, 128, 64), MoESpec(4, 2, 128, 64, swiglu_alpha=1.702, swiglu_limit=0.7)
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_for_emulator(HERE / "marlin_driver.cpp", tmp_path_factory.mktemp("marlin"))
+
+
+def random_weight(experts: int, rows: int, k: int, bits: int, group: int, zeros: bool, dtype: torch.dtype) -> WNA16Weight:
+    """Any code, any zero point (GPTQ's reach 16), scales of any sign and size."""
+    g = generator(rows * 31 + k)
+    codes = torch.randint(0, 1 << bits, (experts, rows, k), generator=g, dtype=torch.uint8)
+    scales = torch.randn(experts, rows, k // group, generator=g).to(dtype)
+    points = torch.randint(0, min(256, (1 << bits) + 1), scales.shape, generator=g).to(torch.uint8) if zeros else None
+    return WNA16Weight(pack(codes, bits), scales, points, bits, group)
+
+
+def assert_same_values(found: WNA16Weight, expected: WNA16Weight, dtype: torch.dtype) -> None:
+    assert torch.equal(dequantize(found, dtype).view(torch.int16), dequantize(expected, dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+def test_repack_is_exact(bits: int, group: int, zeros: bool, dtype: torch.dtype) -> None:
+    for (rows, k), halves in itertools.product(WIDTHS, (1, 2)):
+        if group > 0 and k % group:
+            continue
+        weight = random_weight(2, rows, k, bits, k if group == -1 else group, zeros, dtype)
+        assert_same_values(op.unpack_weight(op.marlin_moe_repack(weight, halves)), weight, dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_emulated_repack_equals_torch(driver: Path, bits: int) -> None:
+    for (rows, k), halves in itertools.product(WIDTHS, (1, 2)):
+        weight = random_weight(2, rows, k, bits, k, False, torch.bfloat16)
+        found = torch.frombuffer(bytearray(emulate(driver, encode_repack(weight, halves))), dtype=torch.int32)
+        assert torch.equal(found, op.marlin_moe_repack(weight, halves).packed.flatten()), f"{rows} x {k}, halves {halves}"
+
+
+def check(driver: Path, cases: list[Case]) -> None:
+    words = torch.frombuffer(bytearray(emulate(driver, b"".join(map(encode_gemm, cases)))), dtype=torch.int16)
+    for case in cases:
+        expected, written = case.expected()
+        found, words = words[: expected.numel()].view(case.dtype).view(expected.shape), words[expected.numel() :]
+        error = float((found[written].float() - expected[written]).norm() / expected[written].norm().clamp(min=1e-6))
+        assert error <= 2e-3, f"relative error {error:.1e}: {case}"
+        assert (found[~written].contiguous().view(torch.int16) == 0xCDCD - 65536).all(), f"a row without expert was written: {case}"
+
+
+FORMATS = list(itertools.product((4, 8), (32, 64, 128, -1), (False, True), op.DTYPES))
+
+
+@pytest.mark.parametrize("config", range(len(op.SHAPES)))
+def test_emulated_gemm_formats(driver: Path, config: int) -> None:
+    """Each format at some shape of tiles, all of them over the shapes; the result is exact to the rounding of the output."""
+    cases = [
+        Case(5, bits=bits, group=256 if group == -1 else group, zeros=zeros, dtype=dtype, k=256, config=config, halves=1 + i % 2, order=i % 3)
+        for i, (bits, group, zeros, dtype) in enumerate(FORMATS)
+        if i % len(op.SHAPES) == config or bits == 4
+    ]
+    check(driver, cases)
+
+
+@pytest.mark.parametrize("config", range(len(op.SHAPES)))
+def test_emulated_gemm_routings_and_widths(driver: Path, config: int) -> None:
+    block = op.SHAPES[config].block_tokens
+    base = Case(5, config=config)
+    cases = [replace(base, routing=r, halves=h, tokens=9) for r in ("one_expert", "few_experts", "some_invalid", "all_invalid") for h in (1, 2)]
+    cases += [replace(base, rows=rows, k=k, group=k, halves=halves) for rows, k in WIDTHS for halves in (1, 2)]
+    cases += [replace(base, tokens=t, routing="one_expert", top_k=1, k=32, rows=32) for t in (block - 1, block, block + 1, 2 * block + 3)]
+    check(driver, cases)
+
+
+@pytest.mark.parametrize("config", [0, 1, 3])
+def test_emulated_gemm_shares_tiles(driver: Path, config: int) -> None:
+    """Few tiles over many blocks: several blocks share one, in every order of threads; long k keeps them busy."""
+    base = Case(3, config=config, k=1024, rows=64, experts=2, group=128, top_k=1)
+    cases = [replace(base, sms=sms, tokens=t, order=i) for i, (sms, t) in enumerate(((1, 3), (2, 1), (3, 2), (5, 9)))]
+    check(driver, [*cases, replace(base, k=4096, sms=1), replace(base, k=1152, sms=7, by_pair=True)])
+
+
+def test_emulated_gemm_by_pair(driver: Path) -> None:
+    base = Case(3, config=0, by_pair=True, k=256)
+    check(driver, [replace(base, routing=r, halves=h, tokens=t) for r in ("uniform", "some_invalid", "all_invalid") for h in (1, 2) for t in (1, 3)])
+
+
+def test_emulated_gemm_bias_and_activation(driver: Path) -> None:
+    base = Case(6, halves=2, bias=True, config=2)
+    activations = [SILU, CLAMPED, *(replace(SILU, activation=name) for name in ("gelu", "gelu_tanh", "relu"))]
+    cases = [replace(base, spec=spec) for spec in activations] + [replace(base, halves=h, dtype=d) for h in (1, 2) for d in op.DTYPES]
+    check(driver, [*cases, replace(base, spec=SILU, bias=False, config=0), replace(base, spec=SILU, config=5, tokens=70)])
