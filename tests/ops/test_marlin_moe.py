@@ -111,3 +111,66 @@ def test_emulated_gemm_bias_and_activation(driver: Path) -> None:
     activations = [SILU, CLAMPED, *(replace(SILU, activation=name) for name in ("gelu", "gelu_tanh", "relu"))]
     cases = [replace(base, spec=spec) for spec in activations] + [replace(base, halves=h, dtype=d) for h in (1, 2) for d in op.DTYPES]
     check(driver, [*cases, replace(base, spec=SILU, bias=False, config=0), replace(base, spec=SILU, config=5, tokens=70)])
+
+
+# ---- the GPU -------------------------------------------------------------------------------------------------------
+
+
+def run_on_gpu(case: Case, overlap: bool = True) -> torch.Tensor:
+    """Through the operators; the output and scratch poisoned before."""
+    canonical, (x, ids, bias) = case.weight(), (None if t is None else t.cuda() for t in case.inputs())
+    align = case.alignment()
+    assert x is not None and ids is not None
+    weight = op.marlin_moe_repack(
+        replace(canonical, packed=canonical.packed.cuda(), scales=canonical.scales.cuda(), zeros=None if canonical.zeros is None else canonical.zeros.cuda()),
+        case.halves,
+        bias,
+    )
+    if align is not None:
+        align = type(align)(*(t.cuda() for t in (align.sorted_pairs, align.base_tiles, align.lora_tiles, align.counts)))
+    scratch = op.GemmScratch.allocate(132, x.device)
+    out = torch.full((ids.numel(), case.rows // 2 if case.spec else case.rows), float("nan"), dtype=case.dtype, device="cuda")
+    gather = case.halves == 2
+    options = {"config": case.config, "sms": 132, "gather": gather, "scatter": not gather, "activation": case.spec, "overlap": overlap}
+    op.marlin_moe_gemm(x, weight, align, ids, out, scratch, **options)
+    first = out.clone()
+    out.fill_(float("nan"))
+    op.marlin_moe_gemm(x, weight, align, ids, out, scratch, **options)
+    assert torch.equal(first.view(torch.int16), out.view(torch.int16)), f"two runs differ: {case}"
+    assert not scratch.arrivals.any(), f"counters are left: {case}"
+    return out
+
+
+def check_on_gpu(case: Case) -> None:
+    found, (expected, written) = run_on_gpu(case).cpu(), case.expected()
+    error = float((found[written].float() - expected[written]).norm() / expected[written].norm().clamp(min=1e-6))
+    assert error <= 2e-3, f"relative error {error:.1e}: {case}"
+    assert found[~written].isnan().all(), f"a row without expert was written: {case}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gpu_repack_equals_torch(bits: int) -> None:
+    for (rows, k), halves in itertools.product(WIDTHS, (1, 2)):
+        weight = random_weight(3, rows, k, bits, k, False, torch.bfloat16)
+        found = op.marlin_moe_repack(replace(weight, packed=weight.packed.cuda(), scales=weight.scales.cuda()), halves)
+        assert torch.equal(found.packed.cpu(), op.marlin_moe_repack(weight, halves).packed), f"{rows} x {k}, halves {halves}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", range(len(op.SHAPES)))
+def test_gpu_gemm_formats(config: int) -> None:
+    for i, (bits, group, zeros, dtype) in enumerate(FORMATS):
+        check_on_gpu(Case(11, bits=bits, group=256 if group == -1 else group, zeros=zeros, dtype=dtype, k=256, rows=256, config=config, halves=1 + i % 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", range(len(op.SHAPES)))
+def test_gpu_gemm_routings_and_widths(config: int) -> None:
+    base = Case(33, config=config, experts=8)
+    for routing, halves in itertools.product(("one_expert", "few_experts", "some_invalid", "all_invalid"), (1, 2)):
+        check_on_gpu(replace(base, routing=routing, halves=halves))
+    for (rows, k), halves in itertools.product((*WIDTHS, (768, 2048), (2880, 320)), (1, 2)):
+        check_on_gpu(replace(base, rows=rows, k=k, group=32 if k % 32 == 0 else k, halves=halves, spec=SILU if halves == 2 else None, bias=True))
+    for tokens in (1, 7, 16, 65, 129, 1000):
+        check_on_gpu(replace(base, tokens=tokens, k=1024, rows=384, group=128, halves=2, spec=CLAMPED))

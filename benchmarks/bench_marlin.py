@@ -1,0 +1,214 @@
+"""One MoE layer with int4 or int8 experts on the GPU, with and without adapters, against the byte floor and vLLM's recorded Marlin.
+
+    python -m benchmarks.bench_marlin                           the table of RESULTS.md, in order of priority
+    python -m benchmarks.bench_marlin --sweep --tokens 1 16     every shape of tiles of both GEMMs, best first
+
+Data as in the peers' runs (`bench_moe_lora`), codes and scales random. `us` is the layer with its alignment; `gemm_us` the two
+expert GEMMs alone (the activation is part of the first), `share` the packed bytes of the distinct experts over that time, as a
+share of the copy bandwidth of this run. gpt-oss in groups of 128 is padded to 2,944, as the peer pads it; its floor is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.moe_inputs import ids, make_stacks
+from benchmarks.shapes import SHAPES, MoEShape
+from sglang_lora_moe.lora.hooks import build_lora_hooks
+from sglang_lora_moe.moe.backends import marlin_lora
+from sglang_lora_moe.moe.backends.marlin import MarlinPlan, MarlinQuantInfo, MarlinRunnerCore, scratch_of
+from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.moe.runner import LoRAHooks, MoeRunner, RunnerInput
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import marlin_moe
+from sglang_lora_moe.quantization.wna16 import WNA16Weight
+
+FORMATS = {"int4-g128": (4, 128), "int4-g32": (4, 32), "int8-g128": (8, 128)}
+KEYS = ("shape", "backend", "weights", "M", "rank", "active")
+COLUMNS = ("shape", "weights", "M", "rank", "active", "us", "floor_us", "ratio", "gemm_us", "share", "base_us", "addon_us", "peer_us", "over_peer")
+
+
+@dataclass(frozen=True)
+class Row:
+    shape: MoEShape
+    weights: str
+    tokens: int
+    rank: int = 0
+    active: int = 0
+
+
+@dataclass
+class Layer:
+    """Inputs of a layer, rotated so that a pass leaves L2 behind; `routings` are aligned ahead for the GEMMs alone."""
+
+    row: Row
+    core: MarlinRunnerCore
+    inputs: list[RunnerInput]
+    weights: list[MarlinQuantInfo]
+    hooks: list[LoRAHooks | None]
+
+    @classmethod
+    def build(cls, row: Row, device: torch.device, plan: MarlinPlan | None = None) -> Layer:
+        torch.manual_seed(row.tokens * 1000 + row.active)
+        spec, m = padded_spec(row), row.tokens
+        sets = max(4, min(16, 256 // m))
+        scratch_of(device)
+        workspace = Workspace(device)
+        slots = (torch.arange(m, dtype=torch.int32) % max(row.active, 1)).to(device) if row.rank else None
+        stacks = [make_stacks(spec, row.rank, row.active, device) for _ in range(2)] if row.rank else []
+        hooks: list[LoRAHooks | None] = [build_lora_hooks(s, marlin_lora) for s in stacks] or [None]
+        inputs = [
+            RunnerInput(
+                torch.randn(m, spec.hidden_size, device=device, dtype=torch.bfloat16), ids(m, spec, device), torch.rand(m, spec.top_k, device=device),
+                slots, workspace, spec, row.active if row.rank else 0,
+            )
+            for _ in range(sets)
+        ]  # fmt: skip
+        return cls(row, MarlinRunnerCore(plan), inputs, random_weights(row.weights, spec, device), hooks)
+
+    def run(self, index: int) -> torch.Tensor:
+        return MoeRunner(self.core).run(self.inputs[index], self.weights[index % len(self.weights)], self.hooks[index % len(self.hooks)])
+
+    def gemm_calls(self, gate_up: bool = True, down: bool = True) -> list[Callable[[], object]]:
+        """The two GEMMs alone, alignment made before and the input of down random."""
+        calls = []
+        for i, inp in enumerate(self.inputs):
+            routing, act = self.core.make_routing(inp), torch.randn(inp.topk_ids.numel(), inp.spec.intermediate_size, device=inp.x.device, dtype=inp.x.dtype)
+            if routing.rows == "sorted":
+                routing.workspace = None  # buffers of its own
+                routing.alignment  # noqa: B018
+            calls.append(functools.partial(self._gemms, inp, routing, act, self.weights[i % len(self.weights)], gate_up, down))
+        return calls
+
+    def _gemms(self, inp: RunnerInput, routing: Routing, act: torch.Tensor, weights: MarlinQuantInfo, gate_up: bool, down: bool) -> None:
+        if gate_up:
+            self.core.gate_up_activation(inp, routing, weights)
+        if down:
+            self.core.down(inp, act, routing, weights)
+
+    @property
+    def expert_bytes(self) -> float:
+        """Packed bytes of the distinct experts at their logical widths: mean over the sets."""
+        bits, group = FORMATS[self.row.weights]
+        touched = sum(inp.topk_ids.unique().numel() for inp in self.inputs) / len(self.inputs)
+        return touched * 3 * self.row.shape.hidden * self.row.shape.inter * (bits / 8 + 2 / group)
+
+
+def padded_spec(row: Row) -> MoESpec:
+    group, shape = FORMATS[row.weights][1], row.shape
+    hidden, inter = (-(-width // group) * group for width in (shape.hidden, shape.inter))
+    return MoESpec(shape.experts, shape.top_k, hidden, inter)
+
+
+@functools.lru_cache(maxsize=1)
+def random_weights(weights: str, spec: MoESpec, device: torch.device) -> list[MarlinQuantInfo]:
+    bits, group = FORMATS[weights]
+
+    def weight(rows: int, k: int) -> WNA16Weight:
+        codes = torch.randint(-(2**31), 2**31 - 1, (spec.num_experts, rows, k * bits // 32), device=device, dtype=torch.int32)
+        scales = (torch.rand(spec.num_experts, rows, k // group, device=device) + 0.5).mul_(k**-0.5 / (1 << bits - 2)).to(torch.bfloat16)
+        return WNA16Weight(codes, scales, None, bits, group)
+
+    h, i = spec.hidden_size, spec.intermediate_size
+    return [MarlinQuantInfo(marlin_moe.marlin_moe_repack(weight(2 * i, h), 2), marlin_moe.marlin_moe_repack(weight(h, i))) for _ in range(2)]
+
+
+def measure(row: Row, ceilings: timing.Ceilings, bases: dict[tuple[str, str, int], float], device: torch.device) -> dict[str, Any]:
+    layer = Layer.build(row, device)
+    count = len(layer.inputs)
+    found = timing.time_calls([functools.partial(layer.run, i) for i in range(count)], count=max(4, count), budget_ms=30.0)
+    gemm = timing.time_calls(layer.gemm_calls(), count=max(4, count), budget_ms=20.0).us if not row.rank else None
+    tokens, shape = row.tokens, row.shape
+    floor = ceilings.floor_us(layer.expert_bytes + 4 * tokens * shape.hidden, 6.0 * tokens * shape.top_k * shape.hidden * shape.inter)
+    base, peer = bases.get((shape.name, row.weights, tokens)), peer_us(row)
+    return {
+        "shape": shape.name, "backend": "marlin", "weights": row.weights, "M": tokens, "rank": row.rank, "active": row.active, "popularity": "uniform",
+        "us": found.us, "low_us": found.low_us, "high_us": found.high_us, "floor_us": floor, "ratio": found.us / floor,
+        "gemm_us": gemm, "share": layer.expert_bytes / gemm * 1e6 / ceilings.copy_bytes_per_s if gemm else None,
+        "base_us": base if row.rank else found.us, "addon_us": found.us - base if row.rank and base else None,
+        "peer": "vllm", "peer_us": peer, "over_peer": found.us / peer if peer else None,
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _peers() -> dict[str, float]:
+    return json.loads((Path(__file__).parent / "peers_marlin_h200.json").read_text())["us"]
+
+
+def peer_us(row: Row) -> float | None:
+    """vLLM's Marlin layer; it was measured with int4 in groups of 128 only."""
+    if row.weights != "int4-g128":
+        return None
+    return _peers().get(f"{row.shape.peer_name} {row.tokens} " + (f"r{row.rank} A{row.active}" if row.rank else "base"))
+
+
+def sweep(shapes: list[str], tokens: list[int], weights: str, device: torch.device, out: Path) -> None:
+    """Microseconds of gate_up and of down by shape of tiles; `*` = by pair."""
+    lines = []
+    for name in shapes:
+        for m in tokens:
+            row, found = Row(SHAPES[name], weights, m), {}
+            for by_pair in (True, False):
+                for config, shape in enumerate(marlin_moe.SHAPES):
+                    if (
+                        by_pair
+                        and (config > 1 or m > 8)
+                        or not by_pair
+                        and m * row.shape.top_k * 8 < shape.block_tokens * row.shape.experts
+                        and shape.block_tokens > 16
+                    ):
+                        continue
+                    layer = Layer.build(row, device, MarlinPlan(config, config, by_pair))
+                    times = [timing.time_calls(layer.gemm_calls(g, not g), count=max(4, len(layer.inputs)), budget_ms=8.0).us for g in (True, False)]
+                    found[f"{config}{'*' if by_pair else ''}"] = times
+            bytes_us = layer.expert_bytes / 4.28e6
+            lines.append(f"{name:16} M={m:<5} copy {bytes_us:7.1f} | " + "  ".join(f"{c}: {g:.1f}+{d:.1f}" for c, (g, d) in found.items()))
+            print(lines[-1], flush=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.with_suffix(".sweep.txt").write_text("\n".join(lines) + "\n")
+
+
+def plan(shapes: list[str], formats: list[str], tokens: list[int], loads: list[tuple[int, int]]) -> list[Row]:
+    rows = [Row(SHAPES[s], w, m) for w in formats for s in shapes for m in tokens]
+    return rows + [Row(SHAPES[s], formats[0], m, r, a) for s in shapes for r, a in loads for m in tokens]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    timing.add_arguments(parser, "marlin")
+    parser.add_argument("--sweep", action="store_true", help="time shapes of tiles instead of layers")
+    parser.add_argument("--weights", nargs="*", default=list(FORMATS))
+    parser.add_argument("--no-adapters", action="store_true")
+    args = parser.parse_args()
+    shapes, tokens, device = args.shapes or list(SHAPES), args.tokens or [1, 4, 16, 64, 256, 1024, 4096], torch.device("cuda")
+    if args.sweep:
+        sweep(shapes, tokens, args.weights[0], device, args.out)
+        return
+    deadline = timing.Deadline(args.time_limit)
+    results = timing.Results(args.out, "marlin", KEYS, {"align": "included"}, commit=args.commit, peer="vllm 0.33.0")
+    ceilings = results.stored_ceilings() or timing.measure_ceilings(device)
+    results.set_ceilings(ceilings)
+    bases = {(row["shape"], row["weights"], row["M"]): row["us"] for row in results.rows if row["rank"] == 0}
+    for row in plan(shapes, args.weights, tokens, [] if args.no_adapters else [(16, 4), (16, 1)]):
+        if deadline.reached():
+            break
+        if results.find(shape=row.shape.name, backend="marlin", weights=row.weights, M=row.tokens, rank=row.rank, active=row.active) is None:
+            record = measure(row, ceilings, bases, device)
+            results.add(record)
+            if row.rank == 0:
+                bases[(row.shape.name, row.weights, row.tokens)] = record["us"]
+    print(timing.format_table(results.rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
