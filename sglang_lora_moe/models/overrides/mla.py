@@ -36,17 +36,18 @@ class AbsorbedMLA(nn.Module):
         nope_dim: int,
         v_dim: int,
         interleaved: bool,
-    ) -> None:
+    ) -> None:  # budget: the seven parts of latent attention, each swapped before, and their sizes
         super().__init__()
         self.qkv_a, self.q_a_layernorm, self.q_b, self.kv_a_layernorm, self.kv_b_proj, self.o_proj = qkv_a, q_norm, q_b, kv_norm, kv_b_proj, o_proj
         self.paged, self.interleaved, self.nope_dim, self.v_dim = paged, interleaved, nope_dim, v_dim
+        self.q_width = qkv_a.parts[0][1]  # read here: adapters may wrap the linear later
         self.rank = paged.spec.value_dim
         self.rope_dim = paged.spec.kv.k_dim - self.rank
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Tables, **_: object) -> tuple[torch.Tensor, None]:
         """hidden_states [1, T, H] -> ([1, T, H], None)."""
         heads = self.paged.spec.num_heads
-        q, latent, k_rope = self.qkv_a(hidden_states[0]).split([self.qkv_a.parts[0][1], self.rank, self.rope_dim], dim=-1)
+        q, latent, k_rope = self.qkv_a(hidden_states[0]).split([self.q_width, self.rank, self.rope_dim], dim=-1)
         if self.q_b is not None and self.q_a_layernorm is not None:
             q = self.q_b(self.q_a_layernorm(q))
         q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)  # [T, heads, dn], [T, heads, dr]
