@@ -26,7 +26,7 @@ def test_path_is_short() -> None:
 def test_line_counts_are_near_the_truth() -> None:
     for name, count in path_of_a_request():
         lines = len((ROOT / name).read_text().splitlines())
-        assert abs(lines - count) <= 20, f"{name} has {lines} lines, ARCHITECTURE.md says {count}"
+        assert abs(lines - count) <= max(20, lines // 4), f"{name} has {lines} lines, ARCHITECTURE.md says {count}"
 
 
 def test_eight_steps_name_the_files() -> None:
