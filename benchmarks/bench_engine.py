@@ -18,6 +18,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Bench:
         )  # fmt: skip
         self.core, self.config, _ = build_engine(config)
         self.model: Any = self.core.runner.model  # type: ignore[attr-defined]
-        self.rank = rank
+        self.rank, self.profiled = rank, args.profile
         self.targets: dict[str, Any] = {}
         if self.core.lora is not None:
             self.targets = self.core.lora.pool.targets
@@ -96,8 +97,10 @@ class Bench:
             torch.cuda.synchronize()
             walls.append((time.perf_counter() - begin) * 1e6 / STEPS)
             probe, gpu = self.probe(), self.gpu_us(batch, adapters[0] is not None)
-            while self.core.has_work:
-                self.core.step()
+            if self.profiled and len(walls) == 3:
+                graphs, lora = self.core.runner.graphs, adapters[0] is not None  # type: ignore[attr-defined]
+                self.profile(f"decode of {batch}, adapters {lora}", lambda: graphs.replay(graphs._by_count[batch], lora), self.model.config.num_hidden_layers)
+            self.drain()
         return statistics.median(walls), gpu, probe
 
     def gpu_us(self, batch: int, lora: bool) -> float:
@@ -145,13 +148,33 @@ class Bench:
             torch.cuda.synchronize()
             begin = time.perf_counter()
             first.record()
-            while self.core.has_work:
-                self.core.step()
+            self.drain()
             last.record()
             torch.cuda.synchronize()
             walls.append((time.perf_counter() - begin) * 1e6)
+            if self.profiled and len(walls) == 4:
+                self.submit(count, PREFILL, 1, adapters)
+                self.profile(f"prefill of {count}, adapters {adapters[0] is not None}", self.drain, self.model.config.num_hidden_layers)
             gpus.append(first.elapsed_time(last) * 1e3)
         return statistics.median(walls[1:]), statistics.median(gpus[1:])
+
+    def profile(self, label: str, run: Callable[[], object], layers: int) -> None:
+        """Print the time of each kernel in `run`, per step and per layer."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize()
+        table: dict[str, list[float]] = {}
+        for event in profiler.events():
+            table.setdefault(event.name[:60], []).append(event.device_time)
+        print(f"profile of {label}: kernel, launches, us in all, us a launch, us a layer")
+        for name, times in sorted(table.items(), key=lambda item: -sum(item[1]))[:18]:
+            print(f"  {name:60} {len(times):5} {sum(times):9.1f} {sum(times) / len(times):8.2f} {sum(times) / layers:8.2f}", flush=True)
+
+    def drain(self) -> None:
+        while self.core.has_work:
+            self.core.step()
 
     def close(self) -> None:
         self.core.close()
@@ -244,6 +267,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--active", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--popularity", nargs="*", default=["uniform"], choices=["uniform", "zipf", "distinct"])
+    parser.add_argument("--profile", action="store_true", help="print the time of each kernel")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--no-overlap", action="store_true")
     args = parser.parse_args()
