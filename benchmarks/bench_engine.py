@@ -11,6 +11,7 @@ one run. Printed beside each step: what the targets allow, the floor (bytes of w
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import logging
@@ -98,19 +99,16 @@ class Bench:
             walls.append((time.perf_counter() - begin) * 1e6 / STEPS)
             probe, gpu = self.probe(), self.gpu_us(batch, adapters[0] is not None)
             if self.profiled and len(walls) == 3:
-                graphs, lora = self.core.runner.graphs, adapters[0] is not None  # type: ignore[attr-defined]
-                self.profile(f"decode of {batch}, adapters {lora}", lambda: graphs.replay(graphs._by_count[batch], lora), self.model.config.num_hidden_layers)
+                self.profile(f"decode of {batch}, adapters {adapters[0] is not None}", functools.partial(self.replay, batch, adapters[0] is not None))
             self.drain()
         return statistics.median(walls), gpu, probe
 
     def gpu_us(self, batch: int, lora: bool) -> float:
         """A graph's replay by itself, in the buffers as they are."""
-        graphs = self.core.runner.graphs  # type: ignore[attr-defined]
-        if graphs is None:
+        if self.core.runner.graphs is None:  # type: ignore[attr-defined]
             return float("nan")
-        size = graphs._by_count[batch]
         saved = self.model.ctx.sampled.clone()
-        found = timing.time_replays(lambda: graphs.replay(size, lora), 1, budget_ms=100.0, most=20).us
+        found = timing.time_replays(functools.partial(self.replay, batch, lora), 1, budget_ms=100.0, most=20).us
         self.model.ctx.sampled.copy_(saved)
         return found
 
@@ -154,17 +152,22 @@ class Bench:
             walls.append((time.perf_counter() - begin) * 1e6)
             if self.profiled and len(walls) == 4:
                 self.submit(count, PREFILL, 1, adapters)
-                self.profile(f"prefill of {count}, adapters {adapters[0] is not None}", self.drain, self.model.config.num_hidden_layers)
+                self.profile(f"prefill of {count}, adapters {adapters[0] is not None}", self.drain)
             gpus.append(first.elapsed_time(last) * 1e3)
         return statistics.median(walls[1:]), statistics.median(gpus[1:])
 
-    def profile(self, label: str, run: Callable[[], object], layers: int) -> None:
+    def replay(self, batch: int, lora: bool) -> None:
+        graphs = self.core.runner.graphs  # type: ignore[attr-defined]
+        graphs.replay(graphs._by_count[batch], lora)
+
+    def profile(self, label: str, run: Callable[[], object]) -> None:
         """Print the time of each kernel in `run`, per step and per layer."""
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             torch.cuda.synchronize()
+        layers = self.model.config.num_hidden_layers
         table: dict[str, list[float]] = {}
         for event in profiler.events():
             table.setdefault(event.name[:60], []).append(event.device_time)
