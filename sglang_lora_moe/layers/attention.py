@@ -79,11 +79,6 @@ class PagedAttention:
             self.v_cache.index_copy_(0, slots, v)
         return self.backend.attend(q, self, sinks)
 
-    def attend_cached(self, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-        """As a call, after something else has written the step's keys and values to the cache."""
-        self.calls += 1
-        return self.backend.attend(q, self, sinks)
-
 
 # ---- torch_native ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.ops.paged_attention import paged_attention, scratch_elements
+from sglang_lora_moe.ops.paged_attention import num_splits, paged_attention, scratch_elements
 
 if TYPE_CHECKING:
     from sglang_lora_moe.layers.attention import PagedAttention
+    from sglang_lora_moe.ops.lora_linear import LinearAddend
 
 
 class TritonAttention:
@@ -27,8 +28,12 @@ class TritonAttention:
     def begin_step(self) -> None:
         """Nothing to prepare: the kernels read the step context."""
 
-    def attend(self, q: torch.Tensor, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
-        """q [T, Hq, Dk] -> [T, Hq, value_dim]; rows of padding tokens are undefined."""
+    def merges(self, layer: PagedAttention) -> bool:
+        """Whether the step's attention ends in a merge of splits, which can also start what adapters add to the next linear."""
+        return self.ctx.num_tokens == self.ctx.num_requests and num_splits(self.ctx.num_requests, layer.spec.kv.num_heads) > 1
+
+    def attend(self, q: torch.Tensor, layer: PagedAttention, sinks: torch.Tensor | None, low: LinearAddend | None = None) -> torch.Tensor:
+        """q [T, Hq, Dk] -> [T, Hq, value_dim]; rows of padding tokens are undefined. `low`, if `merges`: its s is filled."""
         ctx, spec, requests = self.ctx, layer.spec, self.ctx.num_requests
         decode = ctx.num_tokens == requests  # every request has one token
         return paged_attention(
@@ -44,6 +49,7 @@ class TritonAttention:
             window=spec.window,
             sinks=sinks,
             scratch=self._decode_scratch(layer) if decode else None,
+            low=low,
         )
 
     def _decode_scratch(self, layer: PagedAttention) -> torch.Tensor:

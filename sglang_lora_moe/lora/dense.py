@@ -30,12 +30,8 @@ class DenseDelta(Protocol):
         """y [M, H] += scaling * B A[:, ids]; ids int [M]."""
         ...
 
-    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> Any:
-        """Start A x of the step's tokens beside the linear's own GEMM, for a next kernel that adds the rest; None where there is no such way."""
-        ...
-
-    def join(self) -> None:
-        """Make what `begin` started visible to the kernels launched from here on."""
+    def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> Any:
+        """What the kernels before and after a linear of so many tokens share to do all of this themselves; None where they cannot."""
         ...
 
 
@@ -48,11 +44,8 @@ class TorchDense:
     def prepare(self, parts: Sequence[Part]) -> None:
         """Nothing to prepare."""
 
-    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> None:
+    def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> None:
         return None
-
-    def join(self) -> None:
-        """Nothing was started."""
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
         add_linear_delta(y, x, parts, slot_runs(self.ctx, slot_source, x.shape[0]))

@@ -65,16 +65,9 @@ class LinearWithLoRA(nn.Module):
             self.delta.add_linear(y.view(-1, y.shape[-1]), flat, self.parts, self.base.slot_source)
         return y
 
-    def forward_deferred(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """`forward` of the step's tokens x [M, in], less what the second value stands for, which the next kernel adds (None = nothing)."""
-        if not (self.ctx.lora_active and self.used):
-            return self.base.forward(x), None
-        addend = self.delta.begin(x, self.parts)
-        if addend is None:
-            return self.forward(x), None
-        y = self.base.forward(x)
-        self.delta.join()
-        return y, addend
+    def plan(self, tokens: int, splits: int = 1) -> Any:
+        """For kernels around this linear that can do the adapters' work: what they share, or None. With it, call `base`, not this layer."""
+        return self.delta.plan(self.parts, tokens, splits) if self.ctx.lora_active and self.used else None
 
 
 class EmbeddingWithLoRA(nn.Module):

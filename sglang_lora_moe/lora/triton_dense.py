@@ -10,7 +10,9 @@ from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.lora.torch_linear import Part
 from sglang_lora_moe.moe.workspace import Workspace
-from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_shape
+from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
+
+FUSED_MAX = 64  # tokens up to which the neighbours of a linear do the work of its adapters
 
 
 class TritonDense:
@@ -31,19 +33,17 @@ class TritonDense:
     def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
         embedding_delta(y, ids, stacks, self.ctx.token_slots[: ids.shape[0]])
 
-    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> LinearAddend | None:
-        """Start A x beside the linear's own GEMM, for a next kernel that adds B; `join` before that. None if x has too many rows."""
-        if x.shape[0] > ROWS_MAX:
-            return None
-        with self.workspace.side():
-            return self._shrink(x, parts, "tokens", "dense.side", pdl=False)
+    def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> LinearAddend | None:
+        """For up to FUSED_MAX tokens: s [splits, tokens, parts, width], which the kernel before the linear fills."""
+        return self._addend(parts, "tokens", tokens, splits, f"dense.plan{splits}") if tokens <= FUSED_MAX else None
 
-    def join(self) -> None:
-        self.workspace.join()
+    def _shrink(self, x: torch.Tensor, parts: Sequence[Part], slot_source: str, name: str) -> LinearAddend:
+        low = self._addend(parts, slot_source, x.shape[0], shrink_splits(x.shape[0], x.shape[1]), name)
+        linear_shrink(x, low.tables, low.slots, low.s)
+        return low
 
-    def _shrink(self, x: torch.Tensor, parts: Sequence[Part], slot_source: str, name: str, *, pdl: bool = True) -> LinearAddend:
-        tables, m = self._tables[id(parts)], x.shape[0]
-        slots = (self.ctx.logit_slots if slot_source == "logits" else self.ctx.token_slots)[:m]
-        splits, width = shrink_shape(m, tables.a.dim, tables.a.shrink_width)
-        s = self.workspace.get(name, (splits, m, tables.num_parts, width), torch.float32)
-        return LinearAddend(linear_shrink(x, tables, slots, s, pdl=pdl), tables, slots)
+    def _addend(self, parts: Sequence[Part], slot_source: str, tokens: int, splits: int, name: str) -> LinearAddend:
+        tables = self._tables[id(parts)]
+        slots = (self.ctx.logit_slots if slot_source == "logits" else self.ctx.token_slots)[:tokens]
+        s = self.workspace.get(name, (splits, tokens, tables.num_parts, tables.a.shrink_width), torch.float32)
+        return LinearAddend(s, tables, slots)

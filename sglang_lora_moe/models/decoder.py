@@ -21,7 +21,7 @@ from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec, select_experts
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
-from sglang_lora_moe.ops.rms_norm import rms_norm
+from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
 from sglang_lora_moe.ops.router_topk import router_topk
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss")
@@ -73,35 +73,48 @@ class FusedDecoder:
         """Logits [num_logits, V] in the model's dtype."""
         ctx, model = self.ctx, self.hf.model
         self._rotated = None
-        residual = model.embed_tokens(ctx.input_ids[: ctx.num_tokens])
-        x = rms_norm(residual, *_norm(model.layers[0].input_layernorm))
-        last = len(model.layers) - 1
-        for i, layer in enumerate(model.layers):
-            x, addend = self._attention(layer.self_attn, x)
+        x, residual = model.embed_tokens(ctx.input_ids[: ctx.num_tokens]), None
+        for layer in model.layers:
+            x, residual, low = self._input_norm(layer, x, residual)
+            x, addend = self._attention(layer.self_attn, x, low)
             x = rms_norm(x, *_norm(layer.post_attention_layernorm), residual, addend=addend)
             x = self._mlp(layer.mlp, x)
-            x = rms_norm(x, *_norm(model.norm if i == last else model.layers[i + 1].input_layernorm), residual)
+        x = rms_norm(x, *_norm(model.norm), residual)
         if ctx.num_logits != ctx.num_tokens:  # else every row is wanted, in order
             x = x.index_select(0, ctx.logit_rows[: ctx.num_logits])
         return self.hf.lm_head(x)
 
-    def _attention(self, attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None)."""
-        ctx, paged = self.ctx, attention.paged
-        kv = paged.spec.kv
-        if not attention.norm_per_head or kv.k_dim != kv.v_dim or 2 * self.cos.shape[1] != kv.k_dim:
-            return _deferred(attention.o_proj, attention.attend(attention.qkv(x), *self._step_tables(x)).flatten(1))
-        qkv, addend = _deferred(attention.qkv, x)
+    def _input_norm(self, layer: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """x and residual [T, H] -> (norm of their sum, the sum, what the norm has begun for the adapters of the qkv linear or None)."""
+        low = _plan(layer.self_attn.qkv, x.shape[0]) if self._is_fusable(layer.self_attn) else None
+        if low is not None:
+            return *rms_norm_shrink(x, *_norm(layer.input_layernorm), residual, low), low
+        normed = rms_norm(x, *_norm(layer.input_layernorm), residual)
+        return normed, x if residual is None else residual, None
+
+    def _is_fusable(self, attention: Attention) -> bool:
+        """Whether one kernel can do norm, rotation and cache write."""
+        kv = attention.paged.spec.kv
+        return attention.norm_per_head and kv.k_dim == kv.v_dim and 2 * self.cos.shape[1] == kv.k_dim
+
+    def _attention(self, attention: Attention, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
+        """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None). `low`: of `_input_norm`."""
+        ctx, paged, t = self.ctx, attention.paged, x.shape[0]
+        backend: Any = paged.backend
+        if not self._is_fusable(attention):
+            return attention.o_proj(attention.attend(attention.qkv(x), *self._step_tables(x)).flatten(1)), None
         q_norm, k_norm = attention.q_norm, attention.k_norm
         weights: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
         if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
             weights = (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
-        t = qkv.shape[0]
         q = qk_norm_rope(
-            qkv, paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
-            num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2], addend=addend,
+            _plain(attention.qkv, low)(x), paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
+            num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2], addend=low,
         )  # fmt: skip
-        return _deferred(attention.o_proj, paged.attend_cached(q, attention.sinks).flatten(1))
+        paged.calls += 1
+        heads_low = _plan(attention.o_proj, t, paged.spec.num_heads) if backend.merges(paged) else None
+        out = backend.attend(q, paged, attention.sinks, heads_low).flatten(1)
+        return _plain(attention.o_proj, heads_low)(out), heads_low
 
     def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
@@ -137,9 +150,14 @@ def _fits_kernel(spec: RouterSpec) -> bool:
     return spec.score in ("softmax", "topk_softmax") and not spec.correction_bias and spec.num_groups == 1 and spec.epsilon == 0.0
 
 
-def _deferred(linear: Any, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """A linear's output, and what the next kernel has yet to add to it (None for linears that do not know of such a thing)."""
-    return linear.forward_deferred(x) if hasattr(linear, "forward_deferred") else (linear(x), None)
+def _plan(linear: Any, tokens: int, splits: int = 1) -> Any:
+    """What the kernels around a linear share to do the work of its adapters; None where there is none, or they cannot."""
+    return linear.plan(tokens, splits) if hasattr(linear, "plan") else None
+
+
+def _plain(linear: Any, plan: Any) -> Any:
+    """The linear without its adapters if they are taken care of."""
+    return linear if plan is None else linear.base
 
 
 def _norm(norm: RMSNorm) -> tuple[torch.Tensor, float]:

@@ -1,11 +1,12 @@
 """LoRA on linears and the embedding through the stack tables: y[m, part] += scaling * B(slot, part) (A(slot, part) x[m]).
 
     shrink   s[split, m, part, :] = A x[m] over one split of x's columns, all parts in one launch; float32
-    expand   y += scaling * B s, all parts in one launch; or `LinearAddend` hands s to the kernel that reads y next
+    expand   y += scaling * B s, all parts in one launch
     embedding   y[m] += scaling * B A[:, id], one launch
 
 Two families: *rows* (decode), where a program owns one token, and *tiles* (prefill), where a program owns a block of tokens
-and goes over the distinct slots in it (tokens of one request lie side by side, so there are few). Rows of slot -1 and slots
+and goes over the distinct slots in it (tokens of one request lie side by side, so there are few). For a few tokens neither launch is
+needed: the kernel that makes x also fills s, and the kernel that reads y adds B s (`LinearAddend`). Rows of slot -1 and slots
 of rank 0 cost a table read. Nothing is padded to the largest rank.
 """
 
@@ -20,8 +21,9 @@ import triton.language as tl
 
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, LinearStacks, Stack
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_SLOT, pdl_wait
+from sglang_lora_moe.ops.low_rank import pdl_wait
 
+NO_SLOT = tl.constexpr(1 << 30)
 ROWS_MAX = 256  # tokens up to which the rows family is used
 
 
@@ -67,8 +69,15 @@ class LinearAddend:
 
     def kernel_args(self) -> tuple:
         """s, slots, pool, offset, rank, scaling, distance of parts, elements of a token in s, and between splits."""
-        b, (_, m, parts, width) = self.tables.b, self.s.shape
-        return (self.s, self.slots, b.pool, b.offset, b.rank, b.scaling, self.tables.stride, parts * width, m * parts * width)
+        return self._args(self.tables.b)
+
+    def shrink_args(self) -> tuple:
+        """As `kernel_args`, for a kernel that fills s: with the tables of A."""
+        return self._args(self.tables.a)
+
+    def _args(self, stack: Stack) -> tuple:
+        _, m, parts, width = self.s.shape
+        return (self.s, self.slots, stack.pool, stack.offset, stack.rank, stack.scaling, self.tables.stride, parts * width, m * parts * width)
 
 
 NO_LINEAR_ADDEND = (None,) * 6 + (0, 0, 0)
@@ -130,19 +139,16 @@ def _shrink_tiles_kernel(
         slot = tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
 
 
-def shrink_shape(tokens: int, inputs: int, width: int) -> tuple[int, int]:
-    """(splits of the inputs, elements of s per token and part) for a step of so many tokens."""
-    return (max(1, min(4, inputs // 512)) if tokens <= ROWS_MAX else 1), width
+def shrink_splits(tokens: int, inputs: int) -> int:
+    """Splits of x's columns for a step of so many tokens."""
+    return max(1, min(4, inputs // 512)) if tokens <= ROWS_MAX else 1
 
 
-def linear_shrink(x: torch.Tensor, tables: PartTables, slots: torch.Tensor, s: torch.Tensor, *, pdl: bool = True) -> torch.Tensor:
-    """s float32 [splits, M, parts, width] = A x of x [M, in]; entries beyond a slot's rank and of slot -1 are undefined.
-
-    `pdl` False: for a stream of its own, where no kernel comes before.
-    """
+def linear_shrink(x: torch.Tensor, tables: PartTables, slots: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """s float32 [splits, M, parts, width] = A x of x [M, in]; entries beyond a slot's rank and of slot -1 are undefined."""
     (splits, m, parts, width), k, a = s.shape, x.shape[1], tables.a
     launch.expect("linear_shrink: x", x, (slots.shape[0], a.dim), x.dtype, a.pool.device)  # a router's x may be wider than the pool
-    options = launch.options(x.device) if pdl else {"PDL": False}
+    options = launch.options(x.device)
     br = max(16, min(64 if m > ROWS_MAX else 16, triton.next_power_of_2(width)))
     rank_blocks = triton.cdiv(width, br)
     sizes = (k, m, width, tables.stride)

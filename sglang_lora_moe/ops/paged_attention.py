@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
@@ -137,8 +138,15 @@ def _attention_kernel(
 
 
 @triton.jit
-def _merge_kernel(partial_ptr, lse_ptr, out_ptr, DV: tl.constexpr, DV_PAD: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
-    """out[row] = sum over splits of softmax(lse)[split] * partial[row, split], in split order."""
+def _merge_kernel(
+    partial_ptr, lse_ptr, out_ptr,
+    s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride,
+    HQ: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, SPLITS: tl.constexpr, SHRINK: tl.constexpr, RANK_BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[row] = sum over splits of softmax(lse)[split] * partial[row, split], in split order. Row = (token, head).
+
+    With SHRINK also s[head, token] = A[:, columns of the head] out[row], one head's share of A x of the linear that reads out next.
+    """
     pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     dims, splits = tl.arange(0, DV_PAD), tl.arange(0, SPLITS)
@@ -147,8 +155,19 @@ def _merge_kernel(partial_ptr, lse_ptr, out_ptr, DV: tl.constexpr, DV_PAD: tl.co
     weight = tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight, axis=0)
     parts = tl.load(partial_ptr + (row * SPLITS + splits)[:, None] * DV + dims[None, :], mask=(dims[None, :] < DV) & (lse[:, None] > float("-inf")), other=0.0)
-    out = tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * DV + dims, out.to(out_ptr.dtype.element_ty), mask=dims < DV)
+    out = (tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * DV + dims, out, mask=dims < DV)
+    if SHRINK:
+        token, head = row // HQ, row % HQ
+        slot = tl.load(slots_ptr + token)
+        if slot >= 0:
+            rank = tl.load(rank_ptr + slot)
+            a_ptr = pool_ptr + tl.load(offset_ptr + slot) + head * DV + dims[None, :]
+            for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
+                rr = r0 + tl.arange(0, RANK_BLOCK)
+                a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * (HQ * DV), mask=(rr < rank)[:, None] & (dims < DV)[None, :], other=0.0)
+                low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
+                tl.store(s_ptr + head * split_stride + token * s_stride + rr, low, mask=rr < rank)
 
 
 def paged_attention(
@@ -167,11 +186,13 @@ def paged_attention(
     softcap: float | None = None,
     out: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
+    low: LinearAddend | None = None,
 ) -> torch.Tensor:  # budget: the arguments of attention
     """Return out [M, Hq, Dv] in q's dtype. `decode` = every request has one query token (keys are then split over programs).
 
     `scratch` (float32, at least `scratch_elements(...)`) is for decode and is allocated if needed and not given. Requests whose
-    seq_len is 0 (padding) get zeros or, with sinks, undefined rows. Raises ValueError for shapes that do not fit together.
+    seq_len is 0 (padding) get zeros or, with sinks, undefined rows. `low` (decode with several splits): its s float32 [Hq, M, 1, width]
+    is filled with each head's share of A out. Raises ValueError for shapes that do not fit together.
     """
     (m, hq, d), (hkv, dv), requests = q.shape, (k_cache.shape[1], v_cache.shape[2]), seq_lens.shape[0]
     if hq % hkv or k_cache.shape[2] != d:
@@ -194,8 +215,13 @@ def paged_attention(
         SPLITS=splits, MIN_KEYS=MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         SEARCH_STEPS=1 if decode else max(1, (requests + 1).bit_length()), DECODE=decode, STAGES=stages, num_warps=warps, **launch.options(q.device),
     )  # fmt: skip
+    assert low is None or splits > 1, "only the merge of splits fills s"
     if splits > 1:
-        _merge_kernel[(m * hq,)](partial, lse, out, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, num_warps=2, **launch.options(q.device))
+        extra = NO_LINEAR_ADDEND if low is None else low.shrink_args()
+        _merge_kernel[(m * hq,)](
+            partial, lse, out, *extra, HQ=hq, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, SHRINK=low is not None,
+            RANK_BLOCK=16 if low is None else low.rank_block, num_warps=2, **launch.options(q.device),
+        )  # fmt: skip
     return out
 
 

@@ -130,6 +130,6 @@ def qk_norm_rope(
         HQ=num_heads, HKV=hkv, D=d, HALF_PAD=triton.next_power_of_2(d // 2), HEADS=heads, NORM=q_weight is not None,
         num_warps=heads // 2 if addend is None else heads, ADDEND=addend is not None,
         SPLITS=1 if addend is None else addend.s.shape[0], RANK_BLOCK=16 if addend is None else addend.rank_block,
-        **(launch.options(qkv.device) if addend is None else {"PDL": False}),
+        **launch.options(qkv.device),
     )  # fmt: skip
     return q
