@@ -24,7 +24,7 @@ from benchmarks import timing
 from benchmarks.compile_ahead import compile_all
 from benchmarks.moe_inputs import LayerInputs, Setup, adapter_bytes, base_bytes, base_flops, run_layer
 from benchmarks.moe_parts import print_parts
-from benchmarks.moe_sweep import sweep
+from benchmarks.moe_sweep import sweep, sweep_shrinks
 from benchmarks.shapes import SHAPES, MoEShape
 
 KEYS = ("shape", "backend", "weights", "M", "rank", "active")
@@ -97,12 +97,16 @@ def main() -> None:
     timing.add_arguments(parser, "moe_lora")
     parser.add_argument("--sweep", action="store_true", help="time tile candidates instead of layers")
     parser.add_argument("--with-adapters", action="store_true", help="sweep also with the first of --ranks and of --active")
+    parser.add_argument("--shrinks", action="store_true", help="time launch shapes of the two shrinks alone, for all --ranks and --active")
     parser.add_argument("--parts", action="store_true", help="time every kernel of a layer alone")
     parser.add_argument("--ranks", nargs="*", type=int, default=[16, 64])
     parser.add_argument("--active", nargs="*", type=int, default=[1, 4, 16])
     args = parser.parse_args()
     shapes, tokens = args.shapes or list(SHAPES), args.tokens or [1, 4, 16, 64, 256, 1024, 4096]
     deadline = timing.Deadline(args.time_limit)
+    if args.shrinks:
+        sweep_shrinks([SHAPES[name] for name in shapes], tokens, [(r, a) for r in args.ranks for a in args.active], args.out, deadline)
+        return
     if args.sweep:
         loads = [(0, 0)] + ([(args.ranks[0], args.active[0])] if args.with_adapters else [])
         sweep([SHAPES[name] for name in shapes], tokens, loads, args.out, deadline)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -15,7 +16,10 @@ from benchmarks import timing
 from benchmarks.compile_ahead import SHARED_LIMIT, compile_all
 from benchmarks.moe_inputs import AlignedAhead, LayerInputs, Setup, align_on_host, run_layer
 from benchmarks.shapes import MoEShape
+from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.ops import fused_moe_lora
+from sglang_lora_moe.ops.fused_moe_lora import ShrinkTile
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile
@@ -62,7 +66,12 @@ def run_gemm(inputs: LayerInputs, gated: bool, tile: Tile, routings: list[Routin
         b = stacks.b13 if gated else stacks.b2
         by_pair = isinstance(tile, GemvTile)
         dtype, width = torch.float32 if by_pair else inp.x.dtype, (stacks.a13 if gated else stacks.a2).shrink_width
-        low = LowRank(inp.workspace.get("sweep.s", (1, routings[index].num_pairs, width), dtype), b, inp.token_slots)
+        routing = routings[index]
+        s = inp.workspace.get("sweep.s", (1, routing.num_pairs, width), dtype)
+        low = LowRank(s, b, inp.token_slots)
+        if not by_pair:  # only compiled, never run: records and ranges of the right kind
+            records = inp.workspace.get("sweep.records", (routing.num_pairs, 5), torch.int64)
+            low = LowRank(s, b, inp.token_slots, records, routing.alignment.base_tiles[:, :2])
     if gated:
         core.gate_up_activation(inp, routings[index], weights, low)
     elif isinstance(tile, GemvTile):
@@ -164,3 +173,63 @@ def _family(tile: Tile) -> str:
 
 def _short(tile: Tile) -> str:
     return "(" + ", ".join(str(getattr(tile, name)) for name in tile.__dataclass_fields__) + ")"
+
+
+def shrink_candidates(shape: MoEShape, tokens: int, load: tuple[int, int]) -> Iterator[ShrinkTile]:
+    rank, active = load
+    if tokens <= 4:
+        for r, k, stages, split, warps in itertools.product((16, 32), (128, 256, 512), (2, 3), (1, 2, 4, 8), (2, 4)):
+            yield ShrinkTile(16, r, k, warps, stages, split)
+        return
+    rows = tokens * shape.top_k / shape.experts / active
+    for m, r, k, stages, ctas, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (64, 128, 256), (2, 3, 4), (8, 16), (4, 8)):
+        shared = (m + r) * k * 2 * stages
+        if r <= 2 * rank and m <= max(16, 2 * rows) and 16 << 10 <= shared <= 112 << 10 and (warps == 4 or m * r >= 4096) and m * r <= 8192:
+            yield ShrinkTile(m, r, k, warps, stages, 1, ctas)
+
+
+def _compile_shrink(load: tuple[int, int], shape: MoEShape, tokens: int, tile: ShrinkTile) -> None:
+    inputs = LayerInputs.build(Setup(shape, tokens, *load, sets=1), torch.device("meta"))
+    for call in shrink_calls(inputs, tile).values():
+        call[0]()
+
+
+def shrink_calls(inputs: LayerInputs, tile: ShrinkTile) -> dict[str, list[Callable[[], object]]]:
+    """Calls of both shrinks with one launch shape, a call per input set."""
+    by_pair = inputs.setup.tokens <= 4
+    calls: dict[str, list[Callable[[], object]]] = {"shrink13": [], "shrink2": []}
+    for i, inp in enumerate(inputs.inputs):
+        stacks = inputs.stacks[i % len(inputs.stacks)]
+        routing = align_on_host(
+            Routing(inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots, lora_block=tile.m, rows="pair" if by_pair else "sorted")
+        )
+        act = torch.randn(routing.num_pairs, inp.spec.intermediate_size, device=inp.x.device, dtype=inp.x.dtype)
+        calls["shrink13"].append(functools.partial(_shrink, tile, inp, inp.x, stacks.a13, stacks.b13, routing, "tokens"))
+        calls["shrink2"].append(functools.partial(_shrink, tile, inp, act, stacks.a2, stacks.b2, routing, "pairs"))
+    return calls
+
+
+def _shrink(tile: ShrinkTile, *args: object) -> object:
+    with mock.patch.object(fused_moe_lora, "shrink_tile", lambda *sizes: tile):
+        return triton_lora.addend(*args)
+
+
+def sweep_shrinks(shapes: list[MoEShape], tokens: list[int], loads: list[tuple[int, int]], out: Path, deadline: timing.Deadline) -> None:
+    jobs = [(load, shape, m, tile) for shape, m, load in itertools.product(shapes, tokens, loads) for tile in shrink_candidates(shape, m, load)]
+    compiled = compile_all([functools.partial(_compile_shrink, *job) for job in jobs])
+    device, rows = torch.device("cuda"), []
+    for key, group in itertools.groupby(zip(jobs, compiled, strict=True), key=lambda pair: pair[0][:3]):
+        load, shape, m = key
+        inputs = LayerInputs.build(Setup(shape, m, *load), device)
+        found: dict[str, list[tuple[float, ShrinkTile]]] = {"shrink13": [], "shrink2": []}
+        for (_, _, _, tile), result in group:
+            if isinstance(result, str) or deadline.reached():
+                continue
+            for name, calls in shrink_calls(inputs, tile).items():
+                found[name].append((timing.time_calls(calls, budget_ms=8.0).us, tile))
+        for name, timed in found.items():
+            timed.sort(key=lambda pair: pair[0])
+            rows += [[shape.name, m, *load, name, round(us, 2), repr(tile)] for us, tile in timed]
+            print(f"{shape.name} M={m} r{load[0]} A{load[1]} {name}: " + "  ".join(f"{us:.1f} {_short(tile)}" for us, tile in timed[:5]), flush=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(rows, indent=0))

@@ -28,7 +28,7 @@ class ExpertLoRAOps(Protocol):
     # (inp, rows, stack_a, stack_b, routing, rows_from) -> the addend that the backend's core takes into its store; None where it takes none
     addend: Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None
 
-    def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
+    def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> RankSpace:
         """A x of every pair with an adapter, float32. rows_from "tokens": rows [M, in] by token; "pairs": [P, in] in routing order."""
         ...
 
@@ -52,7 +52,7 @@ class _ExpertLoRA:
         if self.ops.addend is not None:
             return self.ops.addend(inp, inp.x, self.stacks.a13, self.stacks.b13, routing, "tokens")
         with inp.workspace.side():
-            self.s = self.ops.shrink(inp, inp.x, self.stacks.a13, routing, "tokens")
+            self.s = self.ops.shrink(inp, inp.x, self.stacks.a13, self.stacks.b13, routing, "tokens")
         return None
 
     def post_gate_up(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -64,7 +64,7 @@ class _ExpertLoRA:
         if self.ops.addend is not None:
             return self.ops.addend(inp, act, self.stacks.a2, self.stacks.b2, routing, "pairs")
         with inp.workspace.side():
-            self.s = self.ops.shrink(inp, act, self.stacks.a2, routing, "pairs")
+            self.s = self.ops.shrink(inp, act, self.stacks.a2, self.stacks.b2, routing, "pairs")
         return None
 
     def post_down(self, inp: RunnerInput, act: torch.Tensor, down: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Routing:
         self.num_experts, self.num_slots = num_experts, 0 if token_slots is None else num_slots
         self.base_block, self.lora_block, self.rows = base_block, lora_block, rows
         self.workspace = workspace
+        self.lora_ranges: torch.Tensor | None = None  # kernels' note: which LoRA tiles meet each base tile, made by the first shrink
 
     @property
     def num_pairs(self) -> int:

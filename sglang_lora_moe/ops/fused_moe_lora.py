@@ -20,7 +20,7 @@ from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import COLUMNS, LowRank, pdl_wait, slot_columns, slot_tables, tile_delta
+from sglang_lora_moe.ops.low_rank import RECORD, LowRank, load_record, pdl_wait, row_delta, tile_delta
 
 
 @triton.jit
@@ -48,14 +48,31 @@ def _shrink_tile(
 
 
 @triton.jit
-def _shrink_kernel(
-    x_ptr, s_ptr, topk_ids_ptr, slots_ptr, tiles_ptr, counts_ptr, sorted_pairs_ptr,
-    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, scaling_ptr,
+def _write_ranges(tiles_ptr, base_tiles_ptr, ranges_ptr, num_base, num_lora, BLOCK: tl.constexpr):
+    """Per base tile, the LoRA tiles that overlap it: both lists ascend by first row, so two counts give the range."""
+    for i in tl.range(tl.program_id(0), num_base, tl.num_programs(0), num_stages=1):
+        start = tl.load(base_tiles_ptr + 3 * i + 1)
+        end = start + tl.load(base_tiles_ptr + 3 * i + 2)
+        before = tl.zeros((BLOCK,), tl.int32)
+        within = tl.zeros((BLOCK,), tl.int32)
+        for t0 in tl.range(0, num_lora, BLOCK, num_stages=1):
+            t = t0 + tl.arange(0, BLOCK)
+            first = tl.load(tiles_ptr + 4 * t + 2, mask=t < num_lora, other=1 << 30)
+            rows = tl.load(tiles_ptr + 4 * t + 3, mask=t < num_lora, other=0)
+            before += (first + rows <= start).to(tl.int32)
+            within += (first < end).to(tl.int32)
+        tl.store(ranges_ptr + 2 * i, tl.sum(before))
+        tl.store(ranges_ptr + 2 * i + 1, tl.sum(within))
+
+
+@triton.jit
+def _shrink_pair_kernel(
+    x_ptr, s_ptr, topk_ids_ptr, slots_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, scaling_ptr,
     cols, width, num_pairs, num_experts, num_slots,
-    TOP_K: tl.constexpr, BY_PAIR: tl.constexpr, GATHER: tl.constexpr, SPLIT_K: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SPLIT_K: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pairs or persistent programs, rank blocks, SPLIT_K)."""
+    """Grid (pairs, rank blocks, SPLIT_K)."""
     pdl_wait(PDL)
     r0 = tl.program_id(1) * BR
     split = tl.program_id(2)
@@ -63,87 +80,122 @@ def _shrink_kernel(
     k_begin = split * per_split
     k_end = tl.minimum(k_begin + per_split, cols)
     rm = tl.arange(0, BM)
-    if BY_PAIR:
-        pair = tl.program_id(0)
-        slot = tl.load(slots_ptr + pair // TOP_K)
-        expert = tl.load(topk_ids_ptr + pair)
-        if (slot >= 0) & (slot < num_slots) & (expert >= 0) & (expert < num_experts):
-            rank = tl.load(rank_ptr + slot)
-            rank_rows = rank * (1 + tl.load(split_ptr + slot))
-            scaling = tl.load(scaling_ptr + slot)
-            a_ptr = pool_ptr + tl.multiple_of(tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot), ALIGN)
-            if r0 < rank_rows:
-                source = pair // TOP_K if GATHER else pair
-                _shrink_tile(
-                    x_ptr, s_ptr, a_ptr, pair + rm, source + rm * 0, rm < 1, rank, rank_rows, scaling, r0, k_begin, k_end, cols, split * num_pairs, width, MAX_RANK,
-                    BM, BR, BK, EVEN_K, STAGES, PRECISION,
-                )  # fmt: skip
+    pair = tl.program_id(0)
+    slot = tl.load(slots_ptr + pair // TOP_K)
+    expert = tl.load(topk_ids_ptr + pair)
+    if (slot >= 0) & (slot < num_slots) & (expert >= 0) & (expert < num_experts):
+        rank = tl.load(rank_ptr + slot)
+        rank_rows = rank * (1 + tl.load(split_ptr + slot))
+        scaling = tl.load(scaling_ptr + slot)
+        a_ptr = pool_ptr + tl.multiple_of(tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot), ALIGN)
+        if r0 < rank_rows:
+            source = pair // TOP_K if GATHER else pair
+            _shrink_tile(
+                x_ptr, s_ptr, a_ptr, pair + rm, source + rm * 0, rm < 1, rank, rank_rows, scaling, r0, k_begin, k_end, cols, split * num_pairs,
+                width, MAX_RANK, BM, BR, BK, EVEN_K, STAGES, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def _shrink_group_kernel(
+    x_ptr, s_ptr, tiles_ptr, base_tiles_ptr, counts_ptr, sorted_pairs_ptr, records_ptr, ranges_ptr,
+    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, scaling_ptr, b_offset_ptr, b_stride_ptr,
+    cols, width, rank_blocks,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, RANGES: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (LoRA tiles or persistent programs, rank blocks + RANGES)."""
+    pdl_wait(PDL)
+    num_lora = tl.load(counts_ptr + 2)
+    if RANGES and tl.program_id(1) == rank_blocks:
+        _write_ranges(tiles_ptr, base_tiles_ptr, ranges_ptr, tl.load(counts_ptr + 1), num_lora, 512)
     else:
-        for t in tl.range(tl.program_id(0), tl.load(counts_ptr + 2), tl.num_programs(0), num_stages=1):
-            expert = tl.load(tiles_ptr + 4 * t).to(tl.int64)
-            slot = tl.load(tiles_ptr + 4 * t + 1)
-            place = tl.load(tiles_ptr + 4 * t + 2) + rm
-            live = rm < tl.load(tiles_ptr + 4 * t + 3)
+        r0 = tl.program_id(1) * BR
+        rm = tl.arange(0, BM)
+        t = tl.program_id(0)
+        expert = tl.load(tiles_ptr + 4 * t).to(tl.int64)  # does not wait for the number of tiles: entries beyond it are undefined, but there
+        slot = tl.load(tiles_ptr + 4 * t + 1)
+        start = tl.load(tiles_ptr + 4 * t + 2)
+        rows = tl.load(tiles_ptr + 4 * t + 3)
+        while t < num_lora:
+            place = start + rm
+            live = rm < rows
             rank = tl.load(rank_ptr + slot)
-            rank_rows = rank * (1 + tl.load(split_ptr + slot))
+            split = tl.load(split_ptr + slot)
             scaling = tl.load(scaling_ptr + slot)
             a_ptr = pool_ptr + tl.multiple_of(tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot), ALIGN)
-            if r0 < rank_rows:
-                source = tl.load(sorted_pairs_ptr + place, mask=live, other=0) // TOP_K if GATHER else place
+            source = tl.load(sorted_pairs_ptr + place, mask=live, other=0) // TOP_K if GATHER else place
+            if r0 == 0:
+                b_place = (tl.load(b_offset_ptr + slot) + expert * tl.load(b_stride_ptr + slot)) // ALIGN
+                tl.store(records_ptr + RECORD * t, start.to(tl.int64))
+                tl.store(records_ptr + RECORD * t + 1, rows.to(tl.int64))
+                tl.store(records_ptr + RECORD * t + 2, rank.to(tl.int64))
+                tl.store(records_ptr + RECORD * t + 3, split.to(tl.int64))
+                tl.store(records_ptr + RECORD * t + 4, b_place)
+            if r0 < rank * (1 + split):
                 _shrink_tile(
-                    x_ptr, s_ptr, a_ptr, place, source, live, rank, rank_rows, scaling, r0, k_begin, k_end, cols, split * num_pairs, width, MAX_RANK,
+                    x_ptr, s_ptr, a_ptr, place, source, live, rank, rank * (1 + split), scaling, r0, 0, cols, cols, 0, width, MAX_RANK,
                     BM, BR, BK, EVEN_K, STAGES, PRECISION,
                 )  # fmt: skip
+            t += tl.num_programs(0)
+            if t < num_lora:
+                expert = tl.load(tiles_ptr + 4 * t).to(tl.int64)
+                slot = tl.load(tiles_ptr + 4 * t + 1)
+                start = tl.load(tiles_ptr + 4 * t + 2)
+                rows = tl.load(tiles_ptr + 4 * t + 3)
 
 
 @triton.jit
 def _expand_kernel(
-    y_ptr, topk_ids_ptr, slots_ptr, tiles_ptr, counts_ptr, sorted_pairs_ptr, s_ptr,
-    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
-    N, width, num_pairs, num_experts, num_slots,
-    TOP_K: tl.constexpr, BY_PAIR: tl.constexpr, SCATTER: tl.constexpr, HALVES: tl.constexpr,
-    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    y_ptr, s_ptr, pool_ptr, counts_ptr, sorted_pairs_ptr, records_ptr, N, width,
+    SCATTER: tl.constexpr, HALVES: tl.constexpr, ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pairs or persistent programs, blocks of N). y [P, HALVES * N] in the order of s, or with SCATTER in pair order."""
+    """Grid (LoRA tiles or persistent programs, blocks of N). y [P, HALVES * N] in the order of s, or with SCATTER in pair order."""
     pdl_wait(PDL)
     rm = tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
-    first = tl.program_id(0)
-    if BY_PAIR:
-        last = first + 1
-    else:
-        last = tl.load(counts_ptr + 2)
-    for t in tl.range(first, last, tl.num_programs(0), num_stages=1):
-        if BY_PAIR:
-            expert = tl.load(topk_ids_ptr + t).to(tl.int64)
-            slot = tl.load(slots_ptr + t // TOP_K)
-            slot = tl.where((slot < num_slots) & (expert >= 0) & (expert < num_experts), slot, -1)
-            place = t + rm
-            live = rm < 1
-        else:
-            expert = tl.load(tiles_ptr + 4 * t).to(tl.int64)
-            slot = tl.load(tiles_ptr + 4 * t + 1)
-            place = tl.load(tiles_ptr + 4 * t + 2) + rm
-            live = rm < tl.load(tiles_ptr + 4 * t + 3)
-        slots = tl.where(live, slot, -1)
+    for t in tl.range(tl.program_id(0), tl.load(counts_ptr + 2), tl.num_programs(0), num_stages=1):
+        start, rows, rank, split, b_place = load_record(records_ptr, t, True)
+        place = start.to(tl.int32) + rm
+        live = rm < rows
         row = tl.load(sorted_pairs_ptr + place, mask=live, other=0) if SCATTER else place
         y_ptrs = y_ptr + row.to(tl.int64)[:, None] * (HALVES * N) + rn[None, :]
-        mask = (slots >= 0)[:, None] & (rn < N)[None, :]
-        low = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-        high = low
+        mask = live[:, None] & (rn < N)[None, :]
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        y_up = y
         if HALVES == 2:
-            high = tl.load(y_ptrs + N, mask=mask, other=0.0).to(tl.float32)
-        slot_of = slot_columns(slots, -1, COLUMNS, RANK_BLOCK)
-        b_place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
-        low, high = tile_delta(
-            low, high, slots, slot_of, b_place, rank, split, place, num_pairs, expert, rn, N, s_ptr, width,
-            pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
-            HALVES == 2, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS, PRECISION,
+            y_up = tl.load(y_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+        y, y_up = tile_delta(
+            y, y_up, t, t + 1, start, rows, rank, split, b_place, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
+            HALVES == 2, RANK_BLOCK, MAX_RANK, ALIGN, PRECISION,
         )  # fmt: skip
-        tl.store(y_ptrs, low.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
         if HALVES == 2:
-            tl.store(y_ptrs + N, high.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptrs + N, y_up.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _expand_pair_kernel(
+    y_ptr, topk_ids_ptr, slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, N, width, num_pairs, num_experts,
+    TOP_K: tl.constexpr, HALVES: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (pairs, blocks of HALVES * N). y [P, HALVES * N] in pair order."""
+    pdl_wait(PDL)
+    pair = tl.program_id(0)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
+    slot = tl.load(slots_ptr + pair // TOP_K)
+    if (slot >= 0) & (expert >= 0) & (expert < num_experts):
+        place = (tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)) // ALIGN
+        rank = tl.load(rank_ptr + slot)
+        column = tl.load(split_ptr + slot) * MAX_RANK
+        total = tl.load(y_ptr + pair.to(tl.int64) * (HALVES * N) + rn, mask=rn < HALVES * N, other=0.0).to(tl.float32)
+        if tl.program_id(1) * BN < N:  # a block lies in one half: BN divides N, or there is one half
+            column = column * 0
+        total += row_delta(s_ptr, num_pairs, width, pair, column, pool_ptr, place, rn, HALVES * N, rank, 0, SPLITS, RANK_BLOCK, ALIGN)
+        tl.store(y_ptr + pair.to(tl.int64) * (HALVES * N) + rn, total.to(y_ptr.dtype.element_ty), mask=rn < HALVES * N)
 
 
 @dataclass(frozen=True)
@@ -167,33 +219,56 @@ def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: in
     return ShrinkTile(lora_block, min(64, rows), 128 if lora_block <= 32 else 64, 4, 4)
 
 
-def moe_shrink(
-    rows: torch.Tensor, stack: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str, scaling: torch.Tensor | None = None
-) -> torch.Tensor:
-    """s [splits, P, stack.shrink_width] in `routing.rows` order, see `LowRank`; entries of rows without an adapter are undefined.
+def moe_shrink(rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str) -> LowRank:
+    """scaling * A x of every pair with an adapter in `routing.rows` order, as the addend that B of the same adapters completes.
 
-    rows [M, cols] by token with `gather`, else [P, cols] in routing order. `name` is the workspace buffer of s; `scaling`
-    float32 [S], the stack's own by default.
+    rows [M, cols] by token with `gather`, else [P, cols] in routing order. `name` prefixes the workspace buffers. Grouped, the
+    shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it.
     """
-    pairs, cols = routing.num_pairs, stack.dim
+    pairs, cols = routing.num_pairs, stack_a.dim
     by_pair = routing.rows == "pair"
     launch.expect_float("moe_shrink: rows", rows.dtype)
-    launch.expect("moe_shrink: rows", rows, (pairs // routing.top_k if gather else pairs, cols), stack.pool.dtype, stack.pool.device)
-    width = stack.shrink_width
-    tile = shrink_tile(pairs, routing.lora_block, by_pair, width, cols)
-    s = workspace.get(name, (tile.split, pairs, width), torch.float32 if by_pair else rows.dtype)
-    align = None if by_pair else routing.alignment
-    tiles = pairs if by_pair else min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas)
-    _shrink_kernel[(max(tiles, 1), triton.cdiv(width, tile.r), tile.split)](
-        rows, s, routing.topk_ids, routing.token_slots,
-        *((None, None, None) if align is None else (align.lora_tiles, align.counts, align.sorted_pairs)),
-        stack.pool, stack.offset, stack.expert_stride, stack.rank, stack.split_a, stack.scaling if scaling is None else scaling,
-        cols, width, pairs, routing.num_experts, stack.num_slots,
-        TOP_K=routing.top_k, BY_PAIR=by_pair, GATHER=gather, SPLIT_K=tile.split, MAX_RANK=stack.max_rank, ALIGN=16 // rows.element_size(),
-        BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=cols % (tile.k * tile.split) == 0, STAGES=tile.stages,
+    launch.expect("moe_shrink: rows", rows, (pairs // routing.top_k if gather else pairs, cols), stack_a.pool.dtype, stack_a.pool.device)
+    tile = shrink_tile(pairs, routing.lora_block, by_pair, stack_a.shrink_width, cols)
+    s = workspace.get(f"{name}.s", (tile.split, pairs, stack_a.shrink_width), torch.float32 if by_pair else rows.dtype)
+    if by_pair:
+        _launch_pair_shrink(rows, s, stack_a, stack_b, routing, tile, gather)
+        return LowRank(s, stack_b, routing.token_slots)
+    align = routing.alignment
+    records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
+    made = routing.lora_ranges
+    ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
+    _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges, made is None)
+    routing.lora_ranges = ranges
+    return LowRank(s, stack_b, routing.token_slots, records, ranges)
+
+
+def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool) -> None:
+    pairs = routing.num_pairs
+    _shrink_pair_kernel[(pairs, triton.cdiv(a.shrink_width, tile.r), tile.split)](
+        rows, s, routing.topk_ids, routing.token_slots, a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling,
+        a.dim, a.shrink_width, pairs, routing.num_experts, a.num_slots,
+        TOP_K=routing.top_k, GATHER=gather, SPLIT_K=tile.split, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
+        BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % (tile.k * tile.split) == 0, STAGES=tile.stages,
         PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),
     )  # fmt: skip
-    return s
+
+
+def _launch_group_shrink(
+    rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool,
+    records: torch.Tensor, ranges: torch.Tensor, write_ranges: bool,
+) -> None:  # fmt: skip
+    align = routing.alignment
+    rank_blocks = triton.cdiv(a.shrink_width, tile.r)
+    programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas))
+    _shrink_group_kernel[(programs, rank_blocks + write_ranges)](
+        rows, s, align.lora_tiles, align.base_tiles, align.counts, align.sorted_pairs, records, ranges,
+        a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride,
+        a.dim, a.shrink_width, rank_blocks,
+        TOP_K=routing.top_k, GATHER=gather, RANGES=write_ranges, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
+        BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % tile.k == 0, STAGES=tile.stages,
+        PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),
+    )  # fmt: skip
 
 
 def moe_expand(y: torch.Tensor, low: LowRank, routing: Routing, *, pair_order: bool = False) -> torch.Tensor:
@@ -201,19 +276,22 @@ def moe_expand(y: torch.Tensor, low: LowRank, routing: Routing, *, pair_order: b
 
     s lies in routing order. Rows without an adapter are not touched.
     """
-    stack, pairs, by_pair = low.b, routing.num_pairs, routing.rows == "pair"
+    stack, pairs = low.b, routing.num_pairs
     launch.expect("moe_expand: y", y, (pairs, stack.dim), stack.pool.dtype, stack.pool.device)
     halves = 2 if stack.may_split else 1
     n = stack.dim // halves
-    bn = 64
-    align = None if by_pair else routing.alignment
-    bm = 16 if by_pair else routing.lora_block
-    tiles = pairs if by_pair else min(align.lora_tiles.shape[0], launch.multiprocessors(y.device) * 8)
-    _expand_kernel[(max(tiles, 1), triton.cdiv(n, bn))](
-        y, routing.topk_ids, routing.token_slots, *((None, None, None) if align is None else (align.lora_tiles, align.counts, align.sorted_pairs)), low.s,
-        stack.pool, stack.offset, stack.expert_stride, stack.rank, stack.split_a,
-        n, low.s.shape[2], pairs, routing.num_experts, stack.num_slots,
-        TOP_K=routing.top_k, BY_PAIR=by_pair, SCATTER=pair_order and not by_pair, HALVES=halves, **low.kernel_options(), COLUMNS=COLUMNS, BM=bm, BN=bn,
+    if routing.rows == "pair":
+        block = 64 if n % 64 == 0 or halves == 1 else n & -n
+        _expand_pair_kernel[(pairs, triton.cdiv(stack.dim, block))](
+            y, routing.topk_ids, *low.pair_args()[:-1], n, low.s.shape[2], pairs, routing.num_experts,
+            TOP_K=routing.top_k, HALVES=halves, **low.pair_options(), BN=block, num_warps=2, **launch.options(y.device),
+        )  # fmt: skip
+        return y
+    align = routing.alignment
+    programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(y.device) * 8))
+    _expand_kernel[(programs, triton.cdiv(n, 64))](
+        y, low.s, stack.pool, align.counts, align.sorted_pairs, low.records, n, low.s.shape[2],
+        SCATTER=pair_order, HALVES=halves, **low.tile_options(), BM=routing.lora_block, BN=64,
         PRECISION=launch.dot_precision(y.dtype), num_warps=4, **launch.options(y.device),
     )  # fmt: skip
     return y
@@ -226,5 +304,5 @@ def fused_moe_lora(
 
     rows [M, in] by token with `gather`, else [P, in] in routing order. One shrink and one expand launch, nothing zero-filled.
     """
-    s = moe_shrink(rows, stack_a, routing, workspace, gather=gather, name="fused_moe_lora.s", scaling=stack_b.scaling)
-    return moe_expand(y, LowRank(s, stack_b, routing.token_slots), routing)
+    low = moe_shrink(rows, stack_a, stack_b, routing, workspace, gather=gather, name="fused_moe_lora")
+    return moe_expand(y, low, routing)

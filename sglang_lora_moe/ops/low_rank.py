@@ -5,6 +5,10 @@
 s [splits, P, width] holds scaling * A x, as a sum over `splits`: float32 per pair, grouped in the activation dtype that the
 tensor cores take (scaled in float32, rounded once). Columns [0, R); with split_a these are the gate half's, and the up half's
 are [max_rank, max_rank + R). Columns beyond a row's own rank, and rows without an adapter, are never read.
+
+Grouped, the shrink also leaves a record per LoRA tile, so that a GEMM needs no search: int64 (first row, rows, rank, split,
+place of B in the pool in units of 16 bytes); and per base tile the range of records that overlap it.
+
 Offsets and expert strides of a stack are multiples of 16 bytes (the memory pool pads matrices to that), so that B is read in
 16-byte pieces where the rank allows it.
 """
@@ -20,38 +24,43 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_lora_moe.lora.stacks import Stack
 
-NO_SLOT = tl.constexpr(1 << 30)
-COLUMNS = 32  # rank columns that one product of a tile takes: two slots of rank 16, half a slot of rank 64; 64 spill registers
+RECORD = tl.constexpr(5)  # int64 fields of a record
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """An addend of an expert GEMM: s [splits, P, width] in the GEMM's row order, and B by slot."""
+    """An addend of an expert GEMM: s [splits, P, width] in the GEMM's row order, and B by slot; records and ranges if grouped."""
 
     s: torch.Tensor
     b: Stack
     token_slots: torch.Tensor  # int32 [M]
-
-    @property
-    def splits(self) -> int:
-        return self.s.shape[0]
+    records: torch.Tensor | None = None  # int64 [LoRA tiles, 5]
+    ranges: torch.Tensor | None = None  # int32 [base tiles, 2]
 
     @property
     def rank_block(self) -> int:
-        """Rank columns of one slot that a kernel takes at once; a tensor-core product needs at least 16."""
-        return min(COLUMNS, max(16, triton.next_power_of_2(self.b.max_rank)))
+        """Rank columns that a kernel takes at once; a tensor-core product needs at least 16."""
+        return min(64, max(16, triton.next_power_of_2(self.b.max_rank)))
 
-    def kernel_args(self) -> tuple:
+    def pair_args(self) -> tuple:
         b = self.b
         return (self.token_slots, self.s, b.pool, b.offset, b.expert_stride, b.rank, b.split_a, self.s.shape[2])
 
-    def kernel_options(self) -> dict[str, int | bool]:
-        align = 16 // self.b.pool.element_size()
-        return {"ADDEND": True, "SPLITS": self.splits, "RANK_BLOCK": self.rank_block, "MAX_RANK": self.b.max_rank, "ALIGN": align}
+    def pair_options(self) -> dict[str, int | bool]:
+        return {**self.tile_options(), "SPLITS": self.s.shape[0]}
+
+    def tile_args(self) -> tuple:
+        assert self.records is not None and self.ranges is not None and self.s.shape[0] == 1, "a grouped kernel needs the addend of a grouped shrink"
+        return (self.s, self.b.pool, self.records, self.ranges, self.s.shape[2])
+
+    def tile_options(self) -> dict[str, int | bool]:
+        return {"ADDEND": True, "RANK_BLOCK": self.rank_block, "MAX_RANK": self.b.max_rank, "ALIGN": 16 // self.b.pool.element_size()}
 
 
-NO_ADDEND = (None,) * 7 + (0,)
-NO_OPTIONS = {"ADDEND": False, "SPLITS": 1, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8}
+NO_PAIR_ARGS = (None,) * 7 + (0,)
+NO_TILE_ARGS = (None,) * 4 + (0,)
+NO_TILE_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8}
+NO_PAIR_OPTIONS = {**NO_TILE_OPTIONS, "SPLITS": 1}
 
 
 @triton.jit
@@ -64,26 +73,6 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def slot_columns(slots, after, COLUMNS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """The next distinct slots > `after` of a tile's rows, ascending, each over RANK_BLOCK of the COLUMNS; NO_SLOT where none is left."""
-    column = tl.arange(0, COLUMNS)
-    found = tl.full((COLUMNS,), NO_SLOT, tl.int32)
-    for j in tl.static_range(COLUMNS // RANK_BLOCK):
-        after = tl.min(tl.where(slots > after, slots, NO_SLOT), 0)
-        found = tl.where(column // RANK_BLOCK == j, after, found)
-    return found
-
-
-@triton.jit
-def slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN: tl.constexpr):
-    """(B's place in the pool in units of 16 bytes, rank, split) per column of `slot_columns`; rank 0 where there is no slot."""
-    some = slot_of < NO_SLOT
-    place = tl.load(offset_ptr + slot_of, mask=some, other=0) + expert * tl.load(stride_ptr + slot_of, mask=some, other=0)
-    rank = tl.load(rank_ptr + slot_of, mask=some, other=0)
-    return place // ALIGN, rank, tl.load(split_ptr + slot_of, mask=some, other=0)
-
-
-@triton.jit
 def load_s(s_ptr, row, num_pairs, width, column, mask, SPLITS: tl.constexpr):
     """The sum over the splits of s[row, column]; row and column are broadcast against each other."""
     low = tl.load(s_ptr + row.to(tl.int64) * width + column, mask=mask, other=0.0)
@@ -93,74 +82,52 @@ def load_s(s_ptr, row, num_pairs, width, column, mask, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _load_half(
-    s_ptr, rows, slots, num_pairs, width, half, pool_ptr, place, brow, in_rows, slot, pieces, r,
-    SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """(s of each row in its own slot's columns [BM, columns], B^T [columns, BN]) for one half of gate_up.
+def load_record(records_ptr, t, inside):
+    """(first row, rows, rank, split, B's place) of LoRA tile t; no rows where not `inside`."""
+    ptr = records_ptr + RECORD * t
+    start = tl.load(ptr, mask=inside, other=0)
+    rows = tl.load(ptr + 1, mask=inside, other=0)
+    rank = tl.load(ptr + 2, mask=inside, other=0).to(tl.int32)
+    return start, rows, rank, tl.load(ptr + 3, mask=inside, other=0).to(tl.int32), tl.load(ptr + 4, mask=inside, other=0)
 
-    The rank is `pieces` * PIECE. Slot, rank and place are constant over the RANK_BLOCK columns of a slot, and masks over PIECE
-    columns; the hints say so to the compiler (which keeps them only on results of this function), and loads take 16 bytes.
-    """
-    rank = tl.multiple_of(tl.max_constancy(pieces * PIECE, RANK_BLOCK), PIECE)
-    fits = tl.max_constancy(r // PIECE < pieces, PIECE)
-    base = tl.multiple_of(tl.max_constancy(place * ALIGN, RANK_BLOCK), ALIGN)
-    column = tl.max_constancy(half * MAX_RANK, RANK_BLOCK)
-    s_mask = tl.max_constancy(slots[:, None] == slot[None, :], (1, PIECE)) & fits[None, :]
-    low = load_s(s_ptr, rows[:, None], num_pairs, width, (column + r)[None, :], s_mask, SPLITS)
-    mask = fits[:, None] & in_rows[None, :]
-    b = tl.load(pool_ptr + base[:, None] + brow[None, :] * rank[:, None] + r[:, None], mask=mask, other=0.0)
-    return low.to(b.dtype), b
+
+@triton.jit
+def _half_delta(
+    acc, s_ptr, width, mine, place, column, pool_ptr, b_place, brow, in_rows, rank, r0,
+    RANK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc += s[place, column + r0 ..] @ B[brow, r0 ..]^T over one block of rank columns."""
+    r = r0 + tl.arange(0, RANK_BLOCK)
+    s_ptrs = s_ptr + place.to(tl.int64)[:, None] * width + (column + r)[None, :]
+    b_ptr = pool_ptr + b_place * ALIGN
+    if rank % ALIGN == 0:
+        fits = tl.max_constancy(r // ALIGN < rank // ALIGN, ALIGN)  # the hint lets loads take 16 bytes
+        low = tl.load(s_ptrs, mask=mine[:, None] & fits[None, :], other=0.0)
+        b = tl.load(b_ptr + brow[None, :] * (rank // ALIGN * ALIGN) + r[:, None], mask=fits[:, None] & in_rows[None, :], other=0.0)
+    else:
+        fits = r < rank
+        low = tl.load(s_ptrs, mask=mine[:, None] & fits[None, :], other=0.0)
+        b = tl.load(b_ptr + brow[None, :] * rank + r[:, None], mask=fits[:, None] & in_rows[None, :], other=0.0)
+    return tl.dot(low, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def tile_delta(
-    acc_gate, acc_up, slots, slot_of, place, rank, split, rows, num_pairs, expert, rn, N, s_ptr, width,
-    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
-    GATED: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, acc_up, first, last, start, rows, rank, split, b_place, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
+    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the delta to a tile [BM, BN] of one expert whose rows may have any slots (-1 = none).
-
-    `slot_of` and what follows are the first columns, which the caller fetched early; further slots follow here. One product
-    takes COLUMNS // RANK_BLOCK slots at once: a row's s is zero in the columns of other slots.
-    """
-    r = tl.arange(0, COLUMNS) % RANK_BLOCK
+    """Add the delta to a tile [BM, BN] whose sorted places are `place`, from records first .. last - 1; the first one's fields are given."""
     brow = rn.to(tl.int64)
-    more = tl.min(slot_of) < NO_SLOT
-    while more:
-        aligned = tl.max(rank % ALIGN) == 0
-        for r0 in tl.range(0, tl.max(rank), RANK_BLOCK, num_stages=1):
-            if aligned:
-                low, b = _load_half(
-                    s_ptr, rows, slots, num_pairs, width, split * 0, pool_ptr, place, brow, rn < N, slot_of, rank // ALIGN, r0 + r,
-                    SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, ALIGN,
-                )  # fmt: skip
-            else:
-                low, b = _load_half(
-                    s_ptr, rows, slots, num_pairs, width, split * 0, pool_ptr, place, brow, rn < N, slot_of, rank, r0 + r,
-                    SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, 1,
-                )  # fmt: skip
-            acc_gate = tl.dot(low, b, acc_gate, input_precision=PRECISION)
+    for t in tl.range(first, last, num_stages=1):
+        start1, rows1, rank1, split1, b_place1 = load_record(records_ptr, t + 1, t + 1 < last)
+        mine = (place >= start) & (place < start + rows)
+        for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
+            acc = _half_delta(acc, s_ptr, width, mine, place, 0, pool_ptr, b_place, brow, rn < N, rank, r0, RANK_BLOCK, ALIGN, PRECISION)
             if GATED:
-                if aligned:
-                    low, b = _load_half(
-                        s_ptr, rows, slots, num_pairs, width, split, pool_ptr, place, brow + N, rn < N, slot_of, rank // ALIGN, r0 + r,
-                        SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, ALIGN,
-                    )  # fmt: skip
-                else:
-                    low, b = _load_half(
-                        s_ptr, rows, slots, num_pairs, width, split, pool_ptr, place, brow + N, rn < N, slot_of, rank, r0 + r,
-                        SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, 1,
-                    )  # fmt: skip
-                acc_up = tl.dot(low, b, acc_up, input_precision=PRECISION)
-        last = tl.max(slot_of)
-        more = last < NO_SLOT  # no column was left empty: there may be more slots
-        if more:
-            slot_of = slot_columns(slots, last, COLUMNS, RANK_BLOCK)
-            place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
-            more = tl.min(slot_of) < NO_SLOT
-    return acc_gate, acc_up
+                column = split * MAX_RANK
+                acc_up = _half_delta(acc_up, s_ptr, width, mine, place, column, pool_ptr, b_place, brow + N, rn < N, rank, r0, RANK_BLOCK, ALIGN, PRECISION)
+        start, rows, rank, split, b_place = start1, rows1, rank1, split1, b_place1
+    return acc, acc_up
 
 
 @triton.jit

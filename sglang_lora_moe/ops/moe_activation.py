@@ -14,7 +14,7 @@ import triton.language as tl
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_ADDEND, NO_OPTIONS, LowRank, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, pdl_wait, row_delta
 
 SILU, GELU, GELU_TANH, RELU, RELU2, CLAMPED_SWIGLU = (tl.constexpr(i) for i in range(1, 7))
 _CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
@@ -94,9 +94,9 @@ def moe_activation(gate_up: torch.Tensor, spec: MoESpec, routing: Routing, out: 
     by_pair = routing.rows == "pair"
     block = min(64 if addend is not None else 1024, launch.next_power_of_2(n))
     _activation_kernel[(pairs, triton.cdiv(n, block))](
-        gate_up, out, routing.topk_ids, None if by_pair else routing.sorted_pairs, *(NO_ADDEND if addend is None else addend.kernel_args()),
+        gate_up, out, routing.topk_ids, None if by_pair else routing.sorted_pairs, *(NO_PAIR_ARGS if addend is None else addend.pair_args()),
         n, pairs, spec.num_experts,
         TOP_K=routing.top_k, BY_PAIR=by_pair, GATED=spec.gated, ACT=activation_code(spec), ALPHA=spec.swiglu_alpha or 0.0, LIMIT=spec.swiglu_limit or 0.0,
-        **(NO_OPTIONS if addend is None else addend.kernel_options()), BN=block, num_warps=4, **launch.options(out.device),
+        **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()), BN=block, num_warps=4, **launch.options(out.device),
     )  # fmt: skip
     return out

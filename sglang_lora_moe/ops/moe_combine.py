@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_ADDEND, NO_OPTIONS, LowRank, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, pdl_wait, row_delta
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def moe_combine(
     # enough programs to fill the GPU for few tokens, long rows for many
     block = min(64 if addend is not None else 256 if tokens < 64 else 1024, launch.next_power_of_2(n))
     _combine_kernel[(tokens, triton.cdiv(n, block))](
-        down, out, topk_ids, topk_weights, *(NO_ADDEND if addend is None else addend.kernel_args()), n, tokens * top_k, num_experts,
-        TOP_K=top_k, **(NO_OPTIONS if addend is None else addend.kernel_options()), BN=block, num_warps=2 if block <= 256 else 4, **launch.options(out.device),
+        down, out, topk_ids, topk_weights, *(NO_PAIR_ARGS if addend is None else addend.pair_args()), n, tokens * top_k, num_experts,
+        TOP_K=top_k, **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()), BN=block, num_warps=2 if block <= 256 else 4, **launch.options(out.device),
     )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import COLUMNS, NO_ADDEND, NO_OPTIONS, LowRank, pdl_wait, slot_columns, slot_tables, tile_delta
+from sglang_lora_moe.ops.low_rank import NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_record, pdl_wait, tile_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 
@@ -39,17 +39,21 @@ class GemmTile:
 
 
 @triton.jit
-def _find_tile(t, total, num_tiles, n_blocks, tiles_ptr, GROUP: tl.constexpr, BN: tl.constexpr):
-    """(expert, start, rows, first column) of the t-th tile of the walk; rows 0 beyond the last."""
-    inside = t < total
-    group = t // (GROUP * n_blocks)
-    size = tl.maximum(tl.minimum(num_tiles - group * GROUP, GROUP), 1)
-    local = t - group * GROUP * n_blocks
-    tile_ptr = tiles_ptr + 3 * (group * GROUP + local % size)
-    expert = tl.load(tile_ptr, mask=inside, other=0).to(tl.int64)
-    start = tl.load(tile_ptr + 1, mask=inside, other=0)
-    rows = tl.load(tile_ptr + 2, mask=inside, other=0)
-    return expert, start, rows, (local // size) * BN
+def _find_tile(t, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP: tl.constexpr, BN: tl.constexpr):
+    """(tile, its expert, start, rows, first column) of the t-th step of the walk; rows 0 beyond the last."""
+    if GROUP == 1:  # does not wait for the number of tiles: beyond the last the entry is undefined, but there
+        tile = tl.minimum(t // n_blocks, max_tiles - 1)
+        column = t % n_blocks
+    else:
+        group = t // (GROUP * n_blocks)
+        size = tl.maximum(tl.minimum(num_tiles - group * GROUP, GROUP), 1)
+        local = t - group * GROUP * n_blocks
+        tile = tl.where(t < total, group * GROUP + local % size, 0)
+        column = local // size
+    expert = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    start = tl.load(tiles_ptr + 3 * tile + 1)
+    rows = tl.load(tiles_ptr + 3 * tile + 2)
+    return tile, tl.where(t < total, expert, 0), tl.where(t < total, start, 0), tl.where(t < total, rows, 0), column * BN
 
 
 @triton.jit
@@ -67,16 +71,16 @@ def _main_loop(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     acc_up = tl.zeros((BM, BN), dtype=tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
+        if w_desc is not None:
+            w = w_desc.load([w_row, k]).T
+        else:
+            w = tl.load(w_ptrs + k, mask=(rn < N)[None, :] & (k + rk < K)[:, None], other=0.0)
         if a_desc is not None:
             a = a_desc.load([start, k])  # rows beyond this tile belong to others: computed, not stored
         elif EVEN_K:
             a = tl.load(a_ptrs + k, mask=live[:, None], other=0.0)
         else:
             a = tl.load(a_ptrs + k, mask=live[:, None] & (k + rk < K)[None, :], other=0.0)
-        if w_desc is not None:
-            w = w_desc.load([w_row, k]).T
-        else:
-            w = tl.load(w_ptrs + k, mask=(rn < N)[None, :] & (k + rk < K)[:, None], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if GATED:
             if w_desc is not None:
@@ -89,11 +93,10 @@ def _main_loop(
 
 @triton.jit
 def _one_tile(
-    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, slots, slot_of, b_place, rank, split,
-    s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
-    expert, start, rows, n0, N, K, num_pairs,
+    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
+    expert, start, rows, n0, N, K,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Main loop, addend, bias, activation and store of one tile of at most BM rows."""
@@ -103,13 +106,18 @@ def _one_tile(
     place = start + rm
     rn = n0 + tl.arange(0, BN)
     source = pair // TOP_K if GATHER else place
+    if ADDEND and not LATE:
+        record = load_record(records_ptr, first, first < last)  # in flight during the main loop
     acc, acc_up = _main_loop(a_ptr, a_desc, w_ptr, w_desc, source, live, expert, start, n0, N, K, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION)
     if ADDEND:
-        pdl_wait(PDL)  # s comes from the kernel before this one; everything else was there before it
+        if LATE:
+            pdl_wait(PDL)  # the shrink is the kernel before this one; everything else was there before it
+            first = tl.load(ranges_ptr + 2 * tile)
+            last = tl.load(ranges_ptr + 2 * tile + 1)
+            record = load_record(records_ptr, first, first < last)
         acc, acc_up = tile_delta(
-            acc, acc_up, slots, slot_of, b_place, rank, split, place, num_pairs, expert, rn, N, s_ptr, s_width,
-            pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr,
-            GATED, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS, PRECISION,
+            acc, acc_up, first, last, record[0], record[1], record[2], record[3], record[4], place, rn, N, s_ptr, s_width, pool_ptr, records_ptr,
+            GATED, RANK_BLOCK, MAX_RANK, ALIGN, PRECISION,
         )  # fmt: skip
     if bias_ptr is not None:
         b_ptrs = bias_ptr + expert * HALVES * N + rn
@@ -127,59 +135,59 @@ def _one_tile(
 def _grouped_gemm_kernel(
     a_ptr, a_desc, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr,  # [rows, K] (three forms), [E, HALVES * N, K], [E, HALVES * N], [P, N]
     tiles_ptr, counts_ptr, sorted_pairs_ptr,  # the alignment
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,  # the addend, None without
-    N, K, num_pairs,
+    s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,  # the addend, None without
+    N, K, max_tiles,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A persistent walk. What a tile needs before its main loop is fetched during the tile before: a chain of dependent loads
-    (tile, pairs, slots, tables) would otherwise stand between any two tiles. With TAIL, tiles of few rows run at half height."""
-    if not ADDEND:
+    """A walk over (tile, block of columns). What a tile needs before its main loop is fetched during the one before: a chain of
+    dependent loads (tile, pairs, records) would otherwise stand between any two. With TAIL, tiles of few rows run at half height.
+
+    LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end.
+    """
+    if not LATE:
         pdl_wait(PDL)
     num_tiles = tl.load(counts_ptr + 1)
     n_blocks = tl.cdiv(N, BN)
     total = num_tiles * n_blocks
     step = tl.num_programs(0)
     rm = tl.arange(0, BM)
-    expert, start, rows, n0 = _find_tile(tl.program_id(0), total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
-    expert1, start1, rows1, n1 = _find_tile(tl.program_id(0) + step, total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
+    tile, expert, start, rows, n0 = _find_tile(tl.program_id(0), total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
+    tile1, expert1, start1, rows1, n1 = tile, expert, start, rows, n0
     pair = tl.load(sorted_pairs_ptr + start + rm, mask=rm < rows, other=0)
-    slots, slot_of, b_place, rank, split = pair, 0, 0, 0, 0
-    if ADDEND:
-        slots = tl.load(slots_ptr + pair // TOP_K, mask=rm < rows, other=-1)
-        slot_of = slot_columns(slots, -1, COLUMNS, RANK_BLOCK)
-        b_place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
+    first, last = 0, 0
+    if not LATE:
+        tile1, expert1, start1, rows1, n1 = _find_tile(tl.program_id(0) + step, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
+        if ADDEND:
+            first = tl.load(ranges_ptr + 2 * tile)
+            last = tl.load(ranges_ptr + 2 * tile + 1)
     for t in tl.range(tl.program_id(0), total, step, num_stages=1):
-        pair1 = tl.load(sorted_pairs_ptr + start1 + rm, mask=rm < rows1, other=0)
-        expert2, start2, rows2, n2 = _find_tile(t + 2 * step, total, num_tiles, n_blocks, tiles_ptr, GROUP, BN)
-        if TAIL and rows <= BM // 2:
-            rt = tl.arange(0, BM // 2)
-            few = tl.load(sorted_pairs_ptr + start + rt, mask=rt < rows, other=0)
-            few_slots = few
+        pair1, first1, last1 = pair, first, last
+        tile2, expert2, start2, rows2, n2 = tile1, expert1, start1, rows1, n1
+        if not LATE:
+            pair1 = tl.load(sorted_pairs_ptr + start1 + rm, mask=rm < rows1, other=0)
+            tile2, expert2, start2, rows2, n2 = _find_tile(t + 2 * step, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
             if ADDEND:
-                few_slots = tl.load(slots_ptr + few // TOP_K, mask=rt < rows, other=-1)
+                first1 = tl.load(ranges_ptr + 2 * tile1)
+                last1 = tl.load(ranges_ptr + 2 * tile1 + 1)
+        if TAIL and rows <= BM // 2:
+            few = tl.load(sorted_pairs_ptr + start + tl.arange(0, BM // 2), mask=tl.arange(0, BM // 2) < rows, other=0)
             _one_tile(
-                a_ptr, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr, few, few_slots, slot_of, b_place, rank, split,
-                s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width, expert, start, rows, n0, N, K, num_pairs,
-                TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS,
+                a_ptr, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr, few, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
+                expert, start, rows, n0, N, K, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK, ALIGN, LATE,
                 EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
         else:
             _one_tile(
-                a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, slots, slot_of, b_place, rank, split,
-                s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width, expert, start, rows, n0, N, K, num_pairs,
-                TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, SPLITS, RANK_BLOCK, MAX_RANK, ALIGN, COLUMNS,
+                a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
+                expert, start, rows, n0, N, K, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK, ALIGN, LATE,
                 EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
-        expert, start, rows, n0, pair = expert1, start1, rows1, n1, pair1
-        expert1, start1, rows1, n1 = expert2, start2, rows2, n2
-        if ADDEND:
-            slots = tl.load(slots_ptr + pair // TOP_K, mask=rm < rows, other=-1)
-            slot_of = slot_columns(slots, -1, COLUMNS, RANK_BLOCK)
-            b_place, rank, split = slot_tables(slot_of, expert, offset_ptr, stride_ptr, rank_ptr, split_ptr, ALIGN)
-    if ADDEND:
+        tile, expert, start, rows, n0, pair, first, last = tile1, expert1, start1, rows1, n1, pair1, first1, last1
+        tile1, expert1, start1, rows1, n1 = tile2, expert2, start2, rows2, n2
+    if LATE:
         pdl_wait(PDL)  # programs without a tile
 
 
@@ -215,11 +223,11 @@ def grouped_gemm(
     _grouped_gemm_kernel[grid](
         a, a_desc, tail_desc if tile.tail else None, w, w_desc, bias, out,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
-        *(NO_ADDEND if addend is None else addend.kernel_args()),
-        n, k, num_pairs,
+        *(NO_TILE_ARGS if addend is None else addend.tile_args()),
+        n, k, alignment.base_tiles.shape[0],
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        **(NO_OPTIONS if addend is None else addend.kernel_options()), COLUMNS=COLUMNS,
+        **(NO_TILE_OPTIONS if addend is None else addend.tile_options()), LATE=addend is not None and not tile.ctas,
         EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
     )  # fmt: skip

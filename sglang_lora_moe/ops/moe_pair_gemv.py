@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_ADDEND, NO_OPTIONS, LowRank, load_b_rows, load_s, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_rows, load_s, pdl_wait, row_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 
 
@@ -197,10 +197,10 @@ def pair_gate_up(
     launch.expect("pair_gate_up: w", w, (w.shape[0], 2 * n if gated else n, k), x.dtype, x.device)
     launch.expect("pair_gate_up: out", out, (topk_ids.numel(), n), x.dtype, x.device)
     _pair_gate_up_kernel[(num_pairs, triton.cdiv(n, tile.n))](
-        x, w, bias, out, topk_ids, *(NO_ADDEND if addend is None else addend.kernel_args()), n, k, num_pairs, w.shape[0],
+        x, w, bias, out, topk_ids, *(NO_PAIR_ARGS if addend is None else addend.pair_args()), n, k, num_pairs, w.shape[0],
         TOP_K=topk_ids.shape[1], BY_TOKEN=by_token, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        **(NO_OPTIONS if addend is None else addend.kernel_options()),
+        **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()),
         EVEN=n % tile.n == 0 and k % tile.k == 0, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(x.device),
     )  # fmt: skip
     return out
@@ -223,8 +223,8 @@ def pair_down(
     launch.expect("pair_down: w", w, (w.shape[0], n, k), act.dtype, act.device)
     launch.expect("pair_down: act", act, (topk_ids.numel(), k), act.dtype, act.device)
     _pair_down_kernel[(tokens, triton.cdiv(n, tile.n))](
-        act, w, bias, out, topk_ids, topk_weights, *(NO_ADDEND if addend is None else addend.kernel_args()), n, k, num_pairs, w.shape[0],
-        TOP_K=topk_ids.shape[1], K_BLOCK=launch.next_power_of_2(topk_ids.shape[1]), **(NO_OPTIONS if addend is None else addend.kernel_options()),
+        act, w, bias, out, topk_ids, topk_weights, *(NO_PAIR_ARGS if addend is None else addend.pair_args()), n, k, num_pairs, w.shape[0],
+        TOP_K=topk_ids.shape[1], K_BLOCK=launch.next_power_of_2(topk_ids.shape[1]), **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()),
         EVEN=n % tile.n == 0 and k % tile.k == 0,
         BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(act.device),
     )  # fmt: skip

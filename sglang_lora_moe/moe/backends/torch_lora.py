@@ -22,7 +22,7 @@ addend: Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] |
 RankSpace = list[torch.Tensor | None]  # per group of routing.groups: float32 [rows, c * rank]
 
 
-def shrink(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
+def shrink(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> RankSpace:
     """A x per group."""
     source = (routing.gather(rows) if rows_from == "tokens" else rows).float()
     sizes = [size for _, _, size in routing.groups]
