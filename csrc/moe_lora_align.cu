@@ -1,6 +1,6 @@
 // moe_lora_align_block_size: stable counting sorts, never a counter per (expert, slot), of which there may be 263,000 with 64 in use.
 //
-//   rank      One pass ranks items by bin inside a block: 32 consecutive items are a row of one warp; match_any finds a lane's equals in
+//   rank      One pass ranks items by bin inside a block: 32 consecutive items are a row of one warp; ballots find a lane's equals in
 //             its row, their number goes into counters[row][bin], and a scan down each column gives what lies in the rows above.
 //             An item's place = items of lower bins + equal items in earlier rows + equal items in lower lanes.
 //   tiles     A run of rows is cut into tiles by the item that ends one: it knows its offset in the run. Number of the tile = tiles of
@@ -11,8 +11,7 @@
 //
 // Large P, three launches: (1) count experts per block; (2) every block sums the counts of all blocks by itself and places its pairs by
 // expert; (3) one block an expert ranks its run by slot and cuts the lora tiles; the number of tiles of lower experts comes from their
-// blocks through published words. Up to some P every block of (2) counts all pairs by itself, cheaper than launch (1); without adapters
-// (2) is the last.
+// blocks through published words. Without adapters the second launch is the last.
 #include "moe_lora_align.h"
 
 #include "prims.cuh"
@@ -78,6 +77,7 @@ DEVICE void fill_zero(uint32_t* words, int count) {
 struct Table {
   uint32_t* words;
   int rows, width;  // width: words in a row
+  int bins;
 };
 
 HOST_DEVICE int table_width(int bins) { return (bins + 1) / 2 | 1; }
@@ -105,7 +105,7 @@ struct Ranked {
 
 // Count a row's items; all lanes of the warp call. The table is zero before and complete after the next barrier.
 DEVICE Ranked count_row(const Table& table, int row, int bin) {
-  const uint32_t peers = match_any(bin), before = peers & lanes_below();
+  const uint32_t peers = equal_lanes((uint32_t)(bin < 0 ? table.bins : bin), highest_bit((uint32_t)table.bins) + 1), before = peers & lanes_below();
   if (bin >= 0 && before == 0) ((uint16_t*)(table.words + row * table.width))[bin] = (uint16_t)count_bits(peers);
   return {bin, count_bits(before)};
 }
@@ -118,7 +118,7 @@ DEVICE int rank_in_block(const Table& table, int row, const Ranked& item) {
 // Each column becomes the sums of its lower rows; total(bin, items) receives every bin's number of items, from one thread.
 // A column of two bins is scanned by rows / 8 neighbouring lanes, eight rows each.
 template <class Total>
-DEVICE void scan_columns(const Table& table, int bins, Total total) {
+DEVICE void scan_columns(const Table& table, Total total) {
   const int parts = table.rows / kRowsAtOnce, log_parts = highest_bit((uint32_t)parts);
   FEW_ROUNDS
   for (int base = 0; base < table.width * parts; base += (int)blockDim.x) {  // the same number of rounds for all
@@ -143,8 +143,8 @@ DEVICE void scan_columns(const Table& table, int bins, Total total) {
       lower += found[i];
     }
     if (part == parts - 1) {
-      if (2 * column < bins) total(2 * column, sum & 0xffff);
-      if (2 * column + 1 < bins) total(2 * column + 1, sum >> 16);
+      if (2 * column < table.bins) total(2 * column, sum & 0xffff);
+      if (2 * column + 1 < table.bins) total(2 * column + 1, sum >> 16);
     }
   }
 }
@@ -241,7 +241,7 @@ struct Carver {
     uint32_t *rows = take(count), *start = take(count), *tile_start = take(count);
     return {rows, start, tile_start};
   }
-  HOST_DEVICE Table take_table(int rows, int bins) { return {take(table_rows(rows) * table_width(bins)), table_rows(rows), table_width(bins)}; }
+  HOST_DEVICE Table take_table(int rows, int bins) { return {take(table_rows(rows) * table_width(bins)), table_rows(rows), table_width(bins), bins}; }
 };
 
 // ---- Small P -------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ DEVICE void order_tokens(const Problem& p, const OneBlock& s) {
     item[i] = count_row(s.slots, first_row + i, token < p.a.tokens ? (int)(s.slot_key[token] >> kTokenBits) : -1);
   }
   sync_block();
-  scan_columns(s.slots, p.a.slots + 1, [&](int bin, uint32_t items) { s.bins.rows[bin] = items; });
+  scan_columns(s.slots, [&](int bin, uint32_t items) { s.bins.rows[bin] = items; });
   sync_block();
   if (warp_index() == 0) scan_bins(s.bins, p.a.slots + 1, {0, 0}, p.lora_block);
   sync_block();
@@ -411,7 +411,7 @@ KERNEL void __launch_bounds__(1024, 1) align_one_block(Problem p) {
     item[i] = count_row(s.experts, first_row + i, expert[i]);
   }
   sync_block();
-  scan_columns(s.experts, experts + 1, [&](int bin, uint32_t items) { s.bins.rows[bin] = items; });
+  scan_columns(s.experts, [&](int bin, uint32_t items) { s.bins.rows[bin] = items; });
   sync_block();
   if (warp_index() == 0) {
     const uint32_t tiles = scan_bins(s.bins, experts + 1, {0, experts}, p.base_block);
@@ -508,38 +508,37 @@ DEVICE void place_rest(const Placing& s, int bins, int items, BinOf bin_of, Put 
     const int i = base + thread_index(), bin = i < items ? bin_of(i) : -1;
     const Ranked item = count_row(s.table, warp_index(), bin);
     sync_block();
-    scan_columns(s.table, bins, [&](int b, uint32_t count) { s.count[b] = count; });
+    scan_columns(s.table, [&](int b, uint32_t count) { s.count[b] = count; });
     sync_block();
     if (bin >= 0) put(i, bin, (int)s.next[bin] + rank_in_block(s.table, warp_index(), item));
   }
 }
 
-// bins.rows = items of every expert, next = those of them in earlier blocks; from the rows of (1) or from the ids. Atomics on zeroed words.
-DEVICE void count_all_blocks(const Problem& p, const Placing& s, const uint32_t* histogram, int first_pair) {
+// bins.rows += items of every expert, next += those of them in earlier blocks, from the rows of (1).
+DEVICE void sum_histogram(const Problem& p, const Placing& s, const uint32_t* histogram) {
   constexpr int kLoads = 8;  // in flight before the first is used
-  const int bins = p.a.experts + 1, cells = histogram ? (int)gridDim.x * bins : p.pairs, before = histogram ? (int)blockIdx.x * bins : first_pair;
+  const int bins = p.a.experts + 1, cells = (int)gridDim.x * bins, before = (int)blockIdx.x * bins;
   FEW_ROUNDS
   for (int base = thread_index(); base < cells; base += kLoads * (int)blockDim.x) {
     uint32_t found[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       const int cell = base + i * (int)blockDim.x;
-      found[i] = cell >= cells ? 0 : histogram ? histogram[cell] : (uint32_t)expert_bin(p, cell);
+      found[i] = cell < cells ? histogram[cell] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       const int cell = base + i * (int)blockDim.x;
-      if (cell >= cells || (histogram && found[i] == 0)) continue;
-      const int bin = histogram ? cell - cell / p.bins * bins : (int)found[i];
-      const uint32_t items = histogram ? found[i] : 1;
-      atomic_add(&s.bins.rows[bin], items);
-      if (cell < before) atomic_add(&s.next[bin], items);
+      if (found[i] == 0) continue;
+      const int bin = cell - cell / p.bins * bins;
+      atomic_add(&s.bins.rows[bin], found[i]);
+      if (cell < before) atomic_add(&s.next[bin], found[i]);
     }
   }
 }
 
 // (2) pairs and slots by (expert, pair); base tiles; counts[0..1]
-KERNEL void __launch_bounds__(1024, 1) align_place(Problem p, int pairs_per_block, int counted) {
+KERNEL void __launch_bounds__(1024, 1) align_place(Problem p, int pairs_per_block) {
   SMEM_DECL;
   const int bins = p.a.experts + 1, first = (int)blockIdx.x * pairs_per_block, items = smaller(pairs_per_block, p.pairs - first);
   const Placing s = carve_placing(bins, warps_per_block(), (uint32_t*)smem_);
@@ -555,9 +554,9 @@ KERNEL void __launch_bounds__(1024, 1) align_place(Problem p, int pairs_per_bloc
   sync_block();
   const Ranked item = count_row(s.table, warp_index(), bin);
   sync_block();
-  scan_columns(s.table, bins, [&](int b, uint32_t count) { s.count[b] = count; });
-  if (counted) wait_for_previous_kernel();
-  count_all_blocks(p, s, counted ? w.histogram : nullptr, first);
+  scan_columns(s.table, [&](int b, uint32_t count) { s.count[b] = count; });
+  wait_for_previous_kernel();
+  sum_histogram(p, s, w.histogram);
   sync_block();
   if (warp_index() == 0) {
     const uint32_t tiles = scan_bins(s.bins, bins, {0, p.a.experts}, p.base_block);
@@ -607,7 +606,7 @@ KERNEL void __launch_bounds__(1024, 1) align_slots(Problem p) {
   for (int i = own + (int)blockDim.x; i < items; i += (int)blockDim.x) atomic_add(&s.bins.rows[slots[i]], 1);
   const Ranked item = count_row(s.table, warp_index(), bin);
   sync_block();
-  scan_columns(s.table, bins, [&](int b, uint32_t count) {
+  scan_columns(s.table, [&](int b, uint32_t count) {
     s.bins.rows[b] += count;
     s.count[b] = count;
   });
@@ -652,12 +651,13 @@ KERNEL void __launch_bounds__(1024, 1) align_slots(Problem p) {
 }
 
 int launch_large(const Problem& p, const MoeLoraAlignPlan& plan, void* stream) {
-  int blocks = smaller(ceil_div(p.pairs, plan.pairs_per_block), kMaxBlocks);
+  // Few pairs a block shorten its work, many blocks lengthen the sum over their histograms; measured on an H200.
+  const int wanted = plan.pairs_per_block > 0 ? plan.pairs_per_block : p.pairs <= 4096 ? 256 : p.pairs <= 16384 ? 512 : 1024;
+  int blocks = smaller(ceil_div(p.pairs, wanted), kMaxBlocks);
   if (ceil_div(p.pairs, blocks) > kMaxPairsPerBlock) blocks = ceil_div(p.pairs, kMaxPairsPerBlock);
   const int pairs_per_block = ceil_div(p.pairs, blocks);
   blocks = ceil_div(p.pairs, pairs_per_block);
   const bool overlap = plan.overlap && can_overlap();
-  const int counted = p.pairs > plan.recount_pairs;
 
   const auto shared = [](int bins, unsigned threads) { return 4 * (size_t)carve_placing(bins, (int)threads / 32, nullptr).words; };
   const auto fit = [&](int items, int bins) {  // threads that cover the items, as far as the table fits
@@ -667,11 +667,9 @@ int launch_large(const Problem& p, const MoeLoraAlignPlan& plan, void* stream) {
   };
   const int bins = p.a.experts + 1;
   unsigned threads = fit(pairs_per_block, bins);
-  if (counted) {
-    const int error = launch({(unsigned)blocks, threads, 4 * (size_t)bins, stream}, align_count, p, pairs_per_block);
-    if (error) return error;
-  }
-  const int error = launch({(unsigned)blocks, threads, shared(bins, threads), stream, overlap && counted}, align_place, p, pairs_per_block, counted);
+  int error = launch({(unsigned)blocks, threads, 4 * (size_t)bins, stream}, align_count, p, pairs_per_block);
+  if (error) return error;
+  error = launch({(unsigned)blocks, threads, shared(bins, threads), stream, overlap}, align_place, p, pairs_per_block);
   if (error || !p.has_slots) return error;
   threads = fit(2 * p.pairs / p.a.experts, p.a.slots + 1);  // twice the mean run
   return launch({(unsigned)p.a.experts, threads, shared(p.a.slots + 1, threads), stream, overlap}, align_slots, p);
@@ -684,7 +682,7 @@ int launch_one_block(const Problem& p, size_t shared, unsigned threads, void* st
 
 }  // namespace
 
-extern "C" MoeLoraAlignPlan moe_lora_align_default_plan() { return {2048, 16384, 512, 1}; }
+extern "C" MoeLoraAlignPlan moe_lora_align_default_plan() { return {1024, 0, 1}; }
 
 extern "C" int64_t moe_lora_align_workspace(int64_t pairs, int64_t experts) { return 2 * pairs + histogram_words(pairs, experts) + 2 * experts + 1; }
 

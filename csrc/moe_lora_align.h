@@ -22,8 +22,7 @@ struct MoeLoraAlign {
 // How the work is cut. The defaults are moe_lora_align_default_plan's; tests and benchmarks force others.
 struct MoeLoraAlignPlan {
   int32_t one_block_pairs;  // up to so many pairs (at most 4,096): one launch of one block, as far as shared memory allows
-  int32_t recount_pairs;    // beyond, up to so many: every block counts the experts of all pairs by itself, which saves a launch
-  int32_t pairs_per_block;  // beyond: so many pairs a block, more when that would be over 128 blocks
+  int32_t pairs_per_block;  // beyond: so many pairs a block, more when that would be over 128 blocks; 0 = by P
   int32_t overlap;          // beyond: let a launch start while the one before it ends
 };
 

@@ -2,7 +2,7 @@
 // Without nvcc the same names come from emulator/emu.h, so that each kernel file also compiles with g++ and runs on a CPU.
 //
 // Rules for kernels, which the emulator enforces:
-//   * warp collectives (warp_ballot, match_any, shuffles, ldmatrix, mma) are reached by all 32 lanes; lanes that have no work pass neutral values;
+//   * warp collectives (warp_ballot, shuffles, ldmatrix, mma) are reached by all 32 lanes; lanes that have no work pass neutral values;
 //   * sync_block is reached by every thread of the block: no early return before the last barrier;
 //   * shared memory is the one dynamic array `smem_` (SMEM_DECL); nothing in it is zero at start;
 //   * threads per block are a multiple of 32, blocks are one-dimensional in threads.
@@ -23,7 +23,6 @@
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
-DEVICE uint32_t match_any(int value) { return __match_any_sync(0xffffffffu, value); }  // lanes that hold the same value
 DEVICE uint32_t shuffle_up(uint32_t value, int delta) { return __shfl_up_sync(0xffffffffu, value, delta); }
 DEVICE uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
@@ -147,3 +146,19 @@ DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }
 DEVICE int warps_per_block() { return (int)(blockDim.x >> 5); }
 DEVICE uint32_t lanes_below() { return (1u << lane_index()) - 1u; }
 DEVICE uint32_t lanes_upto() { return 0xffffffffu >> (31 - lane_index()); }
+
+// Lanes that hold the same value as this one; values below 2^bits, bits <= 12 and the same for all. A ballot a bit: match.any takes longer
+// the more different values a warp holds and serves one warp of a multiprocessor at a time (130 to 170 cycles each, by kernel times on an H200).
+DEVICE uint32_t equal_lanes(uint32_t value, int bits) {
+  uint32_t equal = 0xffffffffu;
+#pragma unroll
+  for (int group = 0; group < 12; group += 4) {
+    if (group >= bits) break;
+#pragma unroll
+    for (int bit = group; bit < group + 4; bit++) {  // bits beyond the last are zero in all lanes and change nothing
+      const bool set = (value & (1u << bit)) != 0;
+      equal &= warp_ballot(set) ^ (set ? 0u : 0xffffffffu);
+    }
+  }
+  return equal;
+}

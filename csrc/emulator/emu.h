@@ -270,13 +270,6 @@ inline uint32_t warp_ballot(bool predicate) {
     return mask;
   });
 }
-inline uint32_t match_any(int value) {
-  return emu::exchange<uint32_t>("match_any", (uint32_t)value, [](int lane, auto from) {
-    uint32_t mask = 0;
-    for (int l = 0; l < 32; l++) mask |= (uint32_t)(from(l) == from(lane)) << l;
-    return mask;
-  });
-}
 inline uint32_t shuffle_up(uint32_t value, int delta) {
   return emu::exchange("shuffle_up", value, [delta](int lane, auto from) { return from(lane >= delta ? lane - delta : lane); });
 }

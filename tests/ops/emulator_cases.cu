@@ -43,7 +43,7 @@ KERNEL void collectives(const int* in, uint32_t* out) {
   const int lane = lane_index(), value = in[lane];
   uint32_t* row = out + lane * 8;
   row[0] = warp_ballot(value & 1);
-  row[1] = match_any(value);
+  row[1] = equal_lanes((uint32_t)value, 4);
   row[2] = shuffle_up((uint32_t)value, 3) + 1000 * shuffle_xor((uint32_t)value, 6);
   row[3] = shuffle((uint32_t)value, 5);
   row[4] = warp_sum((uint32_t)value);
@@ -70,7 +70,7 @@ KERNEL void early_return(int* out) {
 
 KERNEL void split_warp(uint32_t* out) {
   if (thread_index() < 16) out[thread_index()] = warp_ballot(true);
-  else out[thread_index()] = match_any(1);
+  else out[thread_index()] = warp_sum(1);
 }
 
 KERNEL void overrun(int* out) {
