@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     timing.add_arguments(parser, "moe_lora")
     parser.add_argument("--sweep", action="store_true", help="time tile candidates instead of layers")
-    parser.add_argument("--with-adapters", action="store_true", help="sweep also with the first of --ranks and of --active")
+    parser.add_argument("--with-adapters", action="store_true", help="sweep layers with the first of --ranks and of --active instead of base layers")
     parser.add_argument("--shrinks", action="store_true", help="time launch shapes of the two shrinks alone, for all --ranks and --active")
     parser.add_argument("--parts", action="store_true", help="time every kernel of a layer alone")
     parser.add_argument("--ranks", nargs="*", type=int, default=[16, 64])
@@ -108,7 +108,7 @@ def main() -> None:
         sweep_shrinks([SHAPES[name] for name in shapes], tokens, [(r, a) for r in args.ranks for a in args.active], args.out, deadline)
         return
     if args.sweep:
-        loads = [(0, 0)] + ([(args.ranks[0], args.active[0])] if args.with_adapters else [])
+        loads = [(args.ranks[0], args.active[0]) if args.with_adapters else (0, 0)]
         sweep([SHAPES[name] for name in shapes], tokens, loads, args.out, deadline)
         return
     rows = plan(shapes, tokens, args.ranks, args.active)

@@ -54,6 +54,7 @@ def moe_combine(
     block = min(64 if addend is not None else 256 if tokens < 64 else 1024, launch.next_power_of_2(n))
     _combine_kernel[(tokens, triton.cdiv(n, block))](
         down, out, topk_ids, topk_weights, *(NO_PAIR_ARGS if addend is None else addend.pair_args()), n, tokens * top_k, num_experts,
-        TOP_K=top_k, **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()), BN=block, num_warps=2 if block <= 256 else 4, **launch.options(out.device),
+        TOP_K=top_k, **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()), BN=block,
+        num_warps=2 if block <= 256 else 4, **launch.options(out.device),
     )  # fmt: skip
     return out

@@ -87,4 +87,4 @@ class TritonRunnerCore(MoeRunnerCore):
         )  # fmt: skip
 
     def _tiles(self, inp: RunnerInput) -> LayerTiles:
-        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())
+        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.token_slots is not None)
