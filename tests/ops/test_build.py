@@ -70,7 +70,7 @@ def test_library_loads_into_this_torch(tmp_path: Path) -> None:
         includes = [*build.DEFINES, f"-I{build.torch_folder() / 'include'}"] if source.suffix == ".cpp" else ["-x", "c++"]
         subprocess.run([build.find_cxx(), "-std=c++17", "-O0", "-fPIC", "-w", *includes, "-c", source, "-o", objects[-1]], check=True)
     library, torch_lib = tmp_path / "ops.so", build.torch_folder() / "lib"
-    link = ["-shared", "-Wl,--no-as-needed", "-Wl,--allow-shlib-undefined", *objects, f"-L{torch_lib}", "-ltorch", "-ltorch_cpu"]
+    link: list[str | Path] = ["-shared", "-Wl,--no-as-needed", "-Wl,--allow-shlib-undefined", *objects, f"-L{torch_lib}", "-ltorch", "-ltorch_cpu"]
     subprocess.run([build.find_cxx(), *link, "-o", library], check=True)
     script = f"""
 import ctypes, torch
