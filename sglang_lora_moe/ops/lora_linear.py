@@ -24,7 +24,14 @@ from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
 NO_SLOT = tl.constexpr(1 << 30)
-ROWS_MAX = 256  # tokens up to which the rows family is used
+ROWS_MAX = 64  # tokens up to which the rows family is used
+
+
+@triton.jit
+def matrix_of(pool_ptr, offset_ptr, entry):
+    """Where the matrix of a table entry begins. Matrices lie on 16-byte boundaries; saying so lets them be read in 16-byte pieces."""
+    UNIT: tl.constexpr = 128 // pool_ptr.dtype.element_ty.primitive_bitwidth
+    return pool_ptr + tl.load(offset_ptr + entry) // UNIT * UNIT
 
 
 # ---- tables of a linear with several parts --------------------------------------------------------------------------
@@ -97,7 +104,7 @@ def _shrink_rows_kernel(
         rank = tl.load(rank_ptr + part * part_stride + slot)
         if r0 < rank:
             rr, rk = r0 + tl.arange(0, BR), tl.arange(0, BK)
-            a_ptr = pool_ptr + tl.load(offset_ptr + part * part_stride + slot) + rr.to(tl.int64)[:, None] * K + rk[None, :]
+            a_ptr = matrix_of(pool_ptr, offset_ptr, part * part_stride + slot) + rr.to(tl.int64)[:, None] * K + rk[None, :]
             x_row = x_ptr + token.to(tl.int64) * K + rk
             per_split = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(2)) * BK
             begin = tl.program_id(2) * per_split
@@ -116,8 +123,11 @@ def _shrink_tiles_kernel(
     x_ptr, s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, K, M, width, part_stride, PARTS: tl.constexpr, RANK_BLOCKS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens, parts * rank blocks): one pass over x for each distinct slot of the block."""
+    """Grid (blocks of tokens, parts * rank blocks, splits): one pass over x for each distinct slot of the block."""
     pdl_wait(PDL)
+    per_split = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(2)) * BK
+    begin = tl.program_id(2) * per_split
+    end = tl.minimum(begin + per_split, K)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     part, r0 = tl.program_id(1) // RANK_BLOCKS, tl.program_id(1) % RANK_BLOCKS * BR
     rr, rk = r0 + tl.arange(0, BR), tl.arange(0, BK)
@@ -127,21 +137,28 @@ def _shrink_tiles_kernel(
         rank = tl.load(rank_ptr + part * part_stride + slot)
         mine = slots == slot
         if r0 < rank:
-            a_ptr = pool_ptr + tl.load(offset_ptr + part * part_stride + slot) + rr.to(tl.int64)[None, :] * K + rk[:, None]
+            a_ptr = matrix_of(pool_ptr, offset_ptr, part * part_stride + slot) + rr.to(tl.int64)[None, :] * K + rk[:, None]
             x_rows = x_ptr + rm.to(tl.int64)[:, None] * K + rk[None, :]
             acc = tl.zeros((BM, BR), dtype=tl.float32)
-            for k in tl.range(0, K, BK, num_stages=3):
-                x = tl.load(x_rows + k, mask=mine[:, None] & (k + rk < K)[None, :], other=0.0)
-                a = tl.load(a_ptr + k, mask=(rr < rank)[None, :] & (k + rk < K)[:, None], other=0.0)
+            for k in tl.range(begin, end, BK, num_stages=3):
+                x = tl.load(x_rows + k, mask=mine[:, None] & (k + rk < end)[None, :], other=0.0)
+                a = tl.load(a_ptr + k, mask=(rr < rank)[None, :] & (k + rk < end)[:, None], other=0.0)
                 acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
-            s_rows = s_ptr + (rm.to(tl.int64) * PARTS + part)[:, None] * width + rr[None, :]
+            s_rows = s_ptr + ((tl.program_id(2) * M + rm).to(tl.int64) * PARTS + part)[:, None] * width + rr[None, :]
             tl.store(s_rows, acc, mask=mine[:, None] & (rr < rank)[None, :])
         slot = tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
 
 
 def shrink_splits(tokens: int, inputs: int) -> int:
-    """Splits of x's columns for a step of so many tokens."""
-    return max(1, min(4, inputs // 512)) if tokens <= ROWS_MAX else 1
+    """Splits of x's columns for a step of so many tokens: more while programs are too few to fill a GPU."""
+    if tokens <= ROWS_MAX:
+        return max(1, min(4, inputs // 512))
+    return max(1, min(8, inputs // 256, 264 // triton.cdiv(tokens, _tile_rows(tokens))))
+
+
+def _tile_rows(tokens: int) -> int:
+    """Tokens of a tile: small ones where a block of tokens has many slots (decode)."""
+    return 16 if tokens <= 512 else 64
 
 
 def linear_shrink(x: torch.Tensor, tables: PartTables, slots: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -157,9 +174,9 @@ def linear_shrink(x: torch.Tensor, tables: PartTables, slots: torch.Tensor, s: t
             x, s, slots, a.pool, a.offset, a.rank, *sizes, PARTS=parts, RANK_BLOCKS=rank_blocks, BR=br, BK=512, num_warps=4, **options
         )
     else:
-        bm = 64 if x.element_size() == 2 else 32
-        _shrink_tiles_kernel[(triton.cdiv(m, bm), parts * rank_blocks)](
-            x, s, slots, a.pool, a.offset, a.rank, *sizes, PARTS=parts, RANK_BLOCKS=rank_blocks, BM=bm, BR=br, BK=64,
+        bm = _tile_rows(m)
+        _shrink_tiles_kernel[(triton.cdiv(m, bm), parts * rank_blocks, splits)](
+            x, s, slots, a.pool, a.offset, a.rank, *sizes, PARTS=parts, RANK_BLOCKS=rank_blocks, BM=bm, BR=br, BK=128 if x.element_size() == 2 else 32,
             PRECISION=launch.dot_precision(x.dtype), num_warps=4, **options,
         )  # fmt: skip
     return s
@@ -167,46 +184,62 @@ def linear_shrink(x: torch.Tensor, tables: PartTables, slots: torch.Tensor, s: t
 
 # ---- expand ---------------------------------------------------------------------------------------------------------
 @triton.jit
+def _add_slot(
+    acc, s_ptr, b_ptr, rm, rn, mine, inside, part_column, rank, scaling, s_stride, split_stride, SPLITS: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, BN] + scaling * s[rows of one slot] B[rn]^T."""
+    for r0 in tl.range(0, rank, BR, num_stages=1):
+        rr = r0 + tl.arange(0, BR)
+        s_ptrs = s_ptr + rm.to(tl.int64)[:, None] * s_stride + (part_column + rr)[None, :]
+        s_mask = mine[:, None] & (rr < rank)[None, :]
+        low = tl.load(s_ptrs, mask=s_mask, other=0.0)
+        for i in tl.static_range(1, SPLITS):
+            low += tl.load(s_ptrs + i * split_stride, mask=s_mask, other=0.0)
+        b = tl.load(b_ptr + rn.to(tl.int64)[None, :] * rank + rr[:, None], mask=inside[None, :] & (rr < rank)[:, None], other=0.0)
+        acc = tl.dot((low * scaling).to(DTYPE), b.to(DTYPE), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _expand_kernel(
     y_ptr, s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, blocks_ptr, M, y_stride, width,
     SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of tokens, blocks of output rows): one pass for each distinct slot of the block."""
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    block = blocks_ptr + tl.program_id(1) * 4
+    part, row, first, rows = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)  # no kernel writes them
     pdl_wait(PDL)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    block = blocks_ptr + tl.program_id(1) * 4
-    part = tl.load(block)
-    rn = tl.load(block + 1) + tl.arange(0, BN)
-    inside = rn < tl.load(block + 3)
+    rn = row + tl.arange(0, BN)
+    inside = rn < rows
     slots = tl.load(slots_ptr + rm, mask=rm < M, other=-1)
-    y_ptrs = y_ptr + rm.to(tl.int64)[:, None] * y_stride + (tl.load(block + 2) + tl.arange(0, BN))[None, :]
+    y_ptrs = y_ptr + rm.to(tl.int64)[:, None] * y_stride + (first + tl.arange(0, BN))[None, :]
+    mask = (slots >= 0)[:, None] & inside[None, :]
+    acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
     slot = tl.min(tl.where(slots >= 0, slots, NO_SLOT), 0)
     while slot < NO_SLOT:
-        rank = tl.load(rank_ptr + part * part_stride + slot)
-        if rank > 0:
-            mine = slots == slot
-            scaling = tl.load(scaling_ptr + part * part_stride + slot)
-            b_ptr = pool_ptr + tl.load(offset_ptr + part * part_stride + slot)
-            mask = mine[:, None] & inside[None, :]
-            acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-            for r0 in tl.range(0, rank, BR, num_stages=1):
-                rr = r0 + tl.arange(0, BR)
-                s_ptrs = s_ptr + rm.to(tl.int64)[:, None] * s_stride + (part * width + rr)[None, :]
-                s_mask = mine[:, None] & (rr < rank)[None, :]
-                low = tl.load(s_ptrs, mask=s_mask, other=0.0)
-                for i in tl.static_range(1, SPLITS):
-                    low += tl.load(s_ptrs + i * split_stride, mask=s_mask, other=0.0)
-                b = tl.load(b_ptr + rn.to(tl.int64)[None, :] * rank + rr[:, None], mask=inside[None, :] & (rr < rank)[:, None], other=0.0)
-                acc = tl.dot((low * scaling).to(y_ptr.dtype.element_ty), b.to(y_ptr.dtype.element_ty), acc, input_precision=PRECISION)
-            tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        entry = part * part_stride + slot
+        rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
+        b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
+        if rank % 8 == 0:
+            acc = _add_slot(
+                acc, s_ptr, b_ptr, rm, rn, slots == slot, inside, part * width, rank // 8 * 8, scaling, s_stride, split_stride, SPLITS, BR, PRECISION, DTYPE
+            )
+        else:
+            acc = _add_slot(
+                acc, s_ptr, b_ptr, rm, rn, slots == slot, inside, part * width, rank, scaling, s_stride, split_stride, SPLITS, BR, PRECISION, DTYPE
+            )
         slot = tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
+    tl.store(y_ptrs, acc.to(DTYPE), mask=mask)
 
 
 def linear_expand(y: torch.Tensor, addend: LinearAddend) -> torch.Tensor:
     """y [M, rows] += scaling * B s in place; rows without an adapter are not touched."""
     tables, (splits, m, _, width) = addend.tables, addend.s.shape
     launch.expect("linear_expand: y", y, (m, tables.rows), y.dtype, tables.b.pool.device)
-    bm = 16 if m <= ROWS_MAX else 64
+    bm = _tile_rows(m)
     _expand_kernel[(triton.cdiv(m, bm), tables.blocks.shape[0])](
         y, *addend.kernel_args(), tables.blocks, m, y.stride(0), width,
         SPLITS=splits, BM=bm, BN=tables.block_n, BR=max(16, min(32, triton.next_power_of_2(width))),
@@ -216,17 +249,25 @@ def linear_expand(y: torch.Tensor, addend: LinearAddend) -> torch.Tensor:
 
 
 @triton.jit
-def expand_rows(s_ptr, row, part_column, b_ptr, out_rows, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B[out_rows] . s[row] of one token and part, float32 in the shape of `out_rows` [N]; b_ptr: the matrix of its slot."""
-    total = tl.zeros(out_rows.shape, dtype=tl.float32)
+def _expand_rows(s_ptrs, b_ptrs, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    total = tl.zeros(mask.shape, dtype=tl.float32)
     for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
         rr = r0 + tl.arange(0, RANK_BLOCK)
-        s_ptrs = s_ptr + row + part_column + rr
-        low = tl.load(s_ptrs, mask=rr < rank, other=0.0)
+        b = tl.load(b_ptrs[:, None] + rr[None, :], mask=mask[:, None] & (rr < rank)[None, :], other=0.0)
+        low = tl.load(s_ptrs + rr, mask=rr < rank, other=0.0)
         for i in tl.static_range(1, SPLITS):
-            low += tl.load(s_ptrs + i * split_stride, mask=rr < rank, other=0.0)
-        b = tl.load(b_ptr + out_rows.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask[:, None] & (rr < rank)[None, :], other=0.0)
+            low += tl.load(s_ptrs + i * split_stride + rr, mask=rr < rank, other=0.0)
         total += tl.sum(b.to(tl.float32) * low[None, :], axis=1)
+    return total
+
+
+@triton.jit
+def expand_rows(s_ptr, row, b_ptr, out_rows, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """B[out_rows] . s[row] of one token, float32 in the shape of `out_rows` [N]; b_ptr: the matrix of its slot."""
+    if rank % 8 == 0:
+        total = _expand_rows(s_ptr + row, b_ptr + out_rows.to(tl.int64) * (rank // 8 * 8), mask, rank // 8 * 8, split_stride, SPLITS, RANK_BLOCK)
+    else:
+        total = _expand_rows(s_ptr + row, b_ptr + out_rows.to(tl.int64) * rank, mask, rank, split_stride, SPLITS, RANK_BLOCK)
     return total
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend
+from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, matrix_of
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
@@ -162,7 +162,7 @@ def _merge_kernel(
         slot = tl.load(slots_ptr + token)
         if slot >= 0:
             rank = tl.load(rank_ptr + slot)
-            a_ptr = pool_ptr + tl.load(offset_ptr + slot) + head * DV + dims[None, :]
+            a_ptr = matrix_of(pool_ptr, offset_ptr, slot) + head * DV + dims[None, :]
             for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
                 rr = r0 + tl.arange(0, RANK_BLOCK)
                 a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * (HQ * DV), mask=(rr < rank)[:, None] & (dims < DV)[None, :], other=0.0)

@@ -14,8 +14,25 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend
+from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, matrix_of
 from sglang_lora_moe.ops.low_rank import pdl_wait
+
+
+@triton.jit
+def _head_rows(s_ptrs, b_ptrs, high_rows, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """B s for the rows at b_ptrs [HEADS, HALF_PAD] and those `high_rows` elements behind them."""
+    low, high = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
+    for r0 in tl.range(0, tl.max(rank, axis=0), RANK_BLOCK, num_stages=1):
+        rr = r0 + tl.arange(0, RANK_BLOCK)
+        real = rr[None, :] < rank[:, None]
+        s = tl.load(s_ptrs[:, None] + rr[None, :], mask=real, other=0.0)
+        for i in tl.static_range(1, SPLITS):
+            s += tl.load(s_ptrs[:, None] + i * split_stride + rr[None, :], mask=real, other=0.0)
+        b_mask = mask[:, :, None] & real[:, None, :]
+        b = b_ptrs[:, :, None] + rr[None, None, :]
+        low += tl.sum(tl.load(b, mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
+        high += tl.sum(tl.load(b + high_rows[:, None, None], mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
+    return low, high
 
 
 @triton.jit
@@ -29,20 +46,15 @@ def _head_delta(
     part = tl.where(head < HQ + 2 * HKV, part, 0)
     entry = part * part_stride + slot
     rank = tl.load(rank_ptr + entry)
-    local = head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))
-    b_ptr = pool_ptr + (tl.load(offset_ptr + entry) + (local * D * rank).to(tl.int64))[:, None, None]
-    low, high = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
-    for r0 in tl.range(0, tl.max(rank, axis=0), RANK_BLOCK, num_stages=1):
-        rr = r0 + tl.arange(0, RANK_BLOCK)
-        real = rr[None, :] < rank[:, None]
-        s_ptrs = s_ptr + token * s_stride + part[:, None] * width + rr[None, :]
-        s = tl.load(s_ptrs, mask=real, other=0.0)
-        for i in tl.static_range(1, SPLITS):
-            s += tl.load(s_ptrs + i * split_stride, mask=real, other=0.0)
-        b_ptrs = b_ptr + half[None, :, None] * rank[:, None, None] + rr[None, None, :]
-        b_mask = mask[:, :, None] & real[:, None, :]
-        low += tl.sum(tl.load(b_ptrs, mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
-        high += tl.sum(tl.load(b_ptrs + (HALF * rank)[:, None, None], mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
+    first = (head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))) * D
+    b_ptr = matrix_of(pool_ptr, offset_ptr, entry)[:, None]
+    rows = first[:, None] + half[None, :]
+    s_ptrs = s_ptr + token * s_stride + part * width
+    if tl.max(rank % 8, axis=0) == 0:
+        even = rank // 8 * 8
+        low, high = _head_rows(s_ptrs, b_ptr + rows * even[:, None], HALF * even, mask, even, split_stride, SPLITS, RANK_BLOCK)
+    else:
+        low, high = _head_rows(s_ptrs, b_ptr + rows * rank[:, None], HALF * rank, mask, rank, split_stride, SPLITS, RANK_BLOCK)
     scaling = tl.load(scaling_ptr + entry)[:, None]
     return low * scaling, high * scaling
 

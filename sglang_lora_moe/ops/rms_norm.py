@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, expand_rows
+from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, expand_rows, matrix_of
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
 
@@ -36,8 +36,8 @@ def _rms_norm_kernel(
         slot = tl.load(slots_ptr + token)
         if slot >= 0:
             rank = tl.load(rank_ptr + slot)
-            b_ptr = pool_ptr + tl.load(offset_ptr + slot)
-            delta = expand_rows(s_ptr, token * s_stride, 0, b_ptr, cols, mask, rank, split_stride, SPLITS, RANK_BLOCK)
+            b_ptr = matrix_of(pool_ptr, offset_ptr, slot)
+            delta = expand_rows(s_ptr, token * s_stride, b_ptr, cols, mask, rank, split_stride, SPLITS, RANK_BLOCK)
             x = (x + tl.load(scaling_ptr + slot) * delta).to(x_ptr.dtype.element_ty).to(tl.float32)  # as the linear would have rounded it
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def _rms_norm_kernel(
             part = (job - 1) // RANK_BLOCKS
             rr = (job - 1) % RANK_BLOCKS * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
             real = rr < tl.load(rank_ptr + part * part_stride + slot)
-            a_ptr = pool_ptr + tl.load(offset_ptr + part * part_stride + slot)
+            a_ptr = matrix_of(pool_ptr, offset_ptr, part * part_stride + slot)
             a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * H + cols[None, :], mask=real[:, None] & mask[None, :], other=0.0)
             low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
             tl.store(s_ptr + token * s_stride + part * width + rr, low, mask=real)
