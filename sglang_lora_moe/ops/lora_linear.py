@@ -228,9 +228,7 @@ def _expand_kernel(
                 acc, s_ptr, b_ptr, rm, rn, slots == slot, inside, part * width, rank // 8 * 8, scaling, s_stride, split_stride, SPLITS, BR, PRECISION, DTYPE
             )
         else:
-            acc = _add_slot(
-                acc, s_ptr, b_ptr, rm, rn, slots == slot, inside, part * width, rank, scaling, s_stride, split_stride, SPLITS, BR, PRECISION, DTYPE
-            )
+            acc = _add_slot(acc, s_ptr, b_ptr, rm, rn, slots == slot, inside, part * width, rank, scaling, s_stride, split_stride, SPLITS, BR, PRECISION, DTYPE)
         slot = tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
     tl.store(y_ptrs, acc.to(DTYPE), mask=mask)
 

@@ -20,6 +20,7 @@ from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, matrix_of
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
+LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
 MIN_SPLIT_KEYS = 128
 DECODE_PROGRAMS = 264  # as many as fill a GPU of 132 multiprocessors twice; fixed, so that results do not depend on the machine
@@ -43,37 +44,70 @@ def _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q: tl.constexpr, S
 
 
 @triton.jit
+def _attend_blocks(
+    q, acc, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+    k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Go on with the streaming softmax of q [rows, D_PAD] over keys [first_key, last_key) of one request; in powers of two.
+
+    Without MASKED every row sees all of these keys, and they are whole blocks.
+    """
+    dims, v_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    for start in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
+        key = start + tl.arange(0, BLOCK_N)
+        in_range = key < last_key
+        if MASKED:
+            page = tl.load(pages_ptr + key // PAGE, mask=in_range, other=0)
+        else:
+            page = tl.load(pages_ptr + key // PAGE)
+        row = page.to(tl.int64) * PAGE + key % PAGE
+        k_ptrs = k_ptr + row[None, :] * k_row_stride + kv_head * k_head_stride + dims[:, None]
+        v_ptrs = v_ptr + row[:, None] * v_row_stride + kv_head * v_head_stride + v_dims[None, :]
+        if MASKED or D != D_PAD or DV != DV_PAD:
+            k = tl.load(k_ptrs, mask=in_range[None, :] & (dims[:, None] < D), other=0.0)
+            v = tl.load(v_ptrs, mask=in_range[:, None] & (v_dims[None, :] < DV), other=0.0)
+        else:
+            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if SOFTCAP:
+            scores = softcap * LOG2E * (2 * tl.sigmoid(2 * scores / (softcap * LOG2E)) - 1)
+        if MASKED:
+            seen = in_range[None, :] & (key[None, :] <= position[:, None])
+            if WINDOW:
+                seen &= key[None, :] > position[:, None] - window
+            scores = tl.where(seen, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum  # rows that saw no key yet
+        p = tl.exp2(scores - safe[:, None])
+        decay = tl.exp2(maximum - safe)
+        total = total * decay + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        maximum = new_maximum
+    return acc, maximum, total
+
+
+@triton.jit
 def _attend_keys(
-    q, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+    q, maximum, total, position, first_position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
     k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Streaming softmax of q [BLOCK_M, D_PAD] over keys [first_key, last_key) of one request; returns (values, maximum, total)."""
-    dims, v_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    """Keys [first_key, last_key) of one request: whole blocks that all rows see, then what needs a mask. Returns (values, maximum, total)."""
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
-    for start in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
-        key = start + tl.arange(0, BLOCK_N)
-        in_range = key < last_key
-        page = tl.load(pages_ptr + key // PAGE, mask=in_range, other=0)
-        row = page.to(tl.int64) * PAGE + key % PAGE
-        k = tl.load(k_ptr + row[None, :] * k_row_stride + kv_head * k_head_stride + dims[:, None], mask=in_range[None, :] & (dims[:, None] < D), other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if SOFTCAP:
-            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
-        seen = in_range[None, :] & (key[None, :] <= position[:, None])
-        if WINDOW:
-            seen &= key[None, :] > position[:, None] - window
-        scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # rows that saw no key yet
-        p = tl.exp(scores - safe[:, None])
-        decay = tl.exp(maximum - safe)
-        total = total * decay + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + row[:, None] * v_row_stride + kv_head * v_head_stride + v_dims[None, :], mask=in_range[:, None] & (v_dims[None, :] < DV), other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        maximum = new_maximum
-    return acc, maximum, total
+    masked_from = first_key
+    if not WINDOW:
+        masked_from = tl.maximum(tl.minimum(first_position + 1, last_key) // BLOCK_N * BLOCK_N, first_key)
+        acc, maximum, total = _attend_blocks(
+            q, acc, maximum, total, position, first_key, masked_from, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+            k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, False,
+        )  # fmt: skip
+    return _attend_blocks(
+        q, acc, maximum, total, position, masked_from, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -95,6 +129,8 @@ def _attention_kernel(
     GROUP: tl.constexpr = HQ // HKV
     BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_PAD
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if not DECODE:
+        block = tl.num_programs(0) - 1 - block  # those with most keys first
     if DECODE:  # one token per request
         request, query_start, query_len, first_query = block, block, 1, 0
     else:
@@ -123,17 +159,18 @@ def _attention_kernel(
     q = tl.load(q_ptr + token[:, None] * q_stride + (head * D)[:, None] + dims[None, :], mask=valid[:, None] & (dims[None, :] < D), other=0.0)
     maximum, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if SINKS and split == 0:
-        maximum = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32)
+        maximum = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
         total += 1.0
     acc, maximum, total = _attend_keys(
-        q, maximum, total, context + query, first_key, last_key, kv_head, k_ptr, v_ptr, page_table_ptr + request * page_table_stride, scale, window, softcap,
-        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, STAGES,
+        q, maximum, total, context + query, context + first_query, first_key, last_key, kv_head, k_ptr, v_ptr, page_table_ptr + request * page_table_stride,
+        scale * LOG2E, window, softcap, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+        D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = (token * HQ + head) * SPLITS + split
     tl.store(out_ptr + out_row[:, None] * DV + v_dims[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (v_dims[None, :] < DV))
     if SPLITS > 1:
-        lse = tl.where(total > 0.0, maximum + tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))
+        lse = tl.where(total > 0.0, maximum + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
         tl.store(lse_ptr + out_row, lse, mask=valid)
 
 
@@ -152,7 +189,7 @@ def _merge_kernel(
     dims, splits = tl.arange(0, DV_PAD), tl.arange(0, SPLITS)
     lse = tl.load(lse_ptr + row * SPLITS + splits)
     top = tl.max(lse, axis=0)
-    weight = tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight, axis=0)
     parts = tl.load(partial_ptr + (row * SPLITS + splits)[:, None] * DV + dims[None, :], mask=(dims[None, :] < DV) & (lse[:, None] > float("-inf")), other=0.0)
     out = (tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)).to(out_ptr.dtype.element_ty)
