@@ -53,7 +53,7 @@ def demo_server(*extra_flags: str) -> Iterator[str]:
     """The address of a healthy server, which is stopped at the end; its log is shown if it does not come up."""
     port = free_port()
     command = [sys.executable, "-m", "sglang_lora_moe.launch_server", *demo_flags(), "--port", str(port), *extra_flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}  # threads as `./run serve` has them
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
