@@ -64,9 +64,13 @@ KERNEL void __launch_bounds__(256) repack(MarlinMoeRepack a) {
 // ---- Shapes of tiles -------------------------------------------------------------------------------------------------
 
 // T activation type; BITS of a weight; WM x WK warps over rows and k; NT eights of tokens; KU units of 32 k a warp takes of each stage.
-template <class T, int BITS, int WM, int WK, int NT, int KU, int STAGES, int BLOCKS>
+// WARPGROUP: by wgmma, whose products still read a stage while the next is dequantized, so that one stage less is under way.
+template <class T, int BITS, int WM, int WK, int NT, int KU, int STAGES, int BLOCKS, bool WARPGROUP = false>
 struct Shape {
   using Type = T;
+  static constexpr bool kWarpgroup = WARPGROUP;
+  static constexpr int kSkip = NT < 4 ? 1 : NT < 8 ? 2 : 4;  // eights of tokens that are computed or left out together
+  static constexpr int kAhead = STAGES - 1 - WARPGROUP;  // stages loaded ahead
   static constexpr int kBits = BITS, kWarpsM = WM, kWarpsK = WK, kNT = NT, kKU = KU, kStages = STAGES, kBlocks = BLOCKS;
   static constexpr int kThreads = 32 * WM * WK, kRows = 32 * WM, kTokens = 8 * NT, kKUnits = KU * WK, kK = 32 * kKUnits;
   static constexpr int kUnitBytes = 128 * BITS, kUnitPieces = kUnitBytes / 16;
@@ -106,7 +110,7 @@ HOST_DEVICE Shared carve(const MarlinMoeGemm& a, uint8_t* base) {
   Shared s;
   int at = 0;
   const auto take = [&](int bytes) {
-    uint8_t* found = base ? base + at : nullptr;
+    uint8_t* found = base + at;
     at += (bytes + 15) / 16 * 16;
     return found;
   };
@@ -172,65 +176,92 @@ DEVICE Tile find_tile(const MarlinMoeGemm& a, const Work& w, int output) {
 
 // ---- Loading ---------------------------------------------------------------------------------------------------------
 
+// Places are counted in pieces of 16 bytes, in 32 bits: up to 64 GB.
 template <class S>
 struct Loader {
   int unit, end;  // next unit to load, and the block's last + 1
   int k_step, entered;
   Tile tile;
-  int32_t x_rows[S::kXLoads];
-  uint64_t policy;
+  uint32_t weights, scales, zeros;  // this thread's first pieces at k = 0
+  uint32_t x_rows[S::kXLoads];      // its pieces of x at k = 0
+};
+
+// A stage's scales: 64 bytes for 32 rows and a group, of zeros half of it; one piece a thread.
+template <class S>
+struct ScalePlace {
+  int m, group, piece;
+  DEVICE ScalePlace(const MarlinMoeGemm& a) {
+    const int per_unit = 4 << groups_log2<S>(a), i = thread_index();
+    m = i / per_unit, group = i % per_unit / 4, piece = i % 4;
+  }
 };
 
 template <class S>
 DEVICE void enter_tile(const MarlinMoeGemm& a, const Work& w, const Shared& s, Loader<S>& l) {
+  constexpr int kPieces = S::kKUnits * S::kUnitPieces;  // of 32 rows in a stage
   l.tile = find_tile(a, w, l.unit / w.k_steps);
-  l.policy = l2_policy(!l.tile.shared);
-  const int slot = l.entered++ % kQueue;
+  const int slot = l.entered++ % kQueue, row_unit = l.tile.expert * a.row_units + l.tile.row_tile * S::kWarpsM;
   if (thread_index() == 0) s.tiles[slot] = l.tile;
+  l.weights = (uint32_t)((row_unit + thread_index() / kPieces) * a.k_units * S::kUnitPieces + thread_index() % kPieces);
+  const ScalePlace<S> place(a);
+  l.scales = (uint32_t)(((row_unit + place.m) * a.groups + place.group) * 4 + place.piece);
+  l.zeros = (uint32_t)(((row_unit + place.m) * a.groups + place.group) * 2 + place.piece);
 #pragma unroll
   for (int i = 0; i < S::kXLoads; i++) {
     const int row = thread_index() / S::kXPieces + i * S::kRowStep;
     if (row >= l.tile.rows) continue;
-    const int place = l.tile.start + row, pair = a.tiles ? a.sorted_pairs[place] : place;
-    l.x_rows[i] = a.gather ? pair / a.top_k : place;
+    const int sorted = l.tile.start + row, pair = a.tiles ? a.sorted_pairs[sorted] : sorted;
+    l.x_rows[i] = (uint32_t)(a.gather ? pair / a.top_k : sorted) * (uint32_t)(a.k / 8) + thread_index() % S::kXPieces;
     if (thread_index() % S::kXPieces == 0) s.pairs[slot * S::kTokens + row] = pair;
   }
 }
 
+DEVICE const uint8_t* piece_of(const void* base, uint32_t index) { return (const uint8_t*)base + (uint64_t)index * 16; }
+
 template <class S>
 DEVICE void load_weights(const MarlinMoeGemm& a, const Shared& s, const Loader<S>& l, int slot) {
-  constexpr int kPieces = S::kKUnits * S::kUnitPieces;  // of 16 bytes for 32 rows
-  uint8_t* target = s.stages + slot * S::kStageBytes;
-  const int k_unit = l.k_step * S::kKUnits, row_unit = l.tile.row_tile * S::kWarpsM;
-  const int64_t unit = ((int64_t)l.tile.expert * a.row_units + row_unit) * a.k_units + k_unit;
+  constexpr int kPieces = S::kKUnits * S::kUnitPieces, kStep = S::kThreads / kPieces;  // rows of units that all threads copy at once
+  constexpr bool kWholeRows = kStep > 0, kPadded = S::kWarpsM <= 4 && S::kKUnits <= 4;  // every stage lies within the padded weight
+  uint8_t* target = s.stages + slot * S::kStageBytes + thread_index() * 16;
+  const int k_unit = l.k_step * S::kKUnits;
+  const uint32_t first = l.weights + k_unit * S::kUnitPieces;
 #pragma unroll
   for (int i = 0; i < S::kWeightLoads; i++) {
-    const int index = thread_index() + i * S::kThreads, m = index / kPieces, piece = index % kPieces;
-    const bool inside = row_unit + m < a.row_units && k_unit + piece / S::kUnitPieces < a.k_units;
-    cp16_with(target + index * 16, (const uint8_t*)a.packed + (unit + (int64_t)m * a.k_units) * S::kUnitBytes + piece * 16, inside, l.policy);
+    const int index = thread_index() + i * S::kThreads;
+    uint32_t from;
+    if constexpr (kWholeRows) from = first + i * kStep * a.k_units * S::kUnitPieces;
+    else from = first + i * S::kThreads / kPieces * a.k_units * S::kUnitPieces + i * S::kThreads % kPieces;
+    uint8_t* to = target + i * S::kThreads * 16;
+    if constexpr (kPadded) {
+      if (l.tile.shared) cp16(to, piece_of(a.packed, from), true);
+      else cp16_once(to, piece_of(a.packed, from));
+    } else {
+      const bool inside = l.tile.row_tile * S::kWarpsM + index / kPieces < a.row_units && k_unit + index % kPieces / S::kUnitPieces < a.k_units;
+      cp16(to, piece_of(a.packed, from), inside);
+    }
   }
-  const int log2 = groups_log2<S>(a), shift = group_shift(a);
-  const int per_unit = 4 << log2, i = thread_index();
-  if (i < S::kWarpsM * per_unit) {  // 64 bytes of scales for 32 rows and a group
-    const int m = i / per_unit, group = (k_unit >> shift) + i % per_unit / 4;
-    const bool inside = row_unit + m < a.row_units && group < a.groups;
-    const int64_t place = ((int64_t)l.tile.expert * a.row_units + row_unit + m) * a.groups + group;
-    cp16(s.scales + slot * s.scale_bytes + i * 16, (const uint8_t*)a.scales + place * 64 + i % 4 * 16, inside);
-    if (a.zeros && i % 4 < 2) cp16(s.zeros + slot * s.scale_bytes / 2 + i / 4 * 32 + i % 4 * 16, a.zeros + place * 32 + i % 4 * 16, inside);
+  const ScalePlace<S> place(a);
+  if (place.m < S::kWarpsM) {
+    const int group = k_unit >> group_shift(a);
+    const bool inside = (kPadded || l.tile.row_tile * S::kWarpsM + place.m < a.row_units) && group + place.group < a.groups;
+    cp16(s.scales + slot * s.scale_bytes + thread_index() * 16, piece_of(a.scales, l.scales + group * 4), inside);
+    if (a.zeros && place.piece < 2) {
+      uint8_t* to = s.zeros + slot * s.scale_bytes / 2 + thread_index() / 4 * 32 + place.piece * 16;
+      cp16(to, piece_of(a.zeros, l.zeros + group * 2), inside);
+    }
   }
 }
 
 // Rows of x beyond the tile's stay what they are: they only reach outputs that nobody stores.
 template <class S>
 DEVICE void load_x(const MarlinMoeGemm& a, const Shared& s, const Loader<S>& l, int slot) {
-  uint8_t* target = s.stages + slot * S::kStageBytes + S::kWeightBytes;
-  const int piece = thread_index() % S::kXPieces, k = l.k_step * S::kK + piece * 8;
+  const int piece = thread_index() % S::kXPieces, first_row = thread_index() / S::kXPieces;
+  uint8_t* target = s.stages + slot * S::kStageBytes + S::kWeightBytes + piece / 8 * S::kTokens * 128;
+  const bool inside = l.k_step * S::kK + piece * 8 < a.k;
 #pragma unroll
   for (int i = 0; i < S::kXLoads; i++) {
-    const int row = thread_index() / S::kXPieces + i * S::kRowStep;
-    if (row >= l.tile.rows) continue;
-    uint8_t* place = target + (piece / 8 * S::kTokens + row) * 128 + (piece % 8 ^ row % 8) * 16;
-    cp16(place, (const uint16_t*)a.x + (int64_t)l.x_rows[i] * a.k + k, k < a.k);
+    const int row = first_row + i * S::kRowStep;
+    if (row < l.tile.rows) cp16(target + row * 128 + (piece % 8 ^ row % 8) * 16, piece_of(a.x, l.x_rows[i] + l.k_step * S::kXPieces), inside);
   }
 }
 
@@ -307,10 +338,10 @@ DEVICE void multiply_stage(const MarlinMoeGemm& a, const Shared& s, int slot, in
   const int warp_m = warp_index() % S::kWarpsM, warp_k = warp_index() / S::kWarpsM, lane = lane_index();
   const int log2 = groups_log2<S>(a), shift = group_shift(a);
   Rows<T, S::kBits> rows;
-#pragma unroll(S::kNT >= 8 ? 1 : S::kKU)
+#pragma unroll(S::kNT >= 8 ? 1 : 4)
   for (int ku = 0; ku < S::kKU; ku++) {
     const int unit = warp_k * S::kKU + ku;
-    if (S::kWarpsK > 1 && k_step * S::kKUnits + unit >= a.k_units) break;
+    if (S::kKUnits > 4 && k_step * S::kKUnits + unit >= a.k_units) break;  // weights are padded to four units of k
     if (ku == 0 || (unit & ((1 << shift) - 1)) == 0) {
       const int group = (warp_m << log2) + (unit >> shift);
       rows.load(s.scales + slot * s.scale_bytes + group * 64, a.zeros ? s.zeros + slot * s.scale_bytes / 2 + group * 32 : nullptr);
@@ -325,7 +356,7 @@ DEVICE void multiply_stage(const MarlinMoeGemm& a, const Shared& s, int slot, in
     const uint8_t* matrices = x + (piece / 8 * S::kTokens + lane % 8) * 128 + (piece % 8 ^ lane % 8) * 16;
 #pragma unroll
     for (int n = 0; n < S::kNT; n++) {
-      if (S::kNT > 2 && n * 8 >= live) break;
+      if (S::kNT > 2 && n % S::kSkip == 0 && n * 8 >= live) break;
       uint32_t b[4];
       load_matrix_x4(b, matrices + n * 8 * 128);
 #pragma unroll
@@ -338,18 +369,47 @@ DEVICE void multiply_stage(const MarlinMoeGemm& a, const Shared& s, int slot, in
   }
 }
 
+#ifdef __CUDACC__
+// The same by wgmma, on 128 rows a warpgroup. Returns with this stage's last products under way: the caller waits before it reads the sums.
+template <class S>
+DEVICE void multiply_stage_by_warpgroup(const MarlinMoeGemm& a, const Shared& s, int slot, Sums<S>& sums) {
+  using T = typename S::Type;
+  const uint8_t* weights = s.stages + slot * S::kStageBytes;
+  const uint64_t x = wgmma_matrix(weights + S::kWeightBytes);
+  const int warp_m = warp_index(), log2 = groups_log2<S>(a), shift = group_shift(a);
+  Rows<T, S::kBits> rows;
+  uint32_t fragments[2][2][2][4];  // of the unit at hand and of the one that products still read
+#pragma unroll
+  for (int unit = 0; unit < S::kKU; unit++) {
+    if (unit == 0 || (unit & ((1 << shift) - 1)) == 0) {
+      const int group = (warp_m << log2) + (unit >> shift);
+      rows.load(s.scales + slot * s.scale_bytes + group * 64, a.zeros ? s.zeros + slot * s.scale_bytes / 2 + group * 32 : nullptr);
+    }
+    const uint8_t* codes = weights + (warp_m * S::kKUnits + unit) * S::kUnitBytes + lane_index() * 16;
+    uint32_t words[4];
+    load_words(words, codes);
+    wgmma_wait<1>();  // the other fragments' products may go on
+    dequantize<T, S::kBits>(fragments[unit % 2][0], words, 0, rows);
+    if constexpr (S::kBits == 8) load_words(words, codes + 512);
+    dequantize<T, S::kBits>(fragments[unit % 2][1], words, 1, rows);
+    wgmma_begin();
+#pragma unroll
+    for (int step = 0; step < 2; step++)
+#pragma unroll
+      for (int f = 0; f < 2; f++) {  // descriptors count 16 bytes: 64 k are a panel of 128 bytes a row, 16 k are 32 bytes
+        const int k16 = 2 * unit + step;
+        T::wgmma(sums.value[f], fragments[unit % 2][step][f], x + (uint64_t)(k16 / 4 * S::kTokens * 8 + k16 % 4 * 2));
+      }
+    wgmma_commit();
+  }
+}
+#endif
+
 // ---- The end of a tile -----------------------------------------------------------------------------------------------
 
-DEVICE float activate(int activation, float gate, float up, float alpha, float limit) {
-  switch (activation) {
-    case kSilu: return gate / (1.f + expf(-gate)) * up;
-    case kGelu: return 0.5f * gate * (1.f + erff(gate * 0.7071067811865476f)) * up;
-    case kGeluTanh: return gate / (1.f + expf(-1.5957691216057308f * (gate + 0.044715f * gate * gate * gate))) * up;
-    case kRelu: return fmaxf(gate, 0.f) * up;
-    default: break;
-  }
-  gate = fminf(gate, limit);
-  return gate / (1.f + expf(-alpha * gate)) * (fminf(fmaxf(up, -limit), limit) + 1.f);
+DEVICE float activate(const MarlinMoeGemm& a, float gate, float up) {
+  const float g = fminf(gate, a.limit), u = fminf(fmaxf(up, -a.limit), a.limit);
+  return g / (1.f + expf(-a.alpha * (g + a.cubic * g * g * g))) * (u + a.shift);
 }
 
 // Bias, activation and store of the warp's rows; `pairs` names the tile's rows of the output where they are scattered.
@@ -380,7 +440,7 @@ DEVICE void store_tile(const MarlinMoeGemm& a, const Tile& tile, const int32_t* 
 #pragma unroll
       for (int i = 0; i < 4; i++) v[i] = sums.value[i / 2][n][i % 2 * 2 + j] + bias[i];
       if (a.activation) {
-        *(uint32_t*)out = T::pack(activate(a.activation, v[0], v[2], a.alpha, a.limit), activate(a.activation, v[1], v[3], a.alpha, a.limit));
+        *(uint32_t*)out = T::pack(activate(a, v[0], v[2]), activate(a, v[1], v[3]));
       } else if (a.halves == 2) {
         *(uint32_t*)out = T::pack(v[0], v[1]);
         *(uint32_t*)(out + up) = T::pack(v[2], v[3]);
@@ -461,6 +521,31 @@ DEVICE void load_stage(const MarlinMoeGemm& a, const Work& w, const Shared& s, L
   cp_commit();
 }
 
+// One stage: this thread's copies of it have arrived; start those of a later one.
+template <class S>
+DEVICE void multiply(const MarlinMoeGemm& a, const Work& w, const Shared& s, Loader<S>& l, int slot, int ahead, int done, int k_step, Sums<S>& sums) {
+#ifdef __CUDACC__
+  if constexpr (S::kWarpgroup) {
+    publish_to_wgmma();
+    sync_block();  // the products of the stage before the last are done in every warp: its place is free
+    load_stage<S>(a, w, s, l, ahead);
+    multiply_stage_by_warpgroup<S>(a, s, slot, sums);
+    return;
+  }
+#endif
+  sync_block();
+  load_stage<S>(a, w, s, l, ahead);
+  multiply_stage<S>(a, s, slot, s.tiles[done % kQueue].rows, k_step, sums);
+}
+
+// The sums of a tile are complete in this warp.
+template <class S>
+DEVICE void finish() {
+#ifdef __CUDACC__
+  if constexpr (S::kWarpgroup) wgmma_wait<0>();
+#endif
+}
+
 template <class S>
 KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, int sms) {
   SMEM_DECL;
@@ -475,24 +560,21 @@ KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, int
   l.k_step = l.unit % w.k_steps;
   int unit = l.unit;
   if (unit < l.end) enter_tile<S>(a, w, s, l);
-  int slot = 0, ahead = S::kStages - 1, done = 0;
-  for (int i = 0; i < S::kStages - 1; i++) load_stage<S>(a, w, s, l, i);
+  int slot = 0, ahead = S::kAhead, done = 0;
+  for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, w, s, l, i);
 
   while (unit < l.end) {
     const int output = unit / w.k_steps, begin = output * w.k_steps, end = begin + w.k_steps < l.end ? begin + w.k_steps : l.end;
     const bool complete = unit == begin && end == begin + w.k_steps;
     Sums<S> sums;
     sums.clear();
-    int live = S::kTokens;
     for (; unit < end; unit++) {
-      cp_wait<S::kStages - 2>();
-      sync_block();
-      load_stage<S>(a, w, s, l, ahead);
-      live = s.tiles[done % kQueue].rows;
-      multiply_stage<S>(a, s, slot, live, unit - begin, sums);
+      cp_wait<S::kAhead - 1>();
+      multiply<S>(a, w, s, l, slot, ahead, done, unit - begin, sums);
       slot = slot + 1 == S::kStages ? 0 : slot + 1;
       ahead = ahead + 1 == S::kStages ? 0 : ahead + 1;
     }
+    finish<S>();
     const Tile tile = s.tiles[done % kQueue];
     add_warps<S>(s, sums);
     if ((complete || add_blocks<S>(a, w, s, output, sums)) && thread_index() < 32 * S::kWarpsM)
@@ -503,7 +585,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, int
 
 template <class S>
 int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
-  Launch how = {(unsigned)marlin_moe_blocks(plan), (unsigned)S::kThreads, (size_t)carve<S>(a, nullptr).bytes, stream, plan.overlap && can_overlap()};
+  Launch how = {(unsigned)marlin_moe_blocks(plan), (unsigned)S::kThreads, (size_t)carve<S>(a, (uint8_t*)1024).bytes, stream, plan.overlap && can_overlap()};
   return launch(how, gemm<S>, a, plan.sms);
 }
 
@@ -521,6 +603,12 @@ struct Shapes {
   using S3 = Shape<T, BITS, 4, 1, 4, 4, 4, 3>;    // 32
   using S4 = Shape<T, BITS, 4, 1, 8, 2, 4, BITS == 4 ? 3 : 2>;  // 64
   using S5 = Shape<T, BITS, 4, 1, 16, 2, 4, 2>;   // 128
+  using S8 = Shape<T, BITS, 4, 1, 1, 8, BITS == 4 ? 3 : 2, 3>;
+  using S9 = Shape<T, BITS, 4, 1, 2, 8, BITS == 4 ? 3 : 2, 3>;
+#ifdef __CUDACC__
+  using S6 = Shape<T, BITS, 4, 1, 16, 2, 4, 2, true>;  // 128 by wgmma, on sm_90 alone
+  using S7 = Shape<T, BITS, 8, 1, 16, 2, 6, 1, true>;  // two warpgroups share the tokens
+#endif
 };
 
 template <class T, int BITS>
@@ -532,6 +620,12 @@ int dispatch(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
     case 2: return launch_gemm<typename All::S2>(a, plan, stream);
     case 3: return launch_gemm<typename All::S3>(a, plan, stream);
     case 4: return launch_gemm<typename All::S4>(a, plan, stream);
+#ifdef __CUDACC__
+    case 6: return launch_gemm<typename All::S6>(a, plan, stream);
+    case 7: return launch_gemm<typename All::S7>(a, plan, stream);
+#endif
+    case 8: return launch_gemm<typename All::S8>(a, plan, stream);
+    case 9: return launch_gemm<typename All::S9>(a, plan, stream);
     default: return launch_gemm<typename All::S5>(a, plan, stream);
   }
 }
@@ -547,6 +641,12 @@ extern "C" MarlinMoeShape marlin_moe_shape(int32_t config) {
     case 3: return describe<All::S3>();
     case 4: return describe<All::S4>();
     case 5: return describe<All::S5>();
+#ifdef __CUDACC__
+    case 6: return describe<All::S6>();
+    case 7: return describe<All::S7>();
+#endif
+    case 8: return describe<All::S8>();
+    case 9: return describe<All::S9>();
     default: return {0, 0, 0, 0, 0, 0};
   }
 }

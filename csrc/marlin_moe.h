@@ -33,12 +33,10 @@ struct MarlinMoeGemm {
   int32_t row_units, k_units, groups;
   int32_t group_size;           // 32, 64, 128; 0 = one group
   int32_t bits, is_bf16, halves;
-  int32_t activation;           // 0 none; else with halves 2: codes of Activation
-  float alpha, limit;
+  int32_t activation;           // 0 none; 1 with halves 2: g * sigmoid(alpha * (g + cubic * g^3)) * (u + shift), g = min(gate, limit), u = clamp(up, limit)
+  float alpha, cubic, limit, shift;
   int32_t gather, scatter;      // x by token (pair / top_k) rather than by row; out by pair rather than by row
 };
-
-enum Activation { kNone, kSilu, kGelu, kGeluTanh, kRelu, kClampedSwiglu };
 
 struct MarlinMoePlan {
   int32_t config;   // index of a shape of tiles, see marlin_moe_shape

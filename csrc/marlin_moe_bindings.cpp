@@ -64,7 +64,7 @@ void marlin_moe_repack_op(Tensor codes, int64_t k, int64_t bits, int64_t halves,
 
 void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, std::optional<Tensor> tiles,
                         std::optional<Tensor> counts, std::optional<Tensor> sorted_pairs, Tensor topk_ids, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
-                        int64_t group_size, int64_t halves, int64_t activation, double alpha, double limit, bool gather, bool scatter, int64_t config, int64_t sms,
+                        int64_t group_size, int64_t halves, bool activation, double alpha, double cubic, double limit, double shift, bool gather, bool scatter, int64_t config, int64_t sms,
                         bool overlap) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
@@ -76,7 +76,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   STD_TORCH_CHECK(topk_ids.dim() == 2 && x.size(0) >= (gather ? topk_ids.size(0) : pairs), "marlin_moe_gemm: expected topk_ids [M, K] and a row of x for each ",
                   gather ? "token" : "pair", ", got ", x.size(0), " rows");
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) >= pairs && out.size(1) == width, "marlin_moe_gemm: expected out [", pairs, ", ", width, "], got width ", out.size(out.dim() - 1));
-  STD_TORCH_CHECK(activation == 0 || (halves == 2 && activation > 0 && activation <= kClampedSwiglu), "marlin_moe_gemm: activation ", activation, " with halves ", halves);
+  STD_TORCH_CHECK(!activation || halves == 2, "marlin_moe_gemm: an activation needs halves 2, got ", halves);
   STD_TORCH_CHECK(tiles.has_value() == counts.has_value() && tiles.has_value() == sorted_pairs.has_value(), "marlin_moe_gemm: tiles, counts and sorted_pairs come together");
   STD_TORCH_CHECK(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, "marlin_moe_gemm: expected groups of 32, 64, 128 or 0 (one), got ", group_size);
   check_packed(packed, rows, k, bits, halves);
@@ -98,7 +98,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)topk_ids.size(1);
   a.rows = (int32_t)rows, a.k = (int32_t)k, a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups;
   a.group_size = (int32_t)group_size, a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16, a.halves = (int32_t)halves;
-  a.activation = (int32_t)activation, a.alpha = (float)alpha, a.limit = (float)limit, a.gather = gather, a.scatter = scatter;
+  a.activation = activation, a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift, a.gather = gather, a.scatter = scatter;
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = marlin_moe_gemm(&a, plan, current_stream(device));

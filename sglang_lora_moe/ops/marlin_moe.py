@@ -31,8 +31,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 LIBRARY.define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? tiles, Tensor? counts, Tensor? sorted_pairs, "
-    "Tensor topk_ids, Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, int activation, float alpha, "
-    "float limit, bool gather, bool scatter, int config, int sms, bool overlap) -> ()"
+    "Tensor topk_ids, Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
+    "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap) -> ()"
 )
 
 
@@ -55,7 +55,12 @@ SHAPES = (
     TileShape(128, 32, 128, 128, 3, 4),
     TileShape(128, 64, 64, 128, 3, 4),
     TileShape(128, 128, 64, 128, 2, 4),
+    TileShape(128, 128, 64, 128, 2, 4),
+    TileShape(256, 128, 64, 256, 1, 6),
+    TileShape(128, 8, 256, 128, 3, 3),
+    TileShape(128, 16, 256, 128, 3, 3),
 )
+EVERYWHERE = 6  # the shapes before it run on every GPU from sm_80 on and on the emulator; the others are wgmma's, for sm_90 alone
 
 
 @dataclass(frozen=True)
@@ -158,19 +163,25 @@ def _check(weight: WNA16Weight, rows: int, k: int, halves: int) -> None:
 
 # ---- GEMM ------------------------------------------------------------------------------------------------------------
 
-_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-NO_ACTIVATION = (0, 0.0, 0.0)
+_NO_LIMIT = 3.0e38
+# g * sigmoid(alpha * (g + cubic * g^3)) * (u + shift), g = min(gate, limit), u = up within +-limit: (alpha, cubic, limit, shift)
+_SIGMOID_FAMILY = {"silu": (1.0, 0.0, _NO_LIMIT, 0.0), "gelu_tanh": (1.5957691216057308, 0.044715, _NO_LIMIT, 0.0)}
 
 
-def activation_of(spec: MoESpec | None) -> tuple[int, float, float]:
-    """(code, alpha, limit) of a gated activation in the GEMM's end; None = none."""
+def fuses_activation(spec: MoESpec) -> bool:
+    """Whether the GEMM's end can apply the activation."""
+    return spec.gated and spec.activation in _SIGMOID_FAMILY and (spec.swiglu_limit is None) == (spec.swiglu_alpha is None)
+
+
+def activation_of(spec: MoESpec | None) -> tuple[bool, float, float, float, float]:
+    """(whether there is one, alpha, cubic, limit, shift); None = none."""
     if spec is None:
-        return NO_ACTIVATION
-    if not spec.gated:
-        raise ValueError(f"marlin_moe_gemm: only gated activations are part of the GEMM, got {spec}")
-    if spec.swiglu_limit is not None:
-        return 5, spec.swiglu_alpha or 1.0, spec.swiglu_limit
-    return _ACTIVATIONS[spec.activation], 0.0, 0.0
+        return False, 0.0, 0.0, 0.0, 0.0
+    if not fuses_activation(spec):
+        raise ValueError(f"marlin_moe_gemm: only gated silu, gelu_tanh and clamped SwiGLU are part of the GEMM, got {spec}")
+    if spec.swiglu_limit is not None and spec.swiglu_alpha is not None:
+        return True, spec.swiglu_alpha, 0.0, spec.swiglu_limit, 1.0
+    return True, *_SIGMOID_FAMILY[spec.activation]
 
 
 @dataclass(frozen=True)
@@ -207,11 +218,10 @@ def marlin_moe_gemm(
     out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens; without
     an alignment every pair is a tile of its own, in pair order. Rows of pairs without an expert are not written.
     """
-    code, alpha, limit = activation_of(activation)
     tiles, counts, order = (None, None, None) if alignment is None else (alignment.base_tiles, alignment.counts, alignment.sorted_pairs)
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
         x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, out, scratch.partials, scratch.arrivals,
-        weight.rows, weight.group_size, weight.halves, code, alpha, limit, gather, scatter, config, sms, overlap,
+        weight.rows, weight.group_size, weight.halves, *activation_of(activation), gather, scatter, config, sms, overlap,
     )  # fmt: skip
     return out
 

@@ -73,15 +73,15 @@ class Case:
 def encode_repack(weight: WNA16Weight, halves: int) -> bytes:
     experts, rows, k = weight.packed.shape[0], weight.out_features, weight.in_features
     sizes = op.padded_units(rows, k, halves)
-    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 19
-    return struct.pack("30i", *head) + weight.packed.numpy().tobytes()
+    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 20
+    return struct.pack("31i", *head) + weight.packed.numpy().tobytes()
 
 
 def encode_gemm(case: Case) -> bytes:
     weight, (x, ids, bias), align = case.weight(), case.inputs(), case.alignment()
     packed = op.marlin_moe_repack(weight, case.halves)
-    code, alpha, limit = op.activation_of(case.spec)
-    columns = case.rows // 2 if code else case.rows
+    active, *formula = op.activation_of(case.spec)
+    columns = case.rows // 2 if active else case.rows
     tiles = None if align is None else align.base_tiles[: int(align.counts[1])]
     sorted_pairs = torch.empty(0, dtype=torch.int32) if align is None else align.sorted_pairs
     head = [0, case.order, case.config, case.sms, case.experts, case.rows, case.k, case.bits, *packed.packed.shape[1:3], case.halves]
@@ -94,10 +94,10 @@ def encode_gemm(case: Case) -> bytes:
         tiles is not None,
         0 if tiles is None else len(tiles),
     ]
-    head += [ids.numel(), case.top_k, x.shape[0], ids.numel(), columns, code, case.halves == 2, case.halves == 1, sorted_pairs.numel()]
+    head += [ids.numel(), case.top_k, x.shape[0], ids.numel(), columns, active, case.halves == 2, case.halves == 1, sorted_pairs.numel()]
     tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, sorted_pairs, ids)
     blobs = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None and t.numel())
-    return struct.pack("27i2fi", *map(int, head), alpha, limit, 0) + blobs
+    return struct.pack("27i4f", *map(int, head), *formula) + blobs
 
 
 def emulate(driver: Path, blob: bytes) -> bytes:

@@ -1,5 +1,5 @@
 // Runs cases from stdin through csrc/marlin_moe.cu on the emulator. Each buffer is a heap block of its exact size, poisoned.
-// In: 30 int32 (see Case), then for a repack the codes, for a GEMM the tensors in the order of `run_gemm`. Out: packed, or out and arrivals.
+// In: 31 int32 (see Case), then for a repack the codes, for a GEMM the tensors in the order of `run_gemm`. Out: packed, or out and arrivals.
 #include <cstdio>
 #include <vector>
 
@@ -11,8 +11,7 @@ struct Case {
   int32_t is_repack, order_seed, config, sms;
   int32_t experts, rows, k, bits, row_units, k_units, halves;
   int32_t groups, group_size, has_zeros, has_bias, is_bf16, has_tiles, tiles, pairs, top_k, x_rows, out_rows, out_columns, activation, gather, scatter, sorted;
-  float alpha, limit;
-  int32_t unused;
+  float alpha, cubic, limit, shift;
 };
 
 template <class T>
@@ -54,7 +53,7 @@ int run_gemm(const Case& c) {
   const MarlinMoeGemm arguments = {x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr,
                                    c.has_tiles ? tiles.data() : nullptr, counts.data(), sorted.data(), ids.data(), out.data(), partials.data(), arrivals.data(),
                                    c.experts, c.pairs, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.halves,
-                                   c.activation, c.alpha, c.limit, c.gather, c.scatter};
+                                   c.activation, c.alpha, c.cubic, c.limit, c.shift, c.gather, c.scatter};
   const int error = marlin_moe_gemm(&arguments, plan, nullptr);
   write(out);
   for (const uint32_t count : arrivals)

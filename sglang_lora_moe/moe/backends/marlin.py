@@ -17,7 +17,7 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.marlin_moe import SHAPES, GemmScratch, MarlinWeight, marlin_moe_gemm, marlin_moe_repack
+from sglang_lora_moe.ops.marlin_moe import SHAPES, GemmScratch, MarlinWeight, fuses_activation, marlin_moe_gemm, marlin_moe_repack
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.quantization.base import QuantMethod
@@ -47,8 +47,8 @@ class MarlinQuantInfo:
 
 
 @lru_cache(maxsize=64)
-def choose_plan(spec: MoESpec, tokens: int) -> MarlinPlan:
-    """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once."""
+def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
+    """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma."""
     if tokens <= MAX_PAIR_TOKENS:
         return MarlinPlan(0, 0, by_pair=True)
     rows = tokens * spec.top_k / spec.num_experts
@@ -60,13 +60,19 @@ def choose_plan(spec: MoESpec, tokens: int) -> MarlinPlan:
         return MarlinPlan(3, 3)
     if rows <= 48:
         return MarlinPlan(4, 4, lora_block=32)
-    return MarlinPlan(5, 5, lora_block=64)
+    config = 6 if hopper and rows > 64 else 5
+    return MarlinPlan(config, config, lora_block=64)
 
 
 @lru_cache(maxsize=16)
 def scratch_of(device: torch.device) -> GemmScratch:
     """One a device, like the workspace: GEMMs follow each other on the main stream. Made when weights are converted, never while capturing."""
     return GemmScratch.allocate(launch.multiprocessors(device), device)
+
+
+@lru_cache(maxsize=16)
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 class MarlinRunnerCore(MoeRunnerCore):
@@ -102,7 +108,7 @@ class MarlinRunnerCore(MoeRunnerCore):
 
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: object = None) -> torch.Tensor:
         assert addend is None, "the marlin core takes no addend"
-        if not inp.spec.gated:
+        if not fuses_activation(inp.spec):
             return self.activation(inp, self.gate_up(inp, routing, quant_info), routing)
         return self._first(inp, routing, quant_info, "moe.act", inp.spec.intermediate_size, inp.spec)
 
@@ -136,4 +142,4 @@ class MarlinRunnerCore(MoeRunnerCore):
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:
-        return self.plan or choose_plan(inp.spec, inp.x.shape[0])
+        return self.plan or choose_plan(inp.spec, inp.x.shape[0], _hopper(inp.x.device))
