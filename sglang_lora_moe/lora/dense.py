@@ -34,6 +34,10 @@ class DenseDelta(Protocol):
         """What the kernels before and after a linear of so many tokens share to do all of this themselves; None where they cannot."""
         ...
 
+    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> Any:
+        """What the kernel after a linear over x [M, in] needs to add the rest; None where it cannot."""
+        ...
+
 
 class TorchDense:
     """Plain torch: one pair of matmuls per run of equal slots, which it finds on the host."""
@@ -45,6 +49,9 @@ class TorchDense:
         """Nothing to prepare."""
 
     def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> None:
+        return None
+
+    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> None:
         return None
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:

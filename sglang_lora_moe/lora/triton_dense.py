@@ -12,7 +12,7 @@ from sglang_lora_moe.lora.torch_linear import Part
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
 
-FUSED_MAX = 64  # tokens up to which the neighbours of a linear do the work of its adapters
+FUSED_MAX = 256  # tokens up to which the neighbours of a linear do the work of its adapters
 
 
 class TritonDense:
@@ -36,6 +36,10 @@ class TritonDense:
     def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> LinearAddend | None:
         """For up to FUSED_MAX tokens: s [splits, tokens, parts, width], which the kernel before the linear fills."""
         return self._addend(parts, "tokens", tokens, splits, f"dense.plan{splits}") if tokens <= FUSED_MAX else None
+
+    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> LinearAddend | None:
+        """As `plan`, where no kernel before the linear can fill s: one launch does."""
+        return self._shrink(x, parts, "tokens", "dense.begin") if x.shape[0] <= FUSED_MAX else None
 
     def _shrink(self, x: torch.Tensor, parts: Sequence[Part], slot_source: str, name: str) -> LinearAddend:
         low = self._addend(parts, slot_source, x.shape[0], shrink_splits(x.shape[0], x.shape[1]), name)

@@ -112,9 +112,11 @@ class FusedDecoder:
             num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2], addend=low,
         )  # fmt: skip
         paged.calls += 1
-        heads_low = _plan(attention.o_proj, t, paged.spec.num_heads) if backend.merges(paged) else None
-        out = backend.attend(q, paged, attention.sinks, heads_low).flatten(1)
-        return _plain(attention.o_proj, heads_low)(out), heads_low
+        o_low = _plan(attention.o_proj, t, paged.spec.num_heads) if backend.merges(paged) else None
+        out = backend.attend(q, paged, attention.sinks, o_low).flatten(1)
+        if o_low is None:
+            o_low = _begin(attention.o_proj, out)
+        return _plain(attention.o_proj, o_low)(out), o_low
 
     def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
@@ -153,6 +155,11 @@ def _fits_kernel(spec: RouterSpec) -> bool:
 def _plan(linear: Any, tokens: int, splits: int = 1) -> Any:
     """What the kernels around a linear share to do the work of its adapters; None where there is none, or they cannot."""
     return linear.plan(tokens, splits) if hasattr(linear, "plan") else None
+
+
+def _begin(linear: Any, x: torch.Tensor) -> Any:
+    """As `_plan`, with only the kernel after the linear."""
+    return linear.begin(x) if hasattr(linear, "begin") else None
 
 
 def _plain(linear: Any, plan: Any) -> Any:

@@ -112,7 +112,6 @@ def _attend_keys(
 
 @triton.jit
 def _attention_kernel(
-    # pointers
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, query_starts_ptr, seq_lens_ptr, sinks_ptr,
     # sizes
     num_requests, scale, window, softcap,
@@ -129,11 +128,10 @@ def _attention_kernel(
     GROUP: tl.constexpr = HQ // HKV
     BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_PAD
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if not DECODE:
-        block = tl.num_programs(0) - 1 - block  # those with most keys first
     if DECODE:  # one token per request
         request, query_start, query_len, first_query = block, block, 1, 0
-    else:
+    else:  # blocks with most keys first
+        block = tl.num_programs(0) - 1 - block
         request, query_start, query_len, first_query = _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q, SEARCH_STEPS)
         if first_query >= query_len:
             return

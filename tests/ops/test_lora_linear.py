@@ -102,11 +102,13 @@ def test_whole_model(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = []
     for backend in ("torch_native", "triton"):
         driver = Driver(served(path, backend))
-        seqs = [Sequence(random_tokens(seed, n), slot=slot) for seed, (n, slot) in enumerate(((9, 0), (7, -1), (8, 1)))]
+        seqs = [Sequence(random_tokens(seed, n), slot=slot) for seed, (n, slot) in enumerate(((10, 0), (8, -1), (9, 1)))]
         driver.ctx.lora_active = True
-        logits = [*driver.step([(seq, len(seq.tokens) - 2) for seq in seqs]), *driver.step([(seq, 1) for seq in seqs])]
+        logits = [*driver.step([(seq, len(seq.tokens) - 3) for seq in seqs]), *driver.step([(seq, 1) for seq in seqs])]
+        monkeypatch.setattr("sglang_lora_moe.ops.paged_attention.MAX_SPLITS", 1)  # no merge: the linear begins by itself
+        found_more = driver.step([(seq, 1) for seq in seqs[:2]])
         monkeypatch.setattr("sglang_lora_moe.lora.triton_dense.FUSED_MAX", 0)  # from here on each linear does its own
-        found.append(torch.cat([*logits, *driver.step([(seq, 1) for seq in seqs])]))
+        found.append(torch.cat([*logits, *found_more, *driver.step([(seq, 1) for seq in seqs])]))
         monkeypatch.undo()
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-4)
     driver.ctx.lora_active = False
