@@ -1,6 +1,6 @@
 """Size budgets, so that a reader can hold any part of the package in mind. Raising one is a reviewed change of this file.
 
-A function may take more parameters than the budget if a comment `# budget: REASON` stands in its signature.
+A function may be longer or take more parameters than the budget if a comment `# budget: REASON` stands in its signature.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
             yield node
 
 
+def has_reason(source: list[str], function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("# budget:" in line for line in source[function.lineno - 1 : function.body[0].lineno])
+
+
 def is_kernel_file(path: Path) -> bool:
     return path.is_relative_to(ROOT / "csrc") or path.is_relative_to(ROOT / "sglang_lora_moe" / "ops")
 
@@ -42,9 +46,10 @@ def test_files_are_short() -> None:
 def test_functions_are_short() -> None:
     found = {}
     for path in source_files():
+        source = path.read_text().splitlines()
         for function in functions(path) if path.suffix == ".py" else ():
             lines = (function.end_lineno or 0) - function.lineno + 1
-            if lines > FUNCTION_LINES:
+            if lines > FUNCTION_LINES and not has_reason(source, function):
                 found[f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"] = f"{lines} lines, budget {FUNCTION_LINES}"
     assert not found
 
@@ -58,8 +63,7 @@ def test_functions_take_few_parameters() -> None:
                 continue  # kernels take pointers, sizes and strides one by one
             arguments = function.args
             count = len([a for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs) if a.arg not in ("self", "cls")])
-            signature = source[function.lineno - 1 : function.body[0].lineno]
-            if count > PARAMETERS and not any("# budget:" in line for line in signature):
+            if count > PARAMETERS and not has_reason(source, function):
                 found[f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"] = f"{count} parameters, budget {PARAMETERS}"
     assert not found
 

@@ -25,8 +25,10 @@ RankSpace = Any
 class ExpertLoRAOps(Protocol):
     """A backend's LoRA functions on the pairs of one layer. Pairs of slot -1 and slots of rank 0 get no delta."""
 
-    # (inp, rows, stack_a, stack_b, routing, rows_from) -> the addend that the backend's core takes into its store; None where it takes none
-    addend: Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None
+    @property
+    def addend(self) -> Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None:
+        """(inp, rows, stack_a, stack_b, routing, rows_from) -> what the backend's core adds before its store; None where it takes nothing."""
+        ...
 
     def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> RankSpace:
         """A x of every pair with an adapter, float32. rows_from "tokens": rows [M, in] by token; "pairs": [P, in] in routing order."""

@@ -38,7 +38,7 @@ def _pair_gate_up_kernel(
     TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # budget: one kernel from the weights to the activation; its parts share the pair's registers
     HALVES: tl.constexpr = 2 if GATED else 1
     if not ADDEND:
         pdl_wait(PDL)
@@ -120,7 +120,7 @@ def _pair_down_kernel(
     TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # budget: one kernel for a token's K experts, their deltas and the weighted sum
     if not ADDEND:
         pdl_wait(PDL)
     token = tl.program_id(0)
@@ -187,7 +187,7 @@ def pair_gate_up(
     activation: MoESpec | None,
     addend: LowRank | None = None,
     by_token: bool = True,
-) -> torch.Tensor:
+) -> torch.Tensor:  # budget: the tensors of one product, its addend and two choices
     """out [P, N] = f(w[e] x + ..) per pair; x [M, K], or [P, K] without `by_token`; w [E, N or 2N, K].
 
     `activation` None: a plain product. Rows of pairs without an expert stay as they are.

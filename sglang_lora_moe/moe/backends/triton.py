@@ -16,7 +16,7 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.ops.moe_grouped_gemm import grouped_gemm
-from sglang_lora_moe.ops.moe_pair_gemv import pair_down, pair_gate_up
+from sglang_lora_moe.ops.moe_pair_gemv import GemvTile, pair_down, pair_gate_up
 from sglang_lora_moe.ops.moe_tiles import LayerTiles, choose_tiles
 from sglang_lora_moe.quantization.base import QuantMethod, TritonQuantInfo
 
@@ -59,7 +59,7 @@ class TritonRunnerCore(MoeRunnerCore):
         """[P, H] in pair order whatever the routing: the down GEMM scatters."""
         out = inp.workspace.get("moe.down", (routing.num_pairs, inp.spec.hidden_size), inp.x.dtype)
         tiles = self._tiles(inp)
-        if tiles.by_pair:
+        if isinstance(tiles.down, GemvTile):
             return pair_gate_up(act, quant_info.w2, quant_info.b2, routing.topk_ids, out, tiles.down, activation=None, addend=addend, by_token=False)
         return grouped_gemm(
             act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, top_k=routing.top_k, gather=False, scatter=True, addend=addend
@@ -70,7 +70,7 @@ class TritonRunnerCore(MoeRunnerCore):
 
     def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         tiles = self._tiles(inp)
-        if not tiles.by_pair:
+        if not isinstance(tiles.down, GemvTile):
             return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
         out = torch.empty_like(inp.x)
         return pair_down(act, quant_info.w2, quant_info.b2, inp.topk_ids, inp.topk_weights, out, tiles.down, addend=addend)
@@ -79,7 +79,7 @@ class TritonRunnerCore(MoeRunnerCore):
         columns = inp.spec.intermediate_size if activate else inp.spec.w13_rows
         out = inp.workspace.get("moe.act" if activate else "moe.gate_up", (routing.num_pairs, columns), inp.x.dtype)
         activation, tiles = inp.spec if activate else None, self._tiles(inp)
-        if tiles.by_pair:
+        if isinstance(tiles.gate_up, GemvTile):
             return pair_gate_up(inp.x, quant_info.w13, quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=activation, addend=addend)
         return grouped_gemm(
             inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up,
