@@ -29,31 +29,32 @@ Tile = GemmTile | GemvTile
 
 
 def candidates(shape: MoEShape, tokens: int, gated: bool) -> Iterator[Tile]:
-    """Launch shapes worth a try. A gated tile of n columns reads 2 n rows of w."""
+    """Launch shapes worth a try, after wider sweeps on qwen3-30b-a3b. A gated tile of n columns reads 2 n rows of w."""
     rows = tokens * shape.top_k / shape.experts
     if tokens <= 4:
-        for n, k, warps, stages in itertools.product((4, 8, 16), (256, 512, 1024), (4, 8), (2, 3, 4)):
-            if 16 <= n * k // (32 * warps) <= 64:
-                yield GemvTile(n, k, warps, stages)
-    for n, k, stages, tma, m in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 6), (True, False), (16, 32)):
-        shared = ((2 * n if gated else n) * k * 2 + m * k * 2) * stages
-        if tokens >= 4 and rows <= 24 and (m == 16 or rows > 6) and 24 << 10 <= shared <= 220 << 10 and (tma or stages < 6):
-            yield GemmTile(m, n, k, 4, stages, 0, 1, tma)
-            if tma:
-                yield GemmTile(m, n, k, 4, stages, _occupancy(shared, 64, 4), 1, tma)
-    for m, n, k, warps, stages, group, tail in itertools.product((64, 128), (64, 128, 256), (64, 128), (4, 8), (3, 4), (1, 8), (True, False)):
-        shared = ((2 * n if gated else n) * k * 2 + m * k * 2) * stages
-        registers = m * n * (2 if gated else 1) // (32 * warps)
-        fits = registers <= 128 and shared <= 220 << 10 and (k == 64 or m == 64)
-        wanted = (m == 64 or rows > 40) and (group == 1) == (rows <= 96 or shape.experts > 64) and (m == 128 or not tail)
-        if fits and wanted and (rows > 24 or (tokens >= 256 and rows > 12)):
-            yield GemmTile(m, n, k, warps, stages, _occupancy(shared, registers + 56, warps), group, True, tail)
-            if rows < 96 and not tail:
-                yield GemmTile(m, n, k, warps, stages, 0, group, True, tail)
-
-
-def _occupancy(shared: int, registers: int, warps: int) -> int:
-    return max(1, min(4, (226 << 10) // (shared + 1024), 65536 // registers // (32 * warps)))
+        pairs = ((4, 512, 4, 3), (8, 256, 4, 2), (8, 256, 4, 4), (8, 512, 4, 3), (8, 1024, 4, 3), (16, 256, 4, 3), (16, 512, 4, 4), (16, 1024, 8, 4))
+        yield from (GemvTile(*pair) for pair in pairs)
+    halves = 2 if gated else 1
+    for n, k, stages, m in itertools.product((32, 64, 128), (64, 128, 256), (3, 4), (16, 32)):
+        shared = (halves * n + m) * k * 2 * stages
+        if tokens >= 4 and rows <= 40 and (m == 16 and rows <= 20 or m == 32 and rows > 6) and 32 << 10 <= shared <= 120 << 10:
+            yield GemmTile(m, n, k, 4, stages, 0)
+    if rows > 12:
+        group = 1 if shape.experts > 64 or rows <= 96 else 8
+        for m, n, warps, stages, ctas in (
+            (64, 64, 4, 4, 0),
+            (64, 128, 8, 4, 0),
+            (64, 128, 4, 3, 0),
+            (64, 128, 4, 4, 2),
+            (64, 256, 8, 3, 0),
+            (64, 256, 8, 3, 1),
+        ):
+            if rows <= 200 and not (gated and warps == 4 and n == 128):
+                yield GemmTile(m, n, 64, warps, stages, ctas, group)
+    if rows > 40:
+        for n, warps, stages, ctas in ((64, 4, 3, 2), (128, 8, 3, 1), (128, 8, 4, 1), (128, 4, 3, 2), (128, 4, 3, 0), (256, 8, 3, 1), (256, 8, 4, 1)):
+            if 128 * n * halves // (32 * warps) <= 128 and not (gated and n == 256):
+                yield from (GemmTile(128, n, 64, warps, stages, ctas, group, True, tail) for tail in ((False, True) if rows <= 600 else (False,)))
 
 
 def run_gemm(inputs: LayerInputs, gated: bool, tile: Tile, routings: list[Routing], acts: list[torch.Tensor], index: int) -> None:

@@ -149,7 +149,7 @@ def _shrink_group_kernel(
 def _expand_kernel(
     y_ptr, s_ptr, pool_ptr, counts_ptr, sorted_pairs_ptr, records_ptr, N, width,
     SCATTER: tl.constexpr, HALVES: tl.constexpr, ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (LoRA tiles or persistent programs, blocks of N). y [P, HALVES * N] in the order of s, or with SCATTER in pair order."""
     pdl_wait(PDL)
@@ -167,8 +167,8 @@ def _expand_kernel(
         if HALVES == 2:
             y_up = tl.load(y_ptrs + N, mask=mask, other=0.0).to(tl.float32)
         y, y_up = tile_delta(
-            y, y_up, t, t + 1, start, rows, rank, split, b_place, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
-            HALVES == 2, RANK_BLOCK, MAX_RANK, ALIGN, PRECISION,
+            y, y_up, t, t + 1, start, rows, rank, split, b_place, 0, 0, 0, 0, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
+            HALVES == 2, RANK_BLOCK, MAX_RANK, ALIGN, False, PRECISION,
         )  # fmt: skip
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
         if HALVES == 2:
@@ -216,7 +216,7 @@ def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: in
     rows = max(16, launch.next_power_of_2(width))
     if by_pair:
         return ShrinkTile(16, min(32, rows), 256, 4, 3, split=max(1, min(4, 256 // max(pairs, 1), cols // 512)))
-    return ShrinkTile(lora_block, min(64, rows), 128 if lora_block <= 32 else 64, 4, 4)
+    return ShrinkTile(lora_block, min(64, rows), 128, 4, 4 if rows <= 32 and lora_block <= 32 else 3)
 
 
 def moe_shrink(rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str) -> LowRank:
@@ -225,7 +225,8 @@ def moe_shrink(rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Rout
     rows [M, cols] by token with `gather`, else [P, cols] in routing order. `name` prefixes the workspace buffers. Grouped, the
     shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it.
     """
-    pairs, cols = routing.num_pairs, stack_a.dim
+    pairs, cols, slots = routing.num_pairs, stack_a.dim, routing.token_slots
+    assert slots is not None, "a shrink needs the slots of the tokens"
     by_pair = routing.rows == "pair"
     launch.expect_float("moe_shrink: rows", rows.dtype)
     launch.expect("moe_shrink: rows", rows, (pairs // routing.top_k if gather else pairs, cols), stack_a.pool.dtype, stack_a.pool.device)
@@ -233,14 +234,14 @@ def moe_shrink(rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Rout
     s = workspace.get(f"{name}.s", (tile.split, pairs, stack_a.shrink_width), torch.float32 if by_pair else rows.dtype)
     if by_pair:
         _launch_pair_shrink(rows, s, stack_a, stack_b, routing, tile, gather)
-        return LowRank(s, stack_b, routing.token_slots)
+        return LowRank(s, stack_b, slots)
     align = routing.alignment
     records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
     made = routing.lora_ranges
     ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
     _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges, made is None)
     routing.lora_ranges = ranges
-    return LowRank(s, stack_b, routing.token_slots, records, ranges)
+    return LowRank(s, stack_b, slots, records, ranges)
 
 
 def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool) -> None:
@@ -257,7 +258,7 @@ def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack,
 def _launch_group_shrink(
     rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool,
     records: torch.Tensor, ranges: torch.Tensor, write_ranges: bool,
-) -> None:  # fmt: skip
+) -> None:  # fmt: skip  # budget: what the pair form takes, and the three buffers of grouped rows
     align = routing.alignment
     rank_blocks = triton.cdiv(a.shrink_width, tile.r)
     programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas))
@@ -291,7 +292,7 @@ def moe_expand(y: torch.Tensor, low: LowRank, routing: Routing, *, pair_order: b
     programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(y.device) * 8))
     _expand_kernel[(programs, triton.cdiv(n, 64))](
         y, low.s, stack.pool, align.counts, align.sorted_pairs, low.records, n, low.s.shape[2],
-        SCATTER=pair_order, HALVES=halves, **low.tile_options(), BM=routing.lora_block, BN=64,
+        SCATTER=pair_order, HALVES=halves, **low.tile_options(routing.lora_block * 64 * halves // 128), BM=routing.lora_block, BN=64,
         PRECISION=launch.dot_precision(y.dtype), num_warps=4, **launch.options(y.device),
     )  # fmt: skip
     return y

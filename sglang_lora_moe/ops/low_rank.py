@@ -38,29 +38,34 @@ class LowRank:
     ranges: torch.Tensor | None = None  # int32 [base tiles, 2]
 
     @property
-    def rank_block(self) -> int:
-        """Rank columns that a kernel takes at once; a tensor-core product needs at least 16."""
-        return min(64, max(16, triton.next_power_of_2(self.b.max_rank)))
+    def _ranks(self) -> int:
+        """Rank columns that the widest adapter needs, as a power of two; a tensor-core product takes at least 16."""
+        return max(16, triton.next_power_of_2(self.b.max_rank))
+
+    def _options(self, rank_block: int) -> dict[str, int | bool]:
+        return {"ADDEND": True, "RANK_BLOCK": rank_block, "MAX_RANK": self.b.max_rank, "ALIGN": 16 // self.b.pool.element_size()}
 
     def pair_args(self) -> tuple:
         b = self.b
         return (self.token_slots, self.s, b.pool, b.offset, b.expert_stride, b.rank, b.split_a, self.s.shape[2])
 
     def pair_options(self) -> dict[str, int | bool]:
-        return {**self.tile_options(), "SPLITS": self.s.shape[0]}
+        return {**self._options(min(64, self._ranks)), "SPLITS": self.s.shape[0]}
 
     def tile_args(self) -> tuple:
         assert self.records is not None and self.ranges is not None and self.s.shape[0] == 1, "a grouped kernel needs the addend of a grouped shrink"
         return (self.s, self.b.pool, self.records, self.ranges, self.s.shape[2])
 
-    def tile_options(self) -> dict[str, int | bool]:
-        return {"ADDEND": True, "RANK_BLOCK": self.rank_block, "MAX_RANK": self.b.max_rank, "ALIGN": 16 // self.b.pool.element_size()}
+    def tile_options(self, accumulators: int) -> dict[str, int | bool]:
+        """For a kernel with so many accumulators a thread: what the registers beside them can hold of an adapter."""
+        block = min(64 if accumulators <= 64 else 32, self._ranks)
+        return {**self._options(block), "AHEAD": block == 16}
 
 
 NO_PAIR_ARGS = (None,) * 7 + (0,)
 NO_TILE_ARGS = (None,) * 4 + (0,)
-NO_TILE_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8}
-NO_PAIR_OPTIONS = {**NO_TILE_OPTIONS, "SPLITS": 1}
+NO_TILE_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8, "AHEAD": False}
+NO_PAIR_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8, "SPLITS": 1}
 
 
 @triton.jit
@@ -92,41 +97,69 @@ def load_record(records_ptr, t, inside):
 
 
 @triton.jit
-def _half_delta(
-    acc, s_ptr, width, mine, place, column, pool_ptr, b_place, brow, in_rows, rank, r0,
-    RANK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+def load_block(
+    s_ptr, width, start, rows, rank, split, b_place, r0, place, rn, N, pool_ptr,
+    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """acc += s[place, column + r0 ..] @ B[brow, r0 ..]^T over one block of rank columns."""
+    """One block of rank columns of one LoRA tile: (s [BM, RANK_BLOCK], B^T [RANK_BLOCK, BN]) of gate, then of up where GATED."""
     r = r0 + tl.arange(0, RANK_BLOCK)
-    s_ptrs = s_ptr + place.to(tl.int64)[:, None] * width + (column + r)[None, :]
+    mine = (place >= start) & (place < start + rows)
+    s_ptrs = s_ptr + place.to(tl.int64)[:, None] * width + r[None, :]
     b_ptr = pool_ptr + b_place * ALIGN
+    up = split * MAX_RANK
     if rank % ALIGN == 0:
         fits = tl.max_constancy(r // ALIGN < rank // ALIGN, ALIGN)  # the hint lets loads take 16 bytes
+        b_ptrs = b_ptr + rn.to(tl.int64)[None, :] * (rank // ALIGN * ALIGN) + r[:, None]
         low = tl.load(s_ptrs, mask=mine[:, None] & fits[None, :], other=0.0)
-        b = tl.load(b_ptr + brow[None, :] * (rank // ALIGN * ALIGN) + r[:, None], mask=fits[:, None] & in_rows[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=fits[:, None] & (rn < N)[None, :], other=0.0)
+        high = low
+        b_up = b
+        if GATED:
+            high = tl.load(s_ptrs + up, mask=mine[:, None] & fits[None, :], other=0.0)
+            b_up = tl.load(b_ptrs + N.to(tl.int64) * (rank // ALIGN * ALIGN), mask=fits[:, None] & (rn < N)[None, :], other=0.0)
     else:
         fits = r < rank
+        b_ptrs = b_ptr + rn.to(tl.int64)[None, :] * rank + r[:, None]
         low = tl.load(s_ptrs, mask=mine[:, None] & fits[None, :], other=0.0)
-        b = tl.load(b_ptr + brow[None, :] * rank + r[:, None], mask=fits[:, None] & in_rows[None, :], other=0.0)
-    return tl.dot(low, b, acc, input_precision=PRECISION)
+        b = tl.load(b_ptrs, mask=fits[:, None] & (rn < N)[None, :], other=0.0)
+        high = low
+        b_up = b
+        if GATED:
+            high = tl.load(s_ptrs + up, mask=mine[:, None] & fits[None, :], other=0.0)
+            b_up = tl.load(b_ptrs + N.to(tl.int64) * rank, mask=fits[:, None] & (rn < N)[None, :], other=0.0)
+    return low, b, high, b_up
 
 
 @triton.jit
 def tile_delta(
-    acc, acc_up, first, last, start, rows, rank, split, b_place, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
-    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    acc, acc_up, first, last, start, rows, rank, split, b_place, low, b, high, b_up, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
+    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the delta to a tile [BM, BN] whose sorted places are `place`, from records first .. last - 1; the first one's fields are given."""
-    brow = rn.to(tl.int64)
-    for t in tl.range(first, last, num_stages=1):
-        start1, rows1, rank1, split1, b_place1 = load_record(records_ptr, t + 1, t + 1 < last)
-        mine = (place >= start) & (place < start + rows)
-        for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-            acc = _half_delta(acc, s_ptr, width, mine, place, 0, pool_ptr, b_place, brow, rn < N, rank, r0, RANK_BLOCK, ALIGN, PRECISION)
-            if GATED:
-                column = split * MAX_RANK
-                acc_up = _half_delta(acc_up, s_ptr, width, mine, place, column, pool_ptr, b_place, brow + N, rn < N, rank, r0, RANK_BLOCK, ALIGN, PRECISION)
-        start, rows, rank, split, b_place = start1, rows1, rank1, split1, b_place1
+    """Add the delta to a tile [BM, BN] whose sorted places are `place`, from records first .. last - 1.
+
+    The first record's fields are given. AHEAD: so is its first block, and the next block is on its way during each product.
+    """
+    t = first
+    r0 = 0
+    while t < last:
+        if AHEAD:
+            low0, b0, high0, b_up0 = low, b, high, b_up
+        else:
+            low0, b0, high0, b_up0 = load_block(
+                s_ptr, width, start, rows, rank, split, b_place, r0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN
+            )  # fmt: skip
+        r0 += RANK_BLOCK
+        if r0 >= rank:
+            t += 1
+            r0 = 0
+            start, rows, rank, split, b_place = load_record(records_ptr, t, t < last)
+        if AHEAD:
+            low, b, high, b_up = load_block(
+                s_ptr, width, start, rows, rank, split, b_place, r0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN
+            )  # fmt: skip
+        acc = tl.dot(low0, b0, acc, input_precision=PRECISION)
+        if GATED:
+            acc_up = tl.dot(high0, b_up0, acc_up, input_precision=PRECISION)
     return acc, acc_up
 
 
