@@ -96,17 +96,24 @@ struct Shared {
   int scale_bytes, bytes;
 };
 
-HOST_DEVICE int group_shift(const MarlinMoeGemm& a) { return a.group_size == 0 ? kNoGroups : a.group_size == 32 ? 0 : a.group_size == 64 ? 1 : 2; }
+// What the launcher derives from the arguments, so that no thread has to.
+struct Derived {
+  int sms;
+  int group_shift;  // units of k in a group, as a power of 2
+  int groups_log2;  // groups that a stage touches, likewise
+  int group_mask;   // a unit whose number has none of these bits begins a group
+};
 
 template <class S>
-HOST_DEVICE int groups_log2(const MarlinMoeGemm& a) {  // groups that a stage touches, a power of 2
+Derived derive(const MarlinMoeGemm& a, int sms) {
+  const int shift = a.group_size == 0 ? kNoGroups : a.group_size == 32 ? 0 : a.group_size == 64 ? 1 : 2;
   int log2 = 0;
-  while (S::kKUnits >> group_shift(a) >> (log2 + 1)) log2++;
-  return log2;
+  while (S::kKUnits >> shift >> (log2 + 1)) log2++;
+  return {sms, shift, log2, (1 << shift) - 1};
 }
 
 template <class S>
-HOST_DEVICE Shared carve(const MarlinMoeGemm& a, uint8_t* base) {
+HOST_DEVICE Shared carve(const MarlinMoeGemm& a, const Derived& d, uint8_t* base) {
   Shared s;
   int at = 0;
   const auto take = [&](int bytes) {
@@ -114,7 +121,7 @@ HOST_DEVICE Shared carve(const MarlinMoeGemm& a, uint8_t* base) {
     at += (bytes + 15) / 16 * 16;
     return found;
   };
-  s.scale_bytes = (S::kWarpsM << groups_log2<S>(a)) * 64;
+  s.scale_bytes = (S::kWarpsM << d.groups_log2) * 64;
   s.stages = take(S::kStages * S::kStageBytes);
   s.tiles = (Tile*)take(kQueue * sizeof(Tile));
   s.pairs = (int32_t*)take(kQueue * S::kTokens * 4);
@@ -190,20 +197,20 @@ struct Loader {
 template <class S>
 struct ScalePlace {
   int m, group, piece;
-  DEVICE ScalePlace(const MarlinMoeGemm& a) {
-    const int per_unit = 4 << groups_log2<S>(a), i = thread_index();
-    m = i / per_unit, group = i % per_unit / 4, piece = i % 4;
+  DEVICE ScalePlace(const Derived& d) {
+    const int i = thread_index();
+    m = i >> (2 + d.groups_log2), group = (i >> 2) & ((1 << d.groups_log2) - 1), piece = i & 3;
   }
 };
 
 template <class S>
-DEVICE void enter_tile(const MarlinMoeGemm& a, const Work& w, const Shared& s, Loader<S>& l) {
+DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
   constexpr int kPieces = S::kKUnits * S::kUnitPieces;  // of 32 rows in a stage
   l.tile = find_tile(a, w, l.unit / w.k_steps);
   const int slot = l.entered++ % kQueue, row_unit = l.tile.expert * a.row_units + l.tile.row_tile * S::kWarpsM;
   if (thread_index() == 0) s.tiles[slot] = l.tile;
   l.weights = (uint32_t)((row_unit + thread_index() / kPieces) * a.k_units * S::kUnitPieces + thread_index() % kPieces);
-  const ScalePlace<S> place(a);
+  const ScalePlace<S> place(d);
   l.scales = (uint32_t)(((row_unit + place.m) * a.groups + place.group) * 4 + place.piece);
   l.zeros = (uint32_t)(((row_unit + place.m) * a.groups + place.group) * 2 + place.piece);
 #pragma unroll
@@ -219,30 +226,29 @@ DEVICE void enter_tile(const MarlinMoeGemm& a, const Work& w, const Shared& s, L
 DEVICE const uint8_t* piece_of(const void* base, uint32_t index) { return (const uint8_t*)base + (uint64_t)index * 16; }
 
 template <class S>
-DEVICE void load_weights(const MarlinMoeGemm& a, const Shared& s, const Loader<S>& l, int slot) {
+DEVICE void load_weights(const MarlinMoeGemm& a, const Derived& d, const Shared& s, const Loader<S>& l, int slot) {
   constexpr int kPieces = S::kKUnits * S::kUnitPieces, kStep = S::kThreads / kPieces;  // rows of units that all threads copy at once
-  constexpr bool kWholeRows = kStep > 0, kPadded = S::kWarpsM <= 4 && S::kKUnits <= 4;  // every stage lies within the padded weight
+  constexpr bool kPadded = S::kWarpsM <= 4 && S::kKUnits <= 4;  // every stage lies within the padded weight
   uint8_t* target = s.stages + slot * S::kStageBytes + thread_index() * 16;
   const int k_unit = l.k_step * S::kKUnits;
-  const uint32_t first = l.weights + k_unit * S::kUnitPieces;
+  const uint8_t* first = piece_of(a.packed, l.weights + k_unit * S::kUnitPieces);
+  const int64_t row_bytes = (int64_t)a.k_units * S::kUnitBytes;
 #pragma unroll
   for (int i = 0; i < S::kWeightLoads; i++) {
     const int index = thread_index() + i * S::kThreads;
-    uint32_t from;
-    if constexpr (kWholeRows) from = first + i * kStep * a.k_units * S::kUnitPieces;
-    else from = first + i * S::kThreads / kPieces * a.k_units * S::kUnitPieces + i * S::kThreads % kPieces;
+    const uint8_t* from = first + (kStep > 0 ? i * kStep : i * S::kThreads / kPieces) * row_bytes + (kStep > 0 ? 0 : i * S::kThreads % kPieces * 16);
     uint8_t* to = target + i * S::kThreads * 16;
     if constexpr (kPadded) {
-      if (l.tile.shared) cp16(to, piece_of(a.packed, from), true);
-      else cp16_once(to, piece_of(a.packed, from));
+      if (l.tile.shared) cp16(to, from, true);
+      else cp16_once(to, from);
     } else {
       const bool inside = l.tile.row_tile * S::kWarpsM + index / kPieces < a.row_units && k_unit + index % kPieces / S::kUnitPieces < a.k_units;
-      cp16(to, piece_of(a.packed, from), inside);
+      cp16(to, from, inside);
     }
   }
-  const ScalePlace<S> place(a);
+  const ScalePlace<S> place(d);
   if (place.m < S::kWarpsM) {
-    const int group = k_unit >> group_shift(a);
+    const int group = k_unit >> d.group_shift;
     const bool inside = (kPadded || l.tile.row_tile * S::kWarpsM + place.m < a.row_units) && group + place.group < a.groups;
     cp16(s.scales + slot * s.scale_bytes + thread_index() * 16, piece_of(a.scales, l.scales + group * 4), inside);
     if (a.zeros && place.piece < 2) {
@@ -271,15 +277,15 @@ DEVICE void load_x(const MarlinMoeGemm& a, const Shared& s, const Loader<S>& l, 
 template <class T, int BITS, bool WIDE = T::kIsBf16 && BITS == 8>
 struct Rows {
   uint32_t scale[4], zero[4];  // both halves of a word alike
-  DEVICE void load(const uint8_t* scales, const uint8_t* zeros) {
+  DEVICE void load_scales(const uint8_t* scales) {
     uint32_t pair[2];
     load_words(pair, scales + lane_index() / 4 * 8);
-    const uint32_t bytes = zeros ? *(const uint32_t*)(zeros + lane_index() / 4 * 4) : 0x01010101u << (BITS - 1);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      scale[i] = select_bytes(pair[i / 2], 0, i % 2 ? 0x3232 : 0x1010);
-      zero[i] = select_bytes(bytes, T::kMagicBytes, 0x4040 | i | i << 8);
-    }
+    for (int i = 0; i < 4; i++) scale[i] = select_bytes(pair[i / 2], 0, i % 2 ? 0x3232 : 0x1010);
+  }
+  DEVICE void set_zeros(uint32_t bytes) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) zero[i] = select_bytes(bytes, T::kMagicBytes, 0x4040 | i | i << 8);
   }
   DEVICE uint32_t weights(uint32_t magic_codes, int i) const { return T::multiply(T::subtract(magic_codes, zero[i]), scale[i]); }
 };
@@ -287,15 +293,15 @@ struct Rows {
 template <class T, int BITS>
 struct Rows<T, BITS, true> {  // bf16 cannot hold 128 + q for 8 bits: by float32, in which the product is exact, then one rounding
   float scale[4], zero[4];
-  DEVICE void load(const uint8_t* scales, const uint8_t* zeros) {
+  DEVICE void load_scales(const uint8_t* scales) {
     uint32_t pair[2];
     load_words(pair, scales + lane_index() / 4 * 8);
-    const uint32_t bytes = zeros ? *(const uint32_t*)(zeros + lane_index() / 4 * 4) : 0x80808080u;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      scale[i] = i % 2 ? T::high(pair[i / 2]) : T::low(pair[i / 2]);
-      zero[i] = as_float(select_bytes(bytes, 0x4B000000u, 0x7440 | i));
-    }
+    for (int i = 0; i < 4; i++) scale[i] = i % 2 ? T::high(pair[i / 2]) : T::low(pair[i / 2]);
+  }
+  DEVICE void set_zeros(uint32_t bytes) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) zero[i] = as_float(select_bytes(bytes, 0x4B000000u, 0x7440 | i));
   }
   DEVICE uint32_t weights(uint32_t low, uint32_t high, int i) const { return T::pack((as_float(low) - zero[i]) * scale[i], (as_float(high) - zero[i]) * scale[i]); }
 };
@@ -331,20 +337,21 @@ struct Sums {
 
 // One stage: this warp's 32 rows and its KU units of k.
 template <class S>
-DEVICE void multiply_stage(const MarlinMoeGemm& a, const Shared& s, int slot, int live, int k_step, Sums<S>& sums) {
+DEVICE void multiply_stage(const MarlinMoeGemm& a, const Derived& d, const Shared& s, int slot, int live, int k_step, Sums<S>& sums) {
   using T = typename S::Type;
   const uint8_t* weights = s.stages + slot * S::kStageBytes;
   const uint8_t* x = weights + S::kWeightBytes;
   const int warp_m = warp_index() % S::kWarpsM, warp_k = warp_index() / S::kWarpsM, lane = lane_index();
-  const int log2 = groups_log2<S>(a), shift = group_shift(a);
   Rows<T, S::kBits> rows;
-#pragma unroll(S::kNT >= 8 ? 1 : 4)
+  rows.set_zeros(0x01010101u << (S::kBits - 1));
+#pragma unroll(S::kNT >= 4 ? 1 : 2)
   for (int ku = 0; ku < S::kKU; ku++) {
     const int unit = warp_k * S::kKU + ku;
     if (S::kKUnits > 4 && k_step * S::kKUnits + unit >= a.k_units) break;  // weights are padded to four units of k
-    if (ku == 0 || (unit & ((1 << shift) - 1)) == 0) {
-      const int group = (warp_m << log2) + (unit >> shift);
-      rows.load(s.scales + slot * s.scale_bytes + group * 64, a.zeros ? s.zeros + slot * s.scale_bytes / 2 + group * 32 : nullptr);
+    if (ku == 0 || (unit & d.group_mask) == 0) {
+      const int group = (warp_m << d.groups_log2) + (unit >> d.group_shift);
+      rows.load_scales(s.scales + slot * s.scale_bytes + group * 64);
+      if (a.zeros) rows.set_zeros(*(const uint32_t*)(s.zeros + slot * s.scale_bytes / 2 + group * 32 + lane_index() / 4 * 4));
     }
     const uint8_t* codes = weights + (warp_m * S::kKUnits + unit) * S::kUnitBytes + lane * 16;
     uint32_t fragments[2][2][4], words[4];
@@ -371,19 +378,21 @@ DEVICE void multiply_stage(const MarlinMoeGemm& a, const Shared& s, int slot, in
 
 #ifdef __CUDACC__
 // The same by wgmma, on 128 rows a warpgroup. Returns with this stage's last products under way: the caller waits before it reads the sums.
-template <class S>
-DEVICE void multiply_stage_by_warpgroup(const MarlinMoeGemm& a, const Shared& s, int slot, Sums<S>& sums) {
+template <class S, int NT>
+DEVICE void multiply_stage_by_warpgroup(const MarlinMoeGemm& a, const Derived& d, const Shared& s, int slot, Sums<S>& sums) {
   using T = typename S::Type;
   const uint8_t* weights = s.stages + slot * S::kStageBytes;
   const uint64_t x = wgmma_matrix(weights + S::kWeightBytes);
-  const int warp_m = warp_index(), log2 = groups_log2<S>(a), shift = group_shift(a);
+  const int warp_m = warp_index();
   Rows<T, S::kBits> rows;
+  rows.set_zeros(0x01010101u << (S::kBits - 1));
   uint32_t fragments[2][2][2][4];  // of the unit at hand and of the one that products still read
 #pragma unroll
   for (int unit = 0; unit < S::kKU; unit++) {
-    if (unit == 0 || (unit & ((1 << shift) - 1)) == 0) {
-      const int group = (warp_m << log2) + (unit >> shift);
-      rows.load(s.scales + slot * s.scale_bytes + group * 64, a.zeros ? s.zeros + slot * s.scale_bytes / 2 + group * 32 : nullptr);
+    if (unit == 0 || (unit & d.group_mask) == 0) {
+      const int group = (warp_m << d.groups_log2) + (unit >> d.group_shift);
+      rows.load_scales(s.scales + slot * s.scale_bytes + group * 64);
+      if (a.zeros) rows.set_zeros(*(const uint32_t*)(s.zeros + slot * s.scale_bytes / 2 + group * 32 + lane_index() / 4 * 4));
     }
     const uint8_t* codes = weights + (warp_m * S::kKUnits + unit) * S::kUnitBytes + lane_index() * 16;
     uint32_t words[4];
@@ -398,7 +407,7 @@ DEVICE void multiply_stage_by_warpgroup(const MarlinMoeGemm& a, const Shared& s,
 #pragma unroll
       for (int f = 0; f < 2; f++) {  // descriptors count 16 bytes: 64 k are a panel of 128 bytes a row, 16 k are 32 bytes
         const int k16 = 2 * unit + step;
-        T::wgmma(sums.value[f], fragments[unit % 2][step][f], x + (uint64_t)(k16 / 4 * S::kTokens * 8 + k16 % 4 * 2));
+        T::template wgmma<NT>(sums.value[f], fragments[unit % 2][step][f], x + (uint64_t)(k16 / 4 * S::kTokens * 8 + k16 % 4 * 2));
       }
     wgmma_commit();
   }
@@ -511,10 +520,10 @@ DEVICE bool add_blocks(const MarlinMoeGemm& a, const Work& w, const Shared& s, i
 // ---- The kernel ------------------------------------------------------------------------------------------------------
 
 template <class S>
-DEVICE void load_stage(const MarlinMoeGemm& a, const Work& w, const Shared& s, Loader<S>& l, int slot) {
+DEVICE void load_stage(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l, int slot) {
   if (l.unit < l.end) {
-    if (l.k_step == w.k_steps) l.k_step = 0, enter_tile<S>(a, w, s, l);
-    load_weights<S>(a, s, l, slot);
+    if (l.k_step == w.k_steps) l.k_step = 0, enter_tile<S>(a, d, w, s, l);
+    load_weights<S>(a, d, s, l, slot);
     load_x<S>(a, s, l, slot);
     l.unit++, l.k_step++;
   }
@@ -523,19 +532,23 @@ DEVICE void load_stage(const MarlinMoeGemm& a, const Work& w, const Shared& s, L
 
 // One stage: this thread's copies of it have arrived; start those of a later one.
 template <class S>
-DEVICE void multiply(const MarlinMoeGemm& a, const Work& w, const Shared& s, Loader<S>& l, int slot, int ahead, int done, int k_step, Sums<S>& sums) {
+DEVICE void multiply(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l, int slot, int ahead, int done, int k_step, Sums<S>& sums) {
 #ifdef __CUDACC__
   if constexpr (S::kWarpgroup) {
     publish_to_wgmma();
     sync_block();  // the products of the stage before the last are done in every warp: its place is free
-    load_stage<S>(a, w, s, l, ahead);
-    multiply_stage_by_warpgroup<S>(a, s, slot, sums);
+    load_stage<S>(a, d, w, s, l, ahead);
+    const int live = s.tiles[done % kQueue].rows;
+    if (live <= 32) multiply_stage_by_warpgroup<S, 4>(a, d, s, slot, sums);
+    else if (live <= 64) multiply_stage_by_warpgroup<S, 8>(a, d, s, slot, sums);
+    else if (live <= 96) multiply_stage_by_warpgroup<S, 12>(a, d, s, slot, sums);
+    else multiply_stage_by_warpgroup<S, 16>(a, d, s, slot, sums);
     return;
   }
 #endif
   sync_block();
-  load_stage<S>(a, w, s, l, ahead);
-  multiply_stage<S>(a, s, slot, s.tiles[done % kQueue].rows, k_step, sums);
+  load_stage<S>(a, d, w, s, l, ahead);
+  multiply_stage<S>(a, d, s, slot, s.tiles[done % kQueue].rows, k_step, sums);
 }
 
 // The sums of a tile are complete in this warp.
@@ -547,21 +560,21 @@ DEVICE void finish() {
 }
 
 template <class S>
-KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, int sms) {
+KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, Derived d) {
   SMEM_DECL;
   wait_for_previous_kernel();
   allow_next_kernel();
-  const Shared s = carve<S>(a, smem_);
-  const Work w = share_work<S>(a, sms);
+  const Shared s = carve<S>(a, d, smem_);
+  const Work w = share_work<S>(a, d.sms);
   const int block = (int)blockIdx.x;
   if (block >= w.blocks || w.units == 0) return;
   Loader<S> l;
   l.unit = w.first(block), l.end = w.first(block + 1), l.entered = 0;
   l.k_step = l.unit % w.k_steps;
   int unit = l.unit;
-  if (unit < l.end) enter_tile<S>(a, w, s, l);
+  if (unit < l.end) enter_tile<S>(a, d, w, s, l);
   int slot = 0, ahead = S::kAhead, done = 0;
-  for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, w, s, l, i);
+  for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, d, w, s, l, i);
 
   while (unit < l.end) {
     const int output = unit / w.k_steps, begin = output * w.k_steps, end = begin + w.k_steps < l.end ? begin + w.k_steps : l.end;
@@ -570,7 +583,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, int
     sums.clear();
     for (; unit < end; unit++) {
       cp_wait<S::kAhead - 1>();
-      multiply<S>(a, w, s, l, slot, ahead, done, unit - begin, sums);
+      multiply<S>(a, d, w, s, l, slot, ahead, done, unit - begin, sums);
       slot = slot + 1 == S::kStages ? 0 : slot + 1;
       ahead = ahead + 1 == S::kStages ? 0 : ahead + 1;
     }
@@ -585,8 +598,9 @@ KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, int
 
 template <class S>
 int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
-  Launch how = {(unsigned)marlin_moe_blocks(plan), (unsigned)S::kThreads, (size_t)carve<S>(a, (uint8_t*)1024).bytes, stream, plan.overlap && can_overlap()};
-  return launch(how, gemm<S>, a, plan.sms);
+  const Derived d = derive<S>(a, plan.sms);
+  const Launch how = {(unsigned)marlin_moe_blocks(plan), (unsigned)S::kThreads, (size_t)carve<S>(a, d, (uint8_t*)1024).bytes, stream, plan.overlap && can_overlap()};
+  return launch(how, gemm<S>, a, d);
 }
 
 template <class S>
@@ -597,14 +611,13 @@ constexpr MarlinMoeShape describe() {
 // The shapes, in the order of `config`: F(T, bits) is done with each.
 template <class T, int BITS>
 struct Shapes {
-  using S0 = Shape<T, BITS, 1, 4, 1, 4, 4, 4>;    // few rows in all: 32 rows, four warps along k
-  using S1 = Shape<T, BITS, 4, 1, 1, 4, 4, 4>;    // 8 tokens
-  using S2 = Shape<T, BITS, 4, 1, 2, 4, 4, 4>;    // 16
-  using S3 = Shape<T, BITS, 4, 1, 4, 4, 4, 3>;    // 32
-  using S4 = Shape<T, BITS, 4, 1, 8, 2, 4, BITS == 4 ? 3 : 2>;  // 64
-  using S5 = Shape<T, BITS, 4, 1, 16, 2, 4, 2>;   // 128
-  using S8 = Shape<T, BITS, 4, 1, 1, 8, BITS == 4 ? 3 : 2, 3>;
-  using S9 = Shape<T, BITS, 4, 1, 2, 8, BITS == 4 ? 3 : 2, 3>;
+  static constexpr bool kFour = BITS == 4;  // int8 takes twice the shared memory for the same numbers
+  using S0 = Shape<T, BITS, 1, 4, 1, 4, 4, 4>;                          // few rows in all: 32 rows, four warps along k
+  using S1 = Shape<T, BITS, 4, 1, 1, 4, kFour ? 3 : 4, kFour ? 6 : 3>;  // 8 tokens
+  using S2 = Shape<T, BITS, 4, 1, 2, 4, 4, kFour ? 4 : 3>;              // 16
+  using S3 = Shape<T, BITS, 4, 1, 4, 4, 3, kFour ? 4 : 3>;              // 32
+  using S4 = Shape<T, BITS, 4, 1, 8, 2, 4, 2>;                          // 64
+  using S5 = Shape<T, BITS, 4, 1, 16, 2, 4, 2>;                         // 128
 #ifdef __CUDACC__
   using S6 = Shape<T, BITS, 4, 1, 16, 2, 4, 2, true>;  // 128 by wgmma, on sm_90 alone
   using S7 = Shape<T, BITS, 8, 1, 16, 2, 6, 1, true>;  // two warpgroups share the tokens
@@ -624,8 +637,6 @@ int dispatch(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
     case 6: return launch_gemm<typename All::S6>(a, plan, stream);
     case 7: return launch_gemm<typename All::S7>(a, plan, stream);
 #endif
-    case 8: return launch_gemm<typename All::S8>(a, plan, stream);
-    case 9: return launch_gemm<typename All::S9>(a, plan, stream);
     default: return launch_gemm<typename All::S5>(a, plan, stream);
   }
 }
@@ -645,8 +656,6 @@ extern "C" MarlinMoeShape marlin_moe_shape(int32_t config) {
     case 6: return describe<All::S6>();
     case 7: return describe<All::S7>();
 #endif
-    case 8: return describe<All::S8>();
-    case 9: return describe<All::S9>();
     default: return {0, 0, 0, 0, 0, 0};
   }
 }

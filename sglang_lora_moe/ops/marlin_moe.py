@@ -50,15 +50,13 @@ class TileShape:
 
 SHAPES = (
     TileShape(32, 8, 512, 128, 4, 4),
-    TileShape(128, 8, 128, 128, 4, 4),
+    TileShape(128, 8, 128, 128, 6, 3),
     TileShape(128, 16, 128, 128, 4, 4),
-    TileShape(128, 32, 128, 128, 3, 4),
-    TileShape(128, 64, 64, 128, 3, 4),
+    TileShape(128, 32, 128, 128, 4, 3),
+    TileShape(128, 64, 64, 128, 2, 4),
     TileShape(128, 128, 64, 128, 2, 4),
     TileShape(128, 128, 64, 128, 2, 4),
     TileShape(256, 128, 64, 256, 1, 6),
-    TileShape(128, 8, 256, 128, 3, 3),
-    TileShape(128, 16, 256, 128, 3, 3),
 )
 EVERYWHERE = 6  # the shapes before it run on every GPU from sm_80 on and on the emulator; the others are wgmma's, for sm_90 alone
 
@@ -212,7 +210,7 @@ def marlin_moe_gemm(
     scatter: bool,
     activation: MoESpec | None = None,
     overlap: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor:  # budget: the tensors of one grouped product and its launch
     """x [M, k] with `gather`, else [P, k] in routing order -> out, which it returns: [P, rows], or [P, rows / 2] with an activation.
 
     out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens; without

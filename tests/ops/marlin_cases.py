@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,7 +67,7 @@ class Case:
             row = pair if self.halves == 1 else place
             out[row] = weights[expert] @ x[pair // self.top_k if self.halves == 2 else place].float() + (0 if bias is None else bias[expert].float())
             written[row] = True
-        return (out if self.spec is None else apply_activation(out, self.spec)), written
+        return (out if self.spec is None else apply_activation(out, replace(self.spec, intermediate_size=self.rows // 2))), written
 
 
 def encode_repack(weight: WNA16Weight, halves: int) -> bytes:
