@@ -237,7 +237,8 @@ def grouped_gemm(
         n, k, alignment.base_tiles.shape[0],
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        **(NO_TILE_OPTIONS if addend is None else addend.tile_options(tile.m * w_rows // n * tile.n // (32 * tile.warps))), LATE=addend is not None and not tile.ctas,
+        **(NO_TILE_OPTIONS if addend is None else addend.tile_options(tile.m * w_rows // n * tile.n // (32 * tile.warps))),
+        LATE=addend is not None and not tile.ctas,
         EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
     )  # fmt: skip
