@@ -27,8 +27,8 @@ from benchmarks.moe_parts import print_parts
 from benchmarks.moe_sweep import sweep, sweep_shrinks
 from benchmarks.shapes import SHAPES, MoEShape
 
-KEYS = ("shape", "backend", "weights", "M", "rank", "active")
-COLUMNS = ("shape", "M", "rank", "active", "us", "floor_us", "ratio", "base_us", "addon_us", "addon_floor_us", "peer_us", "sglang_us")
+KEYS = ("shape", "backend", "weights", "M", "rank", "active", "slots")
+COLUMNS = ("shape", "M", "rank", "active", "slots", "us", "floor_us", "ratio", "base_us", "addon_us", "addon_floor_us", "peer_us", "sglang_us")
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,28 @@ class Row:
     tokens: int
     rank: int  # 0 = no adapters
     active: int
+    slots: int  # resident adapters, of which `active` are used
 
 
 def plan(shapes: list[str], tokens: list[int], ranks: list[int], active: list[int]) -> list[Row]:
-    """Base rows of a shape first; then rank 16 with 1 and 4 adapters, on which the targets stand, then the rest."""
+    """First, size by size, base, rank 16 with 1 and 4 adapters and rank 64 with 16, on which the targets stand; then the rest.
+
+    The rows of one size stand together, because the chip's power state moves figures of large sizes by some percent.
+    """
     rows: list[Row] = []
     for name in shapes:
-        rows += [Row(SHAPES[name], m, 0, 0) for m in tokens]
+        rows += [Row(SHAPES[name], m, 0, 0, 0) for m in tokens]
         loads = sorted(((r, a) for r in ranks for a in active), key=lambda load: (load not in ((16, 4), (16, 1), (64, 16)), load))
-        rows += [Row(SHAPES[name], m, rank, a) for rank, a in loads for m in tokens]
-    return rows
+        rows += [Row(SHAPES[name], m, rank, a, a) for rank, a in loads for m in tokens]
+    urgent = [row for row in rows if (row.rank, row.active) in ((0, 0), (16, 4), (16, 1), (64, 16))]
+    urgent.sort(key=lambda row: (shapes.index(row.shape.name), row.tokens, row.rank))
+    resident = [Row(row.shape, row.tokens, row.rank, row.active, s) for row in urgent if (row.rank, row.active) == (16, 4) for s in (16, 64)]
+    resident = [row for row in resident if row.shape.name.startswith("qwen3") and row.tokens in (1, 64, 1024)]
+    return urgent + resident + [row for row in rows if row not in urgent]
 
 
 def setup_of(row: Row) -> Setup:
-    return Setup(row.shape, row.tokens, row.rank, row.active)
+    return Setup(row.shape, row.tokens, row.rank, row.active, row.slots)
 
 
 def measure(row: Row, ceilings: timing.Ceilings, bases: dict[tuple[str, int], float], device: torch.device) -> dict[str, Any]:
@@ -62,7 +70,8 @@ def measure(row: Row, ceilings: timing.Ceilings, bases: dict[tuple[str, int], fl
     base = bases.get((row.shape.name, row.tokens))
     peers = peer_times(row)
     return {
-        "shape": row.shape.name, "backend": "triton", "weights": "bf16", "M": row.tokens, "rank": row.rank, "active": row.active, "popularity": "uniform",
+        "shape": row.shape.name, "backend": "triton", "weights": "bf16", "M": row.tokens, "rank": row.rank, "active": row.active, "slots": row.slots,
+        "popularity": "uniform",
         "us": found.us, "low_us": found.low_us, "high_us": found.high_us, "base_us": base if row.rank else found.us,
         "ratio": found.us / floor, "addon_us": found.us - base if row.rank and base else None,
         "addon_floor_us": ceilings.floor_us(addon_bytes) if row.rank else None, "floor_us": floor, **peers,
@@ -124,7 +133,7 @@ def main() -> None:
     for row in rows:
         if deadline.reached():
             break
-        if results.find(shape=row.shape.name, backend="triton", weights="bf16", M=row.tokens, rank=row.rank, active=row.active) is None:
+        if results.find(shape=row.shape.name, backend="triton", weights="bf16", M=row.tokens, rank=row.rank, active=row.active, slots=row.slots) is None:
             record = measure(row, ceilings, bases, device)
             results.add(record)
             if row.rank == 0:

@@ -1,18 +1,21 @@
 """Launch shapes of the expert GEMMs: a small measured table, and rules for every other shape.
 
-`LayerTiles` says how one layer runs at one number of tokens. The table's rows were measured on an H200
-(benchmarks/RESULTS.md); the rules below it extend them by tokens per expert and by sizes. Nothing is tuned at run time.
+`LayerTiles` says how one layer runs at one number of tokens. The table's rows were measured on an H200 with
+`python -m benchmarks.bench_moe_lora --sweep`, whole layers, once without and once with four adapters of rank 16; the rules
+extend them by the mean rows of an expert. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile
 
-MAX_PAIR_TOKENS = 4  # up to here two tokens rarely meet in an expert, and a sort costs more than reading it twice
+MAX_PAIR_TOKENS = 4  # more tokens than this meet in experts too often, and every meeting reads the expert once more
+_LORA_BLOCK = {16: 16, 32: 16, 64: 32, 128: 64}  # rows of a LoRA tile by those of a base tile
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,28 @@ def choose_tiles(spec: MoESpec, tokens: int, itemsize: int, lora: bool = False) 
     """
     if itemsize == 4:
         return _float32_tiles(tokens)
-    if tokens == 1:
-        return LayerTiles(GemvTile(8, 256, 4, 2), GemvTile(8, 1024, 4, 3)) if lora else LayerTiles(GemvTile(16, 512, 4, 3), GemvTile(16, 1024, 8, 4))
-    if tokens <= MAX_PAIR_TOKENS:
-        return LayerTiles(GemvTile(8, 256, 4, 4), GemvTile(16, 256, 4, 3)) if lora else LayerTiles(GemvTile(16, 256, 4, 3), GemvTile(16, 512, 4, 4))
+    rows = _MEASURED.get((spec.num_experts, spec.hidden_size, spec.intermediate_size)) if spec.gated else None
+    if rows is not None:
+        sizes = [size for size, *_ in rows]
+        _, base, with_lora = rows[min(bisect_left(sizes, tokens), len(rows) - 1)]
+        return with_lora if lora else base
+    return _by_rule(spec, tokens, lora)
+
+
+def _by_rule(spec: MoESpec, tokens: int, lora: bool) -> LayerTiles:
+    wide, inter = spec.hidden_size, spec.intermediate_size
+    if tokens <= MAX_PAIR_TOKENS and 2 * tokens * spec.top_k <= spec.num_experts:
+        return LayerTiles(GemvTile(8, 512 if wide >= 512 else 256, 4, 3), GemvTile(16, 256, 4, 3) if inter <= 512 else GemvTile(8, 1024, 4, 3))
     rows = tokens * spec.top_k / spec.num_experts  # mean rows of an expert
-    if rows <= 8:
-        up = GemmTile(16, 64, 128, 4, 4, 0) if lora else GemmTile(16, 64 if rows > 2 else 32, 128, 4, 3, 0)
-        return LayerTiles(up, GemmTile(16, 128, 128, 4, 3, 0))
+    if rows <= 10:
+        up = GemmTile(16, 64, 128, 4, 3, 0) if lora else GemmTile(16, 32, 128, 4, 4, 0)
+        return LayerTiles(up, GemmTile(16, 128 if inter <= 1024 else 64, 64 if inter <= 512 else 128, 4, 3, 0))
     if rows <= 20:
         return LayerTiles(GemmTile(32, 64, 128, 4, 3, 0), GemmTile(32, 128, 64, 4, 3, 0))
-    if rows <= 96:
-        return LayerTiles(GemmTile(128, 128, 64, 8, 4, 1, tail=True), GemmTile(128, 128, 64, 4, 3, 2, tail=True), lora_block=32)
-    group = 1 if spec.num_experts > 64 else 8  # few experts: their row tiles share w in L2 only if they walk together
-    return LayerTiles(GemmTile(128, 128, 64, 8, 3, 1, group, tail=True), GemmTile(128, 128, 64, 4, 3, 2, group), lora_block=64)
+    if rows <= 48:
+        return LayerTiles(GemmTile(64, 128, 64, 8, 4, 0), GemmTile(64, 128, 64, 4, 3, 0), lora_block=32)
+    group = 1 if spec.num_experts > 64 or rows <= 96 else 8  # few experts: their row tiles share w in L2 only if they walk together
+    return LayerTiles(GemmTile(128, 128, 64, 8, 4, 1, group, tail=True), GemmTile(128, 128, 64, 4, 3, 2, group, tail=True), lora_block=64)
 
 
 def _float32_tiles(tokens: int) -> LayerTiles:
@@ -60,3 +71,57 @@ def _float32_tiles(tokens: int) -> LayerTiles:
     if tokens <= MAX_PAIR_TOKENS:
         return LayerTiles(GemvTile(8, 256, 4, 2), GemvTile(8, 256, 4, 2))
     return LayerTiles(GemmTile(16, 32, 32, 4, 2, 4), GemmTile(16, 64, 32, 4, 2, 4))
+
+
+def _pair(up: tuple[int, ...], down: tuple[int, ...]) -> LayerTiles:
+    return LayerTiles(GemvTile(*up), GemvTile(*down))
+
+
+def _grouped(m: int, up: tuple, down: tuple) -> LayerTiles:
+    """up and down = (n, k, warps, stages, ctas[, group, tail]) of a GemmTile."""
+
+    def tile(n: int, k: int, warps: int, stages: int, ctas: int, group: int = 1, tail: bool = False) -> GemmTile:
+        return GemmTile(m, n, k, warps, stages, ctas, group, True, tail)
+
+    return LayerTiles(tile(*up), tile(*down), _LORA_BLOCK[m])
+
+
+# (E, H, I of this rank) -> rows (up to so many tokens, tiles without adapters, tiles with), measured at that many tokens
+_MEASURED: dict[tuple[int, int, int], list[tuple[int, LayerTiles, LayerTiles]]] = {
+    (128, 2048, 768): [  # Qwen3-30B-A3B
+        (1, _pair((16, 512, 4, 3), (16, 1024, 8, 4)), _pair((8, 256, 4, 2), (8, 1024, 4, 3))),
+        (4, _pair((16, 256, 4, 3), (16, 512, 4, 4)), _pair((8, 256, 4, 4), (16, 256, 4, 3))),
+        (16, _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))),
+        (128, _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))),
+        (384, _grouped(32, (64, 128, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(32, (64, 64, 4, 4, 0), (64, 64, 4, 4, 0))),
+        (1536, _grouped(128, (128, 64, 8, 4, 1, 1, True), (128, 64, 4, 3, 2, 1, True)), _grouped(64, (256, 64, 8, 3, 0), (128, 64, 4, 3, 0))),
+        (4096, _grouped(128, (128, 64, 8, 3, 1, 1, True), (128, 64, 4, 3, 2)), _grouped(128, (128, 64, 8, 4, 1), (128, 64, 4, 3, 0))),
+    ],
+    (8, 4096, 14336): [  # Mixtral-8x7B
+        (1, _pair((4, 512, 4, 3), (16, 1024, 8, 4)), _pair((8, 512, 4, 3), (8, 512, 4, 3))),
+        (4, _grouped(16, (32, 128, 4, 4, 0), (64, 128, 4, 4, 0)), _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
+        (32, _grouped(16, (32, 256, 4, 3, 0), (64, 256, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
+        (96, _grouped(32, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0)), _grouped(32, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))),
+        (384, _grouped(128, (64, 64, 4, 3, 2, 1, True), (128, 64, 4, 3, 2, 1, True)), _grouped(128, (64, 64, 4, 3, 2, 1, True), (128, 64, 4, 3, 0))),
+        (1536, _grouped(128, (128, 64, 8, 4, 1, 8, True), (128, 64, 8, 4, 1, 8)), _grouped(128, (128, 64, 8, 3, 1, 8, True), (128, 64, 8, 4, 1, 8, True))),
+        (4096, _grouped(128, (128, 64, 8, 3, 1, 8), (128, 64, 4, 3, 0, 8)), _grouped(128, (128, 64, 8, 4, 1, 8), (256, 64, 8, 3, 1, 8))),
+    ],
+    (256, 7168, 256): [  # DeepSeek-V3, one of 8 tensor-parallel ranks
+        (1, _pair((8, 512, 4, 3), (16, 256, 4, 3)), _pair((8, 512, 4, 3), (16, 256, 4, 3))),
+        (4, _pair((16, 256, 4, 3), (16, 256, 4, 3)), _pair((8, 512, 4, 3), (16, 256, 4, 3))),
+        (32, _grouped(16, (32, 128, 4, 4, 0), (128, 128, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 64, 4, 3, 0))),
+        (128, _grouped(16, (32, 256, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(16, (32, 128, 4, 4, 0), (128, 64, 4, 3, 0))),
+        (384, _grouped(16, (32, 128, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(16, (32, 256, 4, 3, 0), (128, 64, 4, 3, 0))),
+        (1536, _grouped(64, (128, 64, 8, 4, 0), (128, 64, 4, 3, 0)), _grouped(64, (128, 64, 8, 4, 0), (128, 64, 4, 3, 0))),
+        (4096, _grouped(128, (128, 64, 8, 4, 1), (128, 64, 4, 3, 2, 1, True)), _grouped(128, (128, 64, 8, 4, 1), (128, 64, 4, 3, 2, 1, True))),
+    ],
+    (32, 2880, 2880): [  # gpt-oss-20b
+        (1, _pair((16, 256, 4, 3), (8, 1024, 4, 3)), _pair((8, 256, 4, 4), (8, 1024, 4, 3))),
+        (4, _pair((8, 256, 4, 4), (8, 1024, 4, 3)), _pair((8, 512, 4, 3), (16, 512, 4, 4))),
+        (32, _grouped(16, (32, 256, 4, 3, 0), (64, 256, 4, 3, 0)), _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
+        (96, _grouped(16, (32, 256, 4, 3, 0), (64, 128, 4, 4, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))),
+        (384, _grouped(64, (64, 64, 4, 4, 0), (128, 64, 4, 3, 0)), _grouped(64, (256, 64, 8, 3, 0), (128, 64, 4, 3, 0))),
+        (1536, _grouped(128, (64, 64, 4, 3, 2, 8), (128, 64, 4, 3, 2, 8, True)), _grouped(128, (128, 64, 8, 4, 1, 8), (128, 64, 4, 3, 0, 8, True))),
+        (4096, _grouped(128, (128, 64, 8, 3, 1, 8, True), (256, 64, 8, 3, 1, 8, True)), _grouped(128, (64, 64, 4, 3, 2, 8), (128, 64, 4, 3, 2, 8, True))),
+    ],
+}

@@ -134,6 +134,17 @@ def test_real_shape(device, tokens, layout) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 16, 64, 256, 1024, 4096])
+@pytest.mark.parametrize("load", ["base", "adapters"])
+@pytest.mark.parametrize("shape", [(128, 2048, 768, 8), (8, 4096, 14336, 2), (256, 7168, 256, 8), (32, 2880, 2880, 4)], ids=str)
+def test_every_measured_tile(device, shape, load, tokens) -> None:
+    """The launch shapes of the measured table, at the sizes they were measured for."""
+    torch.manual_seed(tokens)
+    experts, hidden, inter, top_k = shape
+    check(make_case(MoESpec(experts, top_k, hidden, inter), tokens, torch.bfloat16, device, ranks=None if load == "base" else [16, 8, 16]))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("routing", ["one", "few", "holes"])
 @pytest.mark.parametrize("popularity", ["none", "identical", "distinct", "zipf"])
 @pytest.mark.parametrize("tokens", [3, 64, 700])
