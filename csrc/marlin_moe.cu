@@ -344,7 +344,7 @@ DEVICE void multiply_stage(const MarlinMoeGemm& a, const Derived& d, const Share
   const int warp_m = warp_index() % S::kWarpsM, warp_k = warp_index() / S::kWarpsM, lane = lane_index();
   Rows<T, S::kBits> rows;
   rows.set_zeros(0x01010101u << (S::kBits - 1));
-#pragma unroll(S::kNT >= 4 ? 1 : 2)
+#pragma unroll(S::kNT >= 2 ? 1 : 2)
   for (int ku = 0; ku < S::kKU; ku++) {
     const int unit = warp_k * S::kKU + ku;
     if (S::kKUnits > 4 && k_step * S::kKUnits + unit >= a.k_units) break;  // weights are padded to four units of k

@@ -67,6 +67,10 @@ int main() {
   Case c;
   while (std::fread(&c, sizeof c, 1, stdin) == 1) {
     emu::order_seed = (uint64_t)c.order_seed;
+    if (c.is_repack == 2) {  // the table of shapes
+      for (int i = 0; marlin_moe_shape(i).block_tokens > 0; i++) write(std::vector<MarlinMoeShape>{marlin_moe_shape(i)});
+      continue;
+    }
     const int error = c.is_repack ? run_repack(c) : run_gemm(c);
     if (error != 0) return error;
   }

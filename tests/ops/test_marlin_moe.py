@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+import struct
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def test_emulated_repack_equals_torch(driver: Path, bits: int) -> None:
         weight = random_weight(2, rows, k, bits, k, False, torch.bfloat16)
         found = torch.frombuffer(bytearray(emulate(driver, encode_repack(weight, halves))), dtype=torch.int32)
         assert torch.equal(found, op.marlin_moe_repack(weight, halves).packed.flatten()), f"{rows} x {k}, halves {halves}"
+
+
+def test_shapes_are_those_of_the_kernels(driver: Path) -> None:
+    found = torch.frombuffer(bytearray(emulate(driver, struct.pack("31i", 2, *[0] * 30))), dtype=torch.int32).view(-1, 6).tolist()
+    assert found == [list(astuple(shape)) for shape in op.SHAPES[: op.EVERYWHERE]]
 
 
 def check(driver: Path, cases: list[Case]) -> None:

@@ -49,11 +49,12 @@ class MarlinQuantInfo:
 @lru_cache(maxsize=64)
 def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
     """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma."""
-    if tokens <= MAX_PAIR_TOKENS:
-        return MarlinPlan(0 if tokens == 1 else 1, 1, by_pair=True)
-    rows = tokens * spec.top_k / spec.num_experts
+    pairs = tokens * spec.top_k
+    rows = pairs / spec.num_experts
     if rows <= 6:
-        return MarlinPlan(1, 1)
+        # per pair only where two pairs rarely meet in an expert: its weights would be read twice
+        by_pair = tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts)
+        return MarlinPlan(_eight_tokens(pairs, spec.w13_rows), _eight_tokens(pairs, spec.hidden_size), by_pair)
     if rows <= 12:
         return MarlinPlan(2, 2)
     if rows <= 24:
@@ -61,6 +62,11 @@ def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
     if hopper:
         return MarlinPlan(7, 7, lora_block=32 if rows <= 48 else 64)
     return MarlinPlan(4, 4, lora_block=32) if rows <= 64 else MarlinPlan(5, 5, lora_block=64)
+
+
+def _eight_tokens(pairs: int, rows: int) -> int:
+    """Tiles of 32 rows where those of 128 are fewer than multiprocessors; they cost more instructions."""
+    return 0 if pairs * -(-rows // 128) < 132 else 1
 
 
 @lru_cache(maxsize=16)
