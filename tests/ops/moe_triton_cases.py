@@ -50,7 +50,9 @@ def make_stack(
     )  # fmt: skip
 
 
-def make_stacks(spec: MoESpec, ranks: list[int], dtype: torch.dtype, device, *, split: list[bool] | None = None, shared: list[bool] | None = None) -> ExpertStacks:
+def make_stacks(
+    spec: MoESpec, ranks: list[int], dtype: torch.dtype, device, *, split: list[bool] | None = None, shared: list[bool] | None = None
+) -> ExpertStacks:
     slots = len(ranks)
     split = [spec.gated] * slots if split is None else split
     shared = [False] * slots if shared is None else shared
