@@ -153,6 +153,8 @@ def build_model(
     for module in hf.modules():
         if isinstance(module, FusedMoE):
             module.finalize()
+            if module.runner.core.converts_weights:
+                module.quant_method.release_weights(module)
     if attention_backend == "triton":
         from sglang_lora_moe.models.decoder import FusedDecoder, is_standard  # triton is not installed everywhere
 

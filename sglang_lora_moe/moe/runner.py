@@ -49,6 +49,7 @@ class MoeRunnerCore(Protocol):
     """The two expert GEMMs of a backend. Intermediates have one row per pair, in the order `routing.rows` names."""
 
     name: str
+    converts_weights: bool = False  # quant_info copies the weights into another form, so that the layer's own may be freed
 
     def quant_info(self, quant_method: QuantMethod, layer: torch.nn.Module) -> Any:
         """The form of a layer's weights that this core reads; raises where the quantization has none. Called once, after loading."""

@@ -61,5 +61,9 @@ class QuantMethod(ABC):
     def get_marlin_quant_info(self, layer: nn.Module) -> Any:
         self._refuse("marlin")
 
+    def release_weights(self, layer: nn.Module) -> None:
+        """Drop the layer's own weights after a backend made its form of them; otherwise both would take memory."""
+        raise ValueError(f"{self.name} weights are read in place by their backends and cannot be dropped")
+
     def _refuse(self, backend: str) -> NoReturn:
         raise ValueError(f"{self.name} weights cannot run on the {backend} MoE backend; use --moe-runner-backend {' or '.join(self.backends)}")

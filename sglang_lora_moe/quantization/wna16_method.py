@@ -70,6 +70,11 @@ class WNA16Method(QuantMethod):
     def get_marlin_quant_info(self, layer: Any) -> WNA16QuantInfo:
         return WNA16QuantInfo(*self.weights(layer), layer.b13, layer.b2)
 
+    def release_weights(self, layer: nn.Module) -> None:
+        for prefix in ("w13_", "w2_"):
+            for leaf in ("packed", "scales", "zeros"):
+                setattr(layer, f"{prefix}{leaf}", None)
+
 
 def create_wna16(layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...], scheme: WNA16Scheme, dtype: torch.dtype, device: torch.device | str) -> None:
     """Register `{prefix}packed`, `{prefix}scales` and `{prefix}zeros` of a weight [.., O, I]; refuses widths that do not divide."""

@@ -89,6 +89,16 @@ def test_backends_are_given_the_canonical_tensors() -> None:
         assert info.b13 is None and (info.w2.bits, info.w2.group_size) == (4, 32)
 
 
+def test_released_weights_leave_the_layer_and_not_the_form_made_of_them() -> None:
+    method = WNA16Method(SCHEMES[0])
+    layer = make_experts(method, torch.float32, has_bias=True)
+    info = method.get_marlin_quant_info(layer)
+    method.release_weights(layer)
+    assert {name for name, _ in layer.named_parameters()} == {"b13", "b2"} and info.w13.packed.numel() > 0
+    with pytest.raises(ValueError, match="unquantized weights are read in place"):
+        UnquantizedMethod().release_weights(make_experts(UnquantizedMethod(), torch.float32))
+
+
 def test_widths_that_do_not_divide_are_refused() -> None:
     with pytest.raises(QuantizationError, match=r"mlp\.experts\.down_proj: 64 input features do not divide into groups of 128 .*; requantize with a group"):
         make_experts(WNA16Method(WNA16Scheme(4, 128, True, "gptq")), torch.float32)

@@ -84,6 +84,7 @@ class MarlinRunnerCore(MoeRunnerCore):
     """MoeRunnerCore over `MarlinQuantInfo`. `plan` fixes the launch shapes (benchmarks); None chooses by size."""
 
     name = "marlin"
+    converts_weights = True
 
     def __init__(self, plan: MarlinPlan | None = None) -> None:
         self.plan = plan
