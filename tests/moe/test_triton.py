@@ -113,6 +113,15 @@ def test_skewed_routing(device, routing) -> None:
     check(make_case(SMALL, 40, torch.float16, device, ranks=[8, 4], routing=routing), LayerTiles(GemmTile(16, 16, 32, 4, 2), GemmTile(16, 32, 16, 4, 2, 1, 2)))
 
 
+@pytest.mark.parametrize("load", ["base", "adapters"])
+def test_many_tokens(device, load) -> None:
+    """4,097 tokens on tall tiles with a half-height tail, walked in groups."""
+    torch.manual_seed(9)
+    tiles = LayerTiles(GemmTile(128, 16, 16, 4, 2, 1, 2, tail=True), GemmTile(128, 32, 16, 4, 2, 1, 3, tail=True), lora_block=64)
+    case = make_case(MoESpec(3, 1, 16, 16), 4097, torch.float32, device, ranks=None if load == "base" else [4, 8], popularity="zipf")
+    assert relative_error(run(case, tiles), reference(case)) <= 1e-5
+
+
 def test_no_tma(device) -> None:
     torch.manual_seed(5)
     tiles = LayerTiles(GemmTile(16, 32, 32, 4, 2, tma=False), GemmTile(16, 32, 32, 4, 2, tma=False))

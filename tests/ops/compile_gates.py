@@ -1,0 +1,32 @@
+"""Compile the MoE kernels ahead of time and print what came out, one JSON line a kernel. Run by test_triton_compile.py.
+
+A process of its own: the tests' one has Triton's interpreter switched on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.compile_ahead import compiling
+from benchmarks.moe_inputs import LayerInputs, Setup, run_layer
+from benchmarks.shapes import SHAPES
+
+# (arch, tokens, rank, active): a whole layer of Qwen3-30B-A3B, with the launch shapes it has at that size
+LAYERS = ((90, 1, 16, 4), (90, 64, 16, 4), (90, 256, 0, 0), (90, 1024, 0, 0), (90, 1024, 16, 4), (90, 4096, 16, 4), (80, 64, 16, 4), (100, 64, 0, 0))
+
+
+def main() -> None:
+    for arch, tokens, rank, active in LAYERS:
+        with compiling(arch, inspect=True) as found:
+            run_layer(LayerInputs.build(Setup(SHAPES["qwen3-30b-a3b"], tokens, rank, active, sets=1), torch.device("meta")), 0)
+        for kernel in found:
+            print(json.dumps({"arch": arch, "tokens": tokens, "rank": rank, **asdict(kernel)}))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

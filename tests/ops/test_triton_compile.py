@@ -1,0 +1,48 @@
+"""Gates on the compiled MoE kernels, no GPU needed: nothing spills, matrix and copy instructions are there, shared memory fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compile_ahead import SHARED_LIMIT
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> list[dict]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run([sys.executable, "-m", "tests.ops.compile_gates"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_no_spills_and_shared_memory_fits(kernels) -> None:
+    assert len(kernels) > 20
+    for kernel in kernels:
+        assert kernel["stack"] <= 16, kernel  # a few bytes outside the loops happen from one Triton to the next
+        assert kernel["shared"] <= SHARED_LIMIT[kernel["arch"]], kernel
+
+
+def test_products_run_on_tensor_cores(kernels) -> None:
+    for kernel in kernels:
+        if kernel["name"] != "_grouped_gemm_kernel":
+            continue
+        counts = kernel["counts"]
+        if kernel["arch"] == 90:
+            assert counts["UTMALDG"] > 0, kernel  # weights come through the tensor memory accelerator
+            assert (counts["HGMMA"] if kernel["tokens"] >= 1024 else counts["HMMA"]) > 0, kernel
+        elif kernel["arch"] == 80:
+            assert counts["HMMA"] > 0 and counts["LDGSTS"] > 0, kernel
+
+
+def test_shrinks_load_whole_pieces(kernels) -> None:
+    """Adapters are read with asynchronous 16-byte copies, which needs what the kernels tell the compiler of their alignment."""
+    shrinks = [kernel for kernel in kernels if kernel["name"].startswith("_shrink")]
+    assert shrinks and all(kernel["counts"]["LDGSTS"] > 0 for kernel in shrinks)
