@@ -18,6 +18,7 @@ from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, GetStats, LoadAdapter, LogprobOptions, Reply, RequestError, SamplingParams, UnloadAdapter
 from sglang_lora_moe.engine.build import build_engine
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
+from sglang_lora_moe.engine.samples import Sample, native_result
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
 from sglang_lora_moe.engine.validate import refuse
 
@@ -74,19 +75,22 @@ class Engine:
         return self._stream(requests) if stream else self._collect(requests, is_batch)
 
     def _collect(self, requests: list[GenerateRequest], is_batch: bool) -> Any:
-        outputs = [[_Output(request, k) for k in range(request.n)] for request in requests]
+        begin = time.perf_counter()
+        samples = [[Sample() for _ in range(request.n)] for request in requests]
         for place, chunk in self.run(requests):
-            outputs[place][chunk.index].add(chunk)
-        results = [output.result() for samples in outputs for output in samples]
+            samples[place][chunk.index].add(chunk)
+        seconds = time.perf_counter() - begin
+        results = [native_result(request, k, sample, seconds) for request, of in zip(requests, samples, strict=True) for k, sample in enumerate(of)]
         return results if is_batch or requests[0].n > 1 else results[0]
 
     def _stream(self, requests: list[GenerateRequest]) -> Iterator[dict[str, Any]]:
-        outputs = [[_Output(request, k) for k in range(request.n)] for request in requests]
+        begin = time.perf_counter()
+        samples = [[Sample() for _ in range(request.n)] for request in requests]
         first = [sum(request.n for request in requests[:i]) for i in range(len(requests))]
         for place, chunk in self.run(requests):
-            output = outputs[place][chunk.index]
-            output.add(chunk)
-            yield output.result() | {"index": first[place] + chunk.index}
+            sample = samples[place][chunk.index]
+            sample.add(chunk)
+            yield native_result(requests[place], chunk.index, sample, time.perf_counter() - begin) | {"index": first[place] + chunk.index}
 
     def run(self, requests: list[GenerateRequest]) -> Iterator[tuple[int, Chunk]]:
         """Run requests together; (place of the request, chunk) as they come. The first refusal ends all of them.
@@ -179,51 +183,6 @@ class Engine:
     def _next_rid(self) -> str:
         self._calls += 1
         return f"control-{self._calls}"
-
-
-class _Output:
-    """One sample in SGLang's result shape."""
-
-    def __init__(self, request: GenerateRequest, index: int) -> None:
-        self._request, self._index, self._begin = request, index, time.perf_counter()
-        self._text, self._ids = "", []  # type: tuple[str, list[int]]
-        self._prompt_logprobs: list[Any] = []
-        self._logprobs: list[Any] = []
-        self._last: Chunk | None = None
-
-    def add(self, chunk: Chunk) -> None:
-        self._text += chunk.text
-        self._ids += chunk.token_ids
-        self._prompt_logprobs += chunk.prompt_logprobs or []
-        self._logprobs += chunk.logprobs or []
-        self._last = chunk
-
-    def result(self) -> dict[str, Any]:
-        chunk, request = self._last, self._request
-        assert chunk is not None, "a sample ended without a chunk"
-        reason: dict[str, Any] | None = None
-        if chunk.finish_reason is not None:
-            details: dict[str, dict[str, Any]] = {
-                "stop": {"matched": chunk.matched_stop},
-                "length": {"length": chunk.completion_tokens},
-                "abort": {"message": "aborted"},
-            }
-            reason = {"type": chunk.finish_reason} | details[chunk.finish_reason]
-        meta: dict[str, Any] = {
-            "id": request.rid if request.n == 1 else f"{request.rid}-{self._index}",
-            "finish_reason": reason,
-            "prompt_tokens": chunk.prompt_tokens,
-            "completion_tokens": chunk.completion_tokens,
-            "cached_tokens": chunk.cached_tokens,
-            "lora_path": request.adapter,
-            "e2e_latency": time.perf_counter() - self._begin,
-        }
-        if request.logprobs is not None:
-            for side, entries in (("input", self._prompt_logprobs), ("output", self._logprobs)):
-                meta[f"{side}_token_logprobs"] = [(entry.logprob, entry.token_id, None) for entry in entries]
-                if request.logprobs.top:
-                    meta[f"{side}_top_logprobs"] = [[(value, token, None) for token, value in e.top] if e.logprob is not None else None for e in entries]
-        return {"text": self._text, "output_ids": list(self._ids), "meta_info": meta}
 
 
 def _spread(value: Any, count: int, name: str) -> list[Any]:

@@ -10,13 +10,14 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams, TokenLogprob
+from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams
+from sglang_lora_moe.engine.samples import Triple, native_result
 from sglang_lora_moe.server import fields as f
 from sglang_lora_moe.server.engine_api import Chunk, GenerateRequest
 from sglang_lora_moe.server.errors import validate
 from sglang_lora_moe.server.logprobs import TokenText, finite
 from sglang_lora_moe.server.openai_protocol import Prompt, split_prompts
-from sglang_lora_moe.server.samples import Job, ResponseFormat, Sample
+from sglang_lora_moe.server.samples import Job, ResponseFormat
 from sglang_lora_moe.server.service import Service, new_id
 
 _CONSTRAINED = f"constrained output {f.NOT_IMPLEMENTED}"
@@ -125,40 +126,10 @@ class NativeFormat(ResponseFormat):
             yield self._output(prompt, chunk.index) | index
 
     def _output(self, prompt: int, k: int) -> dict[str, Any]:
-        request, sample = self._requests[prompt], self.samples[prompt][k]
-        meta = {
-            "id": request.rid if self.n == 1 else f"{request.rid}-{k}",
-            "finish_reason": _finish(sample),
-            "prompt_tokens": sample.prompt_tokens,
-            "completion_tokens": sample.completion_tokens,
-            "cached_tokens": sample.cached_tokens,
-            "lora_path": request.adapter,
-            "e2e_latency": time.perf_counter() - self._begin,
-        }
-        if request.logprobs is not None:
-            meta |= self._logprobs("input", sample.prompt_logprobs, request.logprobs.top) | self._logprobs("output", sample.logprobs, request.logprobs.top)
-        return {"text": sample.text, "output_ids": sample.token_ids, "meta_info": meta}
+        return native_result(self._requests[prompt], k, self.samples[prompt][k], time.perf_counter() - self._begin, self._triple)
 
-    def _logprobs(self, side: str, entries: list[TokenLogprob], top: int) -> dict[str, Any]:
-        """SGLang's triples (logprob, token id, text or null)."""
-
-        def triple(logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:
-            return finite(logprob), token_id, self._tokens.text(token_id) if self._with_text else None
-
-        lists: dict[str, Any] = {f"{side}_token_logprobs": [triple(entry.logprob, entry.token_id) for entry in entries]}
-        if top:
-            lists[f"{side}_top_logprobs"] = [[triple(value, i) for i, value in entry.top] if entry.logprob is not None else None for entry in entries]
-        return lists
-
-
-def _finish(sample: Sample) -> dict[str, Any] | None:
-    if sample.finish_reason is None:
-        return None
-    if sample.finish_reason == "stop":
-        return {"type": "stop", "matched": sample.matched_stop}
-    if sample.finish_reason == "length":
-        return {"type": "length", "length": sample.completion_tokens}
-    return {"type": sample.finish_reason, "message": "aborted"}
+    def _triple(self, logprob: float | None, token_id: int) -> Triple:
+        return finite(logprob), token_id, self._tokens.text(token_id) if self._with_text else None
 
 
 async def native_job(service: Service, body: NativeRequest) -> Job:

@@ -4,34 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from sglang_lora_moe.core import TokenLogprob
+from sglang_lora_moe.engine.samples import Sample
 from sglang_lora_moe.server.engine_api import Chunk, GenerateRequest
-
-
-@dataclass(slots=True)
-class Sample:
-    """The chunks of one sample of one prompt, added up."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    matched_stop: int | str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-
-    def add(self, chunk: Chunk) -> None:
-        self.text += chunk.text
-        self.token_ids += chunk.token_ids
-        self.logprobs += chunk.logprobs or ()
-        self.prompt_logprobs += chunk.prompt_logprobs or ()
-        self.finish_reason, self.matched_stop = chunk.finish_reason, chunk.matched_stop
-        self.prompt_tokens, self.completion_tokens, self.cached_tokens = chunk.prompt_tokens, chunk.completion_tokens, chunk.cached_tokens
 
 
 class ResponseFormat(ABC):
