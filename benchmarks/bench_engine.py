@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_engine                                  Qwen3-30B-A3B, batch 1, 16, 64, 256, 0/1/4/16 adapters of rank 16
     python -m benchmarks.bench_engine --batches 16 --active 4 --rank 64 --popularity zipf
+    python -m benchmarks.bench_engine --weights int4-g128              the same model as a compressed-tensors W4A16 checkpoint has it
 
 Method (that of the recorded peer): prompts of 32 tokens, time of 64 decode steps in the running engine, median of 3; prefill is
 the wall time of one request of one token. The base engine is a server without --enable-lora, the other one a server with it, in
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.dummy_model import CONFIGS, is_adapted, make_adapters, write_config
+from benchmarks.dummy_model import CONFIGS, QUANTIZATIONS, WEIGHT_BYTES, is_adapted, make_adapters, write_config
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import SamplingParams, Submit
 from sglang_lora_moe.engine.build import build_engine
@@ -65,7 +66,9 @@ class Bench:
             max_running_requests=max(args.batches), chunked_prefill_size=4 * PREFILL, context_length=8192, max_total_tokens=65536,
             disable_prefix_cache=True, disable_cuda_graph=args.eager, disable_overlap=args.no_overlap,
         )  # fmt: skip
-        self.core, self.config, _ = build_engine(config)
+        torch.cuda.reset_peak_memory_stats()
+        self.core, self.config, info = build_engine(config)
+        self.memory = info["memory"] | {"start_s": round(time.monotonic() - begin, 1), "reserved": torch.cuda.memory_reserved()}
         self.model: Any = self.core.runner.model  # type: ignore[attr-defined]
         self.rank, self.profiled = rank, args.profile
         self.targets: dict[str, Any] = {}
@@ -74,7 +77,7 @@ class Bench:
             for i, weights in enumerate(make_adapters(self.targets.values(), rank, slots, self.model.dtype, self.model.device)):
                 self.core.lora.load(f"a{i}", weights.path, weights, False)
         torch.cuda.synchronize()
-        print(f"engine (rank {rank}, {slots} slots) ready after {time.monotonic() - begin:.1f} s", flush=True)
+        print(f"engine (rank {rank}, {slots} slots) ready after {self.memory['start_s']} s; bytes: {self.memory}", flush=True)
         self.random = random.Random(0)
 
     def submit(self, count: int, tokens: int, new: int, adapters: list[str | None]) -> None:
@@ -196,13 +199,13 @@ def assign(batch: int, active: int, popularity: str) -> list[str | None]:
     return [f"a{i % active}" for i in range(batch)]
 
 
-def floors(shape: str, probe: Probe, batch: int) -> float:
+def floors(shape: str, weights: str, probe: Probe, batch: int) -> float:
     """Bytes of weights that a decode step reads, base part."""
-    c = CONFIGS[shape]
+    c, quantized = CONFIGS[shape], WEIGHT_BYTES[weights]
     h, d = c["hidden_size"], c["head_dim"]
     attention = h * d * (2 * c["num_attention_heads"] + 2 * c["num_key_value_heads"])
-    layer = probe.experts * 3 * h * c["moe_intermediate_size"] + attention + h * c["num_experts"]
-    return 2.0 * (c["num_hidden_layers"] * layer + h * c["vocab_size"] + batch * h)
+    layer = quantized * (probe.experts * 3 * h * c["moe_intermediate_size"] + attention) + 2.0 * h * c["num_experts"]
+    return c["num_hidden_layers"] * layer + 2.0 * (h * c["vocab_size"] + batch * h)
 
 
 def adapter_bytes(bench: Bench, shape: str, probe: Probe) -> float:
@@ -222,7 +225,14 @@ def allowed(batch: int, base: float, addon: float) -> float:
 
 def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, active: int, popularity: str) -> None:
     """All batches and prefills of one engine and one load, as rows of `results`."""
-    common = {"shape": args.shape, "backend": bench.model.moe_runner_backend, "weights": "bf16", "rank": bench.rank, "active": active, "popularity": popularity}
+    common = {
+        "shape": args.shape,
+        "backend": bench.model.moe_runner_backend,
+        "weights": args.weights,
+        "rank": bench.rank,
+        "active": active,
+        "popularity": popularity,
+    }
 
     def base_of(phase: str, batch: int, inputs: int) -> dict[str, Any] | None:
         return results.find(**(common | {"phase": phase, "batch": batch, "input": inputs, "rank": 0, "active": 0, "popularity": "none"}))
@@ -232,17 +242,18 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
         step, gpu, probe = bench.decode(batch, adapters)
         base = base_of("decode", batch, PROMPT)
         addon = adapter_bytes(bench, args.shape, probe) / READ_BYTES_PER_S * 1e6 if active else 0.0
-        floor = floors(args.shape, probe, batch) / READ_BYTES_PER_S * 1e6 + addon
+        floor = floors(args.shape, args.weights, probe, batch) / READ_BYTES_PER_S * 1e6 + addon
         base_us = base["step_us"] if base else step
-        peer = PEER_LORA_STEP_US if active == 4 and bench.rank == 16 else {} if active else PEER_STEP_US
+        peer = {} if args.weights != "bf16" else PEER_LORA_STEP_US if active == 4 and bench.rank == 16 else {} if active else PEER_STEP_US
         row = {
             "phase": "decode", "batch": batch, "input": PROMPT, "output": STEPS, "tok_s": batch / step * 1e6, "base_tok_s": batch / base_us * 1e6,
             "retention": base_us / step, "step_us": step, "base_step_us": base_us, "floor_us": floor, "gpu_us": gpu, "busy": gpu / step,
-            "allowed_step_us": allowed(batch, base_us, addon) if active else PEER_STEP_US.get(batch), "peer_step_us": peer.get(batch),
+            "allowed_step_us": allowed(batch, base_us, addon) if active else peer.get(batch), "peer_step_us": peer.get(batch),
             "experts": probe.experts, "groups": probe.groups, "adapter_us": addon,
         }  # fmt: skip
         results.add(common | row)
         print(timing.format_table([row | common], COLUMNS), flush=True)
+    bf16 = args.weights == "bf16"
     for count in args.prefills:
         wall, gpu = bench.prefill(count, assign(count, active, popularity))
         base = base_of("prefill", count, PREFILL)
@@ -251,7 +262,8 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
             "phase": "prefill", "batch": count, "input": PREFILL, "output": 1, "tok_s": count * PREFILL / wall * 1e6,
             "base_tok_s": base["tok_s"] if base else count * PREFILL / wall * 1e6, "retention": base_gpu / gpu, "step_us": wall,
             "base_step_us": base["step_us"] if base else wall, "floor_us": None, "gpu_us": gpu, "busy": gpu / wall,
-            "allowed_step_us": base_gpu / 0.9 if active else ALLOWED_PREFILL_US.get(count), "peer_step_us": None if active else PEER_PREFILL_US.get(count),
+            "allowed_step_us": base_gpu / 0.9 if active else ALLOWED_PREFILL_US.get(count) if bf16 else None,
+            "peer_step_us": PEER_PREFILL_US.get(count) if bf16 and not active else None,
             "experts": None, "groups": None, "adapter_us": None,
         }  # fmt: skip
         results.add(common | row)
@@ -264,6 +276,7 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="commit to record when run from a copy without .git")
     parser.add_argument("--time-limit", type=float, default=None, help="seconds after which no further load is started")
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(CONFIGS))
+    parser.add_argument("--weights", default="bf16", choices=sorted(QUANTIZATIONS))
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, to try the benchmark itself")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--prefills", nargs="*", type=int, default=[1, 4])
@@ -281,8 +294,9 @@ def main() -> None:
     settings = {"steps": STEPS, "prompt": PROMPT, "graphs": not args.eager, "overlap": not args.no_overlap, **overrides}
     results = timing.Results(args.out, "engine", KEYS, settings, commit=args.commit, peer="vllm 0.33.0")
     with tempfile.TemporaryDirectory() as folder:
-        path = write_config(args.shape, Path(folder) / args.shape)
+        path = write_config(args.shape, Path(folder) / args.shape, **QUANTIZATIONS[args.weights])
         bench = Bench(args, path, 0, 0)
+        results.record["settings"]["memory"] = bench.memory
         measure(bench, args, results, 0, "none")
         bench.close()
         if args.active and not deadline.reached():

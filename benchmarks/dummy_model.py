@@ -25,6 +25,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What a compressed-tensors checkpoint says that llmcompressor wrote with the scheme W4A16: all linears but the head and the routers.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "int4-g128": {
+        "quantization_config": {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*mlp.gate$"],
+            "config_groups": {"group_0": {
+                "targets": ["Linear"], "format": "pack-quantized",
+                "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+            }},
+        },
+    },
+}  # fmt: skip
+WEIGHT_BYTES = {"bf16": 2.0, "int4-g128": 0.5 + 2.0 / 128}  # of one weight of a linear, with its share of a scale
+
 
 def write_config(shape: str, folder: Path, **overrides: Any) -> Path:
     """A model directory with a config.json alone, for --load-format dummy."""

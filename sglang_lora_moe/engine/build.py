@@ -56,6 +56,7 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     )
     config = replace(config, context_length=min(config.context_length, model.max_model_len), moe_runner_backend=model.moe_runner_backend)
     weights = allocated_bytes(config)
+    memory = _measure_weights(config, model, weights)
     lora = _make_manager(config, model) if config.enable_lora else None  # before the KV cache takes what memory is left
     adapters = allocated_bytes(config) - weights
     if config.device == "cuda":
@@ -66,7 +67,17 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     logger.info("model %s is ready after %.1f s", config.served_model_name, time.monotonic() - begin)
     for name, path, pinned in config.lora_specs():
         _load(core, name, path, pinned)
-    return core, config, _model_info(config, model)
+    return core, config, _model_info(config, model) | {"memory": memory}
+
+
+def _measure_weights(config: Config, model: ServedModel, weights: int) -> dict[str, int]:
+    """Bytes of GPU memory after the build: the weights, what they would take unquantized, the most while loading. Empty on a CPU."""
+    if config.device != "cuda":
+        return {}
+    found = {"weights": weights, "unquantized": model.unquantized_bytes, "loading_peak": torch.cuda.max_memory_allocated()}
+    in_gib = [value / 2**30 for value in found.values()]
+    logger.info("weights take %.2f GiB of GPU memory (%.2f unquantized), at most %.2f while loading", *in_gib)
+    return found
 
 
 def _make_manager(config: Config, model: ServedModel) -> LoRAManager:

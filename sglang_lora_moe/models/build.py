@@ -55,6 +55,7 @@ class ServedModel:
         self.eos_token_ids: list[int] = []
         self.kv_specs: list[KVLayerSpec] = [layer.spec.kv for layer in attention]
         self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
+        self.unquantized_bytes = 0  # that all parameters would take unquantized
         self.moe_runner_backend = "auto"  # what runs the experts; two names joined by "+" where only some layers are quantized
         self._attention, self._names = attention, NameTable(hf)
         self._decoder: FusedDecoder | None = None
@@ -138,12 +139,14 @@ def build_model(
     path, device = Path(path), torch.device(device)
     hf = _build_on_meta(path, dtype)
     formats = _weight_formats(hf, path if load_format != "dummy" else None)
+    unquantized_bytes = sum(parameter.numel() * parameter.element_size() for parameter in hf.parameters())
     swap = _Swap(hf, ctx, dtype, device, formats, moe_runner_backend, attention_backend)
     swap.run()
     _materialise(hf, device)
     hf.tie_weights()
     model = ServedModel(hf, ctx, dtype, device, list(swap.attention.values()))
     model.moe_runner_backend = "+".join(sorted(swap.moe_backends)) or moe_runner_backend  # a model without experts decides nothing
+    model.unquantized_bytes = unquantized_bytes
     model.refused_adapter_modules = swap.refused_adapter_modules
     model.eos_token_ids = _eos_token_ids(path, model.config)
     if load_format == "dummy":
