@@ -23,8 +23,8 @@ import torch
 from benchmarks import timing
 from benchmarks.shapes import ACTIVE, SHAPES, TOKENS, MoEShape
 from sglang_lora_moe.ops import moe_lora_align as op
+from tests.moe_cases import generator, make_token_slots, make_topk_ids
 from tests.ops.align_plans import Plan, align_with_plan
-from tests.routing_cases import generator, make_token_slots, make_topk_ids
 
 KEYS = ("shape", "M", "active", "plan")
 COLUMNS = (*KEYS, "us", "low_us", "high_us", "peer_base_us", "peer_us", "ratio", "floor_us")

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.shapes import MoEShape
 from sglang_lora_moe.lora.hooks import build_lora_hooks
-from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
+from sglang_lora_moe.lora.stacks import ExpertStacks
 from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
 from sglang_lora_moe.moe.routing import Routing
@@ -21,6 +21,7 @@ from sglang_lora_moe.ops import build
 from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
+from tests.moe_cases import Noise, generator, make_expert_weights, make_pool, make_topk_ids
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,14 @@ class LayerInputs:
     def build(cls, setup: Setup, device: torch.device) -> LayerInputs:
         spec, m = setup.spec, setup.tokens
         torch.manual_seed(setup.tokens * 1000 + setup.active)
+        noise = Noise(None, torch.bfloat16, device)
         sets = setup.sets or max(4, min(16, 256 // m))
-        weights = [_weights(spec, device) for _ in range(min(2, sets))]
+        weights = [TritonQuantInfo(*make_expert_weights(spec, noise), None, None) for _ in range(min(2, sets))]
         stacks = [make_stacks(spec, setup.rank, setup.slots or setup.active, device) for _ in range(min(2, sets))] if setup.rank else []
         workspace = Workspace(device)
         slots = (torch.arange(m, dtype=torch.int32) % max(setup.active, 1)).to(device) if setup.rank else None
         inputs = [
-            RunnerInput(
-                _random((m, spec.hidden_size), device), ids(m, spec, device), torch.rand(m, spec.top_k, device=device), slots, workspace, spec, len_slots(setup)
-            )
+            RunnerInput(noise(m, spec.hidden_size), ids(m, spec, device), torch.rand(m, spec.top_k, device=device), slots, workspace, spec, len_slots(setup))
             for _ in range(sets)
         ]
         hooks: list[LoRAHooks | None] = [build_lora_hooks(s, triton_lora) for s in stacks] or [None]
@@ -124,21 +124,12 @@ def ids(tokens: int, spec: MoESpec, device: torch.device) -> torch.Tensor:
     """Top-k of uniform scores, int32 [M, K]."""
     if device.type == "meta":
         return torch.empty(tokens, spec.top_k, dtype=torch.int32, device=device)
-    return torch.rand(tokens, spec.num_experts, device=device).topk(spec.top_k, dim=1).indices.to(torch.int32)
+    return make_topk_ids("uniform", tokens, spec.top_k, spec.num_experts, generator(int(torch.randint(1 << 30, ())), device))
 
 
 def make_stacks(spec: MoESpec, rank: int, slots: int, device: torch.device) -> ExpertStacks:
     """`slots` adapters of one rank on all experts, gate and up with their own A."""
-
-    def stack(rows: int, cols: int, dim: int, split: bool) -> Stack:
-        size = rows * cols
-        table = torch.arange(slots, device=device, dtype=torch.int64) * (size * spec.num_experts)
-        ints = torch.full((slots,), rank, dtype=torch.int32, device=device)
-        strides, ones = torch.full_like(table, size), torch.ones(slots, device=device)
-        return Stack(_random((slots * size * spec.num_experts,), device, 0.02), table, strides, ints, ones, torch.full_like(ints, split), dim, rank, split)
-
-    h, i = spec.hidden_size, spec.intermediate_size
-    return ExpertStacks(stack(2 * rank, h, h, True), stack(2 * i, rank, 2 * i, True), stack(rank, i, i, False), stack(h, rank, h, False))
+    return make_pool(spec, slots, dict.fromkeys(range(slots), (rank, "split")), Noise(None, torch.bfloat16, device)).stacks_for("experts")  # type: ignore[return-value]
 
 
 def base_bytes(inputs: LayerInputs) -> float:
@@ -160,12 +151,3 @@ def adapter_bytes(inputs: LayerInputs) -> float:
 def base_flops(inputs: LayerInputs) -> float:
     spec = inputs.setup.spec
     return 6.0 * inputs.setup.tokens * spec.top_k * spec.hidden_size * spec.intermediate_size
-
-
-def _weights(spec: MoESpec, device: torch.device) -> TritonQuantInfo:
-    e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
-    return TritonQuantInfo(_random((e, 2 * i, h), device, h**-0.5), _random((e, h, i), device, i**-0.5), None, None)
-
-
-def _random(shape: tuple[int, ...], device: torch.device, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(scale)

@@ -1,12 +1,17 @@
 """Test set-up: without a GPU, Triton kernels run in its interpreter, and tests marked `gpu` are skipped.
 
+The largest error of each kernel against its reference is printed at the end, and written to `--errors FILE` as JSON.
 Where the server's libraries are not installed (`./run test-gpu` installs nothing), tests of the server are not collected.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,3 +36,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--errors", type=Path, metavar="FILE", help="write the largest error of each kernel as JSON")
+
+
+@pytest.fixture(autouse=True)
+def _keep_largest_errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hands what the test measured to the report, which is how it reaches the summary from other processes too."""
+    from tests.references import largest_errors
+
+    largest_errors.clear()
+    yield
+    request.node.user_properties.extend(largest_errors.items())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    found: dict[str, float] = {}
+    for kernel, error in (pair for reports in terminalreporter.stats.values() for report in reports for pair in getattr(report, "user_properties", ())):
+        found[kernel] = max(error, found.get(kernel, 0.0))
+    if found and (GPU or config.option.errors):
+        terminalreporter.section("largest relative norm errors")
+        for kernel, error in sorted(found.items()):
+            terminalreporter.line(f"{error:.2e}  {kernel}")
+    if config.option.errors:
+        config.option.errors.write_text(json.dumps(dict(sorted(found.items())), indent=1))

@@ -1,14 +1,14 @@
-"""The one generator of MoE LoRA cases, shared by tests and benchmarks on every device.
+"""The one generator of routings, adapter assignments and whole MoE layers with adapters, shared by tests and benchmarks on every device.
 
     case = make_case(m=17, popularity="zipf", active=4, ranks=(4, 16), layouts=("split", "shared_outer"))
 
-Adapters lie in a real `LoRAMemoryPool`; references read them back through the tables. The axes are the constants below;
-`small_cases()` varies one axis at a time around a default, which is what CPU tests run.
+Adapters lie in a real `LoRAMemoryPool` whose unused parts are NaN; references read them back through the tables. The axes are
+the constants below; `small_cases()` varies one axis at a time around a default, which is what CPU tests run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -26,13 +26,67 @@ from sglang_lora_moe.moe.workspace import Workspace
 TOKENS = (1, 2, 7, 16, 17, 133)  # M
 POPULARITIES = ("none", "identical", "distinct", "uniform", "zipf")
 LAYOUTS = ("dense", "split", "shared_outer", "split_shared_outer", "gate_up_only", "down_only")
-ROUTINGS = ("uniform", "one_expert", "few_experts", "edges", "partial")
+ROUTINGS = ("uniform", "zipf", "one_expert", "few_experts", "edges", "some_invalid", "all_invalid", "partial")
 SPECS: dict[str, dict[str, Any]] = {
     "silu": {},
     "gelu_bias": {"activation": "gelu_tanh", "has_bias": True},
     "clamped": {"has_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 1.5},  # gpt-oss with a limit that binds here
     "ungated": {"gated": False, "activation": "relu2"},
 }
+
+
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def make_topk_ids(routing: str, tokens: int, top_k: int, experts: int, g: torch.Generator, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """[M, K] on the generator's device: the K best of random scores, or the extremes a kernel may meet.
+
+    zipf: scores fall with the expert's number; one_expert: every pair to the last; few_experts: a quarter of them, the others are empty;
+    edges: runs one below, at and above multiples of 16; some_invalid: 20 % are -1 and 10 % beyond the last expert; partial: 30 % are -1,
+    and all of the last quarter of the tokens, which is what padding looks like.
+    """
+    device = g.device
+    if routing in ("one_expert", "all_invalid"):
+        return torch.full((tokens, top_k), -1 if routing == "all_invalid" else experts - 1, dtype=dtype, device=device)
+    if routing == "edges":
+        sizes = [(15, 16, 17, 1, 32, 33, 0, 31)[i % 8] for i in range(experts)]
+        ids = torch.repeat_interleave(torch.arange(experts), torch.tensor(sizes)).repeat(tokens * top_k // max(sum(sizes), 1) + 1)
+        return ids[: tokens * top_k].view(tokens, top_k).to(device=device, dtype=dtype)
+    usable = min(experts, max(top_k, experts // 4)) if routing == "few_experts" else experts
+    scores = torch.rand((tokens, usable), generator=g, device=device)
+    if routing == "zipf":
+        scores = scores.clamp_min(1e-6).log() / (1.0 / torch.arange(1, usable + 1, device=device))  # weighted sampling without replacement
+    ids = scores.topk(min(top_k, usable), dim=1).indices
+    if top_k > usable:
+        ids = torch.cat([ids, torch.randint(0, usable, (tokens, top_k - usable), generator=g, device=device)], dim=1)
+    drop = torch.rand((tokens, top_k), generator=g, device=device)
+    if routing == "some_invalid":
+        ids = torch.where(drop < 0.2, -1, torch.where(drop > 0.9, experts, ids))
+    if routing == "partial":
+        ids = torch.where(drop < 0.3, -1, ids)
+        ids[tokens - tokens // 4 :] = -1
+    return ids.to(dtype).contiguous()
+
+
+def make_token_slots(popularity: str, tokens: int, places: int | Sequence[int], g: torch.Generator, base_share: float = 0.0) -> torch.Tensor:
+    """int32 [M] on the generator's device: -1, or one of the slots `places` (a number means the first ones).
+
+    none: base only; identical: all on the last; distinct: token t on the (t mod A)-th; uniform and zipf (weights falling as i^-1.5): random,
+    and `base_share` of the tokens on the base.
+    """
+    device = g.device
+    place = torch.tensor(list(range(places) if isinstance(places, int) else places), device=device, dtype=torch.int32)
+    if popularity == "none" or not place.numel():
+        return torch.full((tokens,), -1, dtype=torch.int32, device=device)
+    if popularity == "identical":
+        return place[-1].repeat(tokens)
+    if popularity == "distinct":
+        return place[torch.arange(tokens, device=device) % place.numel()]
+    weights = torch.arange(1, place.numel() + 1, device=device) ** (-1.5 if popularity == "zipf" else 0.0)
+    slots = place[torch.multinomial(weights.expand(max(tokens, 1), -1), 1, generator=g)[:tokens, 0]]
+    slots[torch.rand(tokens, generator=g, device=device) < base_share] = -1
+    return slots
 
 
 @dataclass
@@ -65,7 +119,7 @@ def make_case(
     top_k: int = 2,
     hidden: int = 64,
     inter: int = 32,
-    spec: str = "silu",
+    spec: str | MoESpec = "silu",
     popularity: str = "uniform",
     active: int = 4,
     slots: int = 5,
@@ -78,42 +132,70 @@ def make_case(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> MoECase:
-    """One case. `active` adapters lie spread over `slots` slots, adapter i with ranks[i % ..] in layouts[i % ..].
+    """One case. `active` adapters lie spread over `slots` slots, adapter i with ranks[i % ..] (0: tokens, but no weights) in layouts[i % ..].
 
     `base_share` of the tokens have no adapter (except for "identical" and "distinct"); equal arguments give equal cases.
+    A whole MoESpec given as `spec` replaces experts, top_k, hidden, inter and router_weight_on.
     """
     shown = {k: v for k, v in locals().items() if k != "device"}
-    device = torch.device(device)
-    rng = torch.Generator(device=device).manual_seed(seed)
-    moe_spec = MoESpec(experts, top_k, hidden, inter, **SPECS[spec], router_weight_on=router_weight_on)
-
-    def noise(*shape: int, std: float = 1.0) -> torch.Tensor:
-        return torch.randn(shape, generator=rng, device=device, dtype=torch.float32 if device.type == "cpu" else dtype).mul_(std).to(dtype)
-
-    w13, w2 = noise(experts, moe_spec.w13_rows, hidden, std=hidden**-0.5), noise(experts, hidden, inter, std=inter**-0.5)
-    b13, b2 = (noise(experts, moe_spec.w13_rows, std=0.5), noise(experts, hidden, std=0.5)) if moe_spec.has_bias else (None, None)
+    g = generator(seed, device)
+    if not isinstance(spec, MoESpec):
+        spec = MoESpec(experts, top_k, hidden, inter, **SPECS[spec], router_weight_on=router_weight_on)
+    noise = Noise(g, dtype)
+    w13, w2 = make_expert_weights(spec, noise)
+    b13, b2 = (noise(spec.num_experts, rows, std=0.5) for rows in (spec.w13_rows, spec.hidden_size)) if spec.has_bias else (None, None)
     active = 0 if popularity == "none" else min(active, slots)
     places = [i * slots // active for i in range(active)]
-    target = ExpertTarget("experts", experts, hidden, inter, moe_spec.gated)
-    pool = LoRAMemoryPool([target], slots, max(ranks), dtype, device)
-    for i, slot in enumerate(places):
-        module = make_expert_lora(moe_spec, ranks[i % len(ranks)], layouts[i % len(layouts)], noise, scaling=(0.5, 2.0, 1.0)[i % 3])
-        pool.write(slot, SimpleNamespace(modules={"experts": module}))
-    ids, token_slots = _topk_ids(routing, m, top_k, experts, rng), _token_slots(popularity, m, places, base_share, rng)
+    pool = make_pool(spec, slots, {slot: (ranks[i % len(ranks)], layouts[i % len(layouts)]) for i, slot in enumerate(places)}, noise)
+    token_slots = make_token_slots(popularity, m, places, g, base_share)
     if routing == "partial":
         token_slots[m - m // 4 :] = -1  # the rows of padding
     return MoECase(
         name=" ".join(f"{k}={v}" for k, v in shown.items()),
-        spec=moe_spec,
-        x=noise(m, hidden),
-        topk_ids=ids.to(torch.int32).contiguous(),
-        topk_weights=torch.rand(m, top_k, generator=rng, device=device) + 0.1,
-        token_slots=token_slots.to(torch.int32),
+        spec=spec,
+        x=noise(m, spec.hidden_size),
+        topk_ids=make_topk_ids(routing, m, spec.top_k, spec.num_experts, g),
+        topk_weights=torch.rand(m, spec.top_k, generator=g, device=g.device) + 0.1,
+        token_slots=token_slots,
         w13=w13, w2=w2, b13=b13, b2=b2,
         stacks=pool.stacks_for("experts"),  # type: ignore[arg-type]
         pool=pool,
         num_slots=slots,
     )  # fmt: skip
+
+
+@dataclass
+class Noise:
+    """Normally distributed tensors: noise(*shape, std=..). On a CPU drawn in float32, so that equal seeds give equal cases in every dtype."""
+
+    generator: torch.Generator | None
+    dtype: torch.dtype
+    device: torch.device | None = None  # for benchmarks' "meta", which has no generator
+
+    def __call__(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        device = self.generator.device if self.generator is not None else self.device
+        drawn = torch.float32 if device is not None and device.type == "cpu" else self.dtype
+        return torch.randn(shape, generator=self.generator, device=device, dtype=drawn).mul_(std).to(self.dtype)
+
+
+def make_expert_weights(spec: MoESpec, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13 [E, 2I, H] and w2 [E, H, I], scaled so that activations keep their size."""
+    e, h, i = spec.num_experts, spec.hidden_size, spec.intermediate_size
+    return noise(e, spec.w13_rows, h, std=h**-0.5), noise(e, h, i, std=i**-0.5)
+
+
+def make_pool(spec: MoESpec, slots: int, adapters: dict[int, tuple[int, str]], noise: Noise) -> LoRAMemoryPool:
+    """A pool for one layer's experts ("experts") holding adapters {slot: (rank, layout)}; what no adapter occupies is NaN."""
+    target = ExpertTarget("experts", spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.gated)
+    device = noise.generator.device if noise.generator is not None else noise.device
+    assert device is not None
+    pool = LoRAMemoryPool([target], slots, max([1, *(rank for rank, _ in adapters.values())]), noise.dtype, device)
+    pool.pool.fill_(float("nan"))
+    for i, (slot, (rank, layout)) in enumerate(adapters.items()):
+        if rank:
+            module = make_expert_lora(spec, rank, layout, noise, scaling=(0.5, 2.0, 1.0)[i % 3])
+            pool.write(slot, SimpleNamespace(modules={"experts": module}))  # type: ignore[arg-type]
+    return pool
 
 
 def make_expert_lora(spec: MoESpec, rank: int, layout: str, noise: Any, scaling: float = 1.0) -> ExpertLoRA:
@@ -138,38 +220,3 @@ def small_cases(**overrides: Any) -> Iterator[dict[str, Any]]:
     yield {"top_k": 1, "router_weight_on": "input"} | overrides
     yield {"active": 1, "slots": 1, "ranks": (64,), "base_share": 0.0} | overrides
     yield {"experts": 33, "top_k": 5, "hidden": 72, "inter": 40, "m": 19} | overrides
-
-
-def _topk_ids(routing: str, m: int, top_k: int, experts: int, rng: torch.Generator) -> torch.Tensor:
-    """int64 [m, top_k]. "edges": runs one below, at and above multiples of 16; "partial": -1 here and there, last quarter all -1."""
-    device = rng.device
-    if routing == "one_expert":  # with top_k > 1 every token goes to the same top_k experts
-        return torch.arange(top_k, device=device).repeat(m, 1) + experts - top_k
-    if routing == "edges":
-        sizes = [(15, 16, 17, 1, 32, 33, 0, 31)[i % 8] for i in range(experts)]
-        ids = torch.repeat_interleave(torch.arange(experts), torch.tensor(sizes)).repeat(m * top_k // max(sum(sizes), 1) + 1)
-        return ids[: m * top_k].view(m, top_k).to(device)
-    usable = max(top_k, experts // 4) if routing == "few_experts" else experts
-    ids = torch.rand(m, usable, generator=rng, device=device).argsort(dim=1)[:, :top_k]
-    if routing == "partial":
-        ids[torch.rand(m, top_k, generator=rng, device=device) < 0.3] = -1
-        ids[m - m // 4 :] = -1
-    return ids
-
-
-def _token_slots(popularity: str, m: int, places: list[int], base_share: float, rng: torch.Generator) -> torch.Tensor:
-    """int64 [m] of slots in `places`, or -1."""
-    device = rng.device
-    if popularity == "none" or not places:
-        return torch.full((m,), -1, device=device)
-    place = torch.tensor(places, device=device)
-    if popularity == "identical":
-        return place[-1].repeat(m)
-    if popularity == "distinct":
-        return place[torch.arange(m, device=device) % len(places)]
-    weight = torch.ones(len(places), device=device)
-    if popularity == "zipf":
-        weight /= torch.arange(1, len(places) + 1, device=device) ** 1.5
-    chosen = place[torch.multinomial(weight, m, replacement=True, generator=rng)]
-    chosen[torch.rand(m, generator=rng, device=device) < base_share] = -1
-    return chosen

@@ -12,14 +12,15 @@ import torch
 from sglang_lora_moe.lora.hooks import build_lora_hooks
 from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core, make_lora_ops
 from sglang_lora_moe.moe.backends.marlin import MarlinRunnerCore, choose_plan
-from sglang_lora_moe.moe.runner import MoeRunner, RunnerInput
+from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, marlin_moe_repack
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, quantize
 from sglang_lora_moe.quantization.wna16_method import WNA16Method, WNA16QuantInfo
-from tests.ops.moe_triton_cases import Case, make_case, reference, relative_error
+from tests.moe_cases import LAYOUTS, MoECase, make_case
+from tests.references import assert_near, ref_moe
 
 SPEC = MoESpec(8, 2, 128, 96)
 BIASED = MoESpec(8, 2, 128, 96, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5)
@@ -38,18 +39,16 @@ class Quantized:
         return self.info
 
 
-def quantized(case: Case, bits: int = 4, group: int = 32, symmetric: bool = True) -> tuple[Case, Quantized]:
+def quantized(case: MoECase, bits: int = 4, group: int = 32, symmetric: bool = True) -> tuple[MoECase, Quantized]:
     """The case with weights that are exactly what the quantized ones mean."""
     w13, w2 = (quantize(w, bits, group, symmetric, case.x.dtype) for w in (case.w13, case.w2))
     exact = replace(case, w13=dequantize(w13, case.x.dtype), w2=dequantize(w2, case.x.dtype))
     return exact, Quantized(WNA16QuantInfo(w13, w2, case.b13, case.b2))
 
 
-def run(case: Case, info: Any, core: MarlinRunnerCore) -> torch.Tensor:
-    hooks = None if case.stacks is None else build_lora_hooks(case.stacks, make_lora_ops("marlin"))
-    slots = 0 if case.stacks is None else case.stacks.a13.num_slots
-    inp = RunnerInput(case.x, case.topk_ids, case.topk_weights, case.token_slots, Workspace(case.x.device), case.spec, slots)
-    return MoeRunner(core).run(inp, info, hooks)
+def run(case: MoECase, info: Any, core: MarlinRunnerCore, lora: bool = True, workspace: Workspace | None = None) -> torch.Tensor:
+    hooks = build_lora_hooks(case.stacks, make_lora_ops("marlin")) if lora else None
+    return MoeRunner(core).run(case.runner_input(workspace or Workspace(case.x.device), lora), info, hooks)
 
 
 def test_refuses_cpu_and_16_bit_weights() -> None:
@@ -61,7 +60,7 @@ def test_refuses_cpu_and_16_bit_weights() -> None:
         get_moe_runner_backend("marlin", "cuda", UnquantizedMethod())
     with pytest.raises(ValueError, match="cannot run on the marlin MoE backend"):
         UnquantizedMethod().get_marlin_quant_info(SimpleNamespace())
-    _, quant = quantized(make_case(SPEC, 2, torch.bfloat16, torch.device("cpu")))
+    _, quant = quantized(make_case(spec=SPEC, m=2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="runs on NVIDIA GPUs, the weights are on cpu; use --moe-runner-backend torch_native"):
         make_core("marlin").quant_info(quant, SimpleNamespace())
 
@@ -91,38 +90,32 @@ def test_plans_fit_their_tiles() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [SPEC, BIASED, UNGATED], ids=["silu", "clamped with bias", "ungated"])
-@pytest.mark.parametrize("ranks", [None, [4, 16, 1, 7]], ids=["base", "adapters"])
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpu_layer_equals_reference(spec: MoESpec, ranks: list[int] | None, dtype: torch.dtype) -> None:
+def test_gpu_layer_equals_reference(spec: MoESpec, lora: bool, dtype: torch.dtype) -> None:
     for tokens, bits, symmetric in ((1, 4, True), (3, 8, False), (17, 4, False), (64, 8, True), (300, 4, True), (1000, 4, False)):
-        torch.manual_seed(tokens)
-        case, quant = quantized(make_case(spec, tokens, dtype, torch.device("cuda"), ranks=ranks, routing="holes"), bits, 32, symmetric)
+        case, quant = quantized(make_case(spec=spec, m=tokens, dtype=dtype, device="cuda", layouts=LAYOUTS, active=5, routing="partial"), bits, 32, symmetric)
         core = MarlinRunnerCore()
         info = core.quant_info(quant, SimpleNamespace())  # type: ignore[arg-type]
-        found = run(case, info, core)
-        error = relative_error(found, reference(case))
-        assert error <= (8e-3 if dtype == torch.bfloat16 else 2e-3), f"relative error {error:.2e} with {tokens} tokens"
-        assert torch.equal(found, run(case, info, core)), "two runs differ"
+        found = run(case, info, core, lora)
+        assert_near(found, ref_moe(case, lora).out, f"marlin layer, {'adapters' if lora else 'base'}", case.name)
+        assert torch.equal(found, run(case, info, core, lora)), "two runs differ"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 4, 33, 500])
 def test_gpu_graph_replay_equals_eager(tokens: int) -> None:
-    torch.manual_seed(tokens)
-    case, quant = quantized(make_case(SPEC, tokens, torch.bfloat16, torch.device("cuda"), ranks=[4, 16]))
+    case, quant = quantized(make_case(spec=SPEC, m=tokens, dtype=torch.bfloat16, device="cuda", ranks=(4, 16)))
     core, workspace = MarlinRunnerCore(), Workspace("cuda")
     info = core.quant_info(quant, SimpleNamespace())  # type: ignore[arg-type]
-    assert case.stacks is not None
-    inp = RunnerInput(case.x, case.topk_ids, case.topk_weights, case.token_slots, workspace, case.spec, 2)
-    runner, hooks = MoeRunner(core), build_lora_hooks(case.stacks, make_lora_ops("marlin"))
-    eager = runner.run(inp, info, hooks).clone()
+    eager = run(case, info, core, workspace=workspace).clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = runner.run(inp, info, hooks)
+        found = run(case, info, core, workspace=workspace)
     for _ in range(3):
         found.fill_(float("nan"))
         graph.replay()
         assert torch.equal(found, eager)
     case.topk_ids.copy_(case.topk_ids.roll(1, 0))
     graph.replay()
-    assert torch.equal(found, runner.run(inp, info, hooks))
+    assert torch.equal(found, run(case, info, core, workspace=workspace))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +13,16 @@ from benchmarks.moe_inputs import align_on_host, has_cuda_align
 from sglang_lora_moe.lora.hooks import build_lora_hooks
 from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
-from sglang_lora_moe.moe.runner import LoRAHooks, MoeRunner, RunnerInput
+from sglang_lora_moe.moe.runner import MoeRunner, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
-from tests.ops.moe_triton_cases import Case, make_case, reference, relative_error
+from tests.moe_cases import LAYOUTS, POPULARITIES, ROUTINGS, MoECase, make_case
+from tests.references import assert_near, ref_moe
 
-SMALL = MoESpec(8, 2, 64, 48)
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+SMALL = {"experts": 8, "top_k": 2, "hidden": 64, "inter": 48}
 
 
 class Poisoned(Workspace):
@@ -44,18 +46,19 @@ class SeparateOps:
     shrink, act_with_delta, combine_with_delta = (staticmethod(getattr(triton_lora, n)) for n in ("shrink", "act_with_delta", "combine_with_delta"))
 
 
-def run(case: Case, tiles: LayerTiles | None = None, ops=triton_lora, workspace: Workspace | None = None) -> torch.Tensor:
-    hooks: LoRAHooks | None = None if case.stacks is None else build_lora_hooks(case.stacks, ops)
-    slots = 0 if case.stacks is None else case.stacks.a13.num_slots
-    inp = RunnerInput(case.x, case.topk_ids, case.topk_weights, case.token_slots, workspace or Poisoned(case.x.device), case.spec, slots)
+def run(case: MoECase, tiles: LayerTiles | None = None, ops: Any = triton_lora, workspace: Workspace | None = None, lora: bool = True) -> torch.Tensor:
+    hooks = build_lora_hooks(case.stacks, ops) if lora else None
+    inp = case.runner_input(workspace or Poisoned(case.x.device), lora)
     return MoeRunner(Core(tiles)).run(inp, TritonQuantInfo(case.w13, case.w2, case.b13, case.b2), hooks)
 
 
-def check(case: Case, tiles: LayerTiles | None = None, ops=triton_lora) -> None:
-    found = run(case, tiles, ops)
-    error = relative_error(found, reference(case))
-    assert error <= TOLERANCE[case.x.dtype], f"relative error {error:.2e}"
-    assert torch.equal(found, run(case, tiles, ops)), "two runs differ"
+def check(case: MoECase, tiles: LayerTiles | None = None, ops: Any = triton_lora, lora: bool = True) -> torch.Tensor:
+    """Against the reference, and a second run against the first."""
+    found = run(case, tiles, ops, lora=lora)
+    kernel = f"triton layer, {'adapters' if lora else 'base'}{'' if ops is triton_lora else ', separate'}"
+    assert_near(found, ref_moe(case, lora).out, kernel, case.name)
+    assert torch.equal(found, run(case, tiles, ops, lora=lora)), f"two runs differ: {case.name}"
+    return found
 
 
 DTYPES = [torch.float32, torch.float16] if not torch.cuda.is_available() else [torch.float32, torch.float16, torch.bfloat16]
@@ -63,10 +66,9 @@ DTYPES = [torch.float32, torch.float16] if not torch.cuda.is_available() else [t
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 9, 21])
-@pytest.mark.parametrize("routing", ["uniform", "holes"])
+@pytest.mark.parametrize("routing", ["uniform", "partial"])
 def test_base_layer_equals_reference(device, dtype, tokens, routing) -> None:
-    torch.manual_seed(tokens)
-    check(make_case(SMALL, tokens, dtype, device, routing=routing))
+    check(make_case(**SMALL, m=tokens, dtype=dtype, device=device, routing=routing, popularity="none"), lora=False)
 
 
 @pytest.mark.parametrize(
@@ -75,119 +77,133 @@ def test_base_layer_equals_reference(device, dtype, tokens, routing) -> None:
         MoESpec(4, 1, 32, 32, activation="gelu"),
         MoESpec(4, 2, 32, 32, activation="gelu_tanh", gated=False),
         MoESpec(4, 2, 32, 32, activation="relu2", gated=False, has_bias=True),
-        MoESpec(4, 2, 40, 24, has_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0),
+        MoESpec(4, 2, 40, 24, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5),
         MoESpec(4, 1, 32, 32, activation="relu", router_weight_on="input"),
     ],
     ids=lambda s: f"{s.activation}-{s.gated}-{s.has_bias}",
 )
 @pytest.mark.parametrize("tokens", [2, 7])
-def test_formulas(device, spec, tokens) -> None:
-    torch.manual_seed(1)
-    case = make_case(spec, tokens, torch.float32, device)
-    found = run(case)
-    scaled = replace(case, x=case.x * case.topk_weights, topk_weights=torch.ones_like(case.topk_weights)) if spec.router_weight_on == "input" else case
-    assert relative_error(found, reference(scaled)) <= 1e-5
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "adapters"])
+def test_formulas(device, spec, tokens, lora) -> None:
+    check(make_case(spec=spec, m=tokens, device=device, ranks=(8, 4), active=2), lora=lora)
 
 
 @pytest.mark.parametrize("ops", [triton_lora, SeparateOps], ids=["addend", "separate"])
-@pytest.mark.parametrize("popularity", ["none", "identical", "uniform", "distinct", "zipf"])
+@pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("tokens", [2, 13])
 def test_adapters_by_popularity(device, ops, popularity, tokens) -> None:
-    torch.manual_seed(2)
-    check(make_case(SMALL, tokens, torch.float32, device, ranks=[4, 0, 20, 16], routing="holes", popularity=popularity), ops=ops)
+    check(make_case(**SMALL, m=tokens, device=device, ranks=(4, 0, 20, 16), layouts=("split",), routing="partial", popularity=popularity), ops=ops)
 
 
 @pytest.mark.parametrize("ops", [triton_lora, SeparateOps], ids=["addend", "separate"])
 @pytest.mark.parametrize("tokens", [2, 13])
-def test_mixed_layouts(device, ops, tokens) -> None:
-    """Split and shared A, shared-outer experts and a rank above one rank block in the same batch."""
-    torch.manual_seed(3)
-    layout = {"split": [True, False, True], "shared": [False, True, True]}
-    check(make_case(SMALL, tokens, torch.float32, device, ranks=[40, 8, 1], **layout), ops=ops)
-    check(make_case(SMALL, tokens, torch.float16, device, ranks=[40, 8, 1], **layout), ops=ops)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_mixed_layouts(device, ops, tokens, dtype) -> None:
+    """Split and shared A, shared-outer experts, one half alone and a rank above one rank block in the same batch."""
+    check(make_case(**SMALL, m=tokens, dtype=dtype, device=device, ranks=(40, 8, 1), layouts=LAYOUTS, active=6, slots=7), ops=ops)
 
 
-@pytest.mark.parametrize("routing", ["one", "few"])
+@pytest.mark.parametrize("routing", ["one_expert", "few_experts", "edges", "some_invalid", "all_invalid"])
 def test_skewed_routing(device, routing) -> None:
-    torch.manual_seed(4)
-    check(make_case(SMALL, 40, torch.float16, device, ranks=[8, 4], routing=routing), LayerTiles(GemmTile(16, 16, 32, 4, 2), GemmTile(16, 32, 16, 4, 2, 1, 2)))
+    tiles = LayerTiles(GemmTile(16, 16, 32, 4, 2), GemmTile(16, 32, 16, 4, 2, 1, 2))
+    check(make_case(**SMALL, m=40, dtype=torch.float16, device=device, ranks=(8, 4), routing=routing), tiles)
 
 
 @pytest.mark.parametrize("load", ["base", "adapters"])
 def test_many_tokens(device, load) -> None:
     """4,097 tokens on tall tiles with a half-height tail, walked in groups."""
-    torch.manual_seed(9)
     tiles = LayerTiles(GemmTile(128, 16, 16, 4, 2, 1, 2, tail=True), GemmTile(128, 32, 16, 4, 2, 1, 3, tail=True), lora_block=64)
-    case = make_case(MoESpec(3, 1, 16, 16), 4097, torch.float32, device, ranks=None if load == "base" else [4, 8], popularity="zipf")
-    assert relative_error(run(case, tiles), reference(case)) <= 1e-5
+    case = make_case(spec=MoESpec(3, 1, 16, 16), m=4097, device=device, ranks=(4, 8), active=2, slots=2, popularity="zipf")
+    assert_near(run(case, tiles, lora=load != "base"), ref_moe(case, load != "base").out, "triton layer")
 
 
 def test_no_tma(device) -> None:
-    torch.manual_seed(5)
     tiles = LayerTiles(GemmTile(16, 32, 32, 4, 2, tma=False), GemmTile(16, 32, 32, 4, 2, tma=False))
-    check(make_case(MoESpec(4, 2, 56, 40), 9, torch.float16, device, ranks=[8, 4]), tiles)
+    check(make_case(spec=MoESpec(4, 2, 56, 40), m=9, dtype=torch.float16, device=device, ranks=(8, 4)), tiles)
 
+
+# ---- the GPU: bfloat16, eager, two runs, and from a captured graph ---------------------------------------------------
 
 QWEN = MoESpec(128, 8, 2048, 768)
+MEDIUM = MoESpec(32, 4, 1024, 512)
+BY_PAIR = 4  # up to here no alignment is needed
+
+
+def check_on_gpu(lora: bool = True, **arguments: Any) -> None:
+    """`check`, then the same layer captured: three replays equal the eager run bit for bit."""
+    case = make_case(**({"dtype": torch.bfloat16, "device": "cuda"} | arguments))
+    found, workspace = check(case, lora=lora), Workspace("cuda")
+    if not has_cuda_align() and case.x.shape[0] > BY_PAIR:
+        return
+    run(case, workspace=workspace, lora=lora)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(case, workspace=workspace, lora=lora)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, found), f"a replay differs from the eager run: {case.name}"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 16, 17, 64, 133, 256, 1024, 4097])
-@pytest.mark.parametrize("layout", ["base", "r16", "r64x16", "mixed"])
-def test_real_shape(device, tokens, layout) -> None:
-    torch.manual_seed(tokens)
-    ranks = {"base": None, "r16": [16] * 4, "r64x16": [64] * 16, "mixed": [16, 0, 1, 100, 8]}[layout]
-    extra = {"split": [True, False, True, False, True], "shared": [False, True, False, True, False]} if layout == "mixed" else {}
-    case = make_case(QWEN, tokens, torch.bfloat16, device, ranks=ranks, routing="holes" if layout == "mixed" else "uniform", **extra)
-    check(case)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 7, 16, 17, 64, 133, 256, 1024, 4097])
+@pytest.mark.parametrize("load", ["base", "r16", "r64x16", "mixed"])
+def test_real_shape(load: str, tokens: int) -> None:
+    """Qwen3-30B-A3B."""
+    loads: dict[str, dict[str, Any]] = {
+        "base": {"popularity": "none", "slots": 1},
+        "r16": {"ranks": (16,), "layouts": ("split",)},
+        "r64x16": {"ranks": (64,), "layouts": ("split",), "active": 16, "slots": 16},
+        "mixed": {"ranks": (16, 0, 1, 100, 8), "layouts": LAYOUTS, "active": 6, "slots": 6, "routing": "partial"},
+    }
+    check_on_gpu(load != "base", spec=QWEN, m=tokens, **loads[load])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 3, 16, 64, 256, 1024, 4096])
 @pytest.mark.parametrize("load", ["base", "adapters"])
 @pytest.mark.parametrize("shape", [(128, 2048, 768, 8), (8, 4096, 14336, 2), (256, 7168, 256, 8), (32, 2880, 2880, 4)], ids=str)
-def test_every_measured_tile(device, shape, load, tokens) -> None:
+def test_every_measured_tile(shape: tuple[int, ...], load: str, tokens: int) -> None:
     """The launch shapes of the measured table, at the sizes they were measured for."""
-    torch.manual_seed(tokens)
     experts, hidden, inter, top_k = shape
-    check(make_case(MoESpec(experts, top_k, hidden, inter), tokens, torch.bfloat16, device, ranks=None if load == "base" else [16, 8, 16]))
+    adapters = {"popularity": "none", "slots": 1} if load == "base" else {"ranks": (16, 8, 16), "layouts": ("split",), "active": 3, "slots": 3}
+    check_on_gpu(load != "base", spec=MoESpec(experts, top_k, hidden, inter), m=tokens, **adapters)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("routing", ["one", "few", "holes"])
-@pytest.mark.parametrize("popularity", ["none", "identical", "distinct", "zipf"])
-@pytest.mark.parametrize("tokens", [3, 64, 700])
-def test_real_shape_skewed(device, routing, popularity, tokens) -> None:
-    torch.manual_seed(6)
-    check(make_case(MoESpec(32, 4, 1024, 512), tokens, torch.bfloat16, device, ranks=[16] * 64, routing=routing, popularity=popularity))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64, 700])
+def test_axes(tokens: int, dtype: torch.dtype) -> None:
+    """Popularity by routing, layouts by rank, slots from 1 to 64, and the formulas."""
+    common: dict[str, Any] = {"spec": MEDIUM, "m": tokens, "dtype": dtype}
+    for popularity, routing in itertools.product(POPULARITIES, ROUTINGS):
+        check_on_gpu(**common, popularity=popularity, routing=routing, ranks=(16,), layouts=("split",), active=3, slots=4)
+    for layout, rank in itertools.product(LAYOUTS, (1, 16, 64)):
+        check_on_gpu(**common, layouts=(layout,), ranks=(rank,))
+    for slots in (1, 2, 16, 64):
+        check_on_gpu(**common, active=slots, slots=slots, ranks=(4, 16, 8), popularity="distinct", base_share=0.0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [2, 48, 600])
-def test_bias_and_odd_sizes(device, tokens) -> None:
-    torch.manual_seed(7)
+def test_bias_and_odd_sizes(tokens: int) -> None:
     spec = MoESpec(32, 4, 2880, 2880, has_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)
-    check(make_case(spec, tokens, torch.bfloat16, device, ranks=[16, 32]))
+    check_on_gpu(spec=spec, m=tokens, ranks=(16, 32), active=2, slots=2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [2, 64, 600])
-def test_graph_replay_follows_its_inputs(device, tokens) -> None:
+def test_graph_replay_follows_its_inputs(tokens: int) -> None:
     """A captured layer replayed on other tokens, experts and slots equals the eager layer on them."""
-    torch.manual_seed(8)
-    spec = MoESpec(32, 4, 1024, 512)
-    case, other = (make_case(spec, tokens, torch.bfloat16, device, ranks=[16, 8, 64], popularity=p) for p in ("uniform", "zipf"))
-    if not has_cuda_align() and tokens > 4:
+    if not has_cuda_align() and tokens > BY_PAIR:
         pytest.skip("the alignment op has no CUDA implementation in this process")
-    workspace = Workspace(device)
+    shared: dict[str, Any] = {"spec": MEDIUM, "m": tokens, "dtype": torch.bfloat16, "device": "cuda", "ranks": (16, 8, 64), "active": 3, "slots": 3}
+    case, other, workspace = make_case(**shared), make_case(**shared, popularity="zipf", routing="zipf", seed=1), Workspace("cuda")
     run(case, workspace=workspace)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(case, workspace=workspace)
     for name in ("x", "topk_ids", "topk_weights", "token_slots"):
         getattr(case, name).copy_(getattr(other, name))
     graph.replay()
-    torch.cuda.synchronize()
-    expected = run(replace(other, w13=case.w13, w2=case.w2, stacks=case.stacks))
-    assert torch.equal(out, expected)
+    assert torch.equal(out, run(replace(other, w13=case.w13, w2=case.w2, stacks=case.stacks)))

@@ -14,7 +14,7 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, quantize
-from tests.routing_cases import generator, make_topk_ids
+from tests.moe_cases import generator, make_topk_ids
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.moe_cases import generator
 from tests.ops.cpp import compile_for_emulator
-from tests.routing_cases import generator
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 

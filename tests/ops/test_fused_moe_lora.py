@@ -10,60 +10,56 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.fused_moe_lora import fused_moe_lora
-from tests.ops.moe_triton_cases import delta, make_routing, make_slots, make_stacks, relative_error
+from tests.moe_cases import LAYOUTS, MoECase, make_case
+from tests.references import assert_near, ref_delta
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
-
-def check(spec: MoESpec, tokens: int, ranks: list[int], dtype: torch.dtype, device, *, rows: str, half: str, routing: str = "uniform", **layout) -> None:
+def check(case: MoECase, *, rows: str, half: str) -> None:
     """y += delta on random y; rows without an adapter, and pairs without an expert, must keep their bits."""
-    stacks = make_stacks(spec, ranks, dtype, device, **layout)
-    a, b, gather = (stacks.a13, stacks.b13, True) if half == "13" else (stacks.a2, stacks.b2, False)
-    made = Routing(make_routing(tokens, spec, device, routing), make_slots(tokens, len(ranks), device), spec.num_experts, len(ranks), rows=rows)
+    device, spec = case.x.device, case.spec
+    a, b, gather = (case.stacks.a13, case.stacks.b13, True) if half == "13" else (case.stacks.a2, case.stacks.b2, False)
+    made = Routing(case.topk_ids, case.token_slots, spec.num_experts, case.num_slots, rows=rows)
     if not has_cuda_align():
         align_on_host(made)
     pairs = torch.arange(made.num_pairs, device=device) if rows == "pair" else made.sorted_pairs.long()
-    x = torch.randn(tokens if gather else made.num_pairs, a.dim, device=device, dtype=dtype)
-    y = torch.randn(made.num_pairs, b.dim, device=device, dtype=dtype)
+    x = case.x if gather else torch.randn(made.num_pairs, a.dim, device=device).to(case.x.dtype)
+    y = torch.randn(made.num_pairs, b.dim, device=device).to(case.x.dtype)
     before = y.clone()
     assert fused_moe_lora(y, x, a, b, made, Workspace(device), gather=gather) is y
-    experts, slots = made.topk_ids.view(-1)[pairs].long(), made.token_slots[pairs // spec.top_k]
-    added, expected = torch.zeros_like(y, dtype=torch.float32), torch.zeros_like(y, dtype=torch.float32)
-    for expert, slot in {(int(e), int(s)) for e, s in zip(experts, slots, strict=True) if e >= 0 and s >= 0}:
+    experts, slots = case.topk_ids.view(-1)[pairs].long(), case.token_slots[pairs // spec.top_k]
+    expected = torch.zeros_like(y, dtype=torch.float32)
+    untouched = (experts < 0) | (experts >= spec.num_experts) | (slots < 0)
+    for expert, slot in set(zip(experts[~untouched].tolist(), slots[~untouched].tolist(), strict=True)):
         places = ((experts == expert) & (slots == slot)).nonzero().view(-1)
-        source = x[pairs[places] // spec.top_k] if gather else x[places]
-        expected[places] = delta(a, b, slot, expert, source)
-        added[places] = y[places].float() - before[places].float()
-    untouched = (experts < 0) | (slots < 0)
+        expected[places] = ref_delta((x[pairs[places] // spec.top_k] if gather else x[places]).float(), a, b, slot, expert)
     assert torch.equal(y[untouched], before[untouched])
-    total = before.float() + expected
-    error = relative_error(y, total)
-    assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
-    if dtype == torch.float32:
-        assert torch.allclose(added, expected, atol=1e-4)
+    assert_near(y, before.float() + expected, f"fused_moe_lora, {rows} rows", case.name)
+    if y.dtype == torch.float32:
+        assert torch.allclose(y - before, expected, atol=1e-4)
+    again = before.clone()
+    fused_moe_lora(again, x, a, b, made, Workspace(device), gather=gather)
+    assert torch.equal(y, again), "two runs differ"
 
 
 @pytest.mark.parametrize("rows", ["pair", "sorted"])
 @pytest.mark.parametrize("half", ["13", "2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_equals_loop(device, rows, half, dtype) -> None:
-    torch.manual_seed(0)
-    layout = {"split": [True, False, True], "shared": [False, True, False]}
-    check(MoESpec(4, 2, 40, 24), 9, [8, 3, 20], dtype, device, rows=rows, half=half, routing="holes", **layout)
+    case = make_case(spec=MoESpec(4, 2, 40, 24), m=9, ranks=(8, 3, 20), layouts=LAYOUTS, active=6, slots=6, dtype=dtype, device=device, routing="partial")
+    check(case, rows=rows, half=half)
 
 
 @pytest.mark.parametrize("rows", ["pair", "sorted"])
 def test_not_gated(device, rows) -> None:
-    torch.manual_seed(1)
-    check(MoESpec(4, 2, 32, 32, activation="relu2", gated=False), 5, [8, 0], torch.float32, device, rows=rows, half="13")
+    check(make_case(spec=MoESpec(4, 2, 32, 32, activation="relu2", gated=False), m=5, ranks=(8, 0), active=2, device=device), rows=rows, half="13")
 
 
 def test_refuses_wrong_rows(device) -> None:
-    spec = MoESpec(4, 2, 32, 32)
-    stacks = make_stacks(spec, [8], torch.float32, device)
-    made = Routing(make_routing(3, spec, device), make_slots(3, 1, device), 4, 1, rows="pair")
+    case = make_case(spec=MoESpec(4, 2, 32, 32), m=3, ranks=(8,), active=1, slots=1, device=device)
+    made = Routing(case.topk_ids, case.token_slots, 4, 1, rows="pair")
+    x, y = torch.zeros(3, 31, device=device), torch.zeros(6, 64, device=device)
     with pytest.raises(ValueError, match=r"moe_shrink: rows: expected contiguous torch.float32 \(3, 32\)"):
-        fused_moe_lora(torch.zeros(6, 64, device=device), torch.zeros(3, 31, device=device), stacks.a13, stacks.b13, made, Workspace(device), gather=True)
+        fused_moe_lora(y, x, case.stacks.a13, case.stacks.b13, made, Workspace(device), gather=True)
 
 
 @pytest.mark.gpu
@@ -73,5 +69,5 @@ def test_refuses_wrong_rows(device) -> None:
 @pytest.mark.parametrize("half", ["13", "2"])
 def test_peers_grid(device, top_k, adapters, rank, half) -> None:
     """The case grid that vLLM and SGLang publish for this op: 100 tokens, 64 experts, 2048 -> 1408."""
-    torch.manual_seed(rank)
-    check(MoESpec(64, top_k, 2048, 1408), 100, [rank] * adapters, torch.bfloat16, device, rows="sorted", half=half)
+    sizes = {"ranks": (rank,), "layouts": ("split",), "active": adapters, "slots": adapters}
+    check(make_case(spec=MoESpec(64, top_k, 2048, 1408), m=100, dtype=torch.bfloat16, device=device, **sizes), rows="sorted", half=half)

@@ -13,9 +13,9 @@ import torch
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack
+from tests.moe_cases import generator
 from tests.ops.cpp import compile_for_emulator
 from tests.ops.marlin_cases import Case, emulate, encode_gemm, encode_repack
-from tests.routing_cases import generator
 
 HERE = Path(__file__).parent
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from sglang_lora_moe.ops import moe_lora_align as op
+from tests.moe_cases import POPULARITIES, ROUTINGS, generator, make_token_slots, make_topk_ids
 from tests.ops.align_plans import Plan, align_with_plan
 from tests.ops.cpp import compile_for_emulator
-from tests.routing_cases import POPULARITIES, ROUTINGS, generator, make_token_slots, make_topk_ids
 
 HERE = Path(__file__).parent
 # one_block_pairs, pairs_per_block, overlap
@@ -36,6 +36,7 @@ class Case:
     lora_block: int = 16
     routing: str = "uniform"
     popularity: str = "uniform"
+    base_share: float = 0.0
     dtype: torch.dtype = torch.int32
     plan: Plan = DEFAULT
     order: int = 0  # of threads: 0 forward, 1 reverse, else shuffled
@@ -43,7 +44,7 @@ class Case:
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         g = generator(self.tokens * 31 + self.experts)
         ids = make_topk_ids(self.routing, self.tokens, self.top_k, self.experts, g, self.dtype)
-        return ids, make_token_slots(self.popularity, self.tokens, self.active, g) if self.slots else None
+        return ids, make_token_slots(self.popularity, self.tokens, self.active, g, self.base_share) if self.slots else None
 
     def expected(self) -> op.Alignment:
         ids, slots = self.inputs()
@@ -98,7 +99,8 @@ def check_on_emulator(driver: Path, cases: list[Case]) -> None:
 @pytest.mark.parametrize("plan", [DEFAULT, THREE_LAUNCHES, TINY_BLOCKS], ids=["one block", "three launches", "tiny blocks"])
 def test_emulator_routings_and_popularities(driver: Path, plan: Plan) -> None:
     cases = [
-        Case(37, 3, 8, 5, 5, 4, 4, routing, popularity, plan=plan, order=i) for i, (routing, popularity) in enumerate(itertools.product(ROUTINGS, POPULARITIES))
+        Case(37, 3, 8, 5, 5, 4, 4, routing, popularity, 0.25 * (i % 3), plan=plan, order=i)
+        for i, (routing, popularity) in enumerate(itertools.product(ROUTINGS, POPULARITIES))
     ]
     check_on_emulator(driver, cases)
 
@@ -179,7 +181,7 @@ def test_gpu_sizes(experts: int) -> None:
 @pytest.mark.parametrize("plan", [None, ONE_BLOCK, MANY_BLOCKS, APART], ids=["default", "one block", "many blocks", "apart"])
 def test_gpu_routings_and_popularities(plan: Plan | None) -> None:
     for routing, popularity, (tokens, experts) in itertools.product(ROUTINGS, POPULARITIES, ((7, 8), (133, 128), (512, 256))):
-        case = Case(tokens, 8, experts, 16, 11, 48, 16, routing, popularity)
+        case = Case(tokens, 8, experts, 16, 11, 48, 16, routing, popularity, 0.5 * (tokens % 2))
         assert_same(run_on_gpu(case, plan), case.expected(), case)
 
 
@@ -218,7 +220,7 @@ def test_gpu_graph_replay_follows_its_inputs(tokens: int) -> None:
 @pytest.mark.gpu
 def test_gpu_runs_are_bit_equal() -> None:
     for tokens in (64, 512, 4097):
-        case = Case(tokens, 8, 128, 64, 64, routing="some_invalid", popularity="mixed")
+        case = Case(tokens, 8, 128, 64, 64, routing="some_invalid", base_share=0.5)
         first, second = run_on_gpu(case), run_on_gpu(case)
         for name in ("sorted_pairs", "base_tiles", "lora_tiles", "counts"):  # poison included
             assert torch.equal(getattr(first, name), getattr(second, name)), f"{name} of {case}"
