@@ -35,8 +35,9 @@ def fill_dummy(hf: nn.Module, seed: int) -> None:
 
 
 def _fill_quantized(weight: WNA16Weight, std: float, generator: torch.Generator) -> None:
-    """Uniform codes around the zero point, scaled to `std`."""
+    """Uniform codes around the zero point, scaled to `std`. Groups have random signs: codes are half a step below their zero on
+    average, which would add up to one direction that all tokens share, and so to the same few experts for all."""
     weight.packed.random_(-(1 << 31), 1 << 31, generator=generator)
-    weight.scales.fill_(std * 12**0.5 / (1 << weight.bits))
+    weight.scales.bernoulli_(0.5, generator=generator).sub_(0.5).mul_(2.0 * std * 12**0.5 / (1 << weight.bits))
     if weight.zeros is not None:
         weight.zeros.fill_(1 << (weight.bits - 1))
