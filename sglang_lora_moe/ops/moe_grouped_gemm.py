@@ -3,8 +3,9 @@
     out[row] = f(a[row] @ w[e]^T + bias[e] + low-rank addend)      e = the expert of the row's tile, accumulated in float32
 
 a is either gathered (row of x = token of the pair) or read in sorted order; out lies in sorted order, or scattered to pair
-order for the combine. f is the activation over (gate, up) halves of w, or nothing. A persistent grid walks the tiles of
-`moe_lora_align_block_size`; nothing is sized by experts times slots, and no row outside a tile is written.
+order for the combine. f is the activation over (gate, up) halves of w, or nothing. w has 16 (or 32) bits, or 4 or 8 and is
+dequantized on its way into the product. A persistent grid walks the tiles of `moe_lora_align_block_size`; nothing is sized by
+experts times slots, and no row outside a tile is written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_record, pdl_wait, tile_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 from sglang_lora_moe.ops.moe_lora_align import Alignment
+from sglang_lora_moe.ops.wna16_tile import load_wna16
+from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ def _find_tile(t, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP: tl.co
 
 @triton.jit
 def _main_loop(
-    a_ptr, a_desc, w_ptr, w_desc, source, live, expert, start, n0, N, K,
-    GATED: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, source, live, expert, start, n0, N, K,
+    BITS: tl.constexpr, W_GROUP: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(a @ gate^T, a @ up^T) of one tile, or (a @ w^T, zeros)."""
     HALVES: tl.constexpr = 2 if GATED else 1
@@ -71,7 +75,9 @@ def _main_loop(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     acc_up = tl.zeros((BM, BN), dtype=tl.float32)
     for k in tl.range(0, K, BK, num_stages=STAGES):
-        if w_desc is not None:
+        if BITS > 0:
+            w = load_wna16(w_ptr, w_scales, w_zeros, expert * HALVES * N + rn, rn < N, k, K, BITS, W_GROUP, BN, BK, a_ptr.dtype.element_ty)
+        elif w_desc is not None:
             w = w_desc.load([w_row, k]).T
         else:
             w = tl.load(w_ptrs + k, mask=(rn < N)[None, :] & (k + rk < K)[:, None], other=0.0)
@@ -83,7 +89,9 @@ def _main_loop(
             a = tl.load(a_ptrs + k, mask=live[:, None] & (k + rk < K)[None, :], other=0.0)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         if GATED:
-            if w_desc is not None:
+            if BITS > 0:
+                w_up = load_wna16(w_ptr, w_scales, w_zeros, (expert * HALVES + 1) * N + rn, rn < N, k, K, BITS, W_GROUP, BN, BK, a_ptr.dtype.element_ty)
+            elif w_desc is not None:
                 w_up = w_desc.load([w_row + N, k]).T
             else:
                 w_up = tl.load(w_ptrs + (k + N.to(tl.int64) * K), mask=(rn < N)[None, :] & (k + rk < K)[:, None], other=0.0)
@@ -93,8 +101,8 @@ def _main_loop(
 
 @triton.jit
 def _one_tile(
-    a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
-    expert, start, rows, n0, N, K,
+    a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
+    expert, start, rows, n0, N, K, BITS: tl.constexpr, W_GROUP: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -112,7 +120,9 @@ def _one_tile(
             low, b, high, b_up = load_block(
                 s_ptr, s_width, l_start, l_rows, l_rank, l_split, b_place, 0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN
             )  # fmt: skip
-    acc, acc_up = _main_loop(a_ptr, a_desc, w_ptr, w_desc, source, live, expert, start, n0, N, K, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION)
+    acc, acc_up = _main_loop(
+        a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, source, live, expert, start, n0, N, K, BITS, W_GROUP, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION
+    )  # fmt: skip
     if ADDEND:
         if LATE:
             pdl_wait(PDL)  # the shrink is the kernel before this one; everything else was there before it
@@ -144,9 +154,10 @@ def _one_tile(
 @triton.jit
 def _grouped_gemm_kernel(
     a_ptr, a_desc, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr,  # [rows, K] (three forms), [E, HALVES * N, K], [E, HALVES * N], [P, N]
+    w_scales, w_zeros,  # of integer weights, None without
     tiles_ptr, counts_ptr, sorted_pairs_ptr,  # the alignment
     s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,  # the addend, None without
-    N, K, max_tiles,
+    N, K, max_tiles, BITS: tl.constexpr, W_GROUP: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
@@ -185,15 +196,15 @@ def _grouped_gemm_kernel(
         if TAIL and rows <= BM // 2:
             few = tl.load(sorted_pairs_ptr + start + tl.arange(0, BM // 2), mask=tl.arange(0, BM // 2) < rows, other=0)
             _one_tile(
-                a_ptr, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr, few, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
-                expert, start, rows, n0, N, K, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK, ALIGN, AHEAD, LATE,
-                EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
+                a_ptr, tail_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, few, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr,
+                s_width, expert, start, rows, n0, N, K, BITS, W_GROUP, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK,
+                ALIGN, AHEAD, LATE, EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
         else:
             _one_tile(
-                a_ptr, a_desc, w_ptr, w_desc, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
-                expert, start, rows, n0, N, K, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK, ALIGN, AHEAD, LATE,
-                EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
+                a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr,
+                s_width, expert, start, rows, n0, N, K, BITS, W_GROUP, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK,
+                ALIGN, AHEAD, LATE, EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
         tile, expert, start, rows, n0, pair, first, last = tile1, expert1, start1, rows1, n1, pair1, first1, last1
         tile1, expert1, start1, rows1, n1 = tile2, expert2, start2, rows2, n2
@@ -203,7 +214,7 @@ def _grouped_gemm_kernel(
 
 def grouped_gemm(
     a: torch.Tensor,
-    w: torch.Tensor,
+    w: torch.Tensor | WNA16Weight,
     bias: torch.Tensor | None,
     alignment: Alignment,
     out: torch.Tensor,
@@ -217,24 +228,26 @@ def grouped_gemm(
 ) -> torch.Tensor:  # budget: the tensors of one grouped product, its row orders and its addend
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
-    a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K]; bias [E, N or 2N]. `activation` = the layer's spec
-    where the epilogue activates (gate_up), None for a plain product. `tile.m` must be the alignment's base_block.
+    a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K], plain or with 4 or 8 bits and scales in a's dtype;
+    bias [E, N or 2N]. `activation` = the layer's spec where the epilogue activates (gate_up), None for a plain product.
+    `tile.m` must be the alignment's base_block.
     """
-    num_experts, w_rows, k = w.shape
+    matrix, scales, zeros, bits, group = _storage(w)
+    (num_experts, w_rows), k = matrix.shape[:2], a.shape[1]
     num_pairs, n = out.shape
     gated = activation is not None and activation.gated
     _check(a, w, bias, out, gated, num_pairs, gather)
     use_tma = tile.tma and launch.has_tma(a.device) and (k * a.element_size()) % 16 == 0
-    w_desc = TensorDescriptor(w, [num_experts * w_rows, k], [k, 1], [tile.n, tile.k]) if use_tma else None
+    w_desc = TensorDescriptor(matrix, [num_experts * w_rows, k], [k, 1], [tile.n, tile.k]) if use_tma and not bits else None
     a_desc, tail_desc = (TensorDescriptor(a, [num_pairs, k], [k, 1], [m, tile.k]) if use_tma and not gather else None for m in (tile.m, tile.m // 2))
     tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
     grid = (max(1, min(tiles, launch.multiprocessors(a.device) * tile.ctas) if tile.ctas else tiles),)
     options = launch.options(a.device)
     _grouped_gemm_kernel[grid](
-        a, a_desc, tail_desc if tile.tail else None, w, w_desc, bias, out,
+        a, a_desc, tail_desc if tile.tail else None, matrix, w_desc, bias, out, scales, zeros,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
         *(NO_TILE_ARGS if addend is None else addend.tile_args()),
-        n, k, alignment.base_tiles.shape[0],
+        n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
         **(NO_TILE_OPTIONS if addend is None else addend.tile_options(tile.m * w_rows // n * tile.n // (32 * tile.warps))),
@@ -245,11 +258,26 @@ def grouped_gemm(
     return out
 
 
-def _check(a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, gated: bool, pairs: int, gather: bool) -> None:
-    n = out.shape[1]
+def _storage(w: torch.Tensor | WNA16Weight) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int]:
+    """(weights as stored, scales, zeros, bits, group) for the kernel; bits 0 = plain, group 0 = one a row."""
+    if isinstance(w, torch.Tensor):
+        return w, None, None, 0, 0
+    return w.packed.view(torch.uint8), w.scales, w.zeros, w.bits, 0 if w.scales.shape[-1] == 1 else w.group_size
+
+
+def _check(a: torch.Tensor, w: torch.Tensor | WNA16Weight, bias: torch.Tensor | None, out: torch.Tensor, gated: bool, pairs: int, gather: bool) -> None:
+    n, k = out.shape[1], a.shape[1]
     rows = 2 * n if gated else n
-    launch.expect("grouped_gemm: w", w, (w.shape[0], rows, a.shape[1]), a.dtype, a.device)
-    launch.expect("grouped_gemm: a", a, (a.shape[0] if gather else pairs, w.shape[2]), a.dtype, a.device)
+    if isinstance(w, WNA16Weight):
+        experts = w.packed.shape[0]
+        launch.expect("grouped_gemm: packed w", w.packed, (experts, rows, k * w.bits // 32), torch.int32, a.device)
+        launch.expect("grouped_gemm: scales of w", w.scales, (experts, rows, k // w.group_size), a.dtype, a.device)
+        if w.zeros is not None:
+            launch.expect("grouped_gemm: zeros of w", w.zeros, w.scales.shape, torch.uint8, a.device)
+    else:
+        experts = w.shape[0]
+        launch.expect("grouped_gemm: w", w, (experts, rows, k), a.dtype, a.device)
+    launch.expect("grouped_gemm: a", a, (a.shape[0] if gather else pairs, k), a.dtype, a.device)
     launch.expect("grouped_gemm: out", out, (pairs, n), a.dtype, a.device)
     if bias is not None:
-        launch.expect("grouped_gemm: bias", bias, (w.shape[0], rows), a.dtype, a.device)
+        launch.expect("grouped_gemm: bias", bias, (experts, rows), a.dtype, a.device)

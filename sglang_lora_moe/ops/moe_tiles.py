@@ -66,6 +66,16 @@ def _by_rule(spec: MoESpec, tokens: int, lora: bool) -> LayerTiles:
     return LayerTiles(GemmTile(128, 128, 64, 8, 4, 1, group, tail=True), GemmTile(128, 128, 64, 4, 3, 2, group, tail=True), lora_block=64)
 
 
+def choose_integer_tiles(spec: MoESpec, tokens: int, itemsize: int) -> LayerTiles:
+    """The launch shape for weights of 4 or 8 bits: grouped at every size, with room in registers for dequantized weights."""
+    if itemsize == 4:
+        return LayerTiles(GemmTile(16, 32, 32, 4, 2, 4), GemmTile(16, 32, 32, 4, 2, 4))
+    rows = tokens * spec.top_k / spec.num_experts  # mean rows of an expert
+    m = 16 if rows <= 10 else 32 if rows <= 20 else 64 if rows <= 64 else 128
+    warps = 8 if m == 128 else 4
+    return LayerTiles(GemmTile(m, 64, 64, warps, 3, 0, tma=False), GemmTile(m, 64, 64, warps, 3, 0, tma=False), _LORA_BLOCK[m])
+
+
 def _float32_tiles(tokens: int) -> LayerTiles:
     """float32 runs on the plain multipliers: small tiles that fit shared memory; for tests and small models."""
     if tokens <= MAX_PAIR_TOKENS:

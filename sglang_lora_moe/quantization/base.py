@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 
 class ExpertMatrices(Protocol):
@@ -34,10 +35,13 @@ class TorchQuantInfo:
 
 @dataclass(frozen=True)
 class TritonQuantInfo:
-    """Weights as stored: w13 [E, 2I, H] (halves: gate rows, then up rows), w2 [E, H, I], biases [E, 2I] and [E, H] or None."""
+    """Weights as stored: w13 [E, 2I, H] (halves: gate rows, then up rows), w2 [E, H, I], biases [E, 2I] and [E, H] or None.
 
-    w13: torch.Tensor
-    w2: torch.Tensor
+    Either both plain or both integer, in the canonical form with scales in the activation dtype.
+    """
+
+    w13: torch.Tensor | WNA16Weight
+    w2: torch.Tensor | WNA16Weight
     b13: torch.Tensor | None
     b2: torch.Tensor | None
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.moe.spec import MoESpec
-from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo
+from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo, TritonQuantInfo
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, num_groups
 
 
@@ -40,8 +40,7 @@ class WNA16Method(QuantMethod):
     """Parameters w13_packed int32 [E, 2I, H * bits / 32], w13_scales [E, 2I, H / g] in the activation dtype, w13_zeros uint8
     [E, 2I, H / g] or None; w2_* likewise over [E, H, I]; with `has_bias` also b13 [E, 2I] and b2 [E, H]."""
 
-    # "triton" joins when its core reads WNA16QuantInfo.
-    backends = ("marlin", "torch_native")
+    backends = ("marlin", "triton", "torch_native")
 
     def __init__(self, scheme: WNA16Scheme) -> None:
         self.scheme = scheme
@@ -64,8 +63,8 @@ class WNA16Method(QuantMethod):
         b13, b2 = (None if bias is None else bias.detach().unbind(0) for bias in (layer.b13, layer.b2))
         return TorchQuantInfo(DequantizedExperts(w13), DequantizedExperts(w2), b13, b2)
 
-    def get_triton_quant_info(self, layer: Any) -> Any:
-        return WNA16QuantInfo(*self.weights(layer), layer.b13, layer.b2)
+    def get_triton_quant_info(self, layer: Any) -> TritonQuantInfo:
+        return TritonQuantInfo(*self.weights(layer), layer.b13, layer.b2)
 
     def get_marlin_quant_info(self, layer: Any) -> WNA16QuantInfo:
         return WNA16QuantInfo(*self.weights(layer), layer.b13, layer.b2)

@@ -1,4 +1,4 @@
-"""The MoE backend in Triton, for NVIDIA GPUs from sm_80 on: 16-bit (and float32) weights as stored.
+"""The MoE backend in Triton, for NVIDIA GPUs from sm_80 on: 16-bit (and float32) and int4 and int8 weights as stored.
 
 Two families by number of tokens (`ops/moe_tiles.py`): *per pair*, where nothing is sorted and every pair reads its own
 expert, and *grouped*, over the tiles of one alignment. In both the activation and the low-rank addend are part of the
@@ -17,8 +17,9 @@ from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.ops.moe_grouped_gemm import grouped_gemm
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile, pair_down, pair_gate_up
-from sglang_lora_moe.ops.moe_tiles import LayerTiles, choose_tiles
+from sglang_lora_moe.ops.moe_tiles import LayerTiles, choose_integer_tiles, choose_tiles
 from sglang_lora_moe.quantization.base import QuantMethod, TritonQuantInfo
+from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 
 class TritonRunnerCore(MoeRunnerCore):
@@ -28,9 +29,12 @@ class TritonRunnerCore(MoeRunnerCore):
 
     def __init__(self, tiles: LayerTiles | None = None) -> None:
         self.tiles = tiles
+        self.integers = False  # whether the weights have 4 or 8 bits, which the grouped kernel alone reads; of all layers that share the core
 
     def quant_info(self, quant_method: QuantMethod, layer: nn.Module) -> TritonQuantInfo:
-        return quant_method.get_triton_quant_info(layer)
+        info = quant_method.get_triton_quant_info(layer)
+        self.integers = isinstance(info.w13, WNA16Weight)
+        return info
 
     def make_routing(self, inp: RunnerInput) -> Routing:
         tiles = self._tiles(inp)
@@ -60,7 +64,7 @@ class TritonRunnerCore(MoeRunnerCore):
         out = inp.workspace.get("moe.down", (routing.num_pairs, inp.spec.hidden_size), inp.x.dtype)
         tiles = self._tiles(inp)
         if isinstance(tiles.down, GemvTile):
-            return pair_gate_up(act, quant_info.w2, quant_info.b2, routing.topk_ids, out, tiles.down, activation=None, addend=addend, by_token=False)
+            return pair_gate_up(act, _plain(quant_info.w2), quant_info.b2, routing.topk_ids, out, tiles.down, activation=None, addend=addend, by_token=False)
         return grouped_gemm(
             act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, top_k=routing.top_k, gather=False, scatter=True, addend=addend
         )
@@ -73,18 +77,25 @@ class TritonRunnerCore(MoeRunnerCore):
         if not isinstance(tiles.down, GemvTile):
             return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
         out = torch.empty_like(inp.x)
-        return pair_down(act, quant_info.w2, quant_info.b2, inp.topk_ids, inp.topk_weights, out, tiles.down, addend=addend)
+        return pair_down(act, _plain(quant_info.w2), quant_info.b2, inp.topk_ids, inp.topk_weights, out, tiles.down, addend=addend)
 
     def _first(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo, activate: bool, addend: LowRank | None) -> torch.Tensor:
         columns = inp.spec.intermediate_size if activate else inp.spec.w13_rows
         out = inp.workspace.get("moe.act" if activate else "moe.gate_up", (routing.num_pairs, columns), inp.x.dtype)
         activation, tiles = inp.spec if activate else None, self._tiles(inp)
         if isinstance(tiles.gate_up, GemvTile):
-            return pair_gate_up(inp.x, quant_info.w13, quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=activation, addend=addend)
+            return pair_gate_up(inp.x, _plain(quant_info.w13), quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=activation, addend=addend)
         return grouped_gemm(
             inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up,
             top_k=routing.top_k, gather=True, scatter=False, activation=activation, addend=addend,
         )  # fmt: skip
 
     def _tiles(self, inp: RunnerInput) -> LayerTiles:
+        if self.integers:
+            return self.tiles or choose_integer_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())
         return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.token_slots is not None)
+
+
+def _plain(weight: torch.Tensor | WNA16Weight) -> torch.Tensor:
+    assert isinstance(weight, torch.Tensor), "the kernels per pair do not read integer weights"
+    return weight
