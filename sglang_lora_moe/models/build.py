@@ -33,6 +33,7 @@ from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.quantization.base import QuantMethod
 from sglang_lora_moe.quantization.config import parse_quantization_config
+from sglang_lora_moe.quantization.linear import QuantizedLinear
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme
 from sglang_lora_moe.quantization.wna16_method import WNA16Method
@@ -154,7 +155,9 @@ def build_model(
     else:
         load_weights(hf, path, model._names, formats, show_progress)
     for module in hf.modules():
-        if isinstance(module, FusedMoE):
+        if isinstance(module, QuantizedLinear):
+            module.finalize()
+        elif isinstance(module, FusedMoE):
             module.finalize()
             if module.runner.core.converts_weights:
                 module.quant_method.release_weights(module)

@@ -71,8 +71,7 @@ class WNA16Method(QuantMethod):
 
     def release_weights(self, layer: nn.Module) -> None:
         for prefix in ("w13_", "w2_"):
-            for leaf in ("packed", "scales", "zeros"):
-                setattr(layer, f"{prefix}{leaf}", None)
+            release_wna16(layer, prefix)
 
 
 def create_wna16(layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...], scheme: WNA16Scheme, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -94,3 +93,9 @@ def get_wna16(layer: nn.Module, prefix: str, scheme: WNA16Scheme) -> WNA16Weight
     packed, scales, zeros = (getattr(layer, f"{prefix}{leaf}") for leaf in ("packed", "scales", "zeros"))
     group_size = packed.shape[-1] * 32 // scheme.bits // scales.shape[-1]
     return WNA16Weight(packed.detach(), scales.detach(), None if zeros is None else zeros.detach(), scheme.bits, group_size)
+
+
+def release_wna16(layer: nn.Module, prefix: str) -> None:
+    """Drop the parameters that `create_wna16` registered."""
+    for leaf in ("packed", "scales", "zeros"):
+        setattr(layer, f"{prefix}{leaf}", None)

@@ -1,0 +1,152 @@
+"""Linears with int4 and int8 weights on a GPU: the grouped Marlin GEMM with one expert, and for many tokens a 16-bit GEMM.
+
+    y = x W^T + b        W[o, i] = (q - z) * s, rounded once to the activation dtype
+
+One expert's tiles are known without looking at the tokens, so that there is nothing to align: token blocks in order. From
+`DEQUANTIZE_FROM` tokens on, the weight is written out in 16 bit by a kernel of its own and multiplied by the library, whose
+GEMM is then faster by more than that costs (measured by `benchmarks/bench_marlin_linear.py`). Both read the same layout and
+multiply by the same values.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.low_rank import pdl_wait
+from sglang_lora_moe.ops.marlin_moe import DTYPES, GROUP_SIZES, SHAPES, UNIT, GemmScratch, MarlinWeight, fragment_order, marlin_moe_gemm, marlin_moe_repack
+from sglang_lora_moe.ops.moe_lora_align import Alignment
+from sglang_lora_moe.quantization.wna16 import WNA16Weight
+
+DEQUANTIZE_FROM = 512  # tokens
+
+
+def why_unreadable(weight: WNA16Weight) -> str | None:
+    """What of a weight [rows, k] these kernels cannot read; None = nothing."""
+    if weight.scales.dtype not in DTYPES:
+        return f"the activations are {weight.scales.dtype}, not bfloat16 or float16"
+    if weight.scales.shape[-1] > 1 and weight.group_size not in GROUP_SIZES:
+        return f"groups have {weight.group_size} inputs, not one of {', '.join(map(str, GROUP_SIZES))} or all"
+    if weight.in_features % 8 or weight.out_features % 8:
+        return f"{weight.out_features} x {weight.in_features} does not divide by 8"
+    return None
+
+
+def repack_linear(weight: WNA16Weight, bias: torch.Tensor | None = None) -> MarlinWeight:
+    """A weight [rows, k] on a GPU, with its bias [rows], as one expert in the layout of `ops/marlin_moe.py`."""
+    scratch_of(weight.packed.device)
+    zeros = None if weight.zeros is None else weight.zeros[None]
+    one = WNA16Weight(weight.packed[None], weight.scales[None], zeros, weight.bits, weight.group_size)
+    return marlin_moe_repack(one, 1, None if bias is None else bias[None])
+
+
+def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = None) -> torch.Tensor:
+    """x [M, k] -> [M, rows] in x's dtype. `config` fixes a shape of tiles (an index of SHAPES), -1 the 16-bit GEMM; None chooses by size."""
+    tokens = x.shape[0]
+    chosen = choose_config(tokens, weight.rows, _hopper(x.device)) if config is None else config
+    if chosen < 0:
+        return F.linear(x, dequantize_linear(weight), None if weight.bias is None else weight.bias[0])
+    out = x.new_empty(tokens, weight.rows)
+    if tokens == 0:
+        return out
+    tiles, ids = _tiles(x.device, tokens, SHAPES[chosen].block_tokens)
+    sms = launch.multiprocessors(x.device)
+    return marlin_moe_gemm(x.contiguous(), weight, tiles, ids, out, scratch_of(x.device), config=chosen, sms=sms, gather=False, scatter=False, overlap=True)
+
+
+@lru_cache(maxsize=1024)
+def choose_config(tokens: int, rows: int, hopper: bool) -> int:
+    """The least token block that holds all tokens, so that the weight is read once; -1 = the 16-bit GEMM."""
+    if tokens >= DEQUANTIZE_FROM:
+        return -1
+    if tokens <= 8:
+        return 0 if rows < 128 * 132 else 1
+    if tokens <= 16:
+        return 2
+    if tokens <= 32:
+        return 3
+    if hopper:
+        return 7
+    return 4 if tokens <= 64 else 5
+
+
+@lru_cache(maxsize=16)
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+# ---- what does not depend on the data --------------------------------------------------------------------------------
+@lru_cache(maxsize=16)
+def scratch_of(device: torch.device) -> GemmScratch:
+    """One a device: GEMMs follow each other on the main stream. Made when weights are converted, never while capturing."""
+    return GemmScratch.allocate(launch.multiprocessors(device), device)
+
+
+_ORDER: dict[torch.device, torch.Tensor] = {}
+_TILES: dict[tuple[torch.device, int, int], tuple[Alignment, torch.Tensor]] = {}
+
+
+def _tiles(device: torch.device, tokens: int, block: int) -> tuple[Alignment, torch.Tensor]:
+    """(tiles of the tokens in order, ids int32 [M, 1] of the one expert). Kept for ever: captured graphs read them.
+
+    There is one of each number of tokens of a step that was seen, which `StepContext.max_tokens` bounds.
+    """
+    key = (device, tokens, block)
+    if key not in _TILES:
+        order = _ORDER.get(device)
+        if order is None or order.shape[1] < tokens:
+            size = max(4096, triton.next_power_of_2(tokens))
+            order = _ORDER[device] = torch.stack([torch.arange(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32)]).to(device)
+        count = -(-tokens // block)
+        table = [tokens, count, 0, 0, *(value for i in range(count) for value in (0, i * block, min(block, tokens - i * block)))]
+        flat = torch.tensor(table, dtype=torch.int32).to(device)
+        tiles = flat[4:].view(-1, 3)
+        _TILES[key] = Alignment(order[0, :tokens], tiles, tiles[:0], flat[:4]), order[1, :tokens, None]
+    return _TILES[key]
+
+
+# ---- dequantization --------------------------------------------------------------------------------------------------
+@triton.jit
+def _dequantize_kernel(
+    packed_ptr, scales_ptr, zeros_ptr, place_ptr, out_ptr, ROWS, K, K_UNITS, GROUPS, GROUP_SIZE,
+    BITS: tl.constexpr, UNIT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (row units, blocks of BK inputs)."""
+    CODES: tl.constexpr = 32 // BITS
+    unit = tl.program_id(0).to(tl.int64)
+    r, k = tl.arange(0, UNIT), tl.program_id(1) * BK + tl.arange(0, BK)
+    place = tl.load(place_ptr + r[:, None] * UNIT + (k % UNIT)[None, :])  # of this code among the unit's
+    word = tl.load(packed_ptr + (unit * K_UNITS + k // UNIT)[None, :] * (UNIT * BITS) + place // CODES)
+    code = (word >> (place % CODES * BITS)) & ((1 << BITS) - 1)
+    group = (unit * GROUPS + k // GROUP_SIZE)[None, :] * UNIT + r[:, None]
+    inside = (unit * UNIT + r < ROWS)[:, None] & (k < K)[None, :]
+    zero = 1 << (BITS - 1)
+    if zeros_ptr is not None:
+        zero = tl.load(zeros_ptr + group, mask=inside, other=0).to(tl.int32)
+    # Exact in float32, so that the one rounding is to the activation dtype.
+    value = (code - zero).to(tl.float32) * tl.load(scales_ptr + group, mask=inside, other=0.0).to(tl.float32)
+    pdl_wait(PDL)  # weights are there before any kernel; the memory of `out` may still be read
+    tl.store(out_ptr + (unit * UNIT + r)[:, None] * K + k[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@lru_cache(maxsize=16)
+def _places(device: torch.device, bits: int) -> torch.Tensor:
+    """int32 [1024]: where a unit stores the code of row * 32 + k."""
+    return fragment_order(bits).argsort().to(torch.int32).to(device)
+
+
+def dequantize_linear(weight: MarlinWeight) -> torch.Tensor:
+    """The weight [rows, k] in the activation dtype."""
+    row_units, k_units = weight.packed.shape[1:3]
+    out = weight.scales.new_empty(weight.rows, weight.k)
+    bk = 128
+    _dequantize_kernel[(row_units, triton.cdiv(weight.k, bk))](
+        weight.packed, weight.scales, weight.zeros, _places(out.device, weight.bits), out, weight.rows, weight.k, k_units,
+        weight.scales.shape[2], weight.group_size or weight.k, BITS=weight.bits, UNIT=UNIT, BK=bk, num_warps=4, **launch.options(out.device),
+    )  # fmt: skip
+    return out
