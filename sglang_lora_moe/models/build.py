@@ -27,7 +27,7 @@ from sglang_lora_moe.models import recognise
 from sglang_lora_moe.models.dummy import fill_dummy
 from sglang_lora_moe.models.loader import NameTable, list_tensors, load_weights
 from sglang_lora_moe.models.overrides.mla import KV_B_REASON, AbsorbedMLA
-from sglang_lora_moe.models.quantized import WeightFormats
+from sglang_lora_moe.models.quantized import ExpertsScheme, WeightFormats
 from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core
 from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.workspace import Workspace
@@ -35,7 +35,6 @@ from sglang_lora_moe.quantization.base import QuantMethod
 from sglang_lora_moe.quantization.config import parse_quantization_config
 from sglang_lora_moe.quantization.linear import QuantizedLinear
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
-from sglang_lora_moe.quantization.wna16 import WNA16Scheme
 from sglang_lora_moe.quantization.wna16_method import WNA16Method
 
 if TYPE_CHECKING:
@@ -223,7 +222,7 @@ class _Swap:
             raise ValueError(f"unknown attention backend {attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}")
         self._backend = ATTENTION_BACKENDS[attention_backend](ctx)
         self.moe_backends: set[str] = set()
-        self._methods: dict[WNA16Scheme | None, tuple[QuantMethod, MoeRunner]] = {}
+        self._methods: dict[ExpertsScheme | None, tuple[QuantMethod, MoeRunner]] = {}
         self._workspace = Workspace(device)
 
     def run(self) -> None:
@@ -299,10 +298,10 @@ class _Swap:
         experts.interleaved_gate_up, experts.is_transposed = not module.is_concatenated, bool(module.is_transposed)
         return experts
 
-    def _method(self, path: str, scheme: WNA16Scheme | None) -> tuple[QuantMethod, MoeRunner]:
+    def _method(self, path: str, scheme: ExpertsScheme | None) -> tuple[QuantMethod, MoeRunner]:
         """How the experts at `path` are stored, and what runs them; one of each per scheme."""
         if scheme not in self._methods:
-            method = UnquantizedMethod() if scheme is None else WNA16Method(scheme)
+            method = UnquantizedMethod() if scheme is None else WNA16Method(*scheme, self.dtype)
             try:
                 backend = get_moe_runner_backend(self._moe_backend, self.device, method)
             except ValueError as error:

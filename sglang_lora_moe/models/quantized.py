@@ -23,6 +23,7 @@ from sglang_lora_moe.quantization.wna16 import TENSORS, QuantizationError, WNA16
 
 logger = logging.getLogger(__name__)
 
+ExpertsScheme = tuple[WNA16Scheme, WNA16Scheme]  # of gate_up and of down
 _SUFFIXES = frozenset(suffix for suffixes in TENSORS.values() for suffix in suffixes)
 
 
@@ -60,17 +61,23 @@ class WeightFormats:
             return Linear.from_modules(modules, device=device, slot_source=slot_source)
         return QuantizedLinear.from_modules(modules, device=device, slot_source=slot_source, scheme=next(iter(distinct)))
 
-    def experts_scheme(self, path: str, spec: MoESpec) -> WNA16Scheme | None:
-        """The one scheme of the experts at `path`; None = 16 bit."""
+    def experts_scheme(self, path: str, spec: MoESpec) -> ExpertsScheme | None:
+        """(gate_up's, down's): the schemes of all experts at `path`; None = 16 bit. They may differ in bits and groups."""
         if self.config is None:
             return None
-        found: dict[WNA16Scheme | None, str] = {}
+        found: tuple[dict[WNA16Scheme | None, str], dict[WNA16Scheme | None, str]] = {}, {}  # scheme -> the first linear that has it
         for place, piece, name in _expert_linears(path, spec):
-            found.setdefault(self._scheme((place, piece), name), name)
-        if len(found) > 1:
-            mixed = ", ".join(f"{name} is {'not quantized, or missing' if scheme is None else scheme}" for scheme, name in found.items())
-            raise QuantizationError(f"{path}: all experts of a layer must be quantized alike, but {mixed}; quantize them alike")
-        return next(iter(found))
+            found[place.endswith(".down_proj")].setdefault(self._scheme((place, piece), name), name)
+        first, down = (next(iter(schemes)) for schemes in found)
+        if max(map(len, found)) == 1 and first is not None and down is not None:
+            return first, down
+        if not any(scheme for schemes in found for scheme in schemes):
+            return None
+        mixed = ", ".join(f"{name} is {scheme or 'not quantized, or missing'}" for schemes in found for scheme, name in schemes.items())
+        raise QuantizationError(
+            f"{path}: the gate and up projections of all experts of a layer must be quantized alike, and so must the down projections, but {mixed}; "
+            "quantize them alike, or except all experts of the layer"
+        )
 
     def _linear_scheme(self, name: str, module: nn.Linear) -> WNA16Scheme | None:
         return None if self.config is None else self._scheme((f"{name}.weight", None), name)

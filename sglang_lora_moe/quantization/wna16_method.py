@@ -12,6 +12,9 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo, TritonQuantInfo
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, num_groups
 
+MARLIN_GROUPS = frozenset({32, 64, 128, -1})  # what the marlin backend reads, as `ops/marlin_moe.py` checks
+MARLIN_DTYPES = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class WNA16QuantInfo:
@@ -38,25 +41,26 @@ class DequantizedExperts:
 
 class WNA16Method(QuantMethod):
     """Parameters w13_packed int32 [E, 2I, H * bits / 32], w13_scales [E, 2I, H / g] in the activation dtype, w13_zeros uint8
-    [E, 2I, H / g] or None; w2_* likewise over [E, H, I]; with `has_bias` also b13 [E, 2I] and b2 [E, H]."""
+    [E, 2I, H / g] or None; w2_* likewise over [E, H, I], maybe with other bits and groups; with `has_bias` also b13 [E, 2I] and b2 [E, H]."""
 
-    backends = ("marlin", "triton", "torch_native")
-
-    def __init__(self, scheme: WNA16Scheme) -> None:
-        self.scheme = scheme
-        self.name = str(scheme)
+    def __init__(self, scheme: WNA16Scheme, down: WNA16Scheme | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
+        """`down`: the scheme of w2 where it is another one than w13's. `dtype`: of the activations."""
+        self.scheme, self.down = scheme, down or scheme
+        self.name = f"{scheme if self.down == scheme else f'{scheme}, down {self.down}'}, {str(dtype).removeprefix('torch.')} activations"
+        marlin = dtype in MARLIN_DTYPES and {self.scheme.group_size, self.down.group_size} <= MARLIN_GROUPS
+        self.backends = ("marlin", "triton", "torch_native") if marlin else ("triton", "torch_native")
 
     def create_weights(self, layer: nn.Module, spec: MoESpec, dtype: torch.dtype, device: torch.device | str) -> None:
         e, h, i, rows = spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.w13_rows
         create_wna16(layer, "w13_", f"{layer.name}.gate_up_proj", (e, rows, h), self.scheme, dtype, device)
-        create_wna16(layer, "w2_", f"{layer.name}.down_proj", (e, h, i), self.scheme, dtype, device)
+        create_wna16(layer, "w2_", f"{layer.name}.down_proj", (e, h, i), self.down, dtype, device)
         for name, width in (("b13", rows), ("b2", h)):
             bias = nn.Parameter(torch.empty(e, width, dtype=dtype, device=device), requires_grad=False) if spec.has_bias else None
             layer.register_parameter(name, bias)
 
     def weights(self, layer: Any) -> tuple[WNA16Weight, WNA16Weight]:
         """w13 and w2 of the layer, without copying."""
-        return get_wna16(layer, "w13_", self.scheme), get_wna16(layer, "w2_", self.scheme)
+        return get_wna16(layer, "w13_", self.scheme), get_wna16(layer, "w2_", self.down)
 
     def get_torch_quant_info(self, layer: Any) -> TorchQuantInfo:
         w13, w2 = self.weights(layer)

@@ -39,6 +39,11 @@ SYNTHETIC: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptq": ("qwen3_moe", "gptq", {}),
     "gptq-zeros": ("mixtral", "gptq", {"symmetric": False}),
     "gptq-zeros-all-in-the-middle": ("qwen3_moe", "gptq", {"sym": False}),  # declared with zero points, written symmetric
+    "gptq-down-int8": (
+        "qwen3_moe",
+        "gptq",
+        {"schemes": {r".*down_proj": (8, 16)}, "dynamic": {r"+:.*experts.*down_proj": {"bits": 8, "group_size": 16}}},
+    ),
     "gptq_v2-int8-channel": ("qwen3_moe", "gptq_v2", {"bits": 8, "group_size": -1}),
     "awq": ("mixtral", "awq", {}),
     "awq-qwen": ("qwen3_moe", "awq", {}),
@@ -245,6 +250,12 @@ def requantized(name: str, method: str, bits: int, group_size: int) -> Change:
     return change
 
 
+def to_16_bit(state: dict[str, Tensor], name: str) -> None:
+    """Put a compressed-tensors linear in without quantization."""
+    tensors = {leaf: state.pop(f"{name}.{leaf}") for leaf in ("weight_packed", "weight_scale", "weight_shape")}
+    state[f"{name}.weight"] = dequantized(tensors, 4, "compressed-tensors")
+
+
 REFUSED: dict[str, tuple[str, Change, str]] = {
     "missing scales": ("gptq", lambda s, c: s.pop(f"{EXPERT}.up_proj.scales"), rf"model\.safetensors: {EXPERT}\.up_proj\.scales is missing"),
     "missing weight": ("gptq", lambda s, c: s.pop(f"{EXPERT}.up_proj.qweight"), rf"{EXPERT}\.up_proj\.qweight is missing"),
@@ -252,7 +263,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "missing expert": (
         "gptq",
         lambda s, c: [s.pop(f"{EXPERT}.down_proj.{leaf}") for leaf in ("qweight", "qzeros", "scales", "g_idx")],
-        rf"must be quantized alike, but .*{EXPERT}\.down_proj is not quantized, or missing; quantize them alike",
+        rf"must be quantized alike, .*{EXPERT}\.down_proj is not quantized, or missing; quantize them alike",
     ),
     "missing linear": (
         "gptq",
@@ -264,8 +275,14 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         lambda s, c: s.update(
             {f"{EXPERT}.up_proj.weight": [s.pop(f"{EXPERT}.up_proj.{leaf}") for leaf in ("qweight", "qzeros", "scales", "g_idx")][2].float()}
         ),
-        rf"must be quantized alike, but .*{EXPERT}\.up_proj is not quantized, or missing",
+        rf"must be quantized alike, .*{EXPERT}\.up_proj is not quantized, or missing",
     ),
+    "16-bit down in all experts": (
+        "compressed-tensors",
+        lambda s, c: [to_16_bit(s, name) for name in sorted({key.rpartition(".")[0] for key in s if "layers.1.mlp.experts" in key and "down" in key})],
+        r"layers\.1\.mlp\.experts: .* so must the down projections, but .*0\.gate_proj is int4 .*0\.down_proj is not quantized.* except all experts",
+    ),
+    "mixed bits in down": ("gptq", requantized(f"{EXPERT}.down_proj", "gptq", 8, 16), rf"experts\.0\.down_proj is int4 .*{EXPERT}\.down_proj is int8"),
     "both forms": (
         "gptq",
         lambda s, c: s.update({f"{EXPERT}.up_proj.weight": torch.randn(32, 64)}),
@@ -344,6 +361,8 @@ def test_refused_with_tensor_and_value(case: str, sources: dict[str, Path], tmp_
 def test_marlin_on_a_cpu_or_on_16_bit_weights_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     experts = r"model\.layers\.0\.mlp\.experts: the marlin MoE backend"
     with pytest.raises(ValueError, match=rf"{experts} needs a CUDA device, and the model is on cpu; use --moe-runner-backend auto"):
+        build(sources["gptq"], torch.bfloat16, moe_runner_backend="marlin")
+    with pytest.raises(ValueError, match=rf"{experts} runs int4 .* float32 activations; use --moe-runner-backend auto"):
         build(sources["gptq"], moe_runner_backend="marlin")
-    with pytest.raises(ValueError, match=rf"{experts} runs int4 and int8 weights, and these are unquantized; use --moe-runner-backend auto"):
+    with pytest.raises(ValueError, match=rf"{experts} runs int4 and int8 weights .*, and these are unquantized; use --moe-runner-backend auto"):
         build(make_tiny_model("qwen3_moe", tmp_path), moe_runner_backend="marlin")

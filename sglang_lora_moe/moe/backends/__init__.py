@@ -22,7 +22,8 @@ def get_moe_runner_backend(name: str, device: torch.device | str, quant_method: 
     """Resolve "auto" and refuse, with the alternative, a backend that cannot run these weights on this device."""
     device_type = torch.device(device).type
     if name == "marlin" and "marlin" not in quant_method.backends:
-        raise ValueError(f"the marlin MoE backend runs int4 and int8 weights, and these are {quant_method.name}; use --moe-runner-backend auto")
+        reads = "int4 and int8 weights in groups of 32, 64 or 128 or whole rows, with bfloat16 or float16 activations"
+        raise ValueError(f"the marlin MoE backend runs {reads}, and these are {quant_method.name}; use --moe-runner-backend auto")
     if name == "marlin" and device_type != "cuda":
         raise ValueError(f"the marlin MoE backend needs a CUDA device, and the model is on {device_type}; use --moe-runner-backend auto")
     usable = [b for b in quant_method.backends if b in BACKENDS and (device_type == "cuda" or b in _ON_CPU)]
