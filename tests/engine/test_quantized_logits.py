@@ -30,7 +30,12 @@ WRITTEN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "awq-mixtral": ("mixtral", "awq", {}),
 }
 LAYOUTS = ("all_linear", "experts_and_attention")
-BACKENDS = ("auto", "triton") if torch.cuda.is_available() else ("auto",)
+# (device, --moe-runner-backend, what it becomes)
+PATHS = [
+    ("cpu", "auto", "torch_native"),
+    pytest.param(("cuda", "auto", "marlin"), marks=pytest.mark.gpu),
+    pytest.param(("cuda", "triton", "triton"), marks=pytest.mark.gpu),
+]
 
 
 def make(name: str, directory: Path) -> Path:
@@ -41,9 +46,10 @@ def make(name: str, directory: Path) -> Path:
     return write_quantized(source, directory / "quantized", method, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device_backend", PATHS, ids=lambda path: path[2])
 @pytest.mark.parametrize("name", [*GENUINE, *WRITTEN])
-def test_bfloat16_logits(name: str, backend: str, device: torch.device, tmp_path: Path) -> None:
+def test_bfloat16_logits(name: str, device_backend: tuple[str, str, str], tmp_path: Path) -> None:
+    device, backend, expected = device_backend
     path = make(name, tmp_path)
     reference = rounded(write_reference(path, tmp_path / "reference"))
     adapters = {layout: rounded(write_adapter(layout, reference, tmp_path / layout, rank=8, alpha=16, seed=i)) for i, layout in enumerate(LAYOUTS)}
@@ -51,14 +57,14 @@ def test_bfloat16_logits(name: str, backend: str, device: torch.device, tmp_path
     references = {layout: run_reference(merged_reference_model(reference, adapter), tokens) for layout, adapter in adapters.items()}
     references = {None: run_reference(AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval(), tokens)} | references
     with Engine(
-        model_path=str(path), device=device.type, dtype="bfloat16", enable_lora=True, lora_paths=[f"{key}={value}" for key, value in adapters.items()],
+        model_path=str(path), device=device, dtype="bfloat16", enable_lora=True, lora_paths=[f"{key}={value}" for key, value in adapters.items()],
         max_loras_per_batch=3, max_lora_rank=16, page_size=4, chunked_prefill_size=32, max_total_tokens=4096, max_running_requests=24, disable_cuda_graph=True,
         moe_runner_backend=backend,
     ) as engine:  # fmt: skip
         chosen = engine.model_info["moe_runner_backend"]
-        assert chosen.startswith(backend if backend != "auto" else "marlin" if device.type == "cuda" else "torch_native")
+        assert chosen.startswith(expected)  # "marlin+triton" where a layer's experts are not quantized
         assert any(isinstance(module, QuantizedLinear) for module in engine.core.runner.model.hf.modules())
-        forced = ForcedEngine(engine, graphs=device.type == "cuda")
+        forced = ForcedEngine(engine, graphs=device == "cuda")
         for copies in (1, 7):  # 3 requests, 21 requests
             for adapter, found in forced.logits(references, prompt=PROMPT, copies=copies):
                 error = relative_error(found, references[adapter].logits[PROMPT - 1 : -1])

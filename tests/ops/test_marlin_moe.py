@@ -37,6 +37,11 @@ def random_weight(experts: int, rows: int, k: int, bits: int, group: int, zeros:
     return WNA16Weight(pack(codes, bits), scales, points, bits, group)
 
 
+def on(device: str, weight: WNA16Weight) -> WNA16Weight:
+    zeros = None if weight.zeros is None else weight.zeros.to(device)
+    return replace(weight, packed=weight.packed.to(device), scales=weight.scales.to(device), zeros=zeros)
+
+
 def assert_same_values(found: WNA16Weight, expected: WNA16Weight, dtype: torch.dtype) -> None:
     assert torch.equal(dequantize(found, dtype).view(torch.int16), dequantize(expected, dtype).view(torch.int16))
 
@@ -45,11 +50,12 @@ def assert_same_values(found: WNA16Weight, expected: WNA16Weight, dtype: torch.d
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
-def test_repack_is_exact(bits: int, group: int, zeros: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_repack_is_exact(device: str, bits: int, group: int, zeros: bool, dtype: torch.dtype) -> None:
     for (rows, k), halves in itertools.product(WIDTHS, (1, 2)):
         if group > 0 and k % group:
             continue
-        weight = random_weight(2, rows, k, bits, k if group == -1 else group, zeros, dtype)
+        weight = on(device, random_weight(2, rows, k, bits, k if group == -1 else group, zeros, dtype))
         assert_same_values(op.unpack_weight(op.marlin_moe_repack(weight, halves)), weight, dtype)
 
 
@@ -131,11 +137,7 @@ def run_on_gpu(case: Case, overlap: bool = True) -> torch.Tensor:
     canonical, (x, ids, bias) = case.weight(), (None if t is None else t.cuda() for t in case.inputs())
     align = case.alignment()
     assert x is not None and ids is not None
-    weight = op.marlin_moe_repack(
-        replace(canonical, packed=canonical.packed.cuda(), scales=canonical.scales.cuda(), zeros=None if canonical.zeros is None else canonical.zeros.cuda()),
-        case.halves,
-        bias,
-    )
+    weight = op.marlin_moe_repack(on("cuda", canonical), case.halves, bias)
     if align is not None:
         align = type(align)(*(t.cuda() for t in (align.sorted_pairs, align.base_tiles, align.lora_tiles, align.counts)))
     scratch = op.GemmScratch.allocate(132, x.device)
