@@ -51,7 +51,7 @@ def measure(linear: str, tokens: int) -> dict[str, Any]:
     # A tile of fewer tokens than half the step's reads the weight too often to be of interest.
     tried = [i for i, shape in enumerate(SHAPES) if (hopper or i < 6) and (shape.block_tokens >= 64 or 2 * shape.block_tokens >= tokens)]
     times = {i: us(i) for i in [*tried, -1]}
-    best, choice = min(tried, key=lambda i: times[i]), op.choose_config(tokens, rows, hopper)
+    best, choice = min(tried, key=lambda i: times[i]), op.choose_config(tokens, weights[0])
     return {
         "linear": linear, "weights": "int4-g128", "M": tokens, "chosen_us": times.get(choice, us(choice)), "choice": choice, "marlin_us": times[best],
         "config": best, "dequantized_us": times[-1], "bf16_us": time_all([functools.partial(F.linear, x, w) for w in plain]),

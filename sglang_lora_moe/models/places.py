@@ -49,7 +49,7 @@ class TensorPlace:
         if piece is not None or self.storage.dim() != 2:
             raise LoadError("is quantized, but the model has no linear of that name")
         rows, inputs = self.storage.shape
-        self.storage.copy_(dequantize(read_weight(name, tensors, (rows, inputs), scheme), self.storage.dtype))
+        self.storage.copy_(dequantize(read_weight(name, tensors, (rows, inputs), scheme, self.storage.device), self.storage.dtype))
         self.filled = True
         return True
 
@@ -122,7 +122,7 @@ class QuantizedPlace:
             raise LoadError("is one expert's tensor where a whole linear is expected, or the other way round")
         rows = slice(None) if piece is None else _rows_of(piece, weight.packed, self.num_parts)
         packed, scales = weight.packed[rows], weight.scales[rows]
-        source = read_weight(name, tensors, (packed.shape[0], weight.in_features), scheme)
+        source = read_weight(name, tensors, (packed.shape[0], weight.in_features), scheme, packed.device)  # AWQ's order takes a CPU some ms
         packed.copy_(source.packed)
         scales.copy_(source.scales)
         if weight.zeros is not None:

@@ -19,11 +19,12 @@ import triton.language as tl
 
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import pdl_wait
-from sglang_lora_moe.ops.marlin_moe import DTYPES, GROUP_SIZES, SHAPES, UNIT, GemmScratch, MarlinWeight, fragment_order, marlin_moe_gemm, marlin_moe_repack
+from sglang_lora_moe.ops.marlin_moe import DTYPES, GROUP_SIZES, SHAPES, GemmScratch, MarlinWeight, marlin_moe_gemm, marlin_moe_repack
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
-DEQUANTIZE_FROM = 512  # tokens
+DEQUANTIZE_FROM = 33  # tokens
+SMALL_WEIGHT = 16 << 20  # values; too few 128-row tiles for all multiprocessors
 
 
 def why_unreadable(weight: WNA16Weight) -> str | None:
@@ -48,7 +49,7 @@ def repack_linear(weight: WNA16Weight, bias: torch.Tensor | None = None) -> Marl
 def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = None) -> torch.Tensor:
     """x [M, k] -> [M, rows] in x's dtype. `config` fixes a shape of tiles (an index of SHAPES), -1 the 16-bit GEMM; None chooses by size."""
     tokens = x.shape[0]
-    chosen = choose_config(tokens, weight.rows, _hopper(x.device)) if config is None else config
+    chosen = choose_config(tokens, weight) if config is None else config
     if chosen < 0:
         return F.linear(x, dequantize_linear(weight), None if weight.bias is None else weight.bias[0])
     out = x.new_empty(tokens, weight.rows)
@@ -59,25 +60,13 @@ def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = No
     return marlin_moe_gemm(x.contiguous(), weight, tiles, ids, out, scratch_of(x.device), config=chosen, sms=sms, gather=False, scatter=False, overlap=True)
 
 
-@lru_cache(maxsize=1024)
-def choose_config(tokens: int, rows: int, hopper: bool) -> int:
-    """The least token block that holds all tokens, so that the weight is read once; -1 = the 16-bit GEMM."""
+def choose_config(tokens: int, weight: MarlinWeight) -> int:
+    """An index of SHAPES; -1 = the 16-bit GEMM."""
     if tokens >= DEQUANTIZE_FROM:
         return -1
-    if tokens <= 8:
-        return 0 if rows < 128 * 132 else 1
-    if tokens <= 16:
+    if tokens > 8:
         return 2
-    if tokens <= 32:
-        return 3
-    if hopper:
-        return 7
-    return 4 if tokens <= 64 else 5
-
-
-@lru_cache(maxsize=16)
-def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    return 0 if weight.rows * weight.k <= SMALL_WEIGHT else 1
 
 
 # ---- what does not depend on the data --------------------------------------------------------------------------------
@@ -113,40 +102,48 @@ def _tiles(device: torch.device, tokens: int, block: int) -> tuple[Alignment, to
 # ---- dequantization --------------------------------------------------------------------------------------------------
 @triton.jit
 def _dequantize_kernel(
-    packed_ptr, scales_ptr, zeros_ptr, place_ptr, out_ptr, ROWS, K, K_UNITS, GROUPS, GROUP_SIZE,
-    BITS: tl.constexpr, UNIT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    packed_ptr, scales_ptr, zeros_ptr, out_ptr, ROWS, K, K_UNITS, GROUPS, GROUP_SIZE,
+    BITS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row units, blocks of BK inputs)."""
-    CODES: tl.constexpr = 32 // BITS
-    unit = tl.program_id(0).to(tl.int64)
-    r, k = tl.arange(0, UNIT), tl.program_id(1) * BK + tl.arange(0, BK)
-    place = tl.load(place_ptr + r[:, None] * UNIT + (k % UNIT)[None, :])  # of this code among the unit's
-    word = tl.load(packed_ptr + (unit * K_UNITS + k // UNIT)[None, :] * (UNIT * BITS) + place // CODES)
-    code = (word >> (place % CODES * BITS)) & ((1 << BITS) - 1)
-    group = (unit * GROUPS + k // GROUP_SIZE)[None, :] * UNIT + r[:, None]
-    inside = (unit * UNIT + r < ROWS)[:, None] & (k < K)[None, :]
-    zero = 1 << (BITS - 1)
+    """Grid (row units, blocks of UNITS units of 32 inputs). Words are read in their order; the compiler's transposition makes rows of them.
+
+    The order is that of `ops/marlin_moe.fragment_order`; a program that read it from a table, code by code, took three times as long.
+    """
+    unit, u0 = tl.program_id(0).to(tl.int64), tl.program_id(1) * UNITS
+    base = packed_ptr + (unit * K_UNITS + u0) * (32 * BITS)
+    if BITS == 4:
+        at = tl.arange(0, UNITS * 128)
+        words = tl.load(base + at, mask=at < (K_UNITS - u0) * 128, other=0)
+        codes = (words[:, None] >> (4 * tl.arange(0, 8))[None, :]) & 15
+        # unit, lane // 4, lane % 4, step, fragment | element, upper, half -> lane // 4, fragment, half | unit, step, upper, lane % 4, element
+        codes = codes.reshape(UNITS, 8, 4, 2, 2, 2, 2, 2).permute(1, 4, 7, 0, 3, 6, 2, 5).reshape(32, UNITS, 32)
+    else:
+        at = tl.arange(0, UNITS * 256)
+        words = tl.load(base + at, mask=at < (K_UNITS - u0) * 256, other=0)
+        codes = (words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
+        # unit, step, lane // 4, lane % 4, fragment, upper | half, element
+        codes = codes.reshape(UNITS, 2, 8, 4, 2, 2, 2, 2).permute(2, 4, 6, 0, 1, 5, 3, 7).reshape(32, UNITS, 32)
+    r, u = unit * 32 + tl.arange(0, 32), u0 + tl.arange(0, UNITS)
+    group = (unit * GROUPS + u * 32 // GROUP_SIZE)[None, :] * 32 + tl.arange(0, 32)[:, None]  # a unit lies in one group
+    known = (r < ROWS)[:, None] & (u * 32 < K)[None, :]
+    scale = tl.load(scales_ptr + group, mask=known, other=0.0).to(tl.float32)
+    zero = tl.full((32, UNITS), 1 << (BITS - 1), dtype=tl.int32)
     if zeros_ptr is not None:
-        zero = tl.load(zeros_ptr + group, mask=inside, other=0).to(tl.int32)
+        zero = tl.load(zeros_ptr + group, mask=known, other=0).to(tl.int32)
     # Exact in float32, so that the one rounding is to the activation dtype.
-    value = (code - zero).to(tl.float32) * tl.load(scales_ptr + group, mask=inside, other=0.0).to(tl.float32)
+    values = ((codes - zero[:, :, None]).to(tl.float32) * scale[:, :, None]).to(out_ptr.dtype.element_ty).reshape(32, UNITS * 32)
+    k = u0 * 32 + tl.arange(0, UNITS * 32)
     pdl_wait(PDL)  # weights are there before any kernel; the memory of `out` may still be read
-    tl.store(out_ptr + (unit * UNIT + r)[:, None] * K + k[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@lru_cache(maxsize=16)
-def _places(device: torch.device, bits: int) -> torch.Tensor:
-    """int32 [1024]: where a unit stores the code of row * 32 + k."""
-    return fragment_order(bits).argsort().to(torch.int32).to(device)
+    tl.store(out_ptr + r[:, None] * K + k[None, :], values, mask=(r < ROWS)[:, None] & (k < K)[None, :])
 
 
 def dequantize_linear(weight: MarlinWeight) -> torch.Tensor:
     """The weight [rows, k] in the activation dtype."""
     row_units, k_units = weight.packed.shape[1:3]
     out = weight.scales.new_empty(weight.rows, weight.k)
-    bk = 128
-    _dequantize_kernel[(row_units, triton.cdiv(weight.k, bk))](
-        weight.packed, weight.scales, weight.zeros, _places(out.device, weight.bits), out, weight.rows, weight.k, k_units,
-        weight.scales.shape[2], weight.group_size or weight.k, BITS=weight.bits, UNIT=UNIT, BK=bk, num_warps=4, **launch.options(out.device),
+    units = 4
+    _dequantize_kernel[(row_units, triton.cdiv(k_units, units))](
+        weight.packed, weight.scales, weight.zeros, out, weight.rows, weight.k, k_units, weight.scales.shape[2], weight.group_size or weight.k,
+        BITS=weight.bits, UNITS=units, num_warps=4, **launch.options(out.device),
     )  # fmt: skip
     return out

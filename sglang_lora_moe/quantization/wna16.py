@@ -27,6 +27,7 @@ TENSORS = {
     "gptq_v2": _GPTQ_TENSORS,
     "awq": ("qweight", "qzeros", "scales"),
 }
+_READ_ON_HOST = frozenset({"weight_shape", "weight_g_idx", "g_idx"})  # what is looked at and not kept
 
 
 class QuantizationError(ValueError):
@@ -238,9 +239,13 @@ def _awq_columns(words: torch.Tensor) -> torch.Tensor:
     return columns.flatten(0, 1)
 
 
-def read_weight(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], scheme: WNA16Scheme) -> WNA16Weight:
-    """The tensors of the linear `name`, logical shape (O, I), by whatever format `scheme` names."""
+def read_weight(
+    name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], scheme: WNA16Scheme, device: torch.device | str | None = None
+) -> WNA16Weight:
+    """The tensors of the linear `name`, logical shape (O, I), by whatever format `scheme` names; converted on `device`, where it is given."""
     bits, group_size = scheme.bits, scheme.group_size
+    if device is not None:
+        tensors = {leaf: tensor if leaf in _READ_ON_HOST else tensor.to(device) for leaf, tensor in tensors.items()}
     if scheme.format == "awq":
         return from_awq(name, tensors, shape, bits, group_size)
     if scheme.format == "compressed-tensors":
