@@ -27,6 +27,12 @@ COMPILER_EXTRA = "cuda-compiler"  # the extra in pyproject.toml that brings nvcc
 DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")  # LibTorch's stable ABI as of 2.11
 CXX_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-Wall")
 NVCC_FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC")
+# torch's own libraries are loaded without global symbols, so the library must name them as needed; which CUDA symbols they have
+# depends on the build of torch, so undefined ones are allowed (the binding declares them weak). A compiler that comes without the
+# shared libstdc++ links its archive: exported, that copy mixes with the one the process has, and the first number in an error
+# message is a segmentation fault. So archives are not exported, and libstdc++ comes before torch, which exports parts of it too.
+LINK_FLAGS = ("-Xlinker", "--no-as-needed", "-Xlinker", "--allow-shlib-undefined", "-Xlinker", "--exclude-libs", "-Xlinker", "ALL")
+LIBRARIES = ("-lstdc++", "-ltorch", "-ltorch_cpu")
 
 
 class BuildError(RuntimeError):
@@ -98,13 +104,9 @@ def compile_command(nvcc: Path, cxx: str, source: Path, out: Path, architectures
 
 
 def link_command(nvcc: Path, cxx: str, objects: Sequence[Path], library: Path) -> list[str]:
-    # torch's own libraries are loaded without global symbols, so the library must name them as needed; which CUDA symbols
-    # they have depends on the build of torch, so undefined ones are allowed (the binding declares them weak).
-    torch_lib = torch_folder() / "lib"
     wheel_lib = nvcc.parent.parent / "lib"  # the compiler from wheels keeps libcudart_static.a here, where nvcc does not look
     found = [f"-L{wheel_lib}"] if (wheel_lib / "libcudart_static.a").exists() else []
-    options = ["-Xlinker", "--no-as-needed", "-Xlinker", "--allow-shlib-undefined"]
-    return [str(nvcc), "-shared", "-ccbin", cxx, *options, *map(str, objects), *found, f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-o", str(library)]
+    return [str(nvcc), "-shared", "-ccbin", cxx, *LINK_FLAGS, *map(str, objects), *found, f"-L{torch_folder() / 'lib'}", *LIBRARIES, "-o", str(library)]
 
 
 def find_nvcc() -> Path:
@@ -144,7 +146,7 @@ def sources() -> list[Path]:
 @functools.cache
 def source_hash(architectures: Sequence[str]) -> str:
     """Of everything that decides what the library does: names and contents of the sources, and the flags."""
-    digest = hashlib.sha256(repr((DEFINES, CXX_FLAGS, NVCC_FLAGS, tuple(architectures))).encode())
+    digest = hashlib.sha256(repr((DEFINES, CXX_FLAGS, NVCC_FLAGS, LINK_FLAGS, LIBRARIES, tuple(architectures))).encode())
     for path in sorted(p for p in sources_folder().iterdir() if p.suffix in (".cu", ".cpp", ".cuh", ".h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

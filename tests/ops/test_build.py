@@ -59,32 +59,46 @@ def test_emulator_cases_compile_for_the_gpu(nvcc: Path, tmp_path: Path) -> None:
     subprocess.run([*command, f"-I{build.sources_folder()}"], check=True, capture_output=True)
 
 
-def test_library_loads_into_this_torch(tmp_path: Path) -> None:
-    """The stable-ABI library registers its CUDA implementations even with CPU torch, and leaves the CPU ones alone.
-
-    The kernels in it are the emulator's: nvcc takes long for the large ones, and the binding does not see the difference.
-    """
-    objects: list[Path] = []
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """All sources compiled by the host's compiler: nvcc takes long for the large kernels, and the binding does not see the difference."""
+    folder, found = tmp_path_factory.mktemp("objects"), []
     for source in build.sources():
-        objects.append(tmp_path / f"{source.name}.o")
+        found.append(folder / f"{source.name}.o")
         includes = [*build.DEFINES, f"-I{build.torch_folder() / 'include'}"] if source.suffix == ".cpp" else ["-x", "c++"]
-        subprocess.run([build.find_cxx(), "-std=c++17", "-O0", "-fPIC", "-w", *includes, "-c", source, "-o", objects[-1]], check=True)
-    library, torch_lib = tmp_path / "ops.so", build.torch_folder() / "lib"
-    link: list[str | Path] = ["-shared", "-Wl,--no-as-needed", "-Wl,--allow-shlib-undefined", *objects, f"-L{torch_lib}", "-ltorch", "-ltorch_cpu"]
-    subprocess.run([build.find_cxx(), *link, "-o", library], check=True)
+        subprocess.run([build.find_cxx(), "-std=c++17", "-O0", "-fPIC", "-w", *includes, "-c", source, "-o", found[-1]], check=True)
+    return found
+
+
+@pytest.mark.parametrize("stdcxx", [["-lstdc++"], ["-Wl,-Bstatic", "-lstdc++", "-Wl,-Bdynamic"]], ids=["shared libstdc++", "its archive"])
+def test_library_loads_into_this_torch(objects: list[Path], stdcxx: list[str], tmp_path: Path) -> None:
+    """The stable-ABI library registers its CUDA implementations even with CPU torch, leaves the CPU ones alone, and refuses with a sentence."""
+    library = tmp_path / "ops.so"
+    libraries = [part for name in build.LIBRARIES for part in (stdcxx if name == "-lstdc++" else [name])]
+    subprocess.run([build.find_cxx(), "-shared", *build.LINK_FLAGS, *objects, f"-L{build.torch_folder() / 'lib'}", *libraries, "-o", library], check=True)
     script = f"""
 import ctypes, torch
 from sglang_lora_moe.ops.moe_lora_align import moe_lora_align_block_size, workspace_elements
 torch.ops.load_library({str(library)!r})
 assert torch._C._dispatch_has_kernel_for_dispatch_key("sglang_lora_moe::moe_lora_align_block_size", "CUDA")
-found = moe_lora_align_block_size(torch.tensor([[0, 2], [2, 0], [2, -1]]), torch.tensor([1, -1, -1], dtype=torch.int32), 3, 2, 2, 16)
+ids, slots = torch.tensor([[0, 2], [2, 0], [2, -1]]), torch.tensor([1, -1, -1], dtype=torch.int32)
+found = moe_lora_align_block_size(ids, slots, 3, 2, 2, 16)
 assert found.counts.tolist() == [5, 3, 2, 2]
 size = ctypes.CDLL({str(library)!r}).moe_lora_align_workspace
 size.argtypes, size.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
 for pairs, experts in ((0, 1), (8, 128), (8191, 8), (8192, 8), (70000, 1024)):
     assert size(pairs, experts) == workspace_elements(pairs, experts, 4), (pairs, experts)
+tensors = (found.sorted_pairs, found.base_tiles, found.lora_tiles, found.counts, found.counts)
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.sglang_lora_moe.moe_lora_align_block_size.default.redispatch(cuda, ids, slots, 1025, 2, 2, 16, *tensors)
+except RuntimeError as error:
+    assert "expected num_experts in 1..1024, got 1025" in str(error), error
+else:
+    raise AssertionError("1,025 experts were not refused")
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.returncode}: {run.stderr[-2000:]}"
 
 
 def _build_and_time(package: Path, results: multiprocessing.Queue[tuple[str, int]]) -> None:
