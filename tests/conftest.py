@@ -1,6 +1,7 @@
 """Test set-up: without a GPU, Triton kernels run in its interpreter, and tests marked `gpu` are skipped.
 
-The largest error of each kernel against its reference is printed at the end, and written to `--errors FILE` as JSON.
+The largest error of each kernel against its reference is printed at the end, and written to `--errors FILE` as
+a results file (benchmarks/results/).
 Where the server's libraries are not installed (`./run test-gpu` installs nothing), tests of the server are not collected.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,19 @@ if any(importlib.util.find_spec(name) is None for name in SERVER_LIBRARIES):
     collect_ignore_glob = ["server", "engine/test_process*"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run on whatever device there is are GPU tests where there is one."""
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: ./run test-gpu"))
+        elif GPU and ("device" in getattr(item, "fixturenames", ()) or hasattr(getattr(item, "module", None), "DEVICE")):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device("cuda" if GPU else "cpu")
 
 
@@ -57,8 +64,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for kernel, error in (pair for reports in terminalreporter.stats.values() for report in reports for pair in getattr(report, "user_properties", ())):
         found[kernel] = max(error, found.get(kernel, 0.0))
     if found and (GPU or config.option.errors):
-        terminalreporter.section("largest relative norm errors")
+        terminalreporter.section("largest errors")
         for kernel, error in sorted(found.items()):
             terminalreporter.line(f"{error:.2e}  {kernel}")
     if config.option.errors:
-        config.option.errors.write_text(json.dumps(dict(sorted(found.items())), indent=1))
+        from benchmarks import timing
+
+        rows = [{"what": kernel, "error": float(f"{error:.3g}")} for kernel, error in sorted(found.items())]
+        head = {"bench": "errors", "date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": timing.current_commit(), "gpu": timing.gpu_name()}
+        record = {**head, "versions": timing.package_versions(), "settings": {}, "rows": rows}
+        config.option.errors.write_text(json.dumps(record, indent=1) + "\n")

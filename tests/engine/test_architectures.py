@@ -1,6 +1,7 @@
 """Every architecture and adapter layout through the engine, against transformers with the adapter merged in (float32).
 
-One engine a model holds all its adapters; base and adapters run mixed in one batch, with chunked prefill, then decode.
+One engine a model holds all its adapters; base and adapters run mixed in one batch, with chunked prefill, then decode. On a GPU this is the
+triton backend throughout, decode eagerly and in captured graphs.
 The whole distribution of every position is compared: prompt positions come from prefill, output positions from decode.
 """
 
@@ -36,14 +37,21 @@ def prompt(length: int, seed: int) -> list[int]:
     return [1] + [random.Random(f"{seed}/{i}").randrange(3, 98) for i in range(length - 1)]
 
 
+@pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["eager", "graphs"])
 @pytest.mark.parametrize("arch", LAYOUTS)
-def test_every_layout_equals_transformers(arch: str, tmp_path: Path) -> None:
+def test_every_layout_equals_transformers(arch: str, graphs: bool, device: torch.device, tmp_path: Path) -> None:
     base = make_tiny_model(arch, tmp_path)
     paths = {name: write_adapter(name, base, tmp_path / name, rank=RANKS[i % 3], alpha=8, seed=i) for i, name in enumerate(LAYOUTS[arch])}
     names: list[str | None] = [None, *paths]
     prompts = [prompt(9 + 5 * (i % 4), i) for i in range(len(names))]
+    greedy = {"temperature": 0.0, "max_new_tokens": STEPS, "ignore_eos": True}
     with Engine(
         model_path=str(base),
+        device=device.type,
+        dtype="float32",
+        moe_runner_backend="triton" if device.type == "cuda" and arch != "qwen3" else "auto",
+        disable_cuda_graph=not graphs,
+        max_running_requests=24,
         enable_lora=True,
         lora_paths=[f"{name}={path}" for name, path in paths.items()],
         max_loras_per_batch=len(paths),
@@ -52,14 +60,11 @@ def test_every_layout_equals_transformers(arch: str, tmp_path: Path) -> None:
         chunked_prefill_size=64,
         max_total_tokens=2048,
     ) as engine:
-        results = engine.generate(
-            input_ids=prompts,
-            sampling_params={"temperature": 0.0, "max_new_tokens": STEPS, "ignore_eos": True},
-            lora_path=names,
-            return_logprob=True,
-            logprob_start_len=0,
-            top_logprobs_num=VOCAB,
-        )
+        assert (engine.core.runner.graphs is not None) == graphs
+        scores = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": VOCAB}
+        results = engine.generate(input_ids=prompts, sampling_params=greedy, lora_path=names, **scores)
+        few = engine.generate(input_ids=prompts[:3], sampling_params=greedy, lora_path=names[:3])  # steps of 3 tokens need no sorting
+        assert [result["output_ids"] for result in few] == [result["output_ids"] for result in results[:3]]
         engine.core.check()
     worst = 0.0
     for name, ids, result in zip(names, prompts, results, strict=True):

@@ -1,4 +1,7 @@
-"""Tiny models through the whole GPU path: graphs on and off, adapters swapped between replays, against the CPU engine and transformers."""
+"""The whole GPU path with tiny models: adapters swapped between replays, graphs captured again, launches counted.
+
+That every architecture and adapter layout equals transformers is test_architectures.py's, which runs on a GPU too; bfloat16 is test_forced_logits.py's.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ import pytest
 import torch
 
 from sglang_lora_moe.engine.engine import Engine
-from tests.engine.models import ADAPTERS, adapter_path, make_engine, other_adapter_path, reference_greedy
+from tests.adapter_files import merged_reference_model, write_adapter
+from tests.engine.models import ADAPTERS, adapter_path, make_engine, model_path, other_adapter_path, reference_greedy
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.gpu
-ARCHS = ("qwen3_moe", "gpt_oss", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "qwen3")
 PROMPTS = [[1, *range(10 + i, 14 + 3 * i)] for i in range(8)]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
 
@@ -30,26 +33,6 @@ def ids(results: Any) -> list[list[int]]:
 def engine_on(device: str, path: Path, **config: Any) -> Engine:
     defaults: dict[str, Any] = {"page_size": 4, "max_total_tokens": 2048, "max_running_requests": 12, "chunked_prefill_size": 64, "dtype": "float32"}
     return Engine(model_path=str(path), device=device, **(defaults | config))
-
-
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_equals_the_cpu_engine(arch: str, graphs: bool, tmp_path: Path) -> None:
-    path = make_tiny_model(arch, tmp_path)
-    expected = ids(engine_on("cpu", path).generate(input_ids=PROMPTS, sampling_params=GREEDY))
-    engine = engine_on("cuda", path, disable_cuda_graph=not graphs)
-    assert (engine.core.runner.graphs is not None) == graphs
-    assert ids(engine.generate(input_ids=PROMPTS, sampling_params=GREEDY)) == expected
-    assert ids(engine.generate(input_ids=PROMPTS[:3], sampling_params=GREEDY)) == expected[:3]
-
-
-@pytest.mark.parametrize("graphs", [True, False])
-def test_adapters_equal_transformers(graphs: bool) -> None:
-    engine = make_engine(device="cuda", dtype="float32", disable_cuda_graph=not graphs, max_running_requests=12)
-    names = [*ADAPTERS, None, *ADAPTERS]
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(names))]
-    expected = [reference_greedy(name, prompt, 12, ignore_eos=True) for name, prompt in zip(names, prompts, strict=True)]
-    assert ids(engine.generate(input_ids=prompts, lora_path=names, sampling_params=GREEDY)) == expected
 
 
 def test_swaps_between_replays_equal_solo_runs() -> None:
@@ -70,58 +53,85 @@ def test_swaps_between_replays_equal_solo_runs() -> None:
     engine.core.check()
 
 
-def test_base_steps_are_bit_identical_with_adapters_enabled() -> None:
+@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+def test_base_steps_are_bit_identical_with_adapters_enabled(arch: str, tmp_path: Path) -> None:
     """In graph replay, and while an adapter is resident."""
-    params = GREEDY | {"max_new_tokens": 8}
+    path = make_tiny_model(arch, tmp_path)
+    adapter = write_adapter("experts_and_attention", path, tmp_path / "adapter")
     found = []
-    for lora in (False, True):
-        engine = make_engine(lora, device="cuda", dtype="bfloat16", max_running_requests=12)
-        runner, logits = engine.core.runner, []
-        replay = runner.graphs.replay
+    for config in ({}, {"enable_lora": True, "lora_paths": [f"one={adapter}"]}):
+        engine = engine_on("cuda", path, dtype="bfloat16", **config)
+        graphs, logits = engine.core.runner.graphs, []
+        replay = graphs.replay
 
         def recorded(size: int, active: bool, replay: Any = replay, logits: Any = logits) -> Any:
             out = replay(size, active)
             logits.append(out[0].clone())
             return out
 
-        runner.graphs.replay = recorded
-        engine.generate(input_ids=PROMPTS, sampling_params=params)
+        graphs.replay = recorded
+        engine.generate(input_ids=PROMPTS, sampling_params=GREEDY | {"max_new_tokens": 8})
         found.append(logits)
     assert len(found[0]) == len(found[1]) > 4
     for step, (base, with_lora) in enumerate(zip(*found, strict=True)):
-        count = len(PROMPTS)
-        assert torch.equal(base[:count], with_lora[:count]), f"step {step}"
+        assert torch.equal(base[: len(PROMPTS)], with_lora[: len(PROMPTS)]), f"step {step}"
 
 
-@pytest.mark.parametrize("adapter", [None, "r16"])
-def test_bfloat16_is_near_float32(adapter: str | None) -> None:
-    """Prompt log-probabilities of one engine in bf16 against transformers in float32: median absolute difference."""
-    from tests.engine.models import reference_logprobs
+def test_graphs_are_captured_again_when_an_adapter_first_touches_a_rare_layer(tmp_path: Path) -> None:
+    """Router, then embedding and head: the graphs with adapters are replaced once each, those without never."""
+    engine = make_engine(adapters=("r8",), device="cuda", dtype="float32", max_loras_per_batch=4, max_lora_rank=64, max_running_requests=4)
+    graphs: Any = engine.core.runner.graphs
+    prompt, base_graph = PROMPTS[2], graphs._graphs[1, False]
 
-    engine = make_engine(device="cuda", dtype="bfloat16", max_running_requests=12)
-    tokens = [1, *range(20, 60)]
-    result = engine.generate(input_ids=tokens, lora_path=adapter, sampling_params={"max_new_tokens": 1}, return_logprob=True, logprob_start_len=0)
-    got = torch.tensor([value for value, _, _ in result["meta_info"]["input_token_logprobs"][1:]])
-    want = reference_logprobs(adapter, tokens)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    assert (got - want).abs().median() < 0.05  # a routing flip between near-equal experts may move single rows
+    def generate(adapter: str) -> list[int]:
+        engine.flush_cache()
+        return engine.generate(input_ids=prompt, lora_path=adapter, sampling_params=GREEDY)["output_ids"]
+
+    expected = reference_greedy("r8", prompt, 12, ignore_eos=True)
+    assert generate("r8") == expected
+    for layout in ("router", "embedding"):
+        path = write_adapter(layout, model_path(), tmp_path / layout, rank=8, alpha=16, seed=5)
+        without = graphs._graphs[1, True]
+        engine.load_lora_adapter(layout, str(path))
+        reference = merged_reference_model(model_path(), path)
+        with torch.no_grad():
+            out = reference.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)  # type: ignore[operator]
+        assert generate(layout) == out[0, len(prompt) :].tolist(), layout
+        again = graphs._graphs[1, True]
+        assert again is not without, f"{layout}: the old graph is still there"
+        assert generate("r8") == expected and generate(layout) == out[0, len(prompt) :].tolist()
+        assert graphs._graphs[1, True] is again, f"{layout}: captured more than once"
+    assert graphs._graphs[1, False] is base_graph
 
 
-def test_launches_per_layer(tmp_path: Path) -> None:
-    """At most 16 kernels a decoder layer at decode, experts included."""
+@pytest.mark.parametrize("lora", [False, True], ids=["base", "adapters"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "qwen3_moe",
+        "mixtral",
+        "gpt_oss",
+        pytest.param("qwen2_moe", marks=pytest.mark.xfail(reason="the shared expert is 8 launches of its own: 20 to 31 a layer")),
+        pytest.param("olmoe", marks=pytest.mark.xfail(reason="q and k are normalised over all heads at once, which no kernel fuses: 28 to 38 a layer")),
+    ],
+)
+def test_launches_per_layer(arch: str, lora: bool, tmp_path: Path) -> None:
+    """At most 16 kernels a decoder layer at decode, experts included: what two more layers add to a replay."""
     from torch.profiler import ProfilerActivity, profile
 
-    counts = []
+    names: dict[tuple[int, int], list[str]] = {}
     for layers in (2, 4):
-        path = make_tiny_model("qwen3_moe", tmp_path, num_hidden_layers=layers)
-        engine = engine_on("cuda", path, dtype="bfloat16")
+        more = {"layer_types": ["sliding_attention", "full_attention"] * (layers // 2)} if arch == "gpt_oss" else {}
+        path = make_tiny_model(arch, tmp_path, num_hidden_layers=layers, **more)
+        engine = engine_on("cuda", path, dtype="bfloat16", enable_lora=lora, **({"max_lora_rank": 16, "max_loras_per_batch": 2} if lora else {}))
         graphs: Any = engine.core.runner.graphs
-        graphs.replay(8, False)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            graphs.replay(8, False)
+        for size in (1, 12):
+            graphs.replay(size, lora)
             torch.cuda.synchronize()
-        names = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        counts.append(len(names))
-    per_layer = (counts[1] - counts[0]) / 2
-    print(f"launches of a layer: {per_layer}, of a step of 4 layers: {counts[1]}: {names[:24]}")
-    assert 0 < per_layer <= 16
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                graphs.replay(size, lora)
+                torch.cuda.synchronize()
+            names[layers, size] = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    counts = {size: (len(names[4, size]) - len(names[2, size])) / 2 for size in (1, 12)}
+    print(f"launches of a layer of {arch}, {'with' if lora else 'without'} adapters: {counts}\n  " + "\n  ".join(name[:60] for name in names[4, 12][:40]))
+    assert all(0 < count <= 16 for count in counts.values()), counts

@@ -20,7 +20,7 @@ from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, quantize
 from sglang_lora_moe.quantization.wna16_method import WNA16Method, WNA16QuantInfo
 from tests.moe_cases import LAYOUTS, MoECase, make_case
-from tests.references import assert_near, ref_moe
+from tests.references import assert_near, keep_error, ref_moe, relative_error
 
 SPEC = MoESpec(8, 2, 128, 96)
 BIASED = MoESpec(8, 2, 128, 96, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5)
@@ -98,7 +98,11 @@ def test_gpu_layer_equals_reference(spec: MoESpec, lora: bool, dtype: torch.dtyp
         core = MarlinRunnerCore()
         info = core.quant_info(quant, SimpleNamespace())  # type: ignore[arg-type]
         found = run(case, info, core, lora)
-        assert_near(found, ref_moe(case, lora).out, f"marlin layer, {'adapters' if lora else 'base'}", case.name)
+        kernel, exact = f"marlin layer, {'adapters' if lora else 'base'}", ref_moe(case, lora).out
+        if lora and core.make_routing(case.runner_input(Workspace("cuda"))).rows == "sorted":
+            keep_error(f"{kernel}, nothing rounded in the reference, {str(dtype).removeprefix('torch.')}", relative_error(found, exact))
+            exact = ref_moe(case, lora, ("s", "gate_up", "act", "down")).out
+        assert_near(found, exact, kernel, case.name)
         assert torch.equal(found, run(case, info, core, lora)), "two runs differ"
 
 

@@ -13,6 +13,7 @@ from benchmarks.moe_inputs import align_on_host, has_cuda_align
 from sglang_lora_moe.lora.hooks import build_lora_hooks
 from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
+from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunner, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
@@ -20,7 +21,7 @@ from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
 from tests.moe_cases import LAYOUTS, POPULARITIES, ROUTINGS, MoECase, make_case
-from tests.references import assert_near, ref_moe
+from tests.references import assert_near, keep_error, ref_moe, relative_error
 
 SMALL = {"experts": 8, "top_k": 2, "hidden": 64, "inter": 48}
 
@@ -34,9 +35,13 @@ class Poisoned(Workspace):
 
 
 class Core(TritonRunnerCore):
-    def make_routing(self, inp: RunnerInput):
+    def make_routing(self, inp: RunnerInput) -> Routing:
         routing = super().make_routing(inp)
-        return routing if has_cuda_align() else align_on_host(routing)
+        if not has_cuda_align():
+            return align_on_host(routing)
+        if routing.rows == "sorted":
+            routing.alignment  # noqa: B018  # on the main stream, as cores without an addend do: their shrinks run beside the GEMM
+        return routing
 
 
 class SeparateOps:
@@ -54,9 +59,12 @@ def run(case: MoECase, tiles: LayerTiles | None = None, ops: Any = triton_lora, 
 
 def check(case: MoECase, tiles: LayerTiles | None = None, ops: Any = triton_lora, lora: bool = True) -> torch.Tensor:
     """Against the reference, and a second run against the first."""
-    found = run(case, tiles, ops, lora=lora)
+    found, exact = run(case, tiles, ops, lora=lora), ref_moe(case, lora).out
     kernel = f"triton layer, {'adapters' if lora else 'base'}{'' if ops is triton_lora else ', separate'}"
-    assert_near(found, ref_moe(case, lora).out, kernel, case.name)
+    if lora and Core(tiles).make_routing(case.runner_input(Workspace(case.x.device))).rows == "sorted":
+        keep_error(f"{kernel}, nothing rounded in the reference, {str(found.dtype).removeprefix('torch.')}", relative_error(found, exact))
+        exact = ref_moe(case, lora, ("s", "act") if ops is triton_lora else ("s", "gate_up", "act", "down")).out
+    assert_near(found, exact, kernel, case.name)
     assert torch.equal(found, run(case, tiles, ops, lora=lora)), f"two runs differ: {case.name}"
     return found
 

@@ -5,42 +5,44 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.references import assert_near
+
 pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter computes bfloat16 wrongly
 
 
-def close(out: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-6) -> None:
-    error = (out.double() - want.double()).norm() / want.double().norm()
-    assert error < tolerance, f"relative error {error:.2e}"
-
-
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
-def test_rms_norm(residual: bool) -> None:
+@pytest.mark.parametrize(("m", "width"), [(5, 96), pytest.param(700, 2048, marks=pytest.mark.gpu)])
+def test_rms_norm(m: int, width: int, residual: bool, dtype: torch.dtype) -> None:
     from sglang_lora_moe.ops.rms_norm import rms_norm
 
     torch.manual_seed(0)
-    x, w = torch.randn(5, 96, device=DEVICE), torch.randn(96, device=DEVICE)
-    r = torch.randn(5, 96, device=DEVICE) if residual else None
-    total = (x + r if residual else x).double()
+    x, w = torch.randn(m, width, device=DEVICE).to(dtype), torch.randn(width, device=DEVICE).to(dtype)
+    r = torch.randn(m, width, device=DEVICE).to(dtype) if residual else None
+    total = x.double() if r is None else x.double() + r.double()
     want = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * w.double()
-    close(rms_norm(x, w, 1e-5, r), want)
-    if residual:
-        close(r, total)
+    assert_near(rms_norm(x, w, 1e-5, r), want.float(), "rms_norm")
+    if r is not None:
+        assert_near(r, total.float(), "rms_norm, the sum")
 
 
-@pytest.mark.parametrize(("norm", "d"), [(True, 32), (False, 24)])
-def test_qk_norm_rope(norm: bool, d: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("norm", "d"), [(True, 32), (False, 24), pytest.param(True, 128, marks=pytest.mark.gpu)])
+def test_qk_norm_rope(norm: bool, d: int, dtype: torch.dtype) -> None:
     from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 
     torch.manual_seed(1)
     m, hq, hkv = 3, 4, 2
-    qkv = torch.randn(m, (hq + 2 * hkv) * d, device=DEVICE)
-    k_cache, v_cache = (torch.full((9, hkv, d), 7.0, device=DEVICE) for _ in range(2))
+    qkv = torch.randn(m, (hq + 2 * hkv) * d, device=DEVICE).to(dtype)
+    k_cache, v_cache = (torch.full((9, hkv, d), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
     slots = torch.tensor([5, 0, 8], device=DEVICE)
     table = torch.randn(11, d // 2, device=DEVICE)
     positions = torch.tensor([3, 10, 0], device=DEVICE)
     angle = table[positions].repeat(1, 2)
-    weights = [torch.rand(d, device=DEVICE) + 0.5 for _ in range(2)] if norm else [None, None]
+    weights = [(torch.rand(d, device=DEVICE) + 0.5).to(dtype) for _ in range(2)] if norm else [None, None]
     q = qk_norm_rope(qkv, k_cache, v_cache, slots, positions, (table.cos(), table.sin()), num_heads=hq, q_weight=weights[0], k_weight=weights[1])
 
     def want(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
@@ -51,8 +53,8 @@ def test_qk_norm_rope(norm: bool, d: int) -> None:
         return x * angle.double().cos()[:, None] + rotated * angle.double().sin()[:, None]
 
     heads = qkv.view(m, hq + 2 * hkv, d)
-    close(q, want(heads[:, :hq], weights[0]))
-    close(k_cache[slots], want(heads[:, hq : hq + hkv], weights[1]))
+    assert_near(q, want(heads[:, :hq], weights[0]).float(), "qk_norm_rope")
+    assert_near(k_cache[slots], want(heads[:, hq : hq + hkv], weights[1]).float(), "qk_norm_rope")
     assert torch.equal(v_cache[slots], heads[:, hq + hkv :])
     untouched = torch.ones(9, dtype=torch.bool, device=DEVICE).index_fill(0, slots, False)
     assert (k_cache[untouched] == 7).all() and (v_cache[untouched] == 7).all()
@@ -71,7 +73,7 @@ def test_router_topk(mode: str, renormalize: bool, experts: int, k: int) -> None
     want, index = scores.topk(k, -1)
     want = want.softmax(-1) if mode == "choice" else want / want.sum(-1, keepdim=True) if renormalize else want
     assert torch.equal(ids.long(), index) and ids.dtype == torch.int32
-    close(weights, want)
+    assert_near(weights, want.float(), "router_topk")
 
 
 def test_router_topk_breaks_ties_towards_the_smaller_id() -> None:

@@ -11,7 +11,7 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.fused_moe_lora import fused_moe_lora
 from tests.moe_cases import LAYOUTS, MoECase, make_case
-from tests.references import assert_near, ref_delta
+from tests.references import assert_near, on_host, ref_delta
 
 
 def check(case: MoECase, *, rows: str, half: str) -> None:
@@ -27,11 +27,11 @@ def check(case: MoECase, *, rows: str, half: str) -> None:
     before = y.clone()
     assert fused_moe_lora(y, x, a, b, made, Workspace(device), gather=gather) is y
     experts, slots = case.topk_ids.view(-1)[pairs].long(), case.token_slots[pairs // spec.top_k]
-    expected = torch.zeros_like(y, dtype=torch.float32)
+    expected, a_host, b_host = torch.zeros_like(y, dtype=torch.float32), on_host(a), on_host(b)
     untouched = (experts < 0) | (experts >= spec.num_experts) | (slots < 0)
     for expert, slot in set(zip(experts[~untouched].tolist(), slots[~untouched].tolist(), strict=True)):
         places = ((experts == expert) & (slots == slot)).nonzero().view(-1)
-        expected[places] = ref_delta((x[pairs[places] // spec.top_k] if gather else x[places]).float(), a, b, slot, expert)
+        expected[places] = ref_delta((x[pairs[places] // spec.top_k] if gather else x[places]).float(), a_host, b_host, slot, expert)
     assert torch.equal(y[untouched], before[untouched])
     assert_near(y, before.float() + expected, f"fused_moe_lora, {rows} rows", case.name)
     if y.dtype == torch.float32:
