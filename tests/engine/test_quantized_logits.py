@@ -23,12 +23,16 @@ from tests.quantized_checkpoints import GENUINE, genuine, write_quantized, write
 from tests.references import largest_errors, relative_error
 from tests.tiny_models import make_tiny_model
 
+# architecture, method, options of `write_quantized`
 WRITTEN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptq-mixtral": ("mixtral", "gptq", {"symmetric": False, "desc_act": True}),  # true, but with an index that permutes nothing
     "gptq-down-int8": ("qwen3_moe", "gptq", {"schemes": {r".*down_proj": (8, 32)}, "dynamic": {r"+:.*experts.*down_proj": {"bits": 8}}}),
     "awq-qwen3_moe": ("qwen3_moe", "awq", {}),
     "awq-mixtral": ("mixtral", "awq", {}),
+    "awq-deepseek_v3": ("deepseek_v3", "awq", {}),  # latent attention and shared experts, dense layers
+    "packed-qwen2_moe": ("qwen2_moe", "compressed-tensors", {"symmetric": False}),
 }
+WIDTHS = {"deepseek_v3": {"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16}, "qwen2_moe": {"shared_expert_intermediate_size": 64}}  # whole groups
 LAYOUTS = ("all_linear", "experts_and_attention")
 # (device, --moe-runner-backend, what it becomes)
 PATHS = [
@@ -42,7 +46,7 @@ def make(name: str, directory: Path) -> Path:
     if name in GENUINE:
         return genuine(name, directory)
     arch, method, options = WRITTEN[name]
-    source = rounded(make_tiny_model(arch, directory), gain=1 / 1.5)  # as test_forced_logits
+    source = rounded(make_tiny_model(arch, directory, **WIDTHS.get(arch, {})), gain=1 / 1.5)  # as test_forced_logits
     return write_quantized(source, directory / "quantized", method, **options)
 
 
