@@ -71,7 +71,7 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
 
 
 def _measure_weights(config: Config, model: ServedModel, weights: int) -> dict[str, int]:
-    """Bytes of GPU memory after the build: the weights, what they would take unquantized, the most while loading. Empty on a CPU."""
+    """Bytes of GPU memory after the build: weights with the scratch of their kernels, all parameters unquantized, the most while loading. Empty on a CPU."""
     if config.device != "cuda":
         return {}
     found = {"weights": weights, "unquantized": model.unquantized_bytes, "loading_peak": torch.cuda.max_memory_allocated()}
