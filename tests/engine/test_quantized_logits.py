@@ -20,7 +20,7 @@ from tests.adapter_files import merged_reference_model, write_adapter
 from tests.engine.test_forced_logits import LENGTH, LIMIT, PROMPT, rounded
 from tests.forced_experts import ForcedEngine, run_reference
 from tests.quantized_checkpoints import GENUINE, genuine, write_quantized, write_reference
-from tests.references import largest_errors, relative_error
+from tests.references import keep_error, relative_error
 from tests.tiny_models import make_tiny_model
 
 # architecture, method, options of `write_quantized`
@@ -53,7 +53,7 @@ def make(name: str, directory: Path) -> Path:
 @pytest.mark.parametrize("device_backend", PATHS, ids=lambda path: path[2])
 @pytest.mark.parametrize("name", [*GENUINE, *WRITTEN])
 def test_bfloat16_logits(name: str, device_backend: tuple[str, str, str], tmp_path: Path) -> None:
-    device, backend, expected = device_backend
+    device, backend, resolved = device_backend
     path = make(name, tmp_path)
     reference = rounded(write_reference(path, tmp_path / "reference"))
     adapters = {layout: rounded(write_adapter(layout, reference, tmp_path / layout, rank=8, alpha=16, seed=i)) for i, layout in enumerate(LAYOUTS)}
@@ -66,12 +66,11 @@ def test_bfloat16_logits(name: str, device_backend: tuple[str, str, str], tmp_pa
         moe_runner_backend=backend,
     ) as engine:  # fmt: skip
         chosen = engine.model_info["moe_runner_backend"]
-        assert chosen.startswith(expected)  # "marlin+triton" where a layer's experts are not quantized
+        assert chosen.startswith(resolved)  # "marlin+triton" where a layer's experts are not quantized
         assert any(isinstance(module, QuantizedLinear) for module in engine.core.runner.model.hf.modules())
         forced = ForcedEngine(engine, graphs=device == "cuda")
         for copies in (1, 7):  # 3 requests, 21 requests
             for adapter, found in forced.logits(references, prompt=PROMPT, copies=copies):
-                error = relative_error(found, references[adapter].logits[PROMPT - 1 : -1])
-                key = f"bfloat16 logits of {name} on {chosen}"
-                largest_errors[key] = max(error, largest_errors.get(key, 0.0))
+                expected = references[adapter].logits[PROMPT - 1 : -1]
+                error = keep_error(f"logits of {name} on {chosen}, bfloat16", relative_error(found, expected))
                 assert error <= LIMIT, f"{name} on {chosen}, adapter {adapter}, {copies} of each: relative error {error:.2e}"

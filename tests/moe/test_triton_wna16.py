@@ -46,7 +46,8 @@ def run(case: MoECase, info: TritonQuantInfo, lora: bool, tiles: LayerTiles | No
 
 def check(case: MoECase, info: TritonQuantInfo, lora: bool, tiles: LayerTiles | None = None) -> None:
     found = run(case, info, lora, tiles)
-    assert_near(found, ref_moe(case, lora).out, "triton layer on integers", case.name)
+    expected = ref_moe(case, lora, ("s", "act")) if lora else ref_moe(case, lora)  # as the kernels on 16-bit weights round
+    assert_near(found, expected.out, "triton layer on integers", case.name)
     assert not GPU or torch.equal(found, run(case, info, lora, tiles)), f"two runs differ: {case.name}"
 
 
@@ -55,8 +56,7 @@ def test_formats(device: torch.device, index: int) -> None:
     """Groups shorter and longer than a tile's inputs, and one a row."""
     for dtype in DTYPES if GPU else DTYPES[index % 3 % 2 :][:1]:
         case, info = quantized(make_case(**SMALL, m=5, dtype=dtype, device=device, ranks=(4, 16), routing="partial"), *FORMATS[index])
-        # In bfloat16 so small a layer's adapters alone come near the limit (test_gpu_real_shape has them).
-        for lora in (False,) if dtype == torch.bfloat16 else (False, True) if GPU else (index % 2 == 1,):
+        for lora in (False, True) if GPU else (index % 2 == 1,):
             check(case, info, lora)
 
 
