@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from benchmarks import timing
 from sglang_lora_moe.ops import marlin_linear as op
-from sglang_lora_moe.ops.marlin_moe import SHAPES
+from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 LINEARS = {"qwen3-30b-a3b.qkv": (5120, 2048), "qwen3-30b-a3b.o": (2048, 4096), "mixtral-8x7b.qkv": (6144, 4096)}  # rows, inputs
@@ -49,7 +49,7 @@ def measure(linear: str, tokens: int) -> dict[str, Any]:
         return time_all([functools.partial(op.marlin_linear, x, weight, config) for weight in weights])
 
     # A tile of fewer tokens than half the step's reads the weight too often to be of interest.
-    tried = [i for i, shape in enumerate(SHAPES) if (hopper or i < 6) and (shape.block_tokens >= 64 or 2 * shape.block_tokens >= tokens)]
+    tried = [i for i, shape in enumerate(SHAPES) if (hopper or i < EVERYWHERE) and (shape.block_tokens >= 64 or 2 * shape.block_tokens >= tokens)]
     times = {i: us(i) for i in [*tried, -1]}
     best, choice = min(tried, key=lambda i: times[i]), op.choose_config(tokens, weights[0])
     return {
