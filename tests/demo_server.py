@@ -1,4 +1,4 @@
-"""Start the server on the embedded demo as a process of its own, for tests and benchmarks that speak HTTP."""
+"""Start the server, on the embedded demo or other models, as a process of its own, for tests and benchmarks that speak HTTP."""
 
 from __future__ import annotations
 
@@ -48,12 +48,18 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+def demo_server(*extra_flags: str) -> contextlib.AbstractContextManager[str]:
+    """`running_server` of the embedded demo."""
+    return running_server(*demo_flags(), *extra_flags)
+
+
 @contextlib.contextmanager
-def demo_server(*extra_flags: str) -> Iterator[str]:
-    """The address of a healthy server, which is stopped at the end; its log is shown if it does not come up."""
+def running_server(*flags: str) -> Iterator[str]:
+    """The address of a healthy server with these flags, which is stopped at the end; its log is shown if it does not come up."""
     port = free_port()
-    command = [sys.executable, "-m", "sglang_lora_moe.launch_server", *demo_flags(), "--port", str(port), *extra_flags]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}  # threads as `./run serve` has them
+    command = [sys.executable, "-m", "sglang_lora_moe.launch_server", "--port", str(port), *flags]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}  # threads as `./run serve` has them
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS

@@ -101,7 +101,8 @@ class _Sample:
             self.unread.pop()
         if not self.waits or output.finish_reason is not None:
             self._read(last=output.finish_reason is not None)
-        if chunk.finish_reason is None and not (self.request.stream and chunk.text):
+        said = chunk.text or (self.detokenizer is None and chunk.token_ids)  # without a tokenizer ids are all that can be said
+        if chunk.finish_reason is None and not (self.request.stream and said):
             return None
         self.pending = Chunk(self.request.rid, self.index)
         return chunk
