@@ -73,9 +73,11 @@ class Bench:
         self.rank, self.profiled = rank, args.profile
         self.targets: dict[str, Any] = {}
         if self.core.lora is not None:
-            self.targets = self.core.lora.pool.targets
-            for i, weights in enumerate(make_adapters(self.targets.values(), rank, slots, self.model.dtype, self.model.device)):
-                self.core.lora.load(f"a{i}", weights.path, weights, False)
+            self.targets = self.core.lora.pool.layout.targets
+            for i, adapter in enumerate(make_adapters(self.core.lora.pool.layout, rank, slots, self.model.device)):
+                self.core.lora.register(f"a{i}", adapter)
+            while self.core.is_loading:
+                self.core.step()
         torch.cuda.synchronize()
         print(f"engine (rank {rank}, {slots} slots) ready after {self.memory['start_s']} s; bytes: {self.memory}", flush=True)
         self.random = random.Random(0)

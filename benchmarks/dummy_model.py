@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sglang_lora_moe.lora.adapter_config import AdapterConfig
+from sglang_lora_moe.lora.packed import PackedAdapter, PoolLayout
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
-from sglang_lora_moe.lora.weights import AdapterWeights, ExpertLoRA, LinearLoRA, LoadReport, ModuleLoRA
+from sglang_lora_moe.lora.weights import ExpertLoRA, LinearLoRA, ModuleLoRA
 
 _STD = 0.01
 
@@ -53,21 +52,21 @@ def is_adapted(name: str, target: Target) -> bool:
     return not isinstance(target, EmbeddingTarget) and not name.endswith(("lm_head", "mlp.gate", "router"))
 
 
-def make_adapters(targets: Iterable[Target], rank: int, count: int, dtype: torch.dtype, device: torch.device | str) -> list[AdapterWeights]:
-    """`count` adapters that share one set of random weights, so that memory holds the pool and little else."""
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, _STD)
-
+def make_adapters(layout: PoolLayout, rank: int, count: int, device: torch.device | str) -> list[PackedAdapter]:
+    """`count` adapters of random weights. They share one image, so that memory holds the pool and little else."""
     modules: dict[str, ModuleLoRA] = {}
-    for target in targets:
+
+    def shape(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, device="meta")
+
+    for target in layout.targets.values():
         if not is_adapted(target.name, target):
             continue
         if isinstance(target, LinearTarget):
-            modules[target.name] = LinearLoRA(noise(rank, target.in_features), noise(target.out_features, rank), 1.0)
+            modules[target.name] = LinearLoRA(shape(rank, target.in_features), shape(target.out_features, rank), 1.0)
         elif isinstance(target, ExpertTarget):
             e, h, i = target.num_experts, target.hidden, target.intermediate
-            a13, b13 = noise(e, 2 * rank, h), noise(e, target.w13_rows, rank)
-            modules[target.name] = ExpertLoRA(a13, b13, True, 1.0, noise(e, rank, i), noise(e, h, rank), 1.0)
-    config = AdapterConfig(Path("dummy"), rank, float(rank))
-    return [AdapterWeights(f"dummy-{i}", f"dummy-{rank}-{i}", config, modules, LoadReport()) for i in range(count)]
+            modules[target.name] = ExpertLoRA(shape(e, 2 * rank, h), shape(e, target.w13_rows, rank), True, 1.0, shape(e, rank, i), shape(e, h, rank), 1.0)
+    nothing, stacks = layout.pack_modules(modules)
+    image = torch.empty(nothing.numel(), dtype=layout.dtype, device=device).normal_(0.0, _STD)
+    return [PackedAdapter("dummy", f"dummy-{rank}-{i}", rank, image, stacks, frozenset(modules)) for i in range(count)]

@@ -9,12 +9,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+# Flags of SGLang and vLLM that users bring along, and what to do here instead
+_ELSEWHERE = {
+    "--max-loras": "use --max-loras-per-batch",
+    "--max-cpu-loras": "use --max-loaded-loras",
+    "--lora-modules": "use --lora-paths NAME=PATH ...",
+    "--max-lora-chunk-size": "leave it out: the kernels choose their tiles by the step",
+    "--enable-lora-overlap-loading": "leave it out: adapters are always loaded beside running steps",
+    "--lora-use-virtual-experts": "leave it out: adapters on experts need no flag",
+    "--experts-shared-outer-loras": "leave it out: the layout is read from the adapter's files",
+    "--no-experts-shared-outer-loras": "leave it out: the layout is read from the adapter's files",
+    "--lora-strict-loading": "leave it out: every tensor of an adapter must be understood, always",
+    "--no-lora-strict-loading": "there is no such choice: every tensor of an adapter must be understood",
+    "--lora-drain-wait-threshold": "leave it out: an adapter that waits too long always gets a slot",
+    "--fully-sharded-loras": "leave it out: one device is served",
+}
+_CSGMV = "is SGLang's; triton chooses the grouped kernels by itself where a step is large enough: use --lora-backend triton, or leave it out"
 
-def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    meta = {"help": help, "choices": choices}
+
+def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None, refused: dict[str, str] | None = None) -> Any:
+    meta = {"help": help, "choices": choices, "refused": refused or {}}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -37,7 +55,7 @@ class Config:
     # backends
     moe_runner_backend: str = _flag("auto", "expert GEMMs; auto = torch_native on a CPU, else by the checkpoint", ("auto", "torch_native", "triton", "marlin"))
     attention_backend: str = _flag("auto", "attention over the paged KV cache; auto = triton on a GPU", ("auto", "torch_native", "triton"))
-    lora_backend: str = _flag("auto", "adapters on linears and the embedding; auto = triton on a GPU", ("auto", "torch_native", "triton"))
+    lora_backend: str = _flag("auto", "adapters on linears and the embedding; auto = triton on a GPU", ("auto", "torch_native", "triton"), {"csgmv": _CSGMV})
     disable_cuda_graph: bool = _flag(False, "launch the kernels of decode steps one by one instead of as captured graphs")
     disable_overlap: bool = _flag(False, "wait for the tokens of each step before the next one is prepared")
     # adapters
@@ -46,7 +64,9 @@ class Config:
     lora_root: str | None = _flag(None, "if set, adapters may be loaded only from below this directory")
     max_loras_per_batch: int = _flag(8, "adapter slots resident on the device, so distinct adapters in one step")
     max_lora_rank: int | None = _flag(None, "largest adapter rank accepted; the largest of --lora-paths, or 64, if not given")
-    max_loaded_loras: int | None = _flag(None, "most adapters known at a time, resident or in host memory; no limit if not given")
+    max_loaded_loras: int | None = _flag(None, "most adapters kept in host memory; others are read from their files again when a request names them")
+    lora_target_modules: list[str] = _flag([], "modules that adapters may touch, such as q_proj or experts; all if not given")
+    lora_eviction_policy: str = _flag("lru", "which idle adapter makes room in the slots: least recently used, or longest resident", ("lru", "fifo"))
     # engine
     max_running_requests: int = _flag(256, "most requests decoded together")
     max_queued_requests: int = _flag(4096, "requests waiting beyond this many are answered 503")
@@ -108,18 +128,36 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if f.type == "bool":
             parser.add_argument(name, action="store_true", default=f.default, help=meta["help"])
         elif f.type == "list[str]":
-            parser.add_argument(name, nargs="*", default=[], metavar="ADAPTER", help=meta["help"])
+            parser.add_argument(name, nargs="*", default=[], metavar="ADAPTER" if f.name == "lora_paths" else "NAME", help=meta["help"])
         else:
-            kind = {"int": int, "float": float}.get(f.type.split(" ")[0], str)
+            kind = {"int": int, "float": float}.get(f.type.split(" ")[0], _text(meta["refused"]))
             shown = "" if f.default in (None, "") else f" (default: {f.default})"
             parser.add_argument(name, type=kind, default=f.default, choices=meta["choices"], help=meta["help"] + shown)
 
 
+def _text(refused: dict[str, str]) -> Callable[[str], str]:
+    """A text, except for values of other servers, which get a sentence."""
+
+    def check(value: str) -> str:
+        if value in refused:
+            raise argparse.ArgumentTypeError(f"{value} {refused[value]}")
+        return value
+
+    return check
+
+
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read flags into a validated Config; a wrong value exits with status 2 and one sentence."""
-    parser = argparse.ArgumentParser(prog="sglang-lora-moe", description="Serve one MoE model and many LoRA adapters on its experts.")
+    parser = argparse.ArgumentParser(prog="sglang-lora-moe", allow_abbrev=False, description="Serve one MoE model and many LoRA adapters on its experts.")
     add_flags(parser)
-    config = Config(**vars(parser.parse_args(argv)))
+    given, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        name = flag.partition("=")[0]
+        if name in _ELSEWHERE:
+            parser.error(f"{name}: {_ELSEWHERE[name]}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    config = Config(**vars(given))
     if config.lora_paths:
         config = dataclasses.replace(config, enable_lora=True)
     try:

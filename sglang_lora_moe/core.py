@@ -85,6 +85,7 @@ class LoadAdapter:
     name: str
     path: str
     pinned: bool = False
+    load_inplace: bool = False  # other content may take the place of what the name stands for
 
 
 @dataclass(slots=True)

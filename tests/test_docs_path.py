@@ -1,4 +1,4 @@
-"""The path of a request, as ARCHITECTURE.md lists it, stays short enough to be read: at most 10 files and 2,000 lines."""
+"""The path of a request, as ARCHITECTURE.md lists it, stays short enough to be read: at most 12 files and 2,000 lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def path_of_a_request() -> list[tuple[str, int]]:
 
 def test_path_is_short() -> None:
     listed = path_of_a_request()
-    assert 0 < len(listed) <= 10
+    assert 0 < len(listed) <= 12
     assert len({name for name, _ in listed}) == len(listed)
     counted = {name: len((ROOT / name).read_text().splitlines()) for name, _ in listed}
     assert sum(counted.values()) <= 2000, counted

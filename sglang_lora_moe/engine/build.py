@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from dataclasses import replace
@@ -15,15 +14,20 @@ from sglang_lora_moe.core import LoadAdapter, Reply
 from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, ladder
 from sglang_lora_moe.engine.engine_core import EngineCore
 from sglang_lora_moe.engine.kv_cache import PagePool, PrefixCache
+from sglang_lora_moe.engine.memory import MemoryBudget
 from sglang_lora_moe.engine.model_runner import ModelRunner
-from sglang_lora_moe.engine.resolve import allocated_bytes, resolve, resolve_total_tokens
+from sglang_lora_moe.engine.resolve import resolve
 from sglang_lora_moe.engine.scheduler import Limits, Scheduler
 from sglang_lora_moe.engine.warm_up import run_largest_step
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.lora.adapter import read_adapter
+from sglang_lora_moe.lora.adapter import AdapterRules
 from sglang_lora_moe.lora.manager import LoRAManager
-from sglang_lora_moe.lora.targets import collect_targets
-from sglang_lora_moe.models.build import ServedModel, build_model
+from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.packed import PoolLayout
+from sglang_lora_moe.lora.reader import AdapterReader
+from sglang_lora_moe.lora.targets import choose_targets
+from sglang_lora_moe.models.build import build_model
+from sglang_lora_moe.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,39 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     config.validate()
     config = resolve(config)
     assert config.context_length is not None and config.max_lora_rank is not None
-    begin = time.monotonic()
+    begin, budget = time.monotonic(), MemoryBudget(config)
+    with budget.guard("loading the model's weights"):
+        model = _make_model(config)
+    config = replace(config, context_length=min(config.context_length, model.max_model_len), moe_runner_backend=model.moe_runner_backend)
+    measured = _measure_weights(config, model)
+    budget.note("weights", measured["weights"])
+    lora = None  # before the KV cache takes what memory is left
+    if config.enable_lora:
+        with budget.guard("making the adapter pool", "a smaller --max-loras-per-batch or --max-lora-rank"):
+            lora = _make_manager(config, model, budget)
+    if config.device == "cuda":
+        with budget.guard("running the largest step", "a smaller --chunked-prefill-size", "a smaller --max-running-requests"):
+            model.allocate_kv(1)
+            run_largest_step(model, config.enable_lora)
+    budget.measure_workspace()
+    tokens = budget.plan_kv_cache(model.kv_bytes_per_token())
+    config = replace(config, max_total_tokens=tokens)
+    with budget.guard("making the KV cache", "a smaller --max-total-tokens"):
+        model.allocate_kv(tokens // config.page_size + 1)  # and the dump page
+    with budget.guard("capturing decode graphs", "a smaller --mem-fraction-static", "a smaller --max-running-requests", "--disable-cuda-graph"):
+        graphs = _capture_graphs(config, model)
+    budget.log(graphs.nbytes if graphs is not None else 0)
+    core = _make_core(config, model, lora, graphs)
+    logger.info("model %s is ready after %.1f s", config.served_model_name, time.monotonic() - begin)
+    for name, path, pinned in config.lora_specs():
+        _load(core, name, path, pinned)
+    if lora is not None:
+        lora.reader.read_beside()
+    return core, config, _model_info(config, model) | {"memory": measured | budget.parts}
+
+
+def _make_model(config: Config) -> ServedModel:
+    assert config.context_length is not None
     ctx = StepContext(
         config.chunked_prefill_size + config.max_running_requests,  # every running request may decode beside a full chunk
         config.max_running_requests,
@@ -44,7 +80,7 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
         config.page_size,
         config.device,
     )
-    model = build_model(
+    return build_model(
         config.model_path,
         ctx=ctx,
         dtype=getattr(torch, config.dtype),
@@ -54,59 +90,46 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
         attention_backend=config.attention_backend,
         seed=config.random_seed,
     )
-    config = replace(config, context_length=min(config.context_length, model.max_model_len), moe_runner_backend=model.moe_runner_backend)
-    weights = allocated_bytes(config)
-    memory = _measure_weights(config, model, weights)
-    lora = _make_manager(config, model) if config.enable_lora else None  # before the KV cache takes what memory is left
-    adapters = allocated_bytes(config) - weights
-    if config.device == "cuda":
-        model.allocate_kv(1)
-        run_largest_step(model, config.enable_lora)
-    config = replace(config, max_total_tokens=resolve_total_tokens(config, model.kv_bytes_per_token(), weights, adapters))
-    core = _make_core(config, model, lora)
-    logger.info("model %s is ready after %.1f s", config.served_model_name, time.monotonic() - begin)
-    for name, path, pinned in config.lora_specs():
-        _load(core, name, path, pinned)
-    return core, config, _model_info(config, model) | {"memory": memory}
 
 
-def _measure_weights(config: Config, model: ServedModel, weights: int) -> dict[str, int]:
-    """Bytes of GPU memory after the build: weights with the scratch of their kernels, all parameters unquantized, the most while loading. Empty on a CPU."""
+def _measure_weights(config: Config, model: ServedModel) -> dict[str, int]:
+    """Bytes after the build: weights, and on a GPU with the scratch of their kernels, all parameters unquantized, the most while loading."""
     if config.device != "cuda":
-        return {}
-    found = {"weights": weights, "unquantized": model.unquantized_bytes, "loading_peak": torch.cuda.max_memory_allocated()}
+        return {"weights": sum(tensor.nbytes for tensor in (*model.hf.parameters(), *model.hf.buffers()))}
+    found = {"weights": torch.cuda.memory_allocated(), "unquantized": model.unquantized_bytes, "loading_peak": torch.cuda.max_memory_allocated()}
     in_gib = [value / 2**30 for value in found.values()]
     logger.info("weights take %.2f GiB of GPU memory (%.2f unquantized), at most %.2f while loading", *in_gib)
     return found
 
 
-def _make_manager(config: Config, model: ServedModel) -> LoRAManager:
+def _make_manager(config: Config, model: ServedModel, budget: MemoryBudget) -> LoRAManager:
     assert config.max_lora_rank is not None
-    reader = functools.partial(
-        read_adapter,
-        targets=collect_targets(model.hf),
-        rename=model.rename_adapter_module,
-        max_rank=config.max_lora_rank,
-        dtype=model.dtype,
-        lora_root=config.lora_root,
-        base_model=config.model_path,
-        refused_adapter_modules=model.refused_adapter_modules,
+    targets, left_out = choose_targets(model.hf, config.lora_target_modules)
+    rules = AdapterRules(
+        targets,
+        model.rename_adapter_module,
+        config.max_lora_rank,
+        model.dtype,
+        config.lora_root,
+        config.model_path,
+        model.refused_adapter_modules,
+        left_out,
     )
-    return LoRAManager(
-        model, reader, num_slots=config.max_loras_per_batch, max_rank=config.max_lora_rank, max_loaded=config.max_loaded_loras, backend=config.lora_backend
-    )
+    budget.plan_adapters(PoolLayout(list(targets.values()), config.max_lora_rank, model.dtype))
+    pool = LoRAMemoryPool(list(targets.values()), config.max_loras_per_batch, config.max_lora_rank, model.dtype, model.device)
+    reader = AdapterReader(rules, pool.layout)
+    return LoRAManager(model, reader, pool, max_loaded=config.max_loaded_loras, policy=config.lora_eviction_policy, backend=config.lora_backend)
 
 
-def _make_core(config: Config, model: ServedModel, lora: LoRAManager | None) -> EngineCore:
+def _make_core(config: Config, model: ServedModel, lora: LoRAManager | None, graphs: DecodeGraphs | None) -> EngineCore:
     assert config.max_total_tokens is not None and config.context_length is not None
-    num_pages = config.max_total_tokens // config.page_size + 1  # and the dump page
-    model.allocate_kv(num_pages)
-    cache = PrefixCache(PagePool(num_pages), config.page_size, not config.disable_prefix_cache)
+    cache = PrefixCache(PagePool(config.max_total_tokens // config.page_size + 1), config.page_size, not config.disable_prefix_cache)
     limits = Limits(config.max_running_requests, config.max_queued_requests, config.chunked_prefill_size, config.context_length)
     scheduler = Scheduler(cache, lora.slots if lora is not None else None, limits)
-    runner = ModelRunner(model, _capture_graphs(config, model))
     overlap = config.device == "cuda" and not config.disable_overlap
-    return EngineCore(scheduler, runner, lora, vocab_size=model.vocab_size, eos_ids=model.eos_token_ids, seed=config.random_seed, overlap=overlap)
+    return EngineCore(
+        scheduler, ModelRunner(model, graphs), lora, vocab_size=model.vocab_size, eos_ids=model.eos_token_ids, seed=config.random_seed, overlap=overlap
+    )
 
 
 def _capture_graphs(config: Config, model: ServedModel) -> DecodeGraphs | None:

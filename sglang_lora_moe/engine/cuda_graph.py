@@ -37,6 +37,7 @@ class DecodeGraphs:
         self._by_count = [0, *(next(size for size in self.sizes if size >= n) for n in range(1, self.sizes[-1] + 1))]
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._layouts: dict[int, int] = {}  # size -> ctx.lora_layout at the capture of its "lora" graph
+        self.nbytes = 0  # device memory that they took
         self._pool: Any = None  # torch's handle of the memory that all graphs share
 
     @torch.inference_mode()
@@ -48,8 +49,10 @@ class DecodeGraphs:
         for size, lora in tqdm(work, desc="capturing decode graphs", disable=not show_progress, leave=False):
             self._capture_one(size, lora)
         torch.cuda.synchronize()
-        used = (free - torch.cuda.mem_get_info()[0]) / 2**20
-        logger.info("captured %d decode graphs, up to %d requests, in %.1f s, %.0f MiB", len(work), self.sizes[-1], time.monotonic() - begin, used)
+        self.nbytes = free - torch.cuda.mem_get_info()[0]
+        logger.info(
+            "captured %d decode graphs, up to %d requests, in %.1f s, %.0f MiB", len(work), self.sizes[-1], time.monotonic() - begin, self.nbytes / 2**20
+        )
 
     def padded_size(self, batch: Batch) -> int:
         """The size of the graph for this batch; 0 if it is no decode step, is too large or wants other logits than each request's next.

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import torch
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, GetStats, LoadAdapter, LogprobOptions, Reply, RequestError, SamplingParams, UnloadAdapter
@@ -21,6 +23,7 @@ from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
 from sglang_lora_moe.engine.samples import Sample, native_result
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
 from sglang_lora_moe.engine.validate import refuse
+from sglang_lora_moe.lora.registry import LORA_DISABLED
 
 _SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
 
@@ -110,7 +113,7 @@ class Engine:
                     # All samples first: if one is refused, the front aborts all of them.
                     self._receive([answer for message in messages for answer in self.core.handle(message)])
                 if not events:
-                    self._receive(self.core.step())
+                    self._step()
                 ready, events[:] = list(events), []
                 for event in ready:
                     if isinstance(event, Failure):
@@ -129,9 +132,32 @@ class Engine:
         return not waiting or waiting + count <= self.config.max_queued_requests
 
     # ---- control ----------------------------------------------------------------------------------------------------
-    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, Any]:
-        """Load an adapter under a name; loading equal content again only says so."""
-        return self._control(LoadAdapter(self._next_rid(), lora_name, lora_path, pinned))
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False, load_inplace: bool = False) -> dict[str, Any]:
+        """Load an adapter under a name; loading equal content again only says so.
+
+        Other content under a loaded name is refused, or with `load_inplace` takes its place: requests that run finish on the weights
+        they began with, later ones get the new ones, and the prefix cache mixes neither.
+        """
+        return self._control(LoadAdapter(self._next_rid(), lora_name, lora_path, pinned, load_inplace))
+
+    def load_lora_adapter_from_tensors(
+        self,
+        lora_name: str,
+        tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+        config_dict: Mapping[str, Any],
+        pinned: bool = False,
+        load_inplace: bool = False,
+    ) -> dict[str, Any]:
+        """As `load_lora_adapter`, without files: `tensors` under the names that PEFT saves, `config_dict` as in adapter_config.json.
+
+        The tensors may be on any device; they are read once, here, and not kept.
+        """
+        named = dict(tensors)
+        message = LoadAdapter(self._next_rid(), lora_name, "", pinned, load_inplace)
+        if self.core.lora is None:
+            raise RequestError(LORA_DISABLED, 400, "name", "lora_not_enabled")
+        self.core.lora.load_tensors(message, named, config_dict)
+        return self._answer(message.rid)
 
     def unload_lora_adapter(self, lora_name: str) -> dict[str, Any]:
         """Unload a name, after its running requests; says how many bytes were freed."""
@@ -167,16 +193,23 @@ class Engine:
                 elif event.rid in self._events:
                     self._events[event.rid].append(event)
 
+    def _step(self) -> None:
+        self._receive(self.core.step())
+        if self.core.is_stalled:
+            time.sleep(0.001)  # for an adapter that is on its way
+
     def _control(self, message: LoadAdapter | UnloadAdapter | FlushCache | GetStats) -> dict[str, Any]:
         """Send a control message and work until it is answered."""
         self._receive(self.core.handle(message))
-        while message.rid not in self._replies:
+        return self._answer(message.rid)
+
+    def _answer(self, rid: str) -> dict[str, Any]:
+        """Work until a control message is answered."""
+        while rid not in self._replies:
             if not self.core.has_work and not self.core.is_loading:
-                raise RuntimeError(f"{type(message).__name__} was not answered")
-            self._receive(self.core.step())
-            if not self.core.has_work:
-                time.sleep(0.001)  # a file is being read in another thread
-        reply = self._replies.pop(message.rid)
+                raise RuntimeError(f"{rid} was not answered")
+            self._step()
+        reply = self._replies.pop(rid)
         reply.raise_error()
         return reply.data
 

@@ -1,16 +1,14 @@
 """The engine behind its messages: `handle` takes what the front sends, `step` computes. It knows token ids, no text.
 
-Both return messages for the front. Nothing here blocks: adapters are read in a thread of their own and registered between
-steps, so that a load never stops the requests that run.
+Both return messages for the front. Nothing here waits for an adapter: the manager moves them beside the steps, and what has
+arrived is taken in between two of them, so that a load never stops the requests that run.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, FrontMessage, GetStats, LoadAdapter, Reply, RequestError, Submit, UnloadAdapter
@@ -19,7 +17,6 @@ from sglang_lora_moe.engine.request import Batch, Request, StepResult
 from sglang_lora_moe.engine.scheduler import Scheduler
 from sglang_lora_moe.lora.manager import LoRAManager
 from sglang_lora_moe.lora.registry import LORA_DISABLED, AdapterEntry
-from sglang_lora_moe.lora.weights import AdapterWeights
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +45,12 @@ class EngineCore:
         self.num_steps = 0
         self._seeds = random.Random(seed)
         self._entries: dict[Request, AdapterEntry] = {}
-        self._reader = ThreadPoolExecutor(1, "adapter-reader") if lora is not None else None
-        self._loads: list[tuple[LoadAdapter, Future[AdapterWeights], float]] = []
+        self._stalled = False
         self._outbox: list[EngineMessage] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             Submit: self._submit,
             Abort: self._abort,
-            LoadAdapter: self._load,
+            LoadAdapter: lambda message: self._need_lora("name").load(message),
             UnloadAdapter: self._unload,
             FlushCache: self._flush,
             GetStats: lambda message: self._reply(message.rid, self.stats()),
@@ -68,8 +64,13 @@ class EngineCore:
 
     @property
     def is_loading(self) -> bool:
-        """An adapter is being read; `step` will answer when it is there."""
-        return bool(self._loads)
+        """An adapter is on its way; `step` will take it in."""
+        return self.lora is not None and self.lora.is_loading
+
+    @property
+    def is_stalled(self) -> bool:
+        """The last step had nothing to compute: whoever waits, waits for an adapter."""
+        return self._stalled
 
     def handle(self, message: FrontMessage) -> list[EngineMessage]:
         """Take in one message; returns what is to be said at once."""
@@ -81,16 +82,17 @@ class EngineCore:
         return self._flush_outbox()
 
     def step(self) -> list[EngineMessage]:
-        """Register adapters that have been read, and compute one step if there is one."""
-        if self._loads:
-            self._finish_loads()
+        """Take in adapters that have arrived, and compute one step if there is one."""
+        if self.lora is not None:
+            self._poll_adapters(self.lora)
         if self._in_flight is not None and not self.scheduler.can_run_ahead():
             self._collect()
         batch, previous = self.scheduler.schedule(), self._in_flight
+        self._stalled = batch is None and previous is None
+        if self.lora is not None:
+            self.lora.start_fills()
         if batch is not None:
             self.num_steps += 1
-            if self.lora is not None:
-                self.lora.flush_writes()
             launched = self.runner.launch(batch)
             self.scheduler.advance(batch, launched.result.sampled)
             self._in_flight = (batch, launched)
@@ -122,7 +124,7 @@ class EngineCore:
             "generated_tokens": totals["generated_tokens"],
             "retractions": totals["retractions"],
             "finished": {name.removeprefix("finished_"): n for name, n in totals.items() if name.startswith("finished_")},
-            "adapters_unloading": [entry.name for entry in self.lora.registry.unloading] if self.lora else [],
+            "adapters_unloading": [entry.name for entry in self.lora.registry.leaving] if self.lora else [],
             "adapters": self.lora.adapters() if self.lora else [],
         }
 
@@ -136,8 +138,8 @@ class EngineCore:
                 assert entry.users == sum(e is entry for e in self._entries.values()), f"{entry.name}: {entry.users} users"
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.shutdown(wait=False, cancel_futures=True)
+        if self.lora is not None:
+            self.lora.close()
 
     # ---- the step in flight -----------------------------------------------------------------------------------------
     def _collect(self) -> None:
@@ -173,27 +175,19 @@ class EngineCore:
             if output is not None:
                 self._outbox.append(output)
 
-    def _load(self, message: LoadAdapter) -> None:
-        lora = self._need_lora("name")
-        assert self._reader is not None
-        self._loads.append((message, self._reader.submit(lora.read, message.path), time.monotonic()))
-
-    def _finish_loads(self) -> None:
-        """Register what has been read, in the order of asking."""
-        assert self.lora is not None
-        while self._loads and self._loads[0][1].done():
-            message, future, begin = self._loads.pop(0)
-            try:
-                data = self.lora.load(message.name, message.path, _result(future, message.path), message.pinned)
-                self._reply(message.rid, data | {"seconds": time.monotonic() - begin})
-            except RequestError as error:
-                logger.warning("adapter %s: %s", message.name, error)
-                self._outbox.append(Reply.refusal(message.rid, error))
-
     def _unload(self, message: UnloadAdapter) -> None:
-        for rid, data in self._need_lora("name").unload(message.name, message.rid):
-            self._reply(rid, data)
+        self._need_lora("name").unload(message)
         self.scheduler.wake()
+
+    def _poll_adapters(self, lora: LoRAManager) -> None:
+        """Let those go on whose adapter has arrived, and refuse those whose adapter cannot be read any more."""
+        changed, failed = lora.poll()
+        for revision, error in failed:
+            for request in [request for request in self._entries if request.revision == revision and not request.running]:
+                self._outbox.append(Reply.refusal(request.rid, error))
+                self.scheduler.abort(request.rid)
+        if changed:
+            self.scheduler.wake()
 
     def _flush(self, message: FlushCache) -> None:
         self._reply(message.rid, {"flushed_pages": self.scheduler.cache.flush()})
@@ -203,9 +197,7 @@ class EngineCore:
         entry = self._entries.pop(request, None)
         if entry is not None:
             assert self.lora is not None
-            for rid, data in self.lora.release(entry):
-                self._reply(rid, data)
-                self.scheduler.wake()
+            self.lora.release(entry)
 
     # ---- small parts ------------------------------------------------------------------------------------------------
     def _need_lora(self, param: str) -> LoRAManager:
@@ -218,16 +210,4 @@ class EngineCore:
 
     def _flush_outbox(self) -> list[EngineMessage]:
         messages, self._outbox = self._outbox, []
-        return messages
-
-
-def _result(future: Future[AdapterWeights], path: str) -> AdapterWeights:
-    """The weights that were read, or a RequestError: whatever is in a file, the server goes on."""
-    try:
-        return future.result()
-    except (ValueError, OSError) as error:
-        message = str(error) if path in str(error) else f"{path}: {error}"
-        raise RequestError(f"adapter not loaded: {message}", 400, "path", "invalid_adapter") from error
-    except Exception as error:
-        logger.exception("reading the adapter %s failed unexpectedly", path)
-        raise RequestError(f"adapter not loaded: {path}: {type(error).__name__}: {error}", 500, "path") from error
+        return messages + (self.lora.take_replies() if self.lora is not None else [])

@@ -2,30 +2,25 @@
 
     AsyncEngine (event loop: text)  --- ZeroMQ PAIR over ipc, msgpack frames --->  engine process (steps: tensors)
 
-A frame to the engine is a list of [type, message]; a frame from it holds the outputs and replies of one step. The child
-reads its configuration as one line from stdin and then holds on to stdin: when that ends, its parent has gone, and so does it.
-When the child ends unasked, `healthy` is False and whatever waits for it fails. This is the only file that knows an encoding.
+A frame to the engine is a list of [type, message]; a frame from it holds the outputs and replies of one step. When the child
+ends unasked, `healthy` is False and whatever waits for it fails. How it is started and ended is in `engine/child.py`. This is the
+only file that knows an encoding.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import AsyncGenerator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import (
@@ -41,6 +36,7 @@ from sglang_lora_moe.core import (
     TokenOutput,
     UnloadAdapter,
 )
+from sglang_lora_moe.engine.child import EngineProcess, end_with_parent
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
 
@@ -48,11 +44,9 @@ if TYPE_CHECKING:
     from sglang_lora_moe.engine.engine_core import EngineCore
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _READY = "ready"  # rid of the child's first reply
-_END_SECONDS = 5.0  # for the child to end when it is told to
-_LOAD_POLL_MS = 2  # while an adapter is being read and nothing runs
+_LOAD_POLL_MS = 1  # while an adapter is on its way and nothing runs
 _FRONT_TYPES: tuple[type[Any], ...] = (Submit, Abort, LoadAdapter, UnloadAdapter, FlushCache, GetStats)
 
 
@@ -102,7 +96,8 @@ def run_engine_process() -> int:
     start = json.loads(sys.stdin.buffer.readline())
     config = Config(**start["config"])
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    sys.setswitchinterval(0.0005)  # a thread that moves an adapter never keeps the steps from the interpreter for longer
+    threading.Thread(target=end_with_parent, name="parent-watch", daemon=True).start()
     socket = zmq.Context().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(start["address"])
@@ -117,6 +112,8 @@ def run_engine_process() -> int:
         socket.close(linger=1000)
         return 2
     socket.send(encode_from_engine([Reply(_READY, {"config": dataclasses.asdict(resolved), "model_info": model_info})]))
+    if core.lora is not None:
+        core.lora.reader.start()
     serve_engine(core, socket)
     return 0
 
@@ -125,7 +122,7 @@ def serve_engine(core: EngineCore, socket: zmq.Socket[bytes]) -> None:
     """The loop: take in what has come, compute a step, send what is new; wait only when there is nothing to do."""
     while True:
         messages: list[EngineMessage] = []
-        timeout = 0 if core.has_work else _LOAD_POLL_MS if core.is_loading else None
+        timeout = 0 if core.has_work and not core.is_stalled else _LOAD_POLL_MS if core.has_work or core.is_loading else None
         while socket.poll(timeout):
             for message in decode_to_engine(socket.recv()):
                 messages += core.handle(message)
@@ -135,22 +132,14 @@ def serve_engine(core: EngineCore, socket: zmq.Socket[bytes]) -> None:
             socket.send(encode_from_engine(messages))
 
 
-def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: an interpreter that ends cannot take the lock of a blocked reader
-        pass
-    os._exit(0)  # at once, also in the middle of a step: nobody is left to hear of it
-
-
 # ---- the parent -----------------------------------------------------------------------------------------------------
 class AsyncEngine:
     """The engine process, seen from the server's event loop. Made by `start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, socket: Any, folder: tempfile.TemporaryDirectory[str]) -> None:
-        self.config: Config
-        self.model_info: dict[str, Any]
-        self.tokenizer: Any = None
-        self._front: Front
-        self._process, self._socket, self._folder = process, socket, folder
+    def __init__(self, child: EngineProcess, config: Config, model_info: dict[str, Any], tokenizer: Any) -> None:
+        self.config, self.model_info, self.tokenizer = config, model_info, tokenizer
+        self.child = child
+        self._front = Front(tokenizer, model_info["vocab_size"], model_info["eos_token_ids"])
         self._queues: dict[str, asyncio.Queue[Chunk | Failure]] = {}
         self._replies: dict[str, asyncio.Future[Reply]] = {}
         self._outbox: asyncio.Queue[msgspec.Raw] = asyncio.Queue()
@@ -162,27 +151,21 @@ class AsyncEngine:
     async def start(cls, config: Config) -> AsyncEngine:
         """Start the engine process and wait until it has loaded everything. ValueError or RuntimeError if it cannot."""
         config.validate()
-        folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-")
-        if len(folder.name) > 80:  # the address of a Unix socket has at most 107 characters
-            folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-", dir="/tmp")
-        address = f"ipc://{folder.name}/engine"
-        socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.bind(address)
-        process = await _spawn(config, address)
-        engine = cls(process, socket, folder)
+        child = await EngineProcess.start(config)
         try:
             tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, config))
             try:
-                await engine._wait_ready()
+                (reply,) = decode_from_engine(await child.first_frame())
+                assert isinstance(reply, Reply) and reply.rid == _READY
+                if reply.error is not None:
+                    raise ValueError(reply.error)
             except BaseException:
                 tokenizer.cancel()
                 raise
-            engine.tokenizer = await tokenizer
+            engine = cls(child, Config(**reply.data["config"]), reply.data["model_info"], await tokenizer)
         except BaseException:
-            await engine._end()
+            await child.end()
             raise
-        engine._front = Front(engine.tokenizer, engine.model_info["vocab_size"], engine.model_info["eos_token_ids"])
         engine._tasks = [asyncio.create_task(task) for task in (engine._receive(), engine._send(), engine._watch())]
         return engine
 
@@ -218,8 +201,8 @@ class AsyncEngine:
             self._outbox.put_nowait(encode_message(message))
 
     # ---- control ----------------------------------------------------------------------------------------------------
-    async def load_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, Any]:
-        return await self._control(LoadAdapter("", name, path, pinned))
+    async def load_adapter(self, name: str, path: str, pinned: bool = False, load_inplace: bool = False) -> dict[str, Any]:
+        return await self._control(LoadAdapter("", name, path, pinned, load_inplace))
 
     async def unload_adapter(self, name: str) -> dict[str, Any]:
         return await self._control(UnloadAdapter("", name))
@@ -239,7 +222,7 @@ class AsyncEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._end()
+        await self.child.end()
 
     async def _control(self, message: LoadAdapter | UnloadAdapter | FlushCache | GetStats) -> dict[str, Any]:
         self._check_alive()
@@ -259,7 +242,7 @@ class AsyncEngine:
     async def _receive(self) -> None:
         """Hand what the engine says to those who wait for it."""
         while True:
-            for message in decode_from_engine(await self._socket.recv()):
+            for message in decode_from_engine(await self.child.socket.recv()):
                 for event in self._front.on_message(message):
                     if isinstance(event, Abort):
                         self._outbox.put_nowait(encode_message(event))
@@ -276,39 +259,19 @@ class AsyncEngine:
             messages = [await self._outbox.get()]
             while not self._outbox.empty():
                 messages.append(self._outbox.get_nowait())
-            await self._socket.send(encode_to_engine(messages))
+            await self.child.socket.send(encode_to_engine(messages))
 
     async def _watch(self) -> None:
         """Fail everything when the process ends, or a task above does."""
-        ends = [asyncio.ensure_future(self._process.wait()), *self._tasks[:2]]
+        ends = [asyncio.ensure_future(self.child.process.wait()), *self._tasks[:2]]
         done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if ends[0] in done:
-            text = f"the engine process has ended with status {self._process.returncode}"
+            text = f"the engine process has ended with status {self.child.process.returncode}"
         else:
             error = next(iter(done)).exception()
             text = f"the connection to the engine process failed: {error!r}"
         logger.error(text)
         self._fail(RequestError(text, 500, code="engine_dead"))
-
-    # ---- life and death ---------------------------------------------------------------------------------------------
-    async def _wait_ready(self) -> None:
-        """The child's first reply, or the reason why there is none."""
-        frame = asyncio.ensure_future(self._socket.recv())
-        end = asyncio.ensure_future(self._process.wait())
-        try:
-            await asyncio.wait([frame, end], return_when=asyncio.FIRST_COMPLETED)
-            if not frame.done():  # the reply of a failed start may come just after the end
-                await asyncio.wait([frame], timeout=0.5)
-            if not frame.done():
-                raise RuntimeError(f"the engine process ended with status {self._process.returncode} while starting; its log says why")
-            (reply,) = decode_from_engine(frame.result())
-        finally:
-            frame.cancel()
-            end.cancel()
-        assert isinstance(reply, Reply) and reply.rid == _READY
-        if reply.error is not None:
-            raise ValueError(reply.error)
-        self.config, self.model_info = Config(**reply.data["config"]), reply.data["model_info"]
 
     def _check_alive(self) -> None:
         if self._death is not None:
@@ -322,32 +285,3 @@ class AsyncEngine:
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(error)
-
-    async def _end(self) -> None:
-        """End the child and give back socket and folder."""
-        if self._process.returncode is None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            try:
-                await asyncio.wait_for(self._process.wait(), _END_SECONDS)
-            except asyncio.TimeoutError:
-                self._process.kill()
-                await self._process.wait()
-        self._socket.close(linger=0)
-        self._folder.cleanup()
-
-
-async def _spawn(config: Config, address: str) -> asyncio.subprocess.Process:
-    """Start the child. A new interpreter, not a fork: it takes over no thread, socket or signal handler of the server."""
-    root = str(Path(__file__).parents[2])  # so that the package is found however the parent found it
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", "import sys; from sglang_lora_moe.engine.process import run_engine_process as run; sys.exit(run())"]
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of a step that spin at its many small barriers stall on a busy machine; the user's own choice wins
-    environment = {**waiting, **os.environ, "PYTHONPATH": path}
-    # its own session: a Ctrl-C in the terminal would else hit it before it has a handler
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=environment, start_new_session=True)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({"config": dataclasses.asdict(config), "address": address}).encode() + b"\n")
-    with contextlib.suppress(ConnectionError):  # it died already; whoever waits for it will see
-        await process.stdin.drain()
-    return process

@@ -8,6 +8,7 @@ the others' decoding. Admission is first come, first served with bounded bypass:
 * A request passed over `bypass_limit` times, or for `patience` steps, is overdue. If it waits for pages, nothing younger
   is admitted until it fits. If it waits for a slot, the resident adapter closest to finished takes no new requests
   ("drains") until its slot is free. So with more adapters than slots every adapter gets its turn.
+* A request whose adapter is on its way, from a file or to a slot, waits for it; all others go on.
 * A prompt whose pages another request is computing right now waits for them instead of computing them twice.
 
 When a decoding request needs a page and there is none, the youngest running request is retracted: it waits again in its
@@ -124,9 +125,9 @@ class Scheduler:
 
     def can_run_ahead(self) -> bool:
         """Whether the next step is known before the tokens of the last one are: all decode, and nobody comes or is retracted."""
-        full = not self.waiting or len(self.running) >= self.limits.max_running
+        nobody = not self.waiting or len(self.running) >= self.limits.max_running or not self._scan_is_due(self._pass + 1)
         decoding = all(request.num_output > 0 and request.num_computed == len(request.tokens) - 1 for request in self.running)
-        return full and decoding and self.cache.available >= len(self.running)
+        return nobody and decoding and self.cache.available >= len(self.running)
 
     def advance(self, batch: Batch, sampled: list[int]) -> None:
         """A step was launched: count it as computed, with PENDING for the tokens that it samples. `update` fills them in."""
@@ -210,7 +211,7 @@ class Scheduler:
 
     def _admit(self, take: Callable[[Request], bool]) -> None:
         """Admit waiting requests until a budget is used up; note who was passed over."""
-        if not self._dirty and self._pass % RESCAN_STEPS:
+        if not self._scan_is_due(self._pass):
             return
         admitted = 0
         blocked: list[tuple[Request, int]] = []  # with the number admitted before
@@ -225,7 +226,7 @@ class Scheduler:
                 if not take(request):
                     self._dirty = True
                     break
-            elif reason != "prefix":
+            elif reason not in ("prefix", "loading"):
                 blocked.append((request, admitted))
                 overdue = self._overdue(request)
                 if reason == "slot":
@@ -241,13 +242,17 @@ class Scheduler:
         if self.slots is not None:
             self._drain(self.slots, [revision for revision, overdue in no_slot.items() if overdue])
 
+    def _scan_is_due(self, number: int) -> bool:
+        """Whether pass `number` looks at the waiting requests."""
+        return self._dirty or number % RESCAN_STEPS == 0
+
     def _overdue(self, request: Request) -> bool:
         if request.blocked_since < 0:
             request.blocked_since = self._pass
         return request.bypassed >= self.limits.bypass_limit or self._pass - request.blocked_since >= self.limits.patience
 
     def _try_start(self, request: Request) -> str | None:
-        """Make a waiting request running, or say what it has to wait for: "pages", "slot" or "prefix"."""
+        """Make a waiting request running, or say what it has to wait for: "pages", "slot", "loading" (of its adapter) or "prefix"."""
         cache, page_size = self.cache, self.cache.page_size
         shareable = len(request.tokens) - 1  # the last token must be computed, for its logits
         if request.prompt_logit_start is not None:
@@ -268,7 +273,7 @@ class Scheduler:
             assert self.slots is not None
             slot = self.slots.acquire(request.revision)
             if slot is None:
-                return "slot"
+                return "loading" if self.slots.is_coming(request.revision) else "slot"
             request.slot = slot
         cache.hold(matched)
         request.pages = matched + cache.allocate(fresh)

@@ -1,6 +1,6 @@
 """Reads a PEFT adapter directory against a model's targets: everything in it is understood, or it is refused by name.
 
-`read_adapter` checks the config, the file, each tensor's name, shape, rank and values, and returns the weights in the one
+`read_adapter` (files) and `read_tensors` (memory) check the config, the file, each tensor's name, shape, rank and values, and return the weights in the one
 form that the memory pool stores. It knows no device, no slot and no model: only names and shapes (`lora/targets.py`).
 """
 
@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sglang_lora_moe.lora.adapter_config import AdapterConfig, read_config
-from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterFile
+from sglang_lora_moe.lora.adapter_config import AdapterConfig, parse_config, read_config
+from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterFile, AdapterMemory, AdapterTensors
 from sglang_lora_moe.lora.adapter_layouts import INNER, OUTER, PROJECTIONS, AdapterSource, ExpertKey, missing_half, read_experts
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
 from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA, LoadReport, ModuleLoRA
@@ -24,6 +25,7 @@ from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLo
 __all__ = [
     "AdapterConfig",
     "AdapterError",
+    "AdapterRules",
     "AdapterWeights",
     "EmbeddingLoRA",
     "ExpertLoRA",
@@ -31,6 +33,7 @@ __all__ = [
     "LoadReport",
     "ModuleLoRA",
     "read_adapter",
+    "read_tensors",
 ]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -51,37 +54,51 @@ _OTHER_TENSORS = {
 _ALIASES = ((".attn.", ".self_attn."), ("model.unembed_tokens", "lm_head"))
 
 
-def read_adapter(
-    path: str | Path,
-    targets: Mapping[str, Target],
-    *,
-    rename: Callable[[str], str],
-    max_rank: int,
-    dtype: torch.dtype,
-    lora_root: str | Path | None = None,
-    base_model: str | None = None,
-    refused_adapter_modules: Mapping[str, str] | None = None,
-) -> AdapterWeights:
-    """Read and check the adapter in directory `path`; raises AdapterError.
+@dataclass(frozen=True)
+class AdapterRules:
+    """What adapters of one model are read against. It may be sent to another process.
 
-    `rename` maps a module path of an older checkpoint to the model's (`ServedModel.rename_adapter_module`), `refused_adapter_modules` names
-    modules (by the end of their path) that cannot take adapters, with the reason. Weights are returned on the CPU in `dtype`, contiguous.
+    `rename` maps a module path of an older checkpoint to the model's (`ServedModel.rename_adapter_module`), `refused` names modules (by the
+    end of their path) that cannot take adapters, with the reason; `left_out` are targets that --lora-target-modules leaves without memory.
     """
-    directory = _checked_directory(Path(path), Path(lora_root) if lora_root is not None else None)
+
+    targets: Mapping[str, Target]
+    rename: Callable[[str], str]
+    max_rank: int
+    dtype: torch.dtype
+    lora_root: str | Path | None = None
+    base_model: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
+
+
+def read_adapter(path: str | Path, rules: AdapterRules) -> AdapterWeights:
+    """Read and check the adapter in directory `path`; raises AdapterError. Weights are returned on the CPU in `rules.dtype`, contiguous."""
+    directory = _checked_directory(Path(path), Path(rules.lora_root) if rules.lora_root is not None else None)
     config = read_config(directory)
     with AdapterFile(directory / WEIGHTS_FILE) as file:
-        source = AdapterSource(file, config, max_rank, dtype)
-        source.report.warnings += config.warnings + _base_warning(config, base_model)
-        keys = _Names(source, targets, rename, refused_adapter_modules or {}).sort()
-        modules: dict[str, ModuleLoRA] = {name: _read_pair(source, targets[name], pair) for name, pair in keys.pairs.items()}
-        for name, group in keys.experts.items():
-            target = targets[name]
-            assert isinstance(target, ExpertTarget)
-            modules[name] = read_experts(source, target, group)
-        if dtype is torch.float16:
-            _check_float16(source, modules)
-        revision = file.revision(config.inference_fields() | {"paramwrapper_layout": file.metadata.get("paramwrapper_layout")})
-    return AdapterWeights(str(path), revision, config, modules, source.report)
+        return _read(str(path), file, config, rules)
+
+
+def read_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], rules: AdapterRules) -> AdapterWeights:
+    """As `read_adapter`, for the content of both files in memory: `tensors` under PEFT's names, `config` as in adapter_config.json."""
+    file = AdapterMemory(name, tensors)
+    return _read("", file, parse_config(Path(f"config_dict of {name}"), dict(config)), rules)
+
+
+def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: AdapterRules) -> AdapterWeights:
+    source = AdapterSource(file, config, rules.max_rank, rules.dtype)
+    source.report.warnings += config.warnings + _base_warning(config, rules.base_model)
+    keys = _Names(source, rules).sort()
+    modules: dict[str, ModuleLoRA] = {name: _read_pair(source, rules.targets[name], pair) for name, pair in keys.pairs.items()}
+    for name, group in keys.experts.items():
+        target = rules.targets[name]
+        assert isinstance(target, ExpertTarget)
+        modules[name] = read_experts(source, target, group)
+    if rules.dtype is torch.float16:
+        _check_float16(source, modules)
+    revision = file.revision(config.inference_fields() | {"paramwrapper_layout": file.metadata.get("paramwrapper_layout")})
+    return AdapterWeights(path, revision, config, modules, source.report)
 
 
 # ---- the directory ----------------------------------------------------------------------------------------------------
@@ -91,7 +108,7 @@ def _checked_directory(path: Path, root: Path | None) -> Path:
         real_root = Path(os.path.realpath(root))
         for inside in (path, path / "adapter_config.json", path / WEIGHTS_FILE):
             if not Path(os.path.realpath(inside)).is_relative_to(real_root):
-                raise AdapterError(f"{inside}: expected a path inside the adapter root {root} (links followed), found one outside. Move the adapter there.")
+                raise AdapterError(f"{inside}: expected a path inside --lora-root {root} (links followed), found one outside. Move the adapter there.")
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
         raise AdapterError(f"{path}: expected a directory with adapter_config.json and {WEIGHTS_FILE}, found {found}.")
@@ -130,8 +147,8 @@ class _SortedKeys:
 class _Names:
     """Finds for every tensor of the file the target it belongs to."""
 
-    def __init__(self, source: AdapterSource, targets: Mapping[str, Target], rename: Callable[[str], str], refused: Mapping[str, str]) -> None:
-        self.source, self.targets, self.rename, self.refused = source, targets, rename, refused
+    def __init__(self, source: AdapterSource, rules: AdapterRules) -> None:
+        self.source, self.targets, self.rename, self.refused, self.left_out = source, rules.targets, rules.rename, rules.refused, rules.left_out
         self._taken: dict[tuple[object, ...], str] = {}  # place of a tensor -> its name
         self._resolved: dict[str, str | None] = {}
 
@@ -221,6 +238,10 @@ class _Names:
 
     def _unknown(self, unknown: list[tuple[str, str]]) -> AdapterError:
         key, module = unknown[0]
+        without = next((name for name in self.left_out if f"{self.rename(module)}.".startswith(f"{name}.")), None)
+        if without is not None:
+            hint = f"Start the server with --lora-target-modules {without.rpartition('.')[2]} too, or without that flag."
+            return self.source.error(key, "a module that --lora-target-modules names", without, hint)
         nearest = difflib.get_close_matches(self.rename(module), list(self.targets), n=3, cutoff=0.4)
         hint = f"Nearest names: {', '.join(nearest)}." if nearest else f"Its modules are such as {', '.join(list(self.targets)[:3])}."
         others = f" (and {len(unknown) - 1} more tensors)" if len(unknown) > 1 else ""

@@ -92,6 +92,11 @@ def read_config(directory: Path) -> AdapterConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: expected a JSON object, found {error}") from error
+    return parse_config(path, raw)
+
+
+def parse_config(path: Path, raw: object) -> AdapterConfig:
+    """Check the content of an adapter_config.json; `path` names it in errors."""
     if not isinstance(raw, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     _refuse_other_methods(path, raw)

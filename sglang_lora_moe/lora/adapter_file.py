@@ -1,4 +1,4 @@
-"""The tensor file of an adapter: checked as a whole when opened, then read one tensor at a time.
+"""The tensors of an adapter, read one at a time: from a file, checked as a whole when opened, or from memory.
 
 Ordinary reads instead of a memory map: a trainer that overwrites the file while it is being read gives an error here,
 whereas a map would end the process. Each read also hashes the bytes, from which `revision` identifies the content.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,38 +38,22 @@ class TensorEntry:
     end: int
 
 
-class AdapterFile:
-    """An open safetensors file. `entries` and `metadata` come from its header; a truncated or corrupt file does not open."""
+class AdapterTensors:
+    """Named tensors: `entries` and `metadata` say what there is; `path` names their origin in errors."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            self.metadata, self.entries, self._data_start = self._read_header(path.stat().st_size)
-        except BaseException:
-            self._file.close()
-            raise
+    path: Path
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+    def __init__(self) -> None:
         self._digests: dict[str, str] = {}
-
-    def __enter__(self) -> AdapterFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._file.close()
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU. Refuses types that are not floating point, NaN and infinity."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise AdapterError(f"{self.path}: {name}: expected one of {', '.join(DTYPES)}, found {entry.dtype}. Save LoRA weights unquantized.")
-        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        self._file.seek(self._data_start + entry.start)
-        count = self._file.readinto(raw.numpy().data)
-        if count != raw.numel():
-            raise AdapterError(f"{self.path}: {name}: expected {raw.numel()} bytes, found {count}: the file was changed while it was read. Load it again.")
+        raw = self._bytes(name)
         self._digests[name] = hashlib.sha256(raw.numpy().data).hexdigest()
         tensor = raw.view(DTYPES[entry.dtype]).view(entry.shape)
         if not torch.isfinite(tensor).all():
@@ -84,6 +69,55 @@ class AdapterFile:
             entry = self.entries[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape, self._digests[name]]).encode())
         return digest.hexdigest()
+
+    def _bytes(self, name: str) -> Tensor:
+        """The bytes of a tensor, uint8 [n]."""
+        raise NotImplementedError
+
+
+class AdapterMemory(AdapterTensors):
+    """Tensors that a program holds, on any device; `name` stands for their origin."""
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.path, self.metadata, self._tensors = Path(f"tensors of {name}"), {}, tensors
+        names = {dtype: short for short, dtype in DTYPES.items()}
+        self.entries = {key: TensorEntry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, tensor.nbytes) for key, tensor in tensors.items()}
+
+    def _bytes(self, name: str) -> Tensor:
+        return self._tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+class AdapterFile(AdapterTensors):
+    """An open safetensors file. `entries` and `metadata` come from its header; a truncated or corrupt file does not open."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            self.metadata, self.entries, self._data_start = self._read_header(path.stat().st_size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> AdapterFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._file.close()
+
+    def _bytes(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        self._file.seek(self._data_start + entry.start)
+        count = self._file.readinto(raw.numpy().data)
+        if count != raw.numel():
+            raise AdapterError(f"{self.path}: {name}: expected {raw.numel()} bytes, found {count}: the file was changed while it was read. Load it again.")
+        return raw
 
     def _read_header(self, size: int) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
         length = int.from_bytes(self._file.read(8), "little")

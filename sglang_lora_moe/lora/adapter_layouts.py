@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sglang_lora_moe.lora.adapter_config import AdapterConfig
-from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterFile
+from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterTensors
 from sglang_lora_moe.lora.targets import ExpertTarget
 from sglang_lora_moe.lora.weights import ExpertLoRA, LoadReport
 
@@ -46,7 +46,7 @@ class ExpertKey(NamedTuple):
 class AdapterSource:
     """An open adapter and the limits it is read under."""
 
-    file: AdapterFile
+    file: AdapterTensors
     config: AdapterConfig
     max_rank: int
     dtype: torch.dtype

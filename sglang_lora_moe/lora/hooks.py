@@ -1,4 +1,4 @@
-"""The four LoRA hooks around the expert GEMMs, built once per layer.
+"""Experts with adapters: the wrapped layer, and the four LoRA hooks around its GEMMs, built once.
 
     post_gate_up   act(gate_up + scaling * B13 (A13 x))
     post_down      sum over k of weight_k * (down + scaling * B2 (A2 act))
@@ -13,8 +13,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
+from sglang_lora_moe.layers.fused_moe import FusedMoE
+from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.stacks import ExpertStacks, Stack, check_dims
+from sglang_lora_moe.moe.backends import make_lora_ops
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import LoRAHooks, RunnerInput
 
@@ -79,3 +83,19 @@ def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
     """Hooks for one layer; `ops` from `moe.backends.make_lora_ops`, which refuses backends that cannot serve adapters."""
     layer = _ExpertLoRA(stacks, ops)
     return LoRAHooks(layer.pre_gate_up, layer.post_gate_up, layer.pre_down, layer.post_down)
+
+
+class FusedMoEWithLoRA(nn.Module):
+    """Experts with adapters. Refuses, when built, a backend that cannot apply them."""
+
+    def __init__(self, base: FusedMoE, stacks: ExpertStacks, ctx: StepContext) -> None:
+        super().__init__()
+        check_dims(base.name, stacks, base.spec.hidden_size, base.spec.w13_rows, base.spec.intermediate_size, base.spec.hidden_size)
+        self.base, self.ctx, self.num_slots = base, ctx, stacks.a13.num_slots
+        self.hooks = build_lora_hooks(stacks, make_lora_ops(base.runner.core.name))
+
+    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """As FusedMoE: x [M, H], topk_ids int [M, K], topk_weights float [M, K] -> [M, H]."""
+        if not self.ctx.lora_active:
+            return self.base.forward(x, topk_ids, topk_weights)
+        return self.base.run(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots)

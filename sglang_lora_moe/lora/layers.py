@@ -1,4 +1,4 @@
-"""Wrappers that add adapters to the model's layers. A step without an active adapter runs exactly the wrapped layer's code.
+"""Wrappers that add adapters to linears and the embedding. A step without an active adapter runs exactly the wrapped layer's code.
 
 Nothing is defined or looked up per step that could be made when the wrapper is built; the step's slots come from the
 shared `StepContext`.
@@ -13,30 +13,11 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.layers.embedding import Embedding
-from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.dense import DenseDelta, TorchDense
-from sglang_lora_moe.lora.hooks import build_lora_hooks
-from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
+from sglang_lora_moe.lora.stacks import EmbeddingStacks, LinearStacks, check_dims
 from sglang_lora_moe.lora.torch_linear import Part
-from sglang_lora_moe.moe.backends import make_lora_ops
-
-
-class FusedMoEWithLoRA(nn.Module):
-    """Experts with adapters. Refuses, when built, a backend that cannot apply them."""
-
-    def __init__(self, base: FusedMoE, stacks: ExpertStacks, ctx: StepContext) -> None:
-        super().__init__()
-        _check_dims(base.name, stacks, base.spec.hidden_size, base.spec.w13_rows, base.spec.intermediate_size, base.spec.hidden_size)
-        self.base, self.ctx, self.num_slots = base, ctx, stacks.a13.num_slots
-        self.hooks = build_lora_hooks(stacks, make_lora_ops(base.runner.core.name))
-
-    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """As FusedMoE: x [M, H], topk_ids int [M, K], topk_weights float [M, K] -> [M, H]."""
-        if not self.ctx.lora_active:
-            return self.base.forward(x, topk_ids, topk_weights)
-        return self.base.run(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots)
 
 
 class LinearWithLoRA(nn.Module):
@@ -52,7 +33,7 @@ class LinearWithLoRA(nn.Module):
         self.parts: list[Part] = []
         first = 0
         for (name, rows), part in zip(base.parts, stacks, strict=True):
-            _check_dims(name, part, base.in_features, rows)
+            check_dims(name, part, base.in_features, rows)
             self.parts.append((part, first, rows))
             first += rows
         self.delta.prepare(self.parts)
@@ -80,7 +61,7 @@ class EmbeddingWithLoRA(nn.Module):
     def __init__(self, base: Embedding, stacks: EmbeddingStacks, ctx: StepContext, delta: DenseDelta | None = None) -> None:
         super().__init__()
         self.delta = delta or TorchDense(ctx)
-        _check_dims(base.name, stacks, base.weight.shape[0], base.weight.shape[1])
+        check_dims(base.name, stacks, base.weight.shape[0], base.weight.shape[1])
         self.base, self.stacks, self.ctx = base, stacks, ctx
         self.used = True
 
@@ -91,9 +72,3 @@ class EmbeddingWithLoRA(nn.Module):
             flat = input_ids.reshape(-1)
             self.delta.add_embedding(y.view(flat.shape[0], -1), flat, self.stacks)
         return y
-
-
-def _check_dims(name: str, stacks: ExpertStacks | LinearStacks | EmbeddingStacks, *expected: int) -> None:
-    found = tuple(stack.dim for stack in vars(stacks).values())
-    if found != expected:
-        raise ValueError(f"{name}: expected stacks of dims {expected}, got {found}")

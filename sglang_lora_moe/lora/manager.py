@@ -1,82 +1,129 @@
-"""Adapters of one model: wraps its layers, loads and unloads adapters, and puts into slots what the next step needs.
+"""Adapters of one model: reads them, keeps them in host memory, and puts into slots what the next steps need.
 
-Weights go from a file (`read`, which may run in another thread) through the host cache (the registry's entries) to a
-slot of the device pool. Which revision has which slot is the `SlotTable`'s, with which the scheduler decides; `flush_writes`
-copies the weights before the step that needs them.
+An adapter is on its way from files (`AdapterReader`, in a process of its own) through host memory (`HostCache`) to a slot
+of the device pool (`SlotLoader`, in a thread of its own). Nothing here waits for any of it: `poll`, once a step, takes in
+what has arrived. Which revision has which slot is the `SlotTable`'s, with which the scheduler decides; `start_fills` begins
+the copies that it has asked for. Answers to load and unload requests collect in `replies`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Protocol
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
 
-from sglang_lora_moe.layers.embedding import Embedding
-from sglang_lora_moe.layers.fused_moe import FusedMoE
-from sglang_lora_moe.layers.linear import Linear
-from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.layers.topk import Router
-from sglang_lora_moe.lora.dense import make_dense_delta
-from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, FusedMoEWithLoRA, LinearWithLoRA
+from sglang_lora_moe.core import LoadAdapter, Reply, RequestError, UnloadAdapter
+from sglang_lora_moe.lora.host_cache import HostCache
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.packed import PackedAdapter
+from sglang_lora_moe.lora.reader import AdapterReader
 from sglang_lora_moe.lora.registry import AdapterEntry, LoRARegistry
+from sglang_lora_moe.lora.slot_loader import SlotLoader
 from sglang_lora_moe.lora.slots import SlotTable
-from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
-from sglang_lora_moe.lora.targets import collect_targets
-from sglang_lora_moe.lora.weights import AdapterWeights
+from sglang_lora_moe.lora.wrap import Model, wrap_layers
 
 logger = logging.getLogger(__name__)
 
 
-class Model(Protocol):
-    """What the manager needs of `models.build.ServedModel`."""
+@dataclass
+class _Load:
+    """A load request while its adapter is being read, and the unload requests for its name that came meanwhile."""
 
-    hf: Any
-    ctx: StepContext
-    dtype: torch.dtype
-    device: torch.device
+    message: LoadAdapter
+    adapter: Future[PackedAdapter]
+    begin: float
+    unloads: list[UnloadAdapter] = field(default_factory=list)
+
+
+@dataclass
+class _Fill:
+    """A copy into a slot that is on its way."""
+
+    adapter: PackedAdapter
+    entry: AdapterEntry
+    done: Future[None]
 
 
 class LoRAManager:
-    """`reader(path)` gives the weights of an adapter directory, or raises a ValueError that says what is wrong with it."""
+    """The adapters that `reader` gives, in the slots of `pool`, on the layers of `model`, which are wrapped here."""
 
     def __init__(
         self,
         model: Model,
-        reader: Callable[[str], AdapterWeights],
+        reader: AdapterReader,
+        pool: LoRAMemoryPool,
         *,
-        num_slots: int,
-        max_rank: int,
         max_loaded: int | None = None,
+        policy: str = "lru",
         backend: str = "torch_native",
     ) -> None:
-        self.read = reader
-        self.slots = SlotTable(num_slots)
-        self.registry = LoRARegistry(num_slots, max_loaded)
-        self.pool = LoRAMemoryPool(list(collect_targets(model.hf).values()), num_slots, max_rank, model.dtype, model.device)
+        self.pool = pool
+        self.slots = SlotTable(pool.num_slots, policy)
+        self.registry = LoRARegistry(pool.num_slots)
+        self.host = HostCache(max_loaded)
+        self.replies: list[Reply] = []
+        self.reader, self._thread = reader, ThreadPoolExecutor(1, "adapter-reader")
+        self._loader = SlotLoader(pool.device)
+        self._loads: list[_Load] = []
+        self._reading: tuple[str, Future[PackedAdapter]] | None = None  # a revision that requests wait for
+        self._fills: dict[int, _Fill] = {}  # by slot
+        self._answers: dict[str, list[tuple[_Load, AdapterEntry, dict[str, Any]]]] = {}  # by revision: loads to answer when it is in its slot
         self._ctx = model.ctx
-        self._unused = wrap_layers(model.hf, self.pool, model.ctx, backend)
+        self._unused = wrap_layers(model.hf, pool, model.ctx, backend)
         for layer in self._unused.values():
             layer.used = False
 
     # ---- names ------------------------------------------------------------------------------------------------------
-    def load(self, name: str, path: str, weights: AdapterWeights, pinned: bool) -> dict[str, Any]:
-        """Register weights that were read. An adapter gets a slot at once if one is free, and a pinned one also an idle one."""
-        entry, known = self.registry.add(name, path, weights, pinned)
-        for target in weights.modules.keys() & self._unused.keys():
+    @property
+    def is_loading(self) -> bool:
+        """Something is on its way; `poll` will take it in."""
+        return bool(self._loads or self._fills or self._reading or self.slots.wanted)
+
+    def load(self, message: LoadAdapter) -> None:
+        """Read an adapter and register it; answered when it is in its slot, if there is one for it."""
+        self._loads.append(_Load(message, self._thread.submit(self.reader.read, message.path), time.monotonic()))
+
+    def load_tensors(self, message: LoadAdapter, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+        """As `load`, with PEFT's tensors and adapter_config.json in memory instead of `message.path`."""
+        self._loads.append(_Load(message, self._thread.submit(self.reader.read_tensors, message.name, tensors, config), time.monotonic()))
+
+    def register(self, name: str, adapter: PackedAdapter, pinned: bool = False, in_place: bool = False) -> tuple[AdapterEntry, bool]:
+        """Give a name to an adapter that was read; its entry, and whether it was there already. It gets a slot if one is free, a pinned one an idle one too."""
+        room = [] if adapter.revision in self.host else self.host.make_room(self._may_go)
+        self._dropped(room or [])
+        if room is None and not adapter.path:
+            raise RequestError(f"{len(self.host)} adapters are in use, as many as --max-loaded-loras lets host memory hold; unload one first", 400, "name")
+        entry, known, old = self.registry.add(name, adapter, pinned, in_place)
+        if old is not None and not old.in_use:
+            self._forget(old)
+        self._keep(adapter, room is not None)
+        for target in adapter.targets & self._unused.keys():
             self._unused.pop(target).used = True
             self._ctx.lora_layout += 1  # graphs captured without this layer's adapters are captured again
         self.slots.pinned = self.registry.pinned_revisions()
-        if self.slots.slot_of(entry.revision) is None and (self.slots.has_free or entry.pinned):
-            self.slots.make_resident(entry.revision)
-            self.flush_writes()
-        for warning in weights.report.warnings:
+        if self.slots.slot_of(entry.revision) is None and entry.revision in self.host and (self.slots.has_free or entry.pinned):
+            self.slots.reserve(entry.revision)
+            self.start_fills()
+        for warning in adapter.warnings:
             logger.warning("adapter %s: %s", name, warning)
-        logger.info("adapter %s: rank %d, %d bytes, revision %s%s", name, entry.weights.rank, entry.weights.nbytes, entry.revision[:12], " (known)" * known)
-        return self.describe(entry) | {"already_loaded": known, "warnings": list(weights.report.warnings)}
+        logger.info("adapter %s: rank %d, %d bytes, revision %s%s", name, entry.rank, entry.nbytes, entry.revision[:12], " (known)" * known)
+        return entry, known
+
+    def unload(self, message: UnloadAdapter) -> None:
+        """Unload a name, after a load of it that is on its way; answered when nobody uses it any more. RequestError for an unknown name."""
+        pending = [load for load in self._loads if load.message.name == message.name]
+        if pending:
+            pending[-1].unloads.append(message)
+            return
+        entry = self.registry.begin_unload(message.name, message.rid)
+        self.slots.pinned = self.registry.pinned_revisions()
+        if not entry.in_use:
+            self._forget(entry)
 
     def bind(self, name: str) -> AdapterEntry:
         """The entry that a new request runs on; give it back with `release`."""
@@ -84,84 +131,192 @@ class LoRAManager:
         entry.users += 1
         return entry
 
-    def release(self, entry: AdapterEntry) -> list[tuple[str, dict[str, Any]]]:
-        """One user less. Returns the answers (rid, data) of unloads that this completes."""
+    def release(self, entry: AdapterEntry) -> None:
+        """One user less."""
         entry.users -= 1
-        return self._finish_unload(entry) if entry.unloading and not entry.users else []
-
-    def unload(self, name: str, rid: str) -> list[tuple[str, dict[str, Any]]]:
-        """Unload a name; the answer comes from here if nobody uses it, else from the last `release`."""
-        entry = self.registry.begin_unload(name, rid)
-        self.slots.pinned = self.registry.pinned_revisions()
-        return self._finish_unload(entry) if not entry.users else []
+        self._forget_if_over(entry)
 
     def describe(self, entry: AdapterEntry) -> dict[str, Any]:
         return {
             "name": entry.name,
             "path": entry.path,
             "revision": entry.revision,
-            "rank": entry.weights.rank,
-            "nbytes": entry.weights.nbytes,
+            "rank": entry.rank,
+            "nbytes": entry.nbytes,
             "pinned": entry.pinned,
-            "resident": self.slots.slot_of(entry.revision) is not None,
+            "resident": self.slots.is_ready(entry.revision),
+            "state": self._state(entry.revision),
             "running": entry.users,
         }
 
     def adapters(self) -> list[dict[str, Any]]:
         return [self.describe(entry) for entry in self.registry.loaded.values()]
 
-    # ---- device -----------------------------------------------------------------------------------------------------
-    def flush_writes(self) -> None:
-        """Write the weights of revisions that got a slot since the last step."""
+    # ---- between steps ----------------------------------------------------------------------------------------------
+    def poll(self) -> tuple[bool, list[tuple[str, RequestError]]]:
+        """Take in what has arrived: whether waiting requests should be looked at, and the revisions that cannot be read, with the reason."""
+        changed, failed = False, []
+        while self._loads and self._loads[0].adapter.done():
+            self._finish_load(self._loads.pop(0))
+            changed = True
+        if self._reading is not None and self._reading[1].done():
+            (revision, future), self._reading = self._reading, None
+            error = self._finish_reading(revision, future)
+            failed += [(revision, error)] if error is not None else []
+            changed = True
+        if self._reading is None and self.slots.wanted:
+            self._read_next()
+        for slot in [slot for slot, fill in self._fills.items() if fill.done.done()]:
+            self._finish_fill(slot)
+            changed = True
+        return changed, failed
+
+    def start_fills(self) -> None:
+        """Begin to copy the weights of revisions that got a slot."""
         for slot, revision in self.slots.take_writes():
-            self.pool.write(slot, self.registry.weights_of(revision))
+            adapter, entry = self.host.use(revision), self.registry.entries(revision)[0]
+            entry.fills += 1
+            self._fills[slot] = _Fill(adapter, entry, self._loader.start(self.pool.region(slot), adapter.image))
+
+    def take_replies(self) -> list[Reply]:
+        replies, self.replies = self.replies, []
+        return replies
 
     def check(self) -> None:
-        """Assert that slots, pool and registry agree."""
+        """Assert that slots, pool, host memory and registry agree."""
         self.slots.check()
         known = {entry.revision for entry in self.registry.entries()}
         for slot, revision in enumerate(self.slots.revision_of):
             used = self.pool.region_bytes_used(slot)
             assert revision is None or revision in known, f"slot {slot} holds {revision}, which is not loaded"
             assert revision is not None or used == 0, f"slot {slot} is free and holds {used} bytes"
-        assert all(entry.users > 0 for entry in self.registry.unloading), "an unload without users has not ended"
+        assert all(entry.in_use for entry in self.registry.leaving), "an adapter that nobody uses has not gone"
+        assert {revision for revision in known if revision not in self.host} == self.slots.absent, "absent revisions differ from host memory"
+        for entry in self.registry.entries():
+            assert entry.fills == sum(fill.entry is entry for fill in self._fills.values()), f"{entry.name}: {entry.fills} fills"
 
-    def _finish_unload(self, entry: AdapterEntry) -> list[tuple[str, dict[str, Any]]]:
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
+
+    # ---- arrivals ---------------------------------------------------------------------------------------------------
+    def _finish_load(self, load: _Load) -> None:
+        """Register what was read, or say what is wrong with it; then unload it if that was asked for meanwhile."""
+        message = load.message
+        try:
+            entry, known = self.register(message.name, _result(load.adapter, message.path), message.pinned, message.load_inplace)
+            facts = {"already_loaded": known, "warnings": list(load.adapter.result().warnings)}
+            if any(fill.adapter.revision == entry.revision for fill in self._fills.values()):
+                self._answers.setdefault(entry.revision, []).append((load, entry, facts))
+            else:
+                self._answer(load, entry, facts)
+        except RequestError as error:
+            logger.warning("adapter %s: %s", message.name, error)
+            self.replies.append(Reply.refusal(message.rid, error))
+        for unload in load.unloads:
+            try:
+                self.unload(unload)
+            except RequestError as error:
+                self.replies.append(Reply.refusal(unload.rid, error))
+
+    def _answer(self, load: _Load, entry: AdapterEntry, facts: dict[str, Any]) -> None:
+        self.replies.append(Reply(load.message.rid, self.describe(entry) | facts | {"seconds": time.monotonic() - load.begin}))
+
+    def _finish_fill(self, slot: int) -> None:
+        fill = self._fills.pop(slot)
+        fill.done.result()
+        self.pool.bind(slot, fill.adapter.image.numel(), fill.adapter.stacks)
+        self.slots.filled(slot)
+        fill.entry.fills -= 1
+        for answer in self._answers.pop(fill.adapter.revision, []):
+            self._answer(*answer)
+        self._forget_if_over(fill.entry)
+
+    def _read_next(self) -> None:
+        """Read the adapter that requests have waited for longest, as soon as there is room for it."""
+        for revision in self.slots.wanted:
+            entries = self.registry.entries(revision)
+            if not any(entry.users for entry in entries):
+                self.slots.give_up(revision)
+                continue
+            room = self.host.make_room(self._may_go)
+            if room is not None:
+                self._dropped(room)
+                self._reading = revision, self._thread.submit(self.reader.read, entries[0].path)
+            return
+
+    def _finish_reading(self, revision: str, future: Future[PackedAdapter]) -> RequestError | None:
+        """Take in an adapter that was read again; the error for those who wait for it if that failed."""
+        entries = self.registry.entries(revision)
+        if not entries or revision in self.host:
+            return None
+        try:
+            adapter = _result(future, entries[0].path)
+            if adapter.revision != revision:
+                text = f"its files in {entries[0].path} have changed since it was loaded (revision {revision}, now {adapter.revision})"
+                raise RequestError(f"adapter {entries[0].name!r}: {text}; load it again with load_inplace=true", 400)
+        except RequestError as error:
+            self.slots.give_up(revision)
+            return RequestError(error.message, 500, "model", "adapter_unreadable")
+        room = self.host.make_room(self._may_go)
+        self._dropped(room or [])
+        self._keep(adapter, room is not None)
+        return None
+
+    # ---- host memory ------------------------------------------------------------------------------------------------
+    def _keep(self, adapter: PackedAdapter, has_room: bool) -> None:
+        if adapter.revision in self.host:
+            return
+        if has_room:
+            self.host.add(adapter)
+            self.slots.present(adapter.revision)
+        else:
+            self.slots.absent.add(adapter.revision)
+
+    def _may_go(self, adapter: PackedAdapter) -> bool:
+        """Whether an adapter may leave host memory: it can be read again, and nobody waits for it."""
+        entries = self.registry.entries(adapter.revision)
+        waiting = any(entry.users for entry in entries) and self.slots.slot_of(adapter.revision) is None
+        return all(entry.path and not entry.pinned for entry in entries) and not waiting
+
+    def _dropped(self, adapters: list[PackedAdapter]) -> None:
+        for adapter in adapters:
+            self.slots.absent.add(adapter.revision)
+            self._loader.discard(adapter.image)
+
+    def _state(self, revision: str) -> str:
+        """Where the weights are: "resident" in a slot, "loading" into one or from files, in "host" memory, or only on "disk"."""
+        if self.slots.is_ready(revision):
+            return "resident"
+        return "loading" if self.slots.is_coming(revision) else "host" if revision in self.host else "disk"
+
+    def _forget_if_over(self, entry: AdapterEntry) -> None:
+        if entry.leaving and not entry.in_use:
+            self._forget(entry)
+
+    def _forget(self, entry: AdapterEntry) -> None:
+        """End an entry that has left and is not in use; its weights go with the last name of its revision."""
         host = device = 0
-        if self.registry.end_unload(entry):
-            host = entry.weights.nbytes
-            slot = self.slots.drop(entry.revision)
+        if self.registry.forget(entry):
+            adapter, slot = self.host.drop(entry.revision), self.slots.drop(entry.revision)
+            if adapter is not None:
+                host = adapter.nbytes
+                self._loader.discard(adapter.image)
             if slot is not None:
                 device = self.pool.region_bytes_used(slot)
                 self.pool.clear(slot)
-        logger.info("adapter %s: unloaded, %d bytes freed on the host, %d on the device", entry.name, host, device)
+        logger.info("adapter %s: revision %s has gone, %d bytes freed on the host, %d on the device", entry.name, entry.revision[:12], host, device)
         data = {"name": entry.name, "revision": entry.revision, "freed_bytes": host + device, "freed_host_bytes": host, "freed_device_bytes": device}
-        return [(rid, data) for rid in entry.unload_rids]
+        self.replies += [Reply(rid, data) for rid in entry.unload_rids]
 
 
-def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext, backend: str) -> dict[str, LinearWithLoRA | EmbeddingWithLoRA]:
-    """Replace each layer of `hf` that adapters may touch by its wrapper over `pool`. `backend` computes linears and embeddings.
-
-    Returns, by target, the layers that few adapters touch: routers, the embedding, the language-model head.
-    """
-    delta = make_dense_delta(backend, ctx)
-    rare: dict[str, LinearWithLoRA | EmbeddingWithLoRA] = {}
-    for path, module in list(hf.named_modules()):
-        parent, _, leaf = path.rpartition(".")
-        if isinstance(module, FusedMoE):
-            setattr(hf.get_submodule(parent), leaf, FusedMoEWithLoRA(module, _stacks(pool, module.name, ExpertStacks), ctx))
-        elif isinstance(module, Linear):
-            linear = LinearWithLoRA(module, [_stacks(pool, name, LinearStacks) for name, _ in module.parts], ctx, delta)
-            if module.slot_source == "logits" or isinstance(hf.get_submodule(parent), Router):
-                rare |= {name: linear for name, _ in module.parts}
-            setattr(hf.get_submodule(parent), leaf, linear)
-        elif isinstance(module, Embedding):
-            rare[module.name] = EmbeddingWithLoRA(module, _stacks(pool, module.name, EmbeddingStacks), ctx, delta)
-            setattr(hf.get_submodule(parent), leaf, rare[module.name])
-    return rare
-
-
-def _stacks(pool: LoRAMemoryPool, name: str, kind: type[Any]) -> Any:
-    stacks = pool.stacks_for(name)
-    assert isinstance(stacks, kind), f"{name}: the pool has {type(stacks).__name__}, its layer needs {kind.__name__}"
-    return stacks
+def _result(future: Future[PackedAdapter], path: str) -> PackedAdapter:
+    """The adapter that was read, or a RequestError: whatever is in a file, the server goes on."""
+    try:
+        return future.result()
+    except (ValueError, OSError) as error:
+        message = str(error) if path in str(error) else f"{path}: {error}"
+        raise RequestError(f"adapter not loaded: {message}", 400, "path", "invalid_adapter") from error
+    except Exception as error:
+        logger.exception("reading the adapter %s failed unexpectedly", path)
+        raise RequestError(f"adapter not loaded: {path}: {type(error).__name__}: {error}", 500, "path") from error

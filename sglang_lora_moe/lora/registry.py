@@ -1,8 +1,8 @@
-"""Adapter names: which revision each stands for, who runs on it, and when an unloaded one is free. Host only.
+"""Adapter names: which revision each stands for, who runs on it, and when one that has gone is free. Host only.
 
 A name is bound to a *revision* (hash of content) when it is loaded; requests are bound to the entry when they are
-accepted. Unloading takes the name away at once, so that new requests get 404, and ends when the last user does; the same
-name may be loaded with other content meanwhile. Two names with equal content share weights and slot.
+accepted. Unloading takes the name away at once, so that new requests get 404, and ends when the last user does; loading
+other content in place takes it away in favour of the new entry. Two names with equal content share weights and slot.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sglang_lora_moe.core import RequestError
-from sglang_lora_moe.lora.weights import AdapterWeights
+from sglang_lora_moe.lora.packed import PackedAdapter
 
 LORA_DISABLED = "this server runs without adapters; start it with --enable-lora or --lora-paths"
 
@@ -20,28 +20,28 @@ class AdapterEntry:
     """One loaded name. Compared by identity: a name that is loaded anew is another entry."""
 
     name: str
-    path: str
-    weights: AdapterWeights
+    path: str  # "" = loaded from tensors: it cannot be read again
+    revision: str
+    rank: int
+    nbytes: int
     pinned: bool = False
     users: int = 0  # requests that are bound to it, running or waiting
-    unload_rids: list[str] = field(default_factory=list)  # unload requests to answer when the last user ends
+    fills: int = 0  # copies of its weights into a slot that are on their way
+    leaving: bool = False  # unloaded or replaced; it stays until nobody uses it
+    unload_rids: list[str] = field(default_factory=list)  # unload requests to answer when it has gone
 
     @property
-    def revision(self) -> str:
-        return self.weights.revision
-
-    @property
-    def unloading(self) -> bool:
-        return bool(self.unload_rids)
+    def in_use(self) -> bool:
+        return self.users + self.fills > 0
 
 
 class LoRARegistry:
-    """All entries: loaded ones by name, and unloading ones that still have users."""
+    """All entries: loaded ones by name, and leaving ones that are still in use."""
 
-    def __init__(self, num_slots: int, max_loaded: int | None = None) -> None:
-        self.num_slots, self.max_loaded = num_slots, max_loaded
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
         self.loaded: dict[str, AdapterEntry] = {}
-        self.unloading: list[AdapterEntry] = []
+        self.leaving: list[AdapterEntry] = []
 
     def get(self, name: str) -> AdapterEntry:
         entry = self.loaded.get(name)
@@ -50,51 +50,55 @@ class LoRARegistry:
             raise RequestError(f"no adapter {name!r} is loaded; loaded adapters: {known}", 404, "model", "model_not_found")
         return entry
 
-    def entries(self) -> list[AdapterEntry]:
-        return [*self.loaded.values(), *self.unloading]
+    def entries(self, revision: str | None = None) -> list[AdapterEntry]:
+        """All entries, or those of one revision."""
+        return [entry for entry in (*self.loaded.values(), *self.leaving) if revision is None or entry.revision == revision]
 
-    def weights_of(self, revision: str) -> AdapterWeights:
-        return next(entry.weights for entry in self.entries() if entry.revision == revision)
+    def add(self, name: str, adapter: PackedAdapter, pinned: bool, in_place: bool = False) -> tuple[AdapterEntry, bool, AdapterEntry | None]:
+        """Register a name; its entry, whether it was loaded with equal content already, and the entry that it replaces. Refusals change nothing.
 
-    def add(self, name: str, path: str, weights: AdapterWeights, pinned: bool) -> tuple[AdapterEntry, bool]:
-        """Register a name; returns its entry and whether it was loaded with equal content already. Refusals change nothing."""
-        entry = self.loaded.get(name)
-        if entry is not None and entry.revision != weights.revision:
+        The caller forgets the replaced entry (`forget`) once it is not in use.
+        """
+        old = self.loaded.get(name)
+        if old is not None and old.revision != adapter.revision and not in_place:
             raise RequestError(
-                f"adapter {name!r} is loaded already with other content (revision {entry.revision}, from {entry.path}); "
-                f"unload it first, or load {path} (revision {weights.revision}) by another name",
+                f"adapter {name!r} is loaded already with other content (revision {old.revision}, from {old.path or 'tensors'}); load with "
+                f"load_inplace=true to replace it by revision {adapter.revision}, or unload it first, or load {adapter.path or 'the tensors'} by another name",
                 400, "name", "adapter_already_loaded",
             )  # fmt: skip
-        if entry is None and self.max_loaded is not None and len(self.loaded) >= self.max_loaded:
-            raise RequestError(f"{len(self.loaded)} adapters are loaded, as many as --max-loaded-loras allows; unload one first", 400, "name")
         if pinned:
-            self._check_pins(weights.revision)
-        if entry is not None:
-            entry.pinned = entry.pinned or pinned
-            return entry, True
-        same = next((other for other in self.entries() if other.revision == weights.revision), None)
-        entry = self.loaded[name] = AdapterEntry(name, path, same.weights if same is not None else weights, pinned)
-        return entry, False
+            self._check_pins(adapter.revision, old)
+        if old is not None and old.revision == adapter.revision:
+            old.pinned = old.pinned or pinned
+            return old, True, None
+        if old is not None:
+            self._leave(old)
+        self.loaded[name] = AdapterEntry(name, adapter.path, adapter.revision, adapter.rank, adapter.nbytes, pinned)
+        return self.loaded[name], False, old
 
     def begin_unload(self, name: str, rid: str) -> AdapterEntry:
-        """Take the name away. The caller ends the unload at once if the entry has no users, else when the last one ends."""
+        """Take the name away. The caller forgets the entry at once if it is not in use, else when that ends."""
         entry = self.get(name)
-        del self.loaded[name]
         entry.unload_rids.append(rid)
-        self.unloading.append(entry)
+        self._leave(entry)
         return entry
 
-    def end_unload(self, entry: AdapterEntry) -> bool:
-        """Forget an entry without users; returns whether its revision is gone with it."""
-        assert entry.users == 0 and entry.unloading, f"{entry.name} forgotten with {entry.users} users"
-        self.unloading.remove(entry)
-        return all(other.revision != entry.revision for other in self.entries())
+    def forget(self, entry: AdapterEntry) -> bool:
+        """Forget a leaving entry that is not in use; returns whether its revision is gone with it."""
+        assert entry.leaving and not entry.in_use, f"{entry.name} forgotten with {entry.users} users and {entry.fills} fills"
+        self.leaving.remove(entry)
+        return not self.entries(entry.revision)
 
     def pinned_revisions(self) -> set[str]:
         return {entry.revision for entry in self.loaded.values() if entry.pinned}
 
-    def _check_pins(self, revision: str) -> None:
-        pinned = self.pinned_revisions() | {revision}
+    def _leave(self, entry: AdapterEntry) -> None:
+        del self.loaded[entry.name]
+        entry.leaving = True
+        self.leaving.append(entry)
+
+    def _check_pins(self, revision: str, old: AdapterEntry | None) -> None:
+        pinned = {entry.revision for entry in self.loaded.values() if entry.pinned and entry is not old} | {revision}
         if len(pinned) >= self.num_slots:
             raise RequestError(
                 f"at most {self.num_slots - 1} of {self.num_slots} adapter slots (--max-loras-per-batch) may be pinned, so that the others can be served",

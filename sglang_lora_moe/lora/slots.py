@@ -1,8 +1,8 @@
-"""Which adapter revision occupies which device slot. Host only: the scheduler decides with it, the manager writes weights.
+"""Which adapter revision occupies which device slot. Host only: the scheduler decides with it, the manager moves weights.
 
-A slot is free, idle (its adapter is resident and no request of it runs) or in use. Idle slots are reused least recently
-used first; a pinned adapter keeps its slot once it has one. A *draining* slot takes no new requests, so that it becomes
-idle for an adapter that has waited too long.
+A slot is free, filling (its adapter's weights are on their way), idle (resident, no request of it runs) or in use. Idle
+slots are reused in the order of `--lora-eviction-policy`; a pinned adapter keeps its slot once it has one. A *draining*
+slot takes no new requests, so that it becomes idle for an adapter that has waited too long.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from collections import OrderedDict
 
 
 class SlotTable:
-    """Residency of adapter revisions in `num_slots` slots."""
+    """Residency of adapter revisions in `num_slots` slots. `policy`: idle slots go "lru" (least recently used) or "fifo" (longest resident) first."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, policy: str = "lru") -> None:
+        self.num_slots, self.policy = num_slots, policy
         self.revision_of: list[str | None] = [None] * num_slots
         self.users = [0] * num_slots  # running requests of each slot
         self.pinned: set[str] = set()  # revisions; at most num_slots - 1, which the registry checks
         self.draining: dict[int, str] = {}  # slot -> the revision it is drained for
+        self.absent: set[str] = set()  # revisions whose weights are not in host memory, so that no slot can be filled with them
         self._slot_of: dict[str, int] = {}
         self._free = list(range(num_slots - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # resident without users, least recently used first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # resident without users, next to be reused first
+        self._filling: set[int] = set()
+        self._arrived = [0] * num_slots  # when each slot's adapter came
+        self._arrivals = 0
         self._writes: list[tuple[int, str]] = []
+        self._wanted: dict[str, None] = {}
 
     @property
     def has_free(self) -> bool:
@@ -30,19 +35,31 @@ class SlotTable:
 
     @property
     def num_resident(self) -> int:
+        """Slots that hold an adapter or wait for its weights."""
         return len(self._slot_of)
 
     def slot_of(self, revision: str) -> int | None:
         return self._slot_of.get(revision)
 
+    def is_ready(self, revision: str) -> bool:
+        """Requests of `revision` could run now."""
+        slot = self._slot_of.get(revision)
+        return slot is not None and slot not in self._filling
+
+    def is_coming(self, revision: str) -> bool:
+        """The weights of `revision` are on their way, from a file or to a slot: no other adapter has to make room for it."""
+        return self._slot_of.get(revision) in self._filling or revision in self._wanted
+
     def acquire(self, revision: str) -> int | None:
-        """A slot for one more running request of `revision`, or None if it has to wait."""
+        """A slot for one more running request of `revision`. None: it has to wait; what it waits for has been asked for."""
         slot = self._slot_of.get(revision)
         if slot is None:
-            slot = self.make_resident(revision)
-            if slot is None:
-                return None
-        elif slot in self.draining:
+            if revision in self.absent:
+                self._wanted[revision] = None
+            else:
+                self.reserve(revision)
+            return None
+        if slot in self.draining or slot in self._filling:
             return None
         if self.users[slot] == 0:
             self._idle.pop(slot)
@@ -55,29 +72,51 @@ class SlotTable:
         if self.users[slot] == 0:
             self._idle[slot] = None
 
-    def make_resident(self, revision: str) -> int | None:
-        """Give a revision that has no slot a free or idle one, to be written before the next step; None if there is none."""
+    def reserve(self, revision: str) -> int | None:
+        """Give a revision that has no slot a free or idle one, to be filled; None if there is none."""
         assert revision not in self._slot_of, f"{revision} already has slot {self._slot_of[revision]}"
         slot = self._free.pop() if self._free else self._evict()
         if slot is None:
             return None
         self.revision_of[slot] = revision
         self._slot_of[revision] = slot
-        self._idle[slot] = None
+        self._filling.add(slot)
         self._writes.append((slot, revision))
         return slot
 
+    def filled(self, slot: int) -> None:
+        """The weights of the slot's revision are there."""
+        self._filling.remove(slot)
+        self._idle[slot] = None
+        self._arrivals += 1
+        self._arrived[slot] = self._arrivals
+
     def take_writes(self) -> list[tuple[int, str]]:
-        """(slot, revision) pairs assigned since the last call, whose weights must be written before the next step."""
+        """(slot, revision) pairs reserved since the last call; `filled` says when their weights are there."""
         writes, self._writes = self._writes, []
         return writes
+
+    @property
+    def wanted(self) -> list[str]:
+        """Absent revisions that requests wait for, in the order of asking."""
+        return list(self._wanted)
+
+    def give_up(self, revision: str) -> None:
+        """Nobody waits for the weights of `revision` any more."""
+        self._wanted.pop(revision, None)
+
+    def present(self, revision: str) -> None:
+        """The weights of `revision` are in host memory now, or it has been forgotten."""
+        self.absent.discard(revision)
+        self.give_up(revision)
 
     def drop(self, revision: str) -> int | None:
         """Forget an unloaded revision; returns the slot whose weights can be cleared, None if it was not resident."""
         self.pinned.discard(revision)
+        self.present(revision)
         slot = self._slot_of.pop(revision, None)
         if slot is not None:
-            assert self.users[slot] == 0, f"{revision} dropped while {self.users[slot]} requests run in slot {slot}"
+            assert self.users[slot] == 0 and slot not in self._filling, f"{revision} dropped while slot {slot} is in use"
             del self._idle[slot]
             self._vacate(slot)
             self._free.append(slot)
@@ -88,24 +127,27 @@ class SlotTable:
         return [slot for slot, users in enumerate(self.users) if users > 0 and slot not in self.draining and self.revision_of[slot] not in self.pinned]
 
     def check(self) -> None:
-        """Assert the books: free + idle + in use == num_slots."""
+        """Assert the books: free + filling + idle + in use == num_slots."""
         in_use = {slot for slot, users in enumerate(self.users) if users > 0}
-        parts = (set(self._free), set(self._idle), in_use)
-        assert sum(map(len, parts)) == len(set().union(*parts)) == self.num_slots, f"free {parts[0]}, idle {parts[1]}, in use {parts[2]} of {self.num_slots}"
+        parts = (set(self._free), self._filling, set(self._idle), in_use)
+        assert sum(map(len, parts)) == len(set().union(*parts)) == self.num_slots, (
+            f"free {parts[0]}, filling {parts[1]}, idle {parts[2]}, in use {parts[3]} of {self.num_slots}"
+        )
         assert {slot: revision for revision, slot in self._slot_of.items()} == {s: r for s, r in enumerate(self.revision_of) if r is not None}
         assert all(self.revision_of[slot] is None for slot in self._free), "a free slot has a revision"
+        assert set(self._wanted) <= self.absent, "a revision is wanted that is not absent"
 
     def _evict(self) -> int | None:
-        for slot in self._idle:
-            revision = self.revision_of[slot]
-            if revision not in self.pinned:
-                assert revision is not None
-                del self._idle[slot], self._slot_of[revision]
-                self._vacate(slot)
-                return slot
-        return None
+        candidates = [slot for slot in self._idle if self.revision_of[slot] not in self.pinned]
+        if not candidates:
+            return None
+        slot = candidates[0] if self.policy == "lru" else min(candidates, key=lambda candidate: self._arrived[candidate])
+        revision = self.revision_of[slot]
+        assert revision is not None
+        del self._idle[slot], self._slot_of[revision]
+        self._vacate(slot)
+        return slot
 
     def _vacate(self, slot: int) -> None:
-        revision, self.revision_of[slot] = self.revision_of[slot], None
+        self.revision_of[slot] = None
         self.draining.pop(slot, None)
-        self._writes = [write for write in self._writes if write != (slot, revision)]

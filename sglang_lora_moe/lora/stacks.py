@@ -71,3 +71,10 @@ class ExpertStacks:
     b13: Stack
     a2: Stack
     b2: Stack
+
+
+def check_dims(name: str, stacks: ExpertStacks | LinearStacks | EmbeddingStacks, *expected: int) -> None:
+    """Refuse stacks that were made for another layer than `name`."""
+    found = tuple(stack.dim for stack in vars(stacks).values())
+    if found != expected:
+        raise ValueError(f"{name}: expected stacks of dims {expected}, got {found}")

@@ -6,6 +6,7 @@ the whole model as adapter files know it. Names are transformers' module paths, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,20 +55,50 @@ class ExpertTarget:
 Target = LinearTarget | EmbeddingTarget | ExpertTarget
 
 
+_ALIASES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_EXPERT_LEAVES = {"experts", "gate_proj", "up_proj", "down_proj"}
+
+
 def collect_targets(model: nn.Module) -> dict[str, Target]:
-    """All targets of a built model by name. Layers are recognised by their attributes, so that this file needs none of them."""
-    targets: dict[str, Target] = {}
+    """All targets of a built model by name."""
+    return {target.name: target for layer in _layers(model) for target in layer}
+
+
+def choose_targets(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, Target], frozenset[str]]:
+    """The targets that --lora-target-modules `names` leave, by name, and the names of the others. Without names, or with "all": all.
+
+    A name is the last part of a module's path; expert weights go by "experts" or by a projection. A layer that is computed as one
+    (q, k and v) is kept whole. ValueError for a name that nothing in the model has.
+    """
+    layers = _layers(model)
+    if not names or {"all", "all-linear"} & set(names):
+        return collect_targets(model), frozenset()
+    wanted = {leaf for name in names for leaf in _ALIASES.get(name, (name,))}
+    found: set[str] = set()
+    kept: dict[str, Target] = {}
+    for layer in layers:
+        leaves = {leaf for target in layer for leaf in (_EXPERT_LEAVES if isinstance(target, ExpertTarget) else {target.name.rpartition(".")[2]})}
+        found |= leaves
+        if leaves & wanted:
+            kept |= {target.name: target for target in layer}
+    unknown = sorted(wanted - found)
+    if unknown:
+        raise ValueError(f"--lora-target-modules {unknown[0]}: this model has no such module; it has {', '.join(sorted(found))}, or all")
+    return kept, frozenset(target.name for layer in layers for target in layer) - kept.keys()
+
+
+def _layers(model: nn.Module) -> list[list[Target]]:
+    """The targets of each layer. Layers are recognised by their attributes, so that this file needs none of them."""
+    layers: list[list[Target]] = []
     module: Any
     for module in model.modules():
         if hasattr(module, "parts") and hasattr(module, "slot_source"):  # layers.linear.Linear
-            for name, rows in module.parts:
-                targets[name] = LinearTarget(name, in_features=module.in_features, out_features=rows)
+            layers.append([LinearTarget(name, in_features=module.in_features, out_features=rows) for name, rows in module.parts])
         elif hasattr(module, "spec") and hasattr(module, "interleaved_gate_up"):  # layers.fused_moe.FusedMoE
             spec = module.spec
-            targets[module.name] = ExpertTarget(
-                module.name, spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.gated, module.interleaved_gate_up, module.is_transposed
-            )
+            sizes = spec.num_experts, spec.hidden_size, spec.intermediate_size
+            layers.append([ExpertTarget(module.name, *sizes, spec.gated, module.interleaved_gate_up, module.is_transposed)])
         elif type(module).__name__ == "Embedding" and hasattr(module, "name"):  # layers.embedding.Embedding
             vocab, hidden = module.weight.shape
-            targets[module.name] = EmbeddingTarget(module.name, vocab, hidden)
-    return targets
+            layers.append([EmbeddingTarget(module.name, vocab, hidden)])
+    return layers

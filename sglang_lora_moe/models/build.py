@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import initialization as hf_initialization
 
-from sglang_lora_moe.layers.attention import ATTENTION_BACKENDS, Attention, KVLayerSpec, PagedAttention
+from sglang_lora_moe.layers.attention import ATTENTION_BACKENDS, Attention, PagedAttention
 from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
@@ -28,6 +28,7 @@ from sglang_lora_moe.models.dummy import fill_dummy
 from sglang_lora_moe.models.loader import NameTable, list_tensors, load_weights
 from sglang_lora_moe.models.overrides.mla import KV_B_REASON, AbsorbedMLA
 from sglang_lora_moe.models.quantized import ExpertsScheme, WeightFormats
+from sglang_lora_moe.models.served import ServedModel
 from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core
 from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.workspace import Workspace
@@ -37,87 +38,8 @@ from sglang_lora_moe.quantization.linear import QuantizedLinear
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 from sglang_lora_moe.quantization.wna16_method import WNA16Method
 
-if TYPE_CHECKING:
-    from sglang_lora_moe.models.decoder import FusedDecoder
-
 # Name of our attention function in transformers' registry. No mask function is registered under it, so no mask is built.
 _ATTENTION = "sglang_lora_moe_paged"
-
-
-class ServedModel:
-    """A built model: transformers' module tree in `hf`, and what the engine must know of it."""
-
-    def __init__(self, hf: Any, ctx: StepContext, dtype: torch.dtype, device: torch.device, attention: list[PagedAttention]) -> None:
-        self.hf, self.ctx, self.dtype, self.device = hf, ctx, dtype, device
-        self.config = hf.config.get_text_config()
-        self.vocab_size = int(self.config.vocab_size)
-        self.max_model_len = recognise.check_rotary(hf, int(self.config.max_position_embeddings))
-        self.eos_token_ids: list[int] = []
-        self.kv_specs: list[KVLayerSpec] = [layer.spec.kv for layer in attention]
-        self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
-        self.unquantized_bytes = 0  # that all parameters would take unquantized
-        self.moe_runner_backend = "auto"  # what runs the experts; two names joined by "+" where only some layers are quantized
-        self._attention, self._names = attention, NameTable(hf)
-        self._decoder: FusedDecoder | None = None
-        self._backends = {id(layer.backend): layer.backend for layer in attention}
-        self._checked = False
-
-    def allocate_kv(self, num_pages: int) -> None:
-        """Give every attention layer `num_pages` pages of `ctx.page_size` tokens. Page 0 is where padding rows write."""
-        for layer in self._attention:
-            layer.allocate(num_pages, self.dtype, self.device)
-
-    def kv_bytes_per_token(self) -> int:
-        return sum(spec.elements_per_token for spec in self.kv_specs) * self.dtype.itemsize
-
-    def rename_adapter_module(self, name: str) -> str:
-        """A module path of a checkpoint or adapter file as this model's path; expert numbers and leaf names stay."""
-        return self._names.rename_module(name)
-
-    @torch.inference_mode()
-    def forward(self) -> torch.Tensor:
-        """Run the step that `ctx` describes; logits float32 [num_logits, V]."""
-        return self.forward_logits().float()
-
-    @torch.inference_mode()
-    def forward_logits(self) -> torch.Tensor:
-        """`forward` before the conversion: logits [num_logits, V] in the model's dtype."""
-        ctx = self.ctx
-        self._take_sampled()
-        for backend in self._backends.values():
-            backend.begin_step()
-        if self._decoder is not None:
-            logits = self._decoder.forward()
-        else:
-            output = self.hf(
-                input_ids=ctx.input_ids[: ctx.num_tokens].unsqueeze(0),
-                position_ids=ctx.positions[: ctx.num_tokens].unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=ctx.logit_rows[: ctx.num_logits],
-            )
-            logits = output.logits[0]
-        if not self._checked:
-            self._check_attention_ran()
-        return logits
-
-    def _take_sampled(self) -> None:
-        """Tokens that the last step sampled and that only the device knows yet."""
-        ctx, rows = self.ctx, slice(0, self.ctx.num_tokens)
-        if self.device.type == "cuda":
-            from sglang_lora_moe.ops.take_sampled import take_sampled
-
-            take_sampled(ctx.input_ids[rows], ctx.token_source[rows], ctx.sampled)
-            return
-        pending = (ctx.token_source[rows] >= 0).nonzero().squeeze(1)
-        if pending.shape[0]:
-            ctx.input_ids[pending] = ctx.sampled[ctx.token_source[pending].long()]
-
-    def _check_attention_ran(self) -> None:
-        """After the first step: a layer that did not go through the paged cache would forget what came before."""
-        idle = [i for i, layer in enumerate(self._attention) if layer.calls != 1]
-        if idle:
-            raise recognise.UnsupportedModelError(f"{type(self.hf).__name__}: attention layers {idle[:8]} did not use the paged KV cache")
-        self._checked = True
 
 
 def build_model(

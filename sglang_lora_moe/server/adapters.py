@@ -10,21 +10,21 @@ from starlette.responses import JSONResponse, Response
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.server.errors import error_response
-from sglang_lora_moe.server.fields import NOT_IMPLEMENTED, RequestModel, check_text
+from sglang_lora_moe.server.fields import RequestModel, check_text
 from sglang_lora_moe.server.model_names import check_adapter_name
 from sglang_lora_moe.server.service import Service
 
 
 class LoadAdapterRequest(RequestModel):
-    """`pinned` keeps the adapter on the device. vLLM's `load_inplace` would change a running adapter."""
+    """`pinned` keeps the adapter on the device; with `load_inplace` (vLLM's name) other content may replace what the name stands for."""
 
     unsupported = {
-        "load_inplace": ((False,), f"replacing a loaded adapter {NOT_IMPLEMENTED}; unload it first, or load the other one by another name"),
         "is_3d_lora_weight": ((True, False), "the file's layout is read from its tensors"),
     }
     lora_name: str
     lora_path: str = Field(min_length=1)
     pinned: bool = False
+    load_inplace: bool = False
 
 
 class UnloadAdapterRequest(RequestModel):
@@ -42,7 +42,7 @@ def adapter_routes(service: Service) -> APIRouter:
         try:
             name = check_adapter_name(body.lora_name, service.names.base)
             path = check_text(body.lora_path, "lora_path")
-            return await _success(service, await service.engine.load_adapter(name, path, body.pinned))
+            return await _success(service, await service.engine.load_adapter(name, path, body.pinned, body.load_inplace))
         except RequestError as error:
             return await _failure(service, error)
 
@@ -60,7 +60,7 @@ def adapter_routes(service: Service) -> APIRouter:
 
 
 async def _success(service: Service, result: dict[str, Any]) -> Response:
-    return JSONResponse({"already_loaded": False} | result | {"success": True, "error_message": "", "loaded_adapters": await _loaded(service)})
+    return JSONResponse(result | {"success": True, "error_message": "", "loaded_adapters": await _loaded(service)})
 
 
 async def _failure(service: Service, error: RequestError) -> Response:

@@ -36,13 +36,14 @@ class AsyncEngineAPI(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Chunks of all `request.n` samples as they come; closing the iterator aborts the request."""
 
-    async def load_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, Any]: ...
+    async def load_adapter(self, name: str, path: str, pinned: bool = False, load_inplace: bool = False) -> dict[str, Any]:
+        """`load_inplace`: other content replaces what the name stands for; requests that run keep what they began with."""
 
     async def unload_adapter(self, name: str) -> dict[str, Any]:
         """Returns when the last running request of the adapter has ended and its memory is free."""
 
     async def adapters(self) -> list[dict[str, Any]]:
-        """One dict per loaded adapter: name, path, revision, rank, nbytes, pinned, resident, running."""
+        """One dict per loaded adapter: name, path, revision, rank, nbytes, pinned, resident, state, running."""
 
     async def flush_cache(self) -> dict[str, Any]: ...
 

@@ -97,10 +97,9 @@ class Harness:
     def step(self) -> Batch | None:
         batch = self.scheduler.schedule()
         self.num_steps += 1
+        self.fill_slots()
         if batch is not None:
             assert batch.num_tokens <= self.scheduler.limits.prefill_budget + self.scheduler.limits.max_running
-            if self.slots is not None:
-                self.runner.write_slots(self.slots.take_writes())
             for output in self.scheduler.update(batch, self.runner.run(batch)):
                 self.outputs[output.rid].extend(output.token_ids)
                 if output.finish_reason:
@@ -108,6 +107,15 @@ class Harness:
                     self.finished_at[output.rid] = self.num_steps
         self.scheduler.check()
         return batch
+
+    def fill_slots(self) -> None:
+        """Weights that were asked for in this step are there in the next."""
+        writes = self.slots.take_writes() if self.slots is not None else []
+        self.runner.write_slots(writes)
+        for slot, _ in writes:
+            assert self.slots is not None
+            self.slots.filled(slot)
+            self.scheduler.wake()
 
     def run(self, max_steps: int = 10_000) -> None:
         for _ in range(max_steps):

@@ -208,7 +208,7 @@ def test_a_crash_fails_everything_that_waits() -> None:
     async def work() -> None:
         stream = session.engine.generate(GenerateRequest(input_ids=[1, 5], sampling=LONG, stream=True))
         await stream.__anext__()
-        os.kill(session.engine._process.pid, signal.SIGKILL)
+        os.kill(session.engine.child.process.pid, signal.SIGKILL)
         with pytest.raises(RequestError, match="ended with status -9") as error:
             async for _ in stream:
                 pass
@@ -238,7 +238,7 @@ from sglang_lora_moe.config import Config
 from sglang_lora_moe.engine.process import AsyncEngine
 async def main():
     engine = await AsyncEngine.start(Config(model_path=sys.argv[1], max_total_tokens=512))
-    print(engine._process.pid, flush=True)
+    print(engine.child.process.pid, flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
 """

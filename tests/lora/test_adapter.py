@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.lora.adapter import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA, read_adapter
+from sglang_lora_moe.lora.adapter import AdapterRules, AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA, read_adapter
 from sglang_lora_moe.lora.targets import ExpertTarget, Target, collect_targets
-from sglang_lora_moe.models.build import ServedModel, build_model
+from sglang_lora_moe.models.build import build_model
+from sglang_lora_moe.models.served import ServedModel
 from tests.adapter_files import HAND_LAYOUTS, PEFT_LAYOUTS, edit_adapter, merged_reference_model, write_adapter
 from tests.tiny_models import make_tiny_model
 
@@ -47,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def read(model: ServedModel, path: Path, **settings: Any) -> AdapterWeights:
     options: dict[str, Any] = {"max_rank": 64, "dtype": torch.float32} | settings
-    return read_adapter(path, collect_targets(model.hf), rename=model.rename_adapter_module, refused_adapter_modules=model.refused_adapter_modules, **options)
+    return read_adapter(path, AdapterRules(collect_targets(model.hf), model.rename_adapter_module, refused=model.refused_adapter_modules, **options))
 
 
 @torch.no_grad()
@@ -290,7 +291,7 @@ def test_experts_without_gate(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_parameters": ["experts.up_proj", "experts.down_proj"], "peft_version": "0.21.2"}
     shapes = {"base_layer.lora_A": (8, 16), "base_layer.lora_B": (24, 8), "lora_A": (8, 24), "lora_B": (16, 8)}
     tensors = {f"base_model.model.m.experts.{key}.weight": torch.randn(shape) for key, shape in shapes.items()}
-    weights = read_adapter(write_files(tmp_path, tensors, config), target, rename=str, max_rank=8, dtype=torch.float32)
+    weights = read_adapter(write_files(tmp_path, tensors, config), AdapterRules(target, str, 8, torch.float32))
     lora = weights.modules["m.experts"]
     assert isinstance(lora, ExpertLoRA) and lora.a13 is not None and lora.b13 is not None and not lora.split_a
     b = tensors["base_model.model.m.experts.base_layer.lora_B.weight"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sglang_lora_moe.lora.adapter import AdapterError, AdapterWeights, read_adapter
+from sglang_lora_moe.lora.adapter import AdapterError, AdapterRules, AdapterWeights, read_adapter
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
 
 Tensors = dict[str, Tensor]
@@ -52,8 +52,8 @@ def write(directory: Path, shapes: Mapping[str, tuple[int, ...]], **config: Any)
 
 
 def read(directory: Path, **settings: Any) -> AdapterWeights:
-    options: dict[str, Any] = {"rename": str, "max_rank": 8, "dtype": torch.float32, "refused_adapter_modules": {"kv_b_proj": "it is absorbed"}} | settings
-    return read_adapter(directory, {target.name: target for target in TARGETS}, **options)
+    options: dict[str, Any] = {"rename": str, "max_rank": 8, "dtype": torch.float32, "refused": {"kv_b_proj": "it is absorbed"}} | settings
+    return read_adapter(directory, AdapterRules({target.name: target for target in TARGETS}, **options))
 
 
 def refused(directory: Path, *parts: str, **settings: Any) -> None:
@@ -145,13 +145,13 @@ def test_outside_the_root(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", write(tmp_path / "outside", LINEAR)
     write(root / "inside", LINEAR)
     assert read(root / "inside", lora_root=root)
-    refused(outside, "inside the adapter root", str(root), lora_root=root)
-    refused(root / ".." / "outside", "inside the adapter root", lora_root=root)
+    refused(outside, "inside --lora-root", str(root), lora_root=root)
+    refused(root / ".." / "outside", "inside --lora-root", lora_root=root)
     (root / "link").symlink_to(outside)
     refused(root / "link", "links followed", lora_root=root)
     (root / "inside" / "adapter_model.safetensors").unlink()
     (root / "inside" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
-    refused(root / "inside", "adapter_model.safetensors", "inside the adapter root", lora_root=root)
+    refused(root / "inside", "adapter_model.safetensors", "inside --lora-root", lora_root=root)
 
 
 # ---- adapter_config.json ----------------------------------------------------------------------------------------------
@@ -330,13 +330,13 @@ def test_lone_parameter_that_fits_both(tmp_path: Path) -> None:
     square = ExpertTarget("model.layers.0.mlp.experts", num_experts=4, hidden=16, intermediate=16, gated=False)
     directory = write(tmp_path, {f"{EXPERTS}.lora_A.weight": (R * 4, 16), f"{EXPERTS}.lora_B.weight": (16, R * 4)})
     with pytest.raises(AdapterError, match=r"lora_A\.weight: expected one parameter in target_parameters, found \[\]"):
-        read_adapter(directory, {square.name: square}, rename=str, max_rank=8, dtype=torch.float32)
+        read_adapter(directory, AdapterRules({square.name: square}, str, 8, torch.float32))
 
 
 def test_gate_of_experts_without_gate(tmp_path: Path) -> None:
     plain = ExpertTarget("model.layers.0.mlp.experts", num_experts=4, hidden=16, intermediate=6, gated=False)
     with pytest.raises(AdapterError, match="gate_proj.lora_A.weight: expected up_proj and down_proj, as model.layers.0.mlp.experts has no gate, found gate"):
-        read_adapter(write(tmp_path, PER_EXPERT), {plain.name: plain}, rename=str, max_rank=8, dtype=torch.float32)
+        read_adapter(write(tmp_path, PER_EXPERT), AdapterRules({plain.name: plain}, str, 8, torch.float32))
 
 
 # ---- values -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lora_moe.lora.layers import FusedMoEWithLoRA
+from sglang_lora_moe.lora.hooks import FusedMoEWithLoRA
 from sglang_lora_moe.moe.backends import make_core
 from sglang_lora_moe.moe.backends.torch_native import TorchNativeCore
 from sglang_lora_moe.moe.runner import MoeRunner

@@ -156,15 +156,6 @@ def test_loading_does_not_stop_running_requests(engine: Engine) -> None:
     assert replies(said)["l"].error is None
 
 
-def test_max_loaded_loras() -> None:
-    with make_engine(adapters=(), max_loaded_loras=1, max_lora_rank=16) as small:
-        small.load_lora_adapter("a", str(other_adapter_path(0)))
-        with pytest.raises(RequestError, match="--max-loaded-loras"):
-            small.load_lora_adapter("b", str(other_adapter_path(1)))
-        small.unload_lora_adapter("a")
-        small.load_lora_adapter("b", str(other_adapter_path(1)))
-
-
 def test_lora_root(tmp_path: Path) -> None:
     inside = write_adapter("per_expert_2d", model_path(), tmp_path / "root" / "a", rank=4)
     with make_engine(adapters=(), lora_root=str(tmp_path / "root"), max_lora_rank=16) as rooted:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lora_moe.lora import staging
+from sglang_lora_moe.lora import slot_loader
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.slot_loader import SlotLoader
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget
 from sglang_lora_moe.lora.weights import EmbeddingLoRA, ExpertLoRA, LinearLoRA
@@ -153,16 +154,24 @@ def test_slot_out_of_range() -> None:
             call()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("staging_bytes", [256, 1024, 32 << 20])
+@pytest.mark.parametrize("piece_bytes", [256, 1024, 32 << 20])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_staging(staging_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small staging buffers: sets split over several copies, single matrices larger than a buffer."""
-    monkeypatch.setattr(staging, "STAGING_BYTES", staging_bytes)
-    pool = make_pool(dtype, "cuda")
+def test_images_arrive_beside_the_steps(dtype: torch.dtype, device: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied in pieces by another thread, over what other adapters left; neighbours stay as they are."""
+    monkeypatch.setattr(slot_loader, "PIECE_BYTES", piece_bytes)
+    pool = make_pool(dtype, device)
+    loader = SlotLoader(pool.device)
     adapters = {slot: make_adapter(rank, layout) for slot, rank, layout in ((0, 8, "split"), (1, 3, "dense"), (2, 5, "shared_outer"))}
+
+    def fill(slot: int, adapter: Any) -> None:
+        image, stacks = pool.layout.pack_modules(adapter.modules)
+        loader.start(pool.region(slot), image).result()
+        pool.bind(slot, image.numel(), stacks)
+
     for slot, adapter in adapters.items():
-        pool.write(slot, adapter)
-    pool.write(0, adapters[2])
+        fill(slot, adapter)
+    fill(0, adapters[2])
     for slot, adapter in ((0, adapters[2]), (1, adapters[1]), (2, adapters[2])):
         assert_holds(pool, slot, adapter)
+    loader.close()

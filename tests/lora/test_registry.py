@@ -3,128 +3,197 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import torch
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.lora.host_cache import HostCache
+from sglang_lora_moe.lora.packed import PackedAdapter
 from sglang_lora_moe.lora.registry import LoRARegistry
 from sglang_lora_moe.lora.slots import SlotTable
 
 
-def weights(revision: str) -> Any:
-    return SimpleNamespace(revision=revision, rank=4, nbytes=100)
+def packed(revision: str, path: str = "/a") -> PackedAdapter:
+    return PackedAdapter(path, revision, 4, torch.zeros(25), (), frozenset())
 
 
 def test_names_are_bound_to_revisions() -> None:
     registry = LoRARegistry(4)
-    entry, known = registry.add("a", "/a", weights("r1"), False)
-    assert not known and registry.get("a") is entry and entry.revision == "r1"
-    again, known = registry.add("a", "/elsewhere", weights("r1"), False)
-    assert known and again is entry
-    with pytest.raises(RequestError, match="'a' is loaded already with other content .revision r1, from /a.*revision r2. by another name") as error:
-        registry.add("a", "/b", weights("r2"), False)
-    assert (error.value.status, error.value.param) == (400, "name")
+    entry, known, old = registry.add("a", packed("r1"), False)
+    assert not known and old is None and registry.get("a") is entry and (entry.revision, entry.rank, entry.nbytes) == ("r1", 4, 100)
+    again, known, old = registry.add("a", packed("r1", "/elsewhere"), False)
+    assert known and again is entry and old is None
+    with pytest.raises(RequestError, match="loaded already with other content .revision r1, from /a.*load_inplace=true.*r2.*by another") as error:
+        registry.add("a", packed("r2", "/b"), False)
+    assert (error.value.status, error.value.param) == (400, "name") and registry.get("a") is entry
 
 
 def test_unknown_name_lists_the_loaded_ones() -> None:
     registry = LoRARegistry(4)
     with pytest.raises(RequestError, match="loaded adapters: none"):
         registry.get("x")
-    registry.add("b", "/b", weights("r1"), False)
-    registry.add("a", "/a", weights("r2"), False)
+    registry.add("b", packed("r1"), False)
+    registry.add("a", packed("r2"), False)
     with pytest.raises(RequestError, match="no adapter 'x' is loaded; loaded adapters: a, b") as error:
         registry.get("x")
     assert (error.value.status, error.value.code) == (404, "model_not_found")
 
 
-def test_equal_content_is_kept_once() -> None:
+def test_a_revision_goes_with_its_last_name() -> None:
     registry = LoRARegistry(4)
-    first, _ = registry.add("a", "/a", weights("r1"), False)
-    second, known = registry.add("b", "/b", weights("r1"), False)
-    assert not known and second is not first and second.weights is first.weights
-    assert registry.end_unload(registry.begin_unload("a", "u")) is False  # b still needs it
-    assert registry.weights_of("r1") is second.weights
-    assert registry.end_unload(registry.begin_unload("b", "u")) is True
+    registry.add("a", packed("r1"), False)
+    second, known, _ = registry.add("b", packed("r1"), False)
+    assert not known and len(registry.entries("r1")) == 2
+    assert registry.forget(registry.begin_unload("a", "u")) is False  # b still needs it
+    assert registry.entries("r1") == [second]
+    assert registry.forget(registry.begin_unload("b", "u")) is True
 
 
 def test_a_name_is_free_while_its_old_entry_drains() -> None:
     registry = LoRARegistry(4)
-    old, _ = registry.add("a", "/a", weights("r1"), False)
+    old, _, _ = registry.add("a", packed("r1"), False)
     old.users = 1
     registry.begin_unload("a", "u")
     with pytest.raises(RequestError, match="no adapter 'a'"):
         registry.get("a")
-    new, known = registry.add("a", "/a2", weights("r2"), False)
-    assert not known and registry.get("a") is new and registry.weights_of("r1") is old.weights
+    new, known, replaced = registry.add("a", packed("r2"), False)
+    assert not known and replaced is None and registry.get("a") is new and registry.entries("r1") == [old]
     old.users = 0
-    assert registry.end_unload(old) and registry.entries() == [new]
+    assert registry.forget(old) and registry.entries() == [new]
+
+
+def test_other_content_in_place() -> None:
+    registry = LoRARegistry(3)
+    first, _, _ = registry.add("a", packed("r1"), True)
+    first.users = 1
+    second, known, replaced = registry.add("a", packed("r2", ""), True, in_place=True)
+    assert replaced is first and not known and first.leaving and registry.get("a") is second and registry.pinned_revisions() == {"r2"}
+    assert registry.entries("r1") == [first] and second.path == ""
+    assert registry.add("a", packed("r2"), False, in_place=True) == (second, True, None)
 
 
 def test_limits() -> None:
-    registry = LoRARegistry(2, max_loaded=2)
-    registry.add("a", "/a", weights("r1"), True)
+    registry = LoRARegistry(2)
+    registry.add("a", packed("r1"), True)
     with pytest.raises(RequestError, match="at most 1 of 2 adapter slots") as error:
-        registry.add("b", "/b", weights("r2"), True)
+        registry.add("b", packed("r2"), True)
     assert error.value.param == "pinned" and "b" not in registry.loaded
-    registry.add("b", "/b", weights("r2"), False)
-    with pytest.raises(RequestError, match="2 adapters are loaded, as many as --max-loaded-loras allows"):
-        registry.add("c", "/c", weights("r3"), False)
-    assert registry.add("a", "/a", weights("r1"), False)[1]  # known ones do not count again
+    registry.add("b", packed("r2"), False)
     with pytest.raises(RequestError, match="may be pinned"):
-        LoRARegistry(1).add("a", "/a", weights("r1"), True)
+        registry.add("b", packed("r3"), True, in_place=True)
+    assert registry.get("b").revision == "r2"
+    with pytest.raises(RequestError, match="may be pinned"):
+        LoRARegistry(1).add("a", packed("r1"), True)
 
 
 def test_pinning_a_loaded_adapter() -> None:
     registry = LoRARegistry(3)
-    entry, _ = registry.add("a", "/a", weights("r1"), False)
-    assert registry.add("a", "/a", weights("r1"), True) == (entry, True)
+    entry, _, _ = registry.add("a", packed("r1"), False)
+    assert registry.add("a", packed("r1"), True) == (entry, True, None)
     assert entry.pinned and registry.pinned_revisions() == {"r1"}
 
 
+def test_host_memory_gives_up_the_least_recently_used() -> None:
+    cache = HostCache(2)
+    for revision in ("r1", "r2"):
+        assert cache.make_room(lambda adapter: True) == []
+        cache.add(packed(revision))
+    cache.use("r1")
+    gone = cache.make_room(lambda adapter: True)
+    assert gone is not None and [adapter.revision for adapter in gone] == ["r2"] and "r2" not in cache
+    cache.add(packed("r3"))
+    assert cache.make_room(lambda adapter: False) is None and len(cache) == 2
+    assert HostCache().make_room(lambda adapter: False) == []
+
+
 # ---- slots ----------------------------------------------------------------------------------------------------------
+def arrive(slots: SlotTable) -> list[tuple[int, str]]:
+    """All weights that were asked for are there."""
+    writes = slots.take_writes()
+    for slot, _ in writes:
+        slots.filled(slot)
+    return writes
+
+
+def take(slots: SlotTable, revision: str) -> int | None:
+    """A slot for a request that waits for the weights if need be."""
+    slot = slots.acquire(revision)
+    return slot if slot is not None or not arrive(slots) else slots.acquire(revision)
+
+
 def test_slots_are_given_and_reused() -> None:
     slots = SlotTable(2)
+    assert slots.acquire("A") is None and slots.is_coming("A") and slots.acquire("A") is None  # asked for once
+    assert slots.acquire("B") is None and slots.acquire("C") is None and not slots.is_coming("C")
+    writes = arrive(slots)
+    assert sorted(slot for slot, _ in writes) == [0, 1] and [revision for _, revision in writes] == ["A", "B"] and slots.take_writes() == []
     a, b = slots.acquire("A"), slots.acquire("B")
-    assert {a, b} == {0, 1} and slots.acquire("C") is None and slots.acquire("A") == a
+    assert {a, b} == {0, 1} and slots.acquire("A") == a and slots.acquire("C") is None
     assert a is not None and b is not None
-    assert slots.take_writes() == [(a, "A"), (b, "B")] and slots.take_writes() == []
     slots.release(a)
-    assert slots.acquire("C") is None  # one more user of A
+    assert slots.acquire("C") is None and not slots.is_coming("C")  # one more user of A
     slots.release(a)
-    assert slots.acquire("C") == a and slots.take_writes() == [(a, "C")]
+    assert slots.acquire("C") is None and slots.is_coming("C") and slots.slot_of("A") is None
+    assert arrive(slots) == [(a, "C")] and slots.acquire("C") == a
+    slots.check()
+
+
+def test_absent_weights_are_asked_for_before_a_slot_is_taken() -> None:
+    slots = SlotTable(1)
+    slots.absent = {"A", "B"}
+    assert slots.acquire("A") is None and slots.acquire("B") is None and slots.acquire("A") is None
+    assert slots.wanted == ["A", "B"] and slots.is_coming("B") and slots.has_free and slots.take_writes() == []
+    slots.present("B")
+    assert slots.wanted == ["A"] and take(slots, "B") == 0
+    slots.give_up("A")
+    assert slots.wanted == [] and slots.absent == {"A"} and not slots.is_coming("A")
     slots.check()
 
 
 def test_pinned_slots_are_not_evicted() -> None:
     slots = SlotTable(2)
     for revision in "AB":
-        slot = slots.acquire(revision)
+        slot = take(slots, revision)
         assert slot is not None
         slots.release(slot)
     slots.pinned = {"A"}
     for revision in "CDE":
-        slot = slots.acquire(revision)
+        slot = take(slots, revision)
         assert slot is not None
         slots.release(slot)
     assert slots.slot_of("A") is not None and slots.slot_of("E") is not None and slots.num_resident == 2
 
 
+@pytest.mark.parametrize("policy, gone", [("lru", "B"), ("fifo", "A")])
+def test_eviction_policy(policy: str, gone: str) -> None:
+    slots = SlotTable(2, policy)
+    for revision in "ABA":
+        slot = take(slots, revision)
+        assert slot is not None
+        slots.release(slot)
+    assert take(slots, "C") is not None and slots.slot_of(gone) is None
+
+
 def test_a_draining_slot_takes_nobody_until_it_changes_hands() -> None:
     slots = SlotTable(1)
-    slot = slots.acquire("A")
+    slot = take(slots, "A")
     assert slot is not None and slots.drainable() == [slot]
     slots.draining[slot] = "B"
     assert slots.acquire("A") is None and slots.drainable() == []
     slots.release(slot)
-    assert slots.acquire("A") is None and slots.acquire("B") == slot and not slots.draining
+    assert slots.acquire("A") is None and take(slots, "B") == slot and not slots.draining
 
 
-def test_dropping_forgets_unwritten_weights() -> None:
+def test_dropping() -> None:
     slots = SlotTable(2)
-    slot = slots.make_resident("A")
-    assert slots.drop("A") == slot and slots.take_writes() == [] and slots.drop("A") is None
+    slot = slots.reserve("A")
+    with pytest.raises(AssertionError, match="in use"):
+        slots.drop("A")  # its weights are on their way
+    slots = SlotTable(2)
+    slot = slots.reserve("A")
+    arrive(slots)
+    assert slots.drop("A") == slot and slots.drop("A") is None
     slots.check()
 
 
@@ -134,8 +203,10 @@ def test_slot_books_hold_under_random_use() -> None:
         revision = f"R{rng.randrange(7)}"
         if held and rng.random() < 0.5:
             slots.release(held.pop(rng.randrange(len(held)))[0])
-        elif rng.random() < 0.05 and revision not in [r for _, r in held]:
+        elif rng.random() < 0.05 and revision not in [r for _, r in held] and not slots.is_coming(revision):
             slots.drop(revision)
+        elif rng.random() < 0.3:
+            arrive(slots)
         else:
             slot = slots.acquire(revision)
             if slot is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.models.build import ServedModel
+from sglang_lora_moe.models.served import ServedModel
 
 
 @dataclass

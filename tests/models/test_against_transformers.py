@@ -13,7 +13,8 @@ from sglang_lora_moe.layers.attention import Attention
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.topk import Router
-from sglang_lora_moe.models.build import ServedModel, build_model
+from sglang_lora_moe.models.build import build_model
+from sglang_lora_moe.models.served import ServedModel
 from tests.models.driver import Driver, Sequence, make_context
 from tests.tiny_models import CONFIGS, make_tiny_model
 

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from sglang_lora_moe.models.build import ServedModel, build_model
+from sglang_lora_moe.models.build import build_model
+from sglang_lora_moe.models.served import ServedModel
 from tests.models.driver import Driver, Sequence, make_context
 from tests.models.test_against_transformers import load_stock, random_tokens, stock_logits
 from tests.tiny_models import make_tiny_model

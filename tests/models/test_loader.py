@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.topk import Router
-from sglang_lora_moe.models.build import ServedModel, build_model
+from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.places import ExpertsPlace, LoadError
+from sglang_lora_moe.models.served import ServedModel
 from tests.models.driver import Driver, Sequence, make_context
 from tests.tiny_models import make_tiny_model
 

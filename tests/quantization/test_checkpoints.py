@@ -5,7 +5,6 @@ The truth is transformers (and PEFT) in float32 on weights dequantized by `tests
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
@@ -21,11 +20,14 @@ from torch import Tensor
 
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
-from sglang_lora_moe.lora.adapter import read_adapter
+from sglang_lora_moe.lora.adapter import AdapterRules
 from sglang_lora_moe.lora.manager import LoRAManager
+from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.reader import AdapterReader
 from sglang_lora_moe.lora.targets import collect_targets
-from sglang_lora_moe.models.build import ServedModel, build_model
+from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.places import LoadError
+from sglang_lora_moe.models.served import ServedModel
 from sglang_lora_moe.quantization.linear import QuantizedLinear
 from sglang_lora_moe.quantization.wna16 import QuantizationError
 from tests.adapter_files import merged_reference_model, write_adapter
@@ -90,10 +92,14 @@ def test_adapters_on_it_equal_peft_on_the_dequantized_weights(name: str, layout:
     reference = write_reference(path, tmp_path / "reference")
     adapter = write_adapter(layout, reference, tmp_path / "adapter", rank=6, alpha=9)
     model = build(path)
-    reader = functools.partial(read_adapter, targets=collect_targets(model.hf), rename=model.rename_adapter_module, max_rank=64, dtype=torch.float32)
-    manager = LoRAManager(model, reader, num_slots=2, max_rank=64)
-    entry = manager.load("a", str(adapter), reader(str(adapter)), pinned=True)
-    slot = manager.slots.slot_of(entry["revision"])
+    targets = collect_targets(model.hf)
+    pool = LoRAMemoryPool(list(targets.values()), 2, 64, torch.float32)
+    reader = AdapterReader(AdapterRules(targets, model.rename_adapter_module, 64, torch.float32), pool.layout)
+    manager = LoRAManager(model, reader, pool)
+    entry, _ = manager.register("a", reader.read(str(adapter)), pinned=True)
+    while manager.is_loading:
+        manager.poll()
+    slot = manager.slots.slot_of(entry.revision)
     assert slot is not None
     tokens = random_tokens(1, 24)
     model.ctx.lora_active = True

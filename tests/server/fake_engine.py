@@ -110,10 +110,10 @@ class FakeEngine:
         return [(FIRST_CHARACTER + (token + i) % 90, -float(i + 1)) for i in range(count)] if position else []
 
     # ---- control ----------------------------------------------------------------------------------------------------
-    async def load_adapter(self, name: str, path: str, pinned: bool = False) -> dict[str, Any]:
+    async def load_adapter(self, name: str, path: str, pinned: bool = False, load_inplace: bool = False) -> dict[str, Any]:
         if not self.config.enable_lora:
             raise RequestError("LoRA is not enabled: start the server with --enable-lora", param="name")
-        if name in self.loaded:
+        if name in self.loaded and not load_inplace:
             if self.loaded[name]["path"] != path:
                 raise RequestError(f"{name!r} is loaded with revision {self.loaded[name]['revision']}", param="name")
             return self.loaded[name] | {"already_loaded": True}
@@ -121,7 +121,7 @@ class FakeEngine:
             raise RequestError(f"{path}/adapter_config.json: no such file", param="path")
         record = {"name": name, "path": path, "revision": f"rev-{path}", "rank": 8, "nbytes": 1024}
         self.loaded[name] = record | {"pinned": pinned, "resident": True, "running": 0}
-        return dict(self.loaded[name])
+        return self.loaded[name] | {"already_loaded": False}
 
     async def unload_adapter(self, name: str) -> dict[str, Any]:
         if name not in self.loaded:

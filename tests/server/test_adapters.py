@@ -24,7 +24,7 @@ def test_load_and_unload(client: TestClient, engine: FakeEngine, prefix: str) ->
     assert answer["loaded_adapters"] == {"a": "/adapters/a"} and answer["rank"] == 8 and engine.loaded["a"]["pinned"] is True
     response = client.post(f"{prefix}/unload_lora_adapter", json={"lora_name": "a"})
     assert response.status_code == 200 and response.json()["success"] is True
-    assert response.json()["loaded_adapters"] == {} and response.json()["freed_bytes"] == 1024
+    assert response.json()["loaded_adapters"] == {} and response.json()["freed_bytes"] == 1024 and "already_loaded" not in response.json()
 
 
 def test_loading_again(client: TestClient) -> None:
@@ -33,6 +33,8 @@ def test_loading_again(client: TestClient) -> None:
     assert again.status_code == 200 and again.json()["already_loaded"] is True
     other = client.post("/load_lora_adapter", json=LOAD | {"lora_path": "/adapters/other"})
     assert other.status_code == 400 and "rev-/adapters/a" in other.json()["error"]["message"]
+    other = client.post("/load_lora_adapter", json=LOAD | {"lora_path": "/adapters/other", "load_inplace": True})
+    assert other.status_code == 200 and other.json()["already_loaded"] is False and other.json()["loaded_adapters"] == {"a": "/adapters/other"}
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

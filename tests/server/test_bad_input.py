@@ -117,7 +117,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/load_lora_adapter", {"lora_path": ""}, "lora_path"),
     ("/load_lora_adapter", {"lora_path": "/missing"}, "lora_path"),
     ("/load_lora_adapter", {"pinned": "yes"}, "pinned"),
-    ("/v1/load_lora_adapter", LOAD | {"load_inplace": True}, "load_inplace"),
+    ("/v1/load_lora_adapter", LOAD | {"load_inplace": "no"}, "load_inplace"),
     ("/abort_request", {}, "rid"),
 ]
 

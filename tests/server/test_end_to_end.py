@@ -271,7 +271,7 @@ def test_paths_outside_the_root_are_refused(server: Server, files: tuple[Path, P
     (files[1] / "link").symlink_to(tmp_path / "out")
     for path in (tmp_path / "out", files[1] / ".." / ".." / tmp_path.name / "out", files[1] / "link"):
         response = server.post("/load_lora_adapter", lora_name="out", lora_path=str(path))
-        assert response.status_code == 400 and "adapter root" in response.json()["error"]["message"], response.text
+        assert response.status_code == 400 and "--lora-root" in response.json()["error"]["message"], response.text
     (files[1] / "link").unlink()
 
 

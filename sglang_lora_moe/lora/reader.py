@@ -1,0 +1,182 @@
+"""Reads adapters from their files in a process of its own, so that no step waits for the interpreter while one is read.
+
+An adapter may have tens of thousands of tensors, and checking them is Python. The child reads, checks and packs; the packed
+image comes back as anonymous shared memory, the rest as a pickle, over a socket pair. One child serves all engines of a
+process; it is started when it is first needed, and again if it has died. Where the system has no anonymous shared memory
+(not Linux) adapters are read in the calling thread.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter, read_tensors
+from sglang_lora_moe.lora.packed import PackedAdapter, PoolLayout
+
+_LENGTH = struct.Struct("!Q")
+_NICENESS = 5  # steps come first where cores are few
+
+
+class AdapterReader:
+    """Reads the adapters of one model. `read` blocks, so it is called in a thread; AdapterError or OSError say what is wrong with the files."""
+
+    def __init__(self, rules: AdapterRules, layout: PoolLayout) -> None:
+        self.rules, self.layout = rules, layout
+        self._pickled = pickle.dumps((rules, layout))
+        self._beside = False
+
+    def read_beside(self) -> None:
+        """From now on read in the child. Before it, while an engine starts and nobody waits for steps, reading here is faster."""
+        self._beside = hasattr(os, "memfd_create")
+
+    def start(self) -> None:
+        """Start the child now, so that the first adapter does not wait for it."""
+        if self._beside:
+            _child.ensure()
+
+    def read(self, path: str) -> PackedAdapter:
+        if self._beside:
+            return _child.read(self._pickled, self.layout.dtype, path)
+        return self.layout.pack(read_adapter(path, self.rules))
+
+    def read_tensors(self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> PackedAdapter:
+        """The adapter `name` whose files' content a program holds."""
+        return self.layout.pack(read_tensors(name, tensors, config, self.rules))
+
+
+# ---- the parent's side ----------------------------------------------------------------------------------------------
+class _Child:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def ensure(self) -> None:
+        with self._lock:
+            self._connect()
+
+    def read(self, rules_and_layout: bytes, dtype: torch.dtype, path: str) -> PackedAdapter:
+        with self._lock:
+            connection = self._connect()
+            try:
+                _send(connection, rules_and_layout)
+                _send(connection, path.encode())
+                answer = pickle.loads(_receive(connection))
+                if isinstance(answer, Exception):
+                    raise answer
+                _, (fd, *_), _, _ = socket.recv_fds(connection, 1, 1)
+            except (EOFError, ConnectionError) as error:
+                status = self._end()
+                raise RuntimeError(f"the process that reads adapters ended with status {status} while it read {path} (-9: memory ran out)") from error
+        packed, elements = answer
+        return replace(packed, image=_map(fd, elements, dtype))
+
+    def _connect(self) -> socket.socket:
+        if self._socket is not None and self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._socket is None:
+            ours, theirs = socket.socketpair()
+            root = str(Path(__file__).parents[2])
+            path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+            command = [sys.executable, "-c", f"from sglang_lora_moe.lora.reader import run_child; run_child({theirs.fileno()})"]
+            # its own session: a Ctrl-C in the terminal ends the parent, and the socket's end then ends the child
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
+            )
+            theirs.close()
+            self._socket = ours
+        return self._socket
+
+    def _end(self) -> int | None:
+        """Forget the child; its exit status."""
+        assert self._socket is not None and self._process is not None
+        self._socket.close()
+        self._socket = None
+        return self._process.wait()
+
+
+_child = _Child()
+
+
+# ---- the child ------------------------------------------------------------------------------------------------------
+def run_child(fd: int) -> None:
+    """Main function of the child: answer until the parent has gone."""
+    os.nice(_NICENESS)
+    connection = socket.socket(fileno=fd)
+    while True:
+        try:
+            rules, layout = pickle.loads(_receive(connection))
+            path = _receive(connection).decode()
+        except (EOFError, ConnectionError):
+            return
+        memory = _Shared(layout.dtype)
+        try:
+            packed = layout.pack(read_adapter(path, rules), memory.allocate)
+            answer: Any = replace(packed, image=torch.empty(0, dtype=layout.dtype)), packed.image.numel()
+            del packed
+        except (ValueError, OSError) as error:
+            answer = error
+        except Exception as error:  # whatever is in a file, the server goes on and says what happened
+            answer = RuntimeError(f"{type(error).__name__}: {error}")
+        _send(connection, pickle.dumps(answer))
+        if not isinstance(answer, Exception):
+            socket.send_fds(connection, [b"\0"], [memory.fd])
+        memory.close()
+
+
+class _Shared:
+    """Anonymous shared memory for one image."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.fd, self._dtype = -1, dtype
+
+    def allocate(self, elements: int) -> torch.Tensor:
+        self.fd = os.memfd_create("adapter")
+        os.ftruncate(self.fd, max(elements * self._dtype.itemsize, 1))
+        return _map(os.dup(self.fd), elements, self._dtype)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+# ---- both -----------------------------------------------------------------------------------------------------------
+def _map(fd: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """The shared memory of `fd`, which is closed, as a tensor; the memory lives as long as a tensor on it."""
+    try:
+        memory = mmap.mmap(fd, max(elements * dtype.itemsize, 1))
+    finally:
+        os.close(fd)
+    return torch.frombuffer(memory, dtype=dtype, count=elements) if elements else torch.empty(0, dtype=dtype)
+
+
+def _send(connection: socket.socket, frame: bytes) -> None:
+    connection.sendall(_LENGTH.pack(len(frame)) + frame)
+
+
+def _receive(connection: socket.socket) -> bytes:
+    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    return _exactly(connection, length)
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        part = connection.recv(min(count - len(parts), 1 << 20))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)

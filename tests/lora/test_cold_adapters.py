@@ -1,0 +1,349 @@
+"""Adapters that are not where they are needed: on disk, on their way to host memory or to a slot, or replaced while they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sglang_lora_moe.core import Abort, EngineMessage, LoadAdapter, Reply, RequestError, SamplingParams, Submit, TokenOutput, UnloadAdapter
+from sglang_lora_moe.engine.engine import Engine
+from sglang_lora_moe.lora import reader as reader_module
+from sglang_lora_moe.lora.adapter_config import CONFIG_FILE
+from tests.adapter_files import edit_adapter, write_adapter
+from tests.engine.models import make_engine, model_path, other_adapter_path
+
+PROMPT = [1, 5, 9, 20, 21, 22, 23, 24, 25, 26]
+GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
+
+
+def cold_engine(limit: int = 1, slots: int = 1, count: int = 3, **config: Any) -> Engine:
+    """Adapters a0, a1, ... of which host memory keeps `limit`, the last ones."""
+    engine = make_engine(adapters=(), max_loras_per_batch=slots, max_loaded_loras=limit, max_lora_rank=4, **config)
+    for i in range(count):
+        engine.load_lora_adapter(f"a{i}", str(other_adapter_path(i)))
+    return engine
+
+
+@pytest.fixture
+def cold() -> Iterator[Engine]:
+    with cold_engine() as engine:
+        yield engine
+        engine.core.check()
+
+
+def expected(seed: int | None, count: int = 10) -> list[int]:
+    """The answer to PROMPT of an engine in which nothing is ever cold."""
+    if seed not in _answers:
+        with make_engine(adapters=(), max_lora_rank=4) as engine:
+            if seed is not None:
+                engine.load_lora_adapter("a", str(other_adapter_path(seed)))
+            _answers[seed] = engine.generate(input_ids=PROMPT, sampling_params=GREEDY | {"max_new_tokens": 40}, lora_path="a" if seed is not None else None)[
+                "output_ids"
+            ]
+    return _answers[seed][:count]
+
+
+_answers: dict[int | None, list[int]] = {}
+
+
+def submit(rid: str, adapter: str | None, count: int = 10) -> Submit:
+    return Submit(rid, PROMPT, SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True), adapter)
+
+
+def ids_of(messages: list[EngineMessage], rid: str) -> list[int]:
+    return [token for message in messages if isinstance(message, TokenOutput) and message.rid == rid for token in message.token_ids]
+
+
+def reply(messages: list[EngineMessage], rid: str) -> Reply | None:
+    return next((message for message in messages if isinstance(message, Reply) and message.rid == rid), None)
+
+
+def send(engine: Engine, *messages: Any) -> list[EngineMessage]:
+    return [answer for message in messages for answer in engine.core.handle(message)]
+
+
+def drive(engine: Engine, until: Callable[[list[EngineMessage]], bool] | None = None) -> list[EngineMessage]:
+    """Step until nothing is left to do, or `until` of what was said is true; the books must be even all the time."""
+    said: list[EngineMessage] = []
+    for _ in range(200_000):
+        if until(said) if until else not (engine.core.has_work or engine.core.is_loading):
+            return said
+        said += engine.core.step()
+        engine.core.check()
+    raise AssertionError(f"no end: {engine.core.stats()}")
+
+
+class Gate:
+    """Stands before a function that another thread calls: counts the calls and lets them through when it is open."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.open, self.calls = function, threading.Event(), 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        assert self.open.wait(60)
+        return self.function(*arguments)
+
+
+@pytest.fixture
+def reading(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The reader of `cold`, which reads only when the gate is open."""
+    assert cold.core.lora is not None
+    gate = Gate(cold.core.lora.reader.read)
+    monkeypatch.setattr(cold.core.lora.reader, "read", gate)
+    yield gate
+    gate.open.set()
+
+
+def states(engine: Engine) -> dict[str, str]:
+    return {record["name"]: record["state"] for record in engine.core.stats()["adapters"]}
+
+
+# ---- read again -----------------------------------------------------------------------------------------------------
+def test_more_adapters_than_host_memory_holds(cold: Engine) -> None:
+    assert states(cold) == {"a0": "resident", "a1": "disk", "a2": "host"}
+    for name, seed in (("a1", 1), ("a2", 2), ("a0", 0), ("a1", 1)):
+        assert cold.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path=name)["output_ids"] == expected(seed)
+        assert states(cold)[name] == "resident" and list(states(cold).values()).count("disk") >= 1
+    mixed = cold.generate(input_ids=[PROMPT] * 8, sampling_params=GREEDY, lora_path=["a0", "a1", "a2", None] * 2)
+    assert [result["output_ids"] for result in mixed] == [expected(seed) for seed in (0, 1, 2, None)] * 2
+
+
+def test_others_go_on_while_an_adapter_is_read_once_for_all_who_wait(cold: Engine, reading: Gate) -> None:
+    said = send(cold, submit("c1", "a1"), submit("base", None, 20), submit("warm", "a0"), submit("c2", "a1"))
+    said += drive(cold, lambda now: len(ids_of(now, "base")) == 20 and len(ids_of(now, "warm")) == 10)
+    assert states(cold)["a1"] == "loading" and cold.core.is_stalled is False
+    assert not ids_of(said, "c1") and not ids_of(said, "c2") and reading.calls == 1
+    said += send(cold, submit("base2", None)) + drive(cold, lambda now: len(ids_of(now, "base2")) == 10)
+    assert cold.core.step() == [] and cold.core.is_stalled  # whoever is left waits for the adapter
+    reading.open.set()
+    said += drive(cold)
+    assert ids_of(said, "c1") == ids_of(said, "c2") == expected(1) and ids_of(said, "warm") == expected(0)
+    assert reading.calls == 1
+
+
+def test_abort_while_an_adapter_is_read(cold: Engine, reading: Gate) -> None:
+    send(cold, submit("c1", "a1"), submit("c2", "a1"))
+    drive(cold, lambda now: reading.calls == 1)
+    (aborted,) = send(cold, Abort("c1"))
+    assert isinstance(aborted, TokenOutput) and aborted.finish_reason == "abort"
+    send(cold, Abort("c2"), submit("c3", "a1"))
+    reading.open.set()
+    assert ids_of(drive(cold), "c3") == expected(1) and reading.calls == 1
+
+
+def test_unload_while_an_adapter_is_read_waits_for_those_who_wait(cold: Engine, reading: Gate) -> None:
+    said = send(cold, submit("c", "a1"))
+    said += drive(cold, lambda now: reading.calls == 1)
+    said += send(cold, UnloadAdapter("u", "a1"), submit("late", "a1"))
+    late = reply(said, "late")
+    assert late is not None and late.status == 404 and reply(said, "u") is None
+    reading.open.set()
+    said += drive(cold)
+    unloaded = reply(said, "u")
+    assert ids_of(said, "c") == expected(1) and unloaded is not None and unloaded.data["freed_device_bytes"] > 0
+
+
+def test_unload_while_an_adapter_is_read_that_nobody_waits_for_any_more(cold: Engine, reading: Gate) -> None:
+    send(cold, submit("c", "a1"))
+    drive(cold, lambda now: reading.calls == 1)
+    said = send(cold, Abort("c"), UnloadAdapter("u", "a1"))
+    unloaded = reply(said, "u")
+    assert unloaded is not None and unloaded.error is None and unloaded.data["freed_bytes"] == 0
+    reading.open.set()
+    assert drive(cold) == [] and "a1" not in states(cold)
+    assert cold.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="a2")["output_ids"] == expected(2)
+
+
+def own_copy(seed: int, folder: Path) -> Path:
+    return Path(shutil.copytree(other_adapter_path(seed), folder))
+
+
+@pytest.mark.parametrize("damage, text", [("gone", "expected a directory"), ("changed", "have changed since it was loaded.*load_inplace")])
+def test_a_failed_read_answers_those_who_wait(tmp_path: Path, damage: str, text: str) -> None:
+    path = own_copy(6, tmp_path / "x")
+    with cold_engine() as engine:
+        engine.load_lora_adapter("x", str(path))
+        engine.load_lora_adapter("y", str(other_adapter_path(4)))  # host memory keeps this one
+        if damage == "gone":
+            path.rename(tmp_path / "elsewhere")
+        else:
+            edit_adapter(path, lambda tensors, config: config.update(lora_alpha=3))
+        said = send(engine, submit("c1", "x"), submit("c2", "x"), submit("ok", "a0"), submit("base", None)) + drive(engine)
+        for rid in ("c1", "c2"):
+            refused = reply(said, rid)
+            assert refused is not None and refused.status == 500 and refused.code == "adapter_unreadable" and not ids_of(said, rid)
+            with pytest.raises(RequestError, match=text):
+                refused.raise_error()
+        assert ids_of(said, "ok") == expected(0) and ids_of(said, "base") == expected(None)
+        with pytest.raises(RequestError, match=text):
+            engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="x")
+        if damage == "gone":
+            (tmp_path / "elsewhere").rename(path)
+        else:
+            edit_adapter(path, lambda tensors, config: config.update(lora_alpha=8))
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="x")["output_ids"] == expected(6)
+        engine.core.check()
+
+
+# ---- on the way into a slot -----------------------------------------------------------------------------------------
+@pytest.fixture
+def copying(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Copies into slots of `cold`, which pass only when the gate is open."""
+    assert cold.core.lora is not None
+    gate = Gate(cold.core.lora._loader._copy)
+    monkeypatch.setattr(cold.core.lora._loader, "_copy", gate)
+    yield gate
+    gate.open.set()
+
+
+def test_others_go_on_while_a_slot_is_filled(cold: Engine, copying: Gate) -> None:
+    said = send(cold, submit("new", "a2"), submit("base", None, 30))
+    said += drive(cold, lambda now: len(ids_of(now, "base")) == 30)
+    assert copying.calls == 1 and not ids_of(said, "new") and states(cold)["a2"] == "loading"
+    copying.open.set()
+    assert ids_of(drive(cold), "new") == expected(2)
+
+
+def test_abort_and_unload_while_a_slot_is_filled(cold: Engine, copying: Gate) -> None:
+    send(cold, submit("new", "a2"))
+    drive(cold, lambda now: copying.calls == 1)
+    said = send(cold, Abort("new"), UnloadAdapter("u", "a2"))
+    assert reply(said, "u") is None and cold.core.stats()["adapters_unloading"] == ["a2"]
+    cold.core.check()
+    copying.open.set()
+    unloaded = reply(drive(cold), "u")
+    assert unloaded is not None and unloaded.data["freed_device_bytes"] > 0
+    assert cold.core.stats()["slots_used"] == 0 and cold.core.stats()["adapters_unloading"] == []
+
+
+def test_unload_of_a_name_that_is_being_loaded_comes_after_the_load(cold: Engine, reading: Gate) -> None:
+    said = send(cold, LoadAdapter("l", "new", str(other_adapter_path(5))), UnloadAdapter("u", "new"), UnloadAdapter("again", "new"))
+    assert said == []
+    reading.open.set()
+    said += drive(cold)
+    loaded, unloaded, again = reply(said, "l"), reply(said, "u"), reply(said, "again")
+    assert loaded is not None and loaded.error is None and unloaded is not None and unloaded.error is None
+    assert again is not None and again.status == 404 and "new" not in states(cold)
+
+
+# ---- new weights under a name ---------------------------------------------------------------------------------------
+def test_new_weights_in_place_while_requests_run() -> None:
+    with cold_engine(limit=8, slots=2, count=1) as engine:
+        with pytest.raises(RequestError, match="load_inplace=true"):
+            engine.load_lora_adapter("a0", str(other_adapter_path(1)))
+        first = engine.core.stats()["adapters"][0]["revision"]
+        said = send(engine, submit("old", "a0", 30), submit("old2", "a0", 25))
+        said += drive(engine, lambda now: len(ids_of(now, "old")) > 3)
+        said += send(engine, LoadAdapter("l", "a0", str(other_adapter_path(1)), load_inplace=True))
+        said += drive(engine, lambda now: reply(now, "l") is not None)
+        assert not any(isinstance(message, TokenOutput) and message.finish_reason for message in said)
+        assert engine.core.stats()["adapters_unloading"] == ["a0"]  # the old weights, which two requests still use
+        said += send(engine, submit("new", "a0", 30)) + drive(engine)
+        assert ids_of(said, "old") == expected(0, 30) and ids_of(said, "old2") == expected(0, 25) and ids_of(said, "new") == expected(1, 30)
+        (record,) = engine.core.stats()["adapters"]
+        loaded = reply(said, "l")
+        assert loaded is not None and loaded.data["already_loaded"] is False and record["revision"] == loaded.data["revision"] != first
+        assert engine.core.stats()["slots_used"] == 1 and engine.core.stats()["adapters_unloading"] == []
+        engine.core.check()
+
+
+def test_the_prefix_cache_never_mixes_revisions_of_a_name() -> None:
+    with cold_engine(limit=8, slots=2, count=1) as engine:
+
+        def ask() -> tuple[list[int], int]:
+            result = engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="a0")
+            return result["output_ids"], result["meta_info"]["cached_tokens"]
+
+        assert ask() == (expected(0), 0)
+        assert ask() == (expected(0), 8)
+        engine.load_lora_adapter("a0", str(other_adapter_path(1)), load_inplace=True)
+        assert ask() == (expected(1), 0)  # nothing of the old weights' pages
+        assert ask() == (expected(1), 8)
+        engine.load_lora_adapter("a0", str(other_adapter_path(0)), load_inplace=True)
+        assert ask() == (expected(0), 8)  # the old weights again: their pages are right again
+
+
+def test_weights_from_tensors() -> None:
+    path = other_adapter_path(1)
+    tensors, config = load_file(path / "adapter_model.safetensors"), json.loads((path / CONFIG_FILE).read_text())
+    with make_engine(adapters=(), max_loras_per_batch=1, max_lora_rank=4, max_loaded_loras=2) as engine:
+        loaded = engine.load_lora_adapter_from_tensors("t", tensors, config)
+        assert loaded["revision"] == engine.load_lora_adapter("file", str(path))["revision"] and loaded["path"] == ""
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="t")["output_ids"] == expected(1)
+        for tensor in tensors.values():
+            tensor.zero_()  # the caller's tensors are not kept
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="t")["output_ids"] == expected(1)
+        with pytest.raises(RequestError, match="load_inplace=true"):
+            engine.load_lora_adapter_from_tensors("t", tensors, config)
+        engine.load_lora_adapter_from_tensors("t", tensors.items(), config, load_inplace=True)
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="t")["output_ids"] == expected(None)
+        key = next(iter(tensors))
+        for change, text in (
+            (lambda: tensors[key].fill_(torch.nan), f"tensors of bad: {key}: expected finite weights"),
+            (lambda: config.update(use_dora=True), "config_dict of bad: use_dora"),
+        ):
+            change()
+            with pytest.raises(RequestError, match=text):
+                engine.load_lora_adapter_from_tensors("bad", tensors, config)
+        assert set(states(engine)) == {"t", "file"}
+        engine.core.check()
+
+
+def test_weights_from_tensors_stay_in_host_memory() -> None:
+    path = other_adapter_path(1)
+    tensors, config = load_file(path / "adapter_model.safetensors"), json.loads((path / CONFIG_FILE).read_text())
+    with make_engine(adapters=(), max_loras_per_batch=1, max_lora_rank=4, max_loaded_loras=1) as engine:
+        engine.load_lora_adapter_from_tensors("t", tensors, config)
+        engine.load_lora_adapter("file", str(other_adapter_path(0)))
+        assert states(engine) == {"t": "resident", "file": "disk"}
+        with pytest.raises(RequestError, match="--max-loaded-loras"):
+            engine.load_lora_adapter_from_tensors("u", {name: tensor * 2 for name, tensor in tensors.items()}, config)
+        engine.unload_lora_adapter("t")
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="file")["output_ids"] == expected(0)
+        engine.core.check()
+
+
+# ---- the child that reads -------------------------------------------------------------------------------------------
+def test_the_child_reads_the_same_and_is_replaced_when_it_dies(cold: Engine) -> None:
+    assert cold.core.lora is not None and hasattr(os, "memfd_create")
+    reader = cold.core.lora.reader
+    beside = reader.read(str(other_adapter_path(1)))
+    here = reader_module.AdapterReader(reader.rules, reader.layout).read(str(other_adapter_path(1)))
+    assert torch.equal(beside.image, here.image) and (beside.revision, beside.stacks, beside.targets) == (here.revision, here.stacks, here.targets)
+    child = reader_module._child._process
+    assert child is not None and child.pid != os.getpid()
+    with pytest.raises(ValueError, match="expected a directory"):
+        reader.read("/nowhere")
+    os.kill(child.pid, signal.SIGSTOP)  # so that it ends with a question unanswered
+    threading.Timer(0.2, lambda: os.kill(child.pid, signal.SIGKILL)).start()
+    with pytest.raises(RuntimeError, match="ended with status -9 while it read"):
+        reader.read(str(other_adapter_path(1)))
+    assert torch.equal(reader.read(str(other_adapter_path(1))).image, here.image)
+
+
+def test_target_modules(tmp_path: Path) -> None:
+    path = write_adapter("target_parameters_3d", model_path(), tmp_path / "x", rank=4, seed=3)
+    with make_engine(adapters=(), max_lora_rank=4, lora_target_modules=["experts"]) as engine, make_engine(adapters=(), max_lora_rank=4) as whole:
+        assert engine.core.lora is not None and whole.core.lora is not None
+        assert engine.core.lora.pool.nbytes < whole.core.lora.pool.nbytes
+        engine.load_lora_adapter("x", str(path))
+        whole.load_lora_adapter("x", str(path))
+        answers = [one.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="x")["output_ids"] for one in (engine, whole)]
+        assert answers[0] == answers[1] != expected(None)
+    with make_engine(adapters=(), max_lora_rank=4, lora_target_modules=["qkv_proj"]) as engine:
+        with pytest.raises(RequestError, match="--lora-target-modules experts too"):
+            engine.load_lora_adapter("x", str(path))
+        assert {name.rpartition(".")[2] for name in engine.core.lora.pool.layout.targets} == {"q_proj", "k_proj", "v_proj"}  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="--lora-target-modules w9: this model has no such module; it has .*q_proj"):
+        make_engine(adapters=(), lora_target_modules=["w9"])

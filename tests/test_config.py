@@ -1,0 +1,51 @@
+"""Flags: those of SGLang's and vLLM's LoRA serving work as users expect, or are refused with what to use instead."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from sglang_lora_moe.config import parse_config
+
+MODEL = ["--model-path", "/m"]
+
+
+def test_flags_of_sglang() -> None:
+    config = parse_config(
+        [
+            *MODEL, "--enable-lora", "--lora-paths", "/adapters/a", "b=/adapters/x", '{"lora_name": "c", "lora_path": "/adapters/y", "pinned": true}',
+            "--max-lora-rank", "32", "--max-loras-per-batch", "4", "--lora-target-modules", "q_proj", "experts", "--max-loaded-loras", "16",
+            "--lora-eviction-policy", "fifo", "--lora-backend", "triton",
+        ]
+    )  # fmt: skip
+    assert config.lora_specs() == [("a", "/adapters/a", False), ("b", "/adapters/x", False), ("c", "/adapters/y", True)]
+    assert (config.max_lora_rank, config.max_loras_per_batch, config.max_loaded_loras) == (32, 4, 16)
+    assert (config.lora_target_modules, config.lora_eviction_policy, config.lora_backend) == (["q_proj", "experts"], "fifo", "triton")
+    assert parse_config([*MODEL, "--lora-paths", "/adapters/a"]).enable_lora and not parse_config(MODEL).enable_lora
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--lora-backend", "csgmv"], "argument --lora-backend: csgmv is SGLang's; .* use --lora-backend triton"),
+        (["--lora-backend", "ascend"], "invalid choice: 'ascend'"),
+        (["--lora-eviction-policy", "random"], "invalid choice: 'random'"),
+        (["--max-lora-chunk-size", "64"], "--max-lora-chunk-size: leave it out"),
+        (["--enable-lora-overlap-loading"], "--enable-lora-overlap-loading: leave it out: adapters are always loaded beside running steps"),
+        (["--experts-shared-outer-loras"], "the layout is read from the adapter's files"),
+        (["--lora-modules", "a=/a"], "--lora-modules: use --lora-paths NAME=PATH"),
+        (["--max-loras=4"], "--max-loras: use --max-loras-per-batch"),
+        (["--max-cpu-loras", "4"], "--max-cpu-loras: use --max-loaded-loras"),
+        (["--max-loaded-loras", "0"], "--max-loaded-loras must be at least 1, got 0"),
+        (["--max-lora-rank", "x"], "argument --max-lora-rank: invalid int value: 'x'"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--lora-paths", "a=/x", "a=/y"], "--lora-paths: the name 'a' is given twice"),
+    ],
+)
+def test_refusals_say_what_to_use(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config([*MODEL, *flags])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2
+    assert re.search(sentence, error), error
