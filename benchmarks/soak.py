@@ -4,7 +4,7 @@
     python -m benchmarks.soak --url http://HOST:PORT --adapter NAME=PATH --adapter NAME=PATH ...   # against a running server
 
 Requests take a random prompt, adapter, length and kind (greedy or seeded); a tenth is aborted, by closing the connection
-or by /abort_request. Meanwhile one task loads and unloads adapters, and one name is reloaded with other content each time.
+or by /abort_request. Meanwhile one task loads and unloads adapters, and one name gets other content each time, in place or after an unload.
 Every finished answer must equal the answer of the same request alone, and at the end no page and no slot may be held.
 """
 
@@ -23,7 +23,8 @@ from typing import Any
 import httpx
 
 SWAPPED = "soak-swapped"  # the name that stands for another adapter after each reload
-LOCAL_SLOTS, LOCAL_TOKENS = 3, 640  # of the demo server: fewer slots than adapters, and a cache that forces retractions
+# of the demo server: fewer slots than adapters, fewer in host memory than loaded, and a cache that forces retractions
+LOCAL_SLOTS, LOCAL_HOST, LOCAL_TOKENS = 3, 4, 640
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,15 @@ class Soak:
             await asyncio.sleep(0.02)
             name = self.moving[turn % len(self.moving)]
             turn += 1
-            for one, path in ((name, self.adapters[name]), (SWAPPED, self.adapters[self.moving[turn % len(self.moving)]])):
-                await self._post("/unload_lora_adapter", lora_name=one)
-                await self._post("/load_lora_adapter", lora_name=one, lora_path=path, pinned=one == SWAPPED and self.random.random() < 0.2)
-                self.report.reloads += 1
+            await self._post("/unload_lora_adapter", lora_name=name)
+            await self._post("/load_lora_adapter", lora_name=name, lora_path=self.adapters[name])
+            swapped = {"lora_name": SWAPPED, "lora_path": self.adapters[self.moving[turn % len(self.moving)]], "pinned": self.random.random() < 0.2}
+            if self.random.random() < 0.5:
+                await self._post("/unload_lora_adapter", lora_name=SWAPPED)
+                await self._post("/load_lora_adapter", **swapped)
+            else:
+                await self._post("/load_lora_adapter", **swapped, load_inplace=True)
+            self.report.reloads += 2
             if turn % 5 == 0:
                 await self._post("/flush_cache")
 
@@ -233,7 +239,8 @@ async def demo() -> AsyncIterator[tuple[str, dict[str, str]]]:
     from demo_tasks import ADAPTERS
     from tests.demo_server import DEMO, demo_server
 
-    with demo_server("--max-loras-per-batch", str(LOCAL_SLOTS), "--max-total-tokens", str(LOCAL_TOKENS), "--log-level", "warning") as url:
+    limits = ("--max-loras-per-batch", str(LOCAL_SLOTS), "--max-loaded-loras", str(LOCAL_HOST), "--max-total-tokens", str(LOCAL_TOKENS))
+    with demo_server(*limits, "--log-level", "warning") as url:
         yield url, {name: str(DEMO / name) for name in ADAPTERS}
 
 

@@ -8,7 +8,6 @@ process; it is started when it is first needed, and again if it has died. Where 
 
 from __future__ import annotations
 
-import mmap
 import os
 import pickle
 import socket
@@ -82,7 +81,10 @@ class _Child:
                 status = self._end()
                 raise RuntimeError(f"the process that reads adapters ended with status {status} while it read {path} (-9: memory ran out)") from error
         packed, elements = answer
-        return replace(packed, image=_map(fd, elements, dtype))
+        try:
+            return replace(packed, image=_map(fd, elements, dtype))
+        finally:
+            os.close(fd)
 
     def _connect(self) -> socket.socket:
         if self._socket is not None and self._process is not None and self._process.poll() is not None:
@@ -145,8 +147,8 @@ class _Shared:
 
     def allocate(self, elements: int) -> torch.Tensor:
         self.fd = os.memfd_create("adapter")
-        os.ftruncate(self.fd, max(elements * self._dtype.itemsize, 1))
-        return _map(os.dup(self.fd), elements, self._dtype)
+        os.ftruncate(self.fd, elements * self._dtype.itemsize)
+        return _map(self.fd, elements, self._dtype)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -155,12 +157,8 @@ class _Shared:
 
 # ---- both -----------------------------------------------------------------------------------------------------------
 def _map(fd: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """The shared memory of `fd`, which is closed, as a tensor; the memory lives as long as a tensor on it."""
-    try:
-        memory = mmap.mmap(fd, max(elements * dtype.itemsize, 1))
-    finally:
-        os.close(fd)
-    return torch.frombuffer(memory, dtype=dtype, count=elements) if elements else torch.empty(0, dtype=dtype)
+    """The shared memory of `fd` as a tensor; it lives as long as a tensor on it, and keeps no descriptor open."""
+    return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=elements, dtype=dtype)
 
 
 def _send(connection: socket.socket, frame: bytes) -> None:
