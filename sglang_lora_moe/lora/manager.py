@@ -156,6 +156,7 @@ class LoRAManager:
     def poll(self) -> tuple[bool, list[tuple[str, RequestError]]]:
         """Take in what has arrived: whether waiting requests should be looked at, and the revisions that cannot be read, with the reason."""
         changed, failed = False, []
+        self._loader.empty_trash()
         while self._loads and self._loads[0].adapter.done():
             self._finish_load(self._loads.pop(0))
             changed = True

@@ -24,6 +24,7 @@ class SlotLoader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._turn = -1
+        self._trash: list[torch.Tensor] = []
 
     def start(self, region: torch.Tensor, image: torch.Tensor) -> Future[None]:
         """Copy `image` [n] to the begin of `region`. Done when the bytes are there; steps launched before may still read what they replace."""
@@ -33,8 +34,14 @@ class SlotLoader:
         return self._thread.submit(self._copy, region[: image.numel()], image, free)
 
     def discard(self, image: torch.Tensor) -> None:
-        """Give back the memory of an image that the caller forgets: for gigabytes that takes a while."""
-        self._thread.submit(id, image)
+        """Take over an image that the caller forgets: to give back gigabytes takes a while."""
+        self._trash.append(image)
+
+    def empty_trash(self) -> None:
+        """Free what was discarded, in the thread. Not at once, for the caller of `discard` still holds it then, and would free it itself."""
+        if self._trash:
+            trash, self._trash = self._trash, []
+            self._thread.submit(trash.clear)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
