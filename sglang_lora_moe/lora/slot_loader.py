@@ -37,6 +37,10 @@ class SlotLoader:
         """Take over an image that the caller forgets: to give back gigabytes takes a while."""
         self._trash.append(image)
 
+    @property
+    def has_trash(self) -> bool:
+        return bool(self._trash)
+
     def empty_trash(self) -> None:
         """Free what was discarded, in the thread. Not at once, for the caller of `discard` still holds it then, and would free it itself."""
         if self._trash:
