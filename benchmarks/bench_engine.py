@@ -1,12 +1,14 @@
 """Decode and prefill of the whole engine on a GPU, with and without adapters, at real shapes with random weights.
 
-    python -m benchmarks.bench_engine                                  Qwen3-30B-A3B, batch 1, 16, 64, 256, 0/1/4/16 adapters of rank 16
+    python -m benchmarks.bench_engine                                  Qwen3-30B-A3B, batch 1 to 256, 0/1/4/16 adapters of rank 16
     python -m benchmarks.bench_engine --batches 16 --active 4 --rank 64 --popularity zipf
     python -m benchmarks.bench_engine --weights int4-g128              the same model as a compressed-tensors W4A16 checkpoint has it
 
 Method (that of the recorded peer): prompts of 32 tokens, time of 64 decode steps in the running engine, median of 3; prefill is
 the wall time of one request of one token. The base engine is a server without --enable-lora, the other one a server with it, in
-one run. Printed beside each step: what the targets allow, the floor (bytes of weights that a step must read), the peer's time.
+one run. Printed beside each step: what the targets allow, the floor (bytes of weights that a step must read), the peer's time,
+`busy` = the share of the loop in which a step's graph runs (events around each replay), `host_us` = what the host does in a step
+beside waiting for tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from sglang_lora_moe.lora.targets import LinearTarget
 KEYS = ("shape", "backend", "weights", "phase", "batch", "input", "rank", "active", "popularity")
 COLUMNS = (
     "phase", "batch", "input", "rank", "active", "step_us", "base_step_us", "retention", "allowed_step_us", "floor_us", "peer_step_us", "gpu_us", "busy",
-    "experts", "tok_s",
+    "host_us", "experts", "tok_s",
 )  # fmt: skip
 READ_BYTES_PER_S = 4.49e12
 PEER_STEP_US = {1: 4090.0, 16: 12220.0, 64: 17210.0, 256: 20680.0}  # vLLM 0.33.0, compiled, without adapters
@@ -54,6 +56,51 @@ class Probe:
     experts: float  # distinct
     groups: float  # distinct (adapter, expert)
     adapters: int  # distinct
+
+
+class Meter:
+    """Waits of the host, and events around graphs, while `steps` of an engine's decode loop run."""
+
+    def __init__(self, core: Any) -> None:
+        self.runner = core.runner
+        self.waited = 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def steps(self, step: Callable[[], object], count: int) -> tuple[float, float, float]:
+        """(wall us, host us beside waiting, us in which a graph ran), each per step."""
+        runner, collect = self.runner, self.runner.collect
+        replay = runner.graphs.replay if runner.graphs is not None else None
+        self.waited, self.events = 0.0, []
+
+        def timed_collect(launched: Any) -> Any:
+            begin = time.perf_counter()
+            result = collect(launched)
+            self.waited += time.perf_counter() - begin
+            return result
+
+        def timed_replay(size: int, lora: bool) -> Any:
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            out = replay(size, lora)
+            last.record()
+            self.events.append((first, last))
+            return out
+
+        runner.collect = timed_collect
+        if replay is not None:
+            runner.graphs.replay = timed_replay
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            step()
+        host = time.perf_counter() - begin - self.waited
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - begin
+        del runner.collect
+        if replay is not None:
+            del runner.graphs.replay
+        graphs = sum(first.elapsed_time(last) for first, last in self.events) * 1e3 if replay is not None else float("nan")
+        return wall * 1e6 / count, host * 1e6 / count, graphs / count
 
 
 class Bench:
@@ -88,25 +135,22 @@ class Bench:
             ids = [self.random.randrange(vocab) for _ in range(tokens)]
             self.core.handle(Submit(f"r{self.random.getrandbits(60)}", ids, SamplingParams(temperature=0.0, max_new_tokens=new, ignore_eos=True), adapters[i]))
 
-    def decode(self, batch: int, adapters: list[str | None]) -> tuple[float, float, Probe]:
-        """(wall us per step, GPU us per step, what the last step touched)."""
-        walls: list[float] = []
+    def decode(self, batch: int, adapters: list[str | None]) -> tuple[dict[str, float], Probe]:
+        """(times of a step in us: wall, host, gpu = its graph alone, busy share of the loop; what the last step touched)."""
+        runs: list[tuple[float, float, float]] = []
+        meter = Meter(self.core)
         for _ in range(3):
             self.submit(batch, PROMPT, SKIPPED + STEPS + 8, adapters)
             running = self.core.scheduler.running
             while len(running) < batch or min(request.num_output for request in running) < SKIPPED:
                 self.core.step()
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(STEPS):
-                self.core.step()
-            torch.cuda.synchronize()
-            walls.append((time.perf_counter() - begin) * 1e6 / STEPS)
+            runs.append(meter.steps(self.core.step, STEPS))
             probe, gpu = self.probe(), self.gpu_us(batch, adapters[0] is not None)
-            if self.profiled and len(walls) == 3:
+            if self.profiled and len(runs) == 3:
                 self.profile(f"decode of {batch}, adapters {adapters[0] is not None}", functools.partial(self.replay, batch, adapters[0] is not None))
             self.drain()
-        return statistics.median(walls), gpu, probe
+        wall, host, graphs = sorted(runs)[1]
+        return {"step_us": wall, "host_us": host, "gpu_us": gpu, "busy": graphs / wall}, probe
 
     def gpu_us(self, batch: int, lora: bool) -> float:
         """A graph's replay by itself, in the buffers as they are."""
@@ -174,10 +218,14 @@ class Bench:
             torch.cuda.synchronize()
         layers = self.model.config.num_hidden_layers
         table: dict[str, list[float]] = {}
-        for event in profiler.events():
+        begin, end, busy = float("inf"), 0.0, 0.0
+        for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
             table.setdefault(event.name[:60], []).append(event.device_time)
-        print(f"profile of {label}: kernel, launches, us in all, us a launch, us a layer")
-        for name, times in sorted(table.items(), key=lambda item: -sum(item[1]))[:18]:
+            span = event.time_range
+            busy += max(0.0, span.end - max(span.start, end))
+            begin, end = min(begin, span.start), max(end, span.end)
+        print(f"profile of {label}: {end - begin:.1f} us, of which a kernel or copy runs {busy:.1f}; kernel, launches, us in all, us a launch, us a layer")
+        for name, times in sorted(table.items(), key=lambda item: -sum(item[1]))[:30]:
             print(f"  {name:60} {len(times):5} {sum(times):9.1f} {sum(times) / len(times):8.2f} {sum(times) / layers:8.2f}", flush=True)
 
     def drain(self) -> None:
@@ -241,7 +289,8 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
 
     for batch in args.batches:
         adapters = assign(batch, active, popularity)
-        step, gpu, probe = bench.decode(batch, adapters)
+        times, probe = bench.decode(batch, adapters)
+        step = times["step_us"]
         base = base_of("decode", batch, PROMPT)
         addon = adapter_bytes(bench, args.shape, probe) / READ_BYTES_PER_S * 1e6 if active else 0.0
         floor = floors(args.shape, args.weights, probe, batch) / READ_BYTES_PER_S * 1e6 + addon
@@ -249,7 +298,7 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
         peer = {} if args.weights != "bf16" else PEER_LORA_STEP_US if active == 4 and bench.rank == 16 else {} if active else PEER_STEP_US
         row = {
             "phase": "decode", "batch": batch, "input": PROMPT, "output": STEPS, "tok_s": batch / step * 1e6, "base_tok_s": batch / base_us * 1e6,
-            "retention": base_us / step, "step_us": step, "base_step_us": base_us, "floor_us": floor, "gpu_us": gpu, "busy": gpu / step,
+            "retention": base_us / step, **times, "base_step_us": base_us, "floor_us": floor,
             "allowed_step_us": allowed(batch, base_us, addon) if active else peer.get(batch), "peer_step_us": peer.get(batch),
             "experts": probe.experts, "groups": probe.groups, "adapter_us": addon,
         }  # fmt: skip
@@ -263,7 +312,7 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
         row = {
             "phase": "prefill", "batch": count, "input": PREFILL, "output": 1, "tok_s": count * PREFILL / wall * 1e6,
             "base_tok_s": base["tok_s"] if base else count * PREFILL / wall * 1e6, "retention": base_gpu / gpu, "step_us": wall,
-            "base_step_us": base["step_us"] if base else wall, "floor_us": None, "gpu_us": gpu, "busy": gpu / wall,
+            "base_step_us": base["step_us"] if base else wall, "floor_us": None, "gpu_us": gpu, "busy": gpu / wall, "host_us": None,
             "allowed_step_us": base_gpu / 0.9 if active else ALLOWED_PREFILL_US.get(count) if bf16 else None,
             "peer_step_us": PEER_PREFILL_US.get(count) if bf16 and not active else None,
             "experts": None, "groups": None, "adapter_us": None,
@@ -280,7 +329,7 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(CONFIGS))
     parser.add_argument("--weights", default="bf16", choices=sorted(QUANTIZATIONS))
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, to try the benchmark itself")
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 64, 256])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 16, 32, 64, 256])
     parser.add_argument("--prefills", nargs="*", type=int, default=[1, 4])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--active", nargs="*", type=int, default=[1, 4, 16])
