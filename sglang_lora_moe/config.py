@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +27,10 @@ _ELSEWHERE = {
     "--lora-drain-wait-threshold": "leave it out: an adapter that waits too long always gets a slot",
     "--fully-sharded-loras": "leave it out: one device is served",
 }
-_CSGMV = "is SGLang's; triton chooses the grouped kernels by itself where a step is large enough: use --lora-backend triton, or leave it out"
 
 
-def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None, refused: dict[str, str] | None = None) -> Any:
-    meta = {"help": help, "choices": choices, "refused": refused or {}}
+def _flag(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    meta = {"help": help, "choices": choices}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -55,7 +53,14 @@ class Config:
     # backends
     moe_runner_backend: str = _flag("auto", "expert GEMMs; auto = torch_native on a CPU, else by the checkpoint", ("auto", "torch_native", "triton", "marlin"))
     attention_backend: str = _flag("auto", "attention over the paged KV cache; auto = triton on a GPU", ("auto", "torch_native", "triton"))
-    lora_backend: str = _flag("auto", "adapters on linears and the embedding; auto = triton on a GPU", ("auto", "torch_native", "triton"), {"csgmv": _CSGMV})
+    lora_backend: str = _flag(
+        "auto",
+        "adapters on linears and the embedding; auto = triton on a GPU; csgmv = triton, tokens grouped by adapter in every step",
+        ("auto", "torch_native", "triton", "csgmv"),
+    )
+    kv_cache_dtype: str = _flag(
+        "auto", "keys and values in the cache; auto = --dtype; fp8_e4m3 = float8 without scales, half of bfloat16's memory", ("auto", "bfloat16", "fp8_e4m3")
+    )
     disable_cuda_graph: bool = _flag(False, "launch the kernels of decode steps one by one instead of as captured graphs")
     disable_overlap: bool = _flag(False, "wait for the tokens of each step before the next one is prepared")
     # adapters
@@ -130,20 +135,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif f.type == "list[str]":
             parser.add_argument(name, nargs="*", default=[], metavar="ADAPTER" if f.name == "lora_paths" else "NAME", help=meta["help"])
         else:
-            kind = {"int": int, "float": float}.get(f.type.split(" ")[0], _text(meta["refused"]))
+            kind = {"int": int, "float": float}.get(f.type.split(" ")[0], str)
             shown = "" if f.default in (None, "") else f" (default: {f.default})"
             parser.add_argument(name, type=kind, default=f.default, choices=meta["choices"], help=meta["help"] + shown)
-
-
-def _text(refused: dict[str, str]) -> Callable[[str], str]:
-    """A text, except for values of other servers, which get a sentence."""
-
-    def check(value: str) -> str:
-        if value in refused:
-            raise argparse.ArgumentTypeError(f"{value} {refused[value]}")
-        return value
-
-    return check
 
 
 def parse_config(argv: list[str] | None = None) -> Config:

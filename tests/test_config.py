@@ -28,7 +28,6 @@ def test_flags_of_sglang() -> None:
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--lora-backend", "csgmv"], "argument --lora-backend: csgmv is SGLang's; .* use --lora-backend triton"),
         (["--lora-backend", "ascend"], "invalid choice: 'ascend'"),
         (["--lora-eviction-policy", "random"], "invalid choice: 'random'"),
         (["--max-lora-chunk-size", "64"], "--max-lora-chunk-size: leave it out"),

@@ -11,7 +11,7 @@ import torch
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import LoadAdapter, Reply
-from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, ladder
+from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, PrefillGraphs, ladder, prefill_ladder
 from sglang_lora_moe.engine.engine_core import EngineCore
 from sglang_lora_moe.engine.kv_cache import PagePool, PrefixCache
 from sglang_lora_moe.engine.memory import MemoryBudget
@@ -43,6 +43,7 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     begin, budget = time.monotonic(), MemoryBudget(config)
     with budget.guard("loading the model's weights"):
         model = _make_model(config)
+    model.kv_dtype = _kv_dtype(config, model)
     config = replace(config, context_length=min(config.context_length, model.max_model_len), moe_runner_backend=model.moe_runner_backend)
     measured = _measure_weights(config, model)
     budget.note("weights", measured["weights"])
@@ -59,10 +60,10 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     config = replace(config, max_total_tokens=tokens)
     with budget.guard("making the KV cache", "a smaller --max-total-tokens"):
         model.allocate_kv(tokens // config.page_size + 1)  # and the dump page
-    with budget.guard("capturing decode graphs", "a smaller --mem-fraction-static", "a smaller --max-running-requests", "--disable-cuda-graph"):
+    with budget.guard("capturing graphs", "a smaller --mem-fraction-static", "a smaller --max-running-requests", "--disable-cuda-graph"):
         graphs = _capture_graphs(config, model)
-    budget.log(graphs.nbytes if graphs is not None else 0)
-    core = _make_core(config, model, lora, graphs)
+    budget.log(sum(captured.nbytes for captured in graphs if captured is not None))
+    core = _make_core(config, model, lora, ModelRunner(model, *graphs))
     logger.info("model %s is ready after %.1f s", config.served_model_name, time.monotonic() - begin)
     for name, path, pinned in config.lora_specs():
         _load(core, name, path, pinned)
@@ -102,6 +103,14 @@ def _measure_weights(config: Config, model: ServedModel) -> dict[str, int]:
     return found
 
 
+def _kv_dtype(config: Config, model: ServedModel) -> torch.dtype:
+    if config.kv_cache_dtype == "fp8_e4m3":
+        if config.device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+            raise ValueError("--kv-cache-dtype fp8_e4m3 needs a GPU of compute capability 8.9 or newer")
+        return torch.float8_e4m3fn
+    return torch.bfloat16 if config.kv_cache_dtype == "bfloat16" else model.dtype
+
+
 def _make_manager(config: Config, model: ServedModel, budget: MemoryBudget) -> LoRAManager:
     assert config.max_lora_rank is not None
     targets, left_out = choose_targets(model.hf, config.lora_target_modules)
@@ -121,28 +130,31 @@ def _make_manager(config: Config, model: ServedModel, budget: MemoryBudget) -> L
     return LoRAManager(model, reader, pool, max_loaded=config.max_loaded_loras, policy=config.lora_eviction_policy, backend=config.lora_backend)
 
 
-def _make_core(config: Config, model: ServedModel, lora: LoRAManager | None, graphs: DecodeGraphs | None) -> EngineCore:
+def _make_core(config: Config, model: ServedModel, lora: LoRAManager | None, runner: ModelRunner) -> EngineCore:
     assert config.max_total_tokens is not None and config.context_length is not None
     cache = PrefixCache(PagePool(config.max_total_tokens // config.page_size + 1), config.page_size, not config.disable_prefix_cache)
     limits = Limits(config.max_running_requests, config.max_queued_requests, config.chunked_prefill_size, config.context_length)
     scheduler = Scheduler(cache, lora.slots if lora is not None else None, limits)
     overlap = config.device == "cuda" and not config.disable_overlap
-    return EngineCore(
-        scheduler, ModelRunner(model, graphs), lora, vocab_size=model.vocab_size, eos_ids=model.eos_token_ids, seed=config.random_seed, overlap=overlap
-    )
+    return EngineCore(scheduler, runner, lora, vocab_size=model.vocab_size, eos_ids=model.eos_token_ids, seed=config.random_seed, overlap=overlap)
 
 
-def _capture_graphs(config: Config, model: ServedModel) -> DecodeGraphs | None:
-    """Graphs of decode steps where everything in them can be captured: backends that read no device data on the host."""
+def _capture_graphs(config: Config, model: ServedModel) -> tuple[DecodeGraphs | None, PrefillGraphs | None]:
+    """Graphs of steps where everything in them can be captured: backends that read no device data on the host."""
     backends = f"{config.moe_runner_backend} {config.attention_backend} {config.lora_backend if config.enable_lora else ''}"
     host_bound = "torch_native" in backends
     if config.device != "cuda" or config.disable_cuda_graph or host_bound:
         if config.device == "cuda" and host_bound and not config.disable_cuda_graph:
-            logger.warning("decode steps run without CUDA graphs: a torch_native backend reads device data on the host")
-        return None
-    graphs = DecodeGraphs(model, (False, True) if config.enable_lora else (False,), ladder(config.max_running_requests))
+            logger.warning("steps run without CUDA graphs: a torch_native backend reads device data on the host")
+        return None, None
+    families = (False, True) if config.enable_lora else (False,)
+    graphs = DecodeGraphs(model, families, ladder(config.max_running_requests))
     graphs.capture()
-    return graphs
+    if not model.is_split:
+        return graphs, None
+    prefill = PrefillGraphs(model, families, prefill_ladder(model.ctx.max_tokens))
+    prefill.capture()
+    return graphs, prefill
 
 
 def _load(core: EngineCore, name: str, path: str, pinned: bool) -> None:

@@ -1,9 +1,12 @@
-"""Decode steps as CUDA graphs, so that a step costs its kernels and not its launches.
+"""Steps as CUDA graphs, so that a step costs its kernels and not its launches.
 
-A graph is captured for each padded batch size of a ladder and each of two families: "base", whose kernels are those of a
+A graph is captured for each padded size of a ladder and each of two families: "base", whose kernels are those of a
 server without adapters, and "lora". Which one runs is decided on the host. Graphs read the static buffers of the
 `StepContext`, the KV cache, the adapter pool and its tables: none of these moves, so adapters come and go between replays.
 A step that is smaller than its graph is filled up with padding, which reads no expert and writes to the dump page.
+
+Decode steps (one token of each request) are graphs from tokens to samples. Other steps of up to some 2,500 tokens, whose
+launches take longer than their kernels, are graphs up to the last norm: which rows need logits, and how many, varies.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -20,6 +23,7 @@ from sglang_lora_moe.engine.model_runner import Model
 from sglang_lora_moe.engine.request import Batch
 
 logger = logging.getLogger(__name__)
+PREFILL_REQUESTS = 16  # of a prefill graph; each costs attention some programs even when it is padding
 
 
 def ladder(max_requests: int) -> list[int]:
@@ -28,13 +32,25 @@ def ladder(max_requests: int) -> list[int]:
     return [size for size in sizes if size < max_requests] + [max_requests]
 
 
-class DecodeGraphs:
-    """Captured decode steps of one model. `families`: (False,) without adapters, (False, True) with."""
+def prefill_ladder(max_tokens: int) -> list[int]:
+    """128, then steps of 256 up to 2,560, as far as steps may be; larger ones keep the GPU busy without graphs."""
+    return [size for size in (128, *range(256, 2561, 256)) if size <= max_tokens]
+
+
+class SplitModel(Model, Protocol):
+    """What `PrefillGraphs` needs of `models.build.ServedModel`."""
+
+    def forward_hidden(self) -> torch.Tensor: ...  # [num_tokens, H], normed
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor: ...  # [num_logits, V] of its wanted rows
+
+
+class _Graphs:
+    """Captured steps of one model by size and family. `families`: (False,) without adapters, (False, True) with."""
+
+    what = "steps"
 
     def __init__(self, model: Model, families: Sequence[bool], sizes: Sequence[int]) -> None:
-        self.model, self.families = model, tuple(families)
-        self.sizes = sorted(sizes)
-        self._by_count = [0, *(next(size for size in self.sizes if size >= n) for n in range(1, self.sizes[-1] + 1))]
+        self.model, self.families, self.sizes = model, tuple(families), sorted(sizes)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._layouts: dict[int, int] = {}  # size -> ctx.lora_layout at the capture of its "lora" graph
         self.nbytes = 0  # device memory that they took
@@ -43,39 +59,17 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self, show_progress: bool = True) -> None:
         """Capture every size and family, the largest first, so that smaller ones reuse its memory. Logs time and memory."""
+        if not self.sizes:
+            return
         begin, free = time.monotonic(), torch.cuda.mem_get_info()[0]
         self._pool = torch.cuda.graph_pool_handle()
         work = [(size, lora) for size in reversed(self.sizes) for lora in self.families]
-        for size, lora in tqdm(work, desc="capturing decode graphs", disable=not show_progress, leave=False):
+        for size, lora in tqdm(work, desc=f"capturing graphs of {self.what}", disable=not show_progress, leave=False):
             self._capture_one(size, lora)
         torch.cuda.synchronize()
         self.nbytes = free - torch.cuda.mem_get_info()[0]
-        logger.info(
-            "captured %d decode graphs, up to %d requests, in %.1f s, %.0f MiB", len(work), self.sizes[-1], time.monotonic() - begin, self.nbytes / 2**20
-        )
-
-    def padded_size(self, batch: Batch) -> int:
-        """The size of the graph for this batch; 0 if it is no decode step, is too large or wants other logits than each request's next.
-
-        Comes before the step's inputs are set: a graph that misses layers which adapters touch by now is captured again here.
-        """
-        count = len(batch.requests)
-        if count != batch.num_tokens or count >= len(self._by_count):
-            return 0
-        if any(request.num_computed + 1 != len(request.tokens) for request in batch.requests):  # a chunk of one token in the middle of a prompt
-            return 0
-        size = self._by_count[count]
-        if batch.lora_active and self._layouts[size] != self.model.ctx.lora_layout:
-            sampled = self.model.ctx.sampled.clone()
-            self._capture_one(size, True)
-            self.model.ctx.sampled.copy_(sampled)
-        return size
-
-    def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the step in the context's buffers; logits [size, V] in the model's dtype and their argmax int64 [size], valid until the next replay."""
-        graph, logits = self._graphs[size, lora_active]
-        graph.replay()
-        return logits, self.model.ctx.sampled[:size]
+        seconds, mib = time.monotonic() - begin, self.nbytes / 2**20
+        logger.info("captured %d graphs of %s, up to %d tokens, in %.1f s, %.0f MiB", len(work), self.what, self.sizes[-1], seconds, mib)
 
     @torch.inference_mode()
     def _capture_one(self, size: int, lora: bool) -> None:
@@ -88,19 +82,90 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            logits = self._step(size)
-        self._graphs[size, lora] = graph, logits
+            out = self._step(size)
+        self._graphs[size, lora] = graph, out
         if lora:
             self._layouts[size] = self.model.ctx.lora_layout
+
+    def _renew(self, size: int, lora: bool) -> None:
+        """Capture a graph again that misses layers which adapters touch by now. Comes before the step's inputs are set."""
+        if lora and self._layouts[size] != self.model.ctx.lora_layout:
+            sampled = self.model.ctx.sampled.clone()
+            self._capture_one(size, True)
+            self.model.ctx.sampled.copy_(sampled)
+
+    def _requests(self, size: int) -> int:
+        """Requests of a step of this size, with padding."""
+        raise NotImplementedError
+
+    def _step(self, size: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _set_padding(self, size: int, lora: bool) -> None:
+        """A step of padding only."""
+        ctx = self.model.ctx
+        ctx.num_tokens, ctx.num_requests, ctx.num_logits = size, self._requests(size), self._requests(size)
+        ctx.query_lens, ctx.seq_lens_host, ctx.lora_active = [1] * size, [0] * size, lora
+        ctx.inputs.copy_(ctx.make_inputs(ctx.device)[0])
+
+
+class DecodeGraphs(_Graphs):
+    """Decode steps: every request has one token. A size is that of the batch."""
+
+    what = "decode steps"
+
+    def __init__(self, model: Model, families: Sequence[bool], sizes: Sequence[int]) -> None:
+        super().__init__(model, families, sizes)
+        self._by_count = [0, *(next(size for size in self.sizes if size >= n) for n in range(1, self.sizes[-1] + 1))]
+
+    def padded_size(self, batch: Batch) -> int:
+        """The size of the graph for this batch; 0 if it is no decode step, is too large or wants other logits than each request's next."""
+        count = len(batch.requests)
+        if count != batch.num_tokens or count >= len(self._by_count):
+            return 0
+        if any(request.num_computed + 1 != len(request.tokens) for request in batch.requests):  # a chunk of one token in the middle of a prompt
+            return 0
+        size = self._by_count[count]
+        self._renew(size, batch.lora_active)
+        return size
+
+    def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the step in the context's buffers; logits [size, V] in the model's dtype and their argmax int64 [size], valid until the next replay."""
+        graph, logits = self._graphs[size, lora_active]
+        graph.replay()
+        return logits, self.model.ctx.sampled[:size]
+
+    def _requests(self, size: int) -> int:
+        return size
 
     def _step(self, size: int) -> torch.Tensor:
         logits = self.model.forward_logits()
         torch.argmax(logits, dim=-1, out=self.model.ctx.sampled[:size])
         return logits
 
-    def _set_padding(self, size: int, lora: bool) -> None:
-        """A step of padding only."""
-        ctx = self.model.ctx
-        ctx.num_tokens = ctx.num_requests = ctx.num_logits = size
-        ctx.query_lens, ctx.seq_lens_host, ctx.lora_active = [1] * size, [0] * size, lora
-        ctx.inputs.copy_(ctx.make_inputs(ctx.device)[0])
+
+class PrefillGraphs(_Graphs):
+    """Steps with prompt tokens, up to the last norm. A size is a number of tokens."""
+
+    model: SplitModel
+    what = "prefill steps"
+
+    def padded_size(self, batch: Batch) -> tuple[int, int]:
+        """(tokens, requests) of the graph for this batch; (0, 0) if there is none."""
+        size = next((size for size in self.sizes if size >= batch.num_tokens), 0)
+        if not size or len(batch.requests) > self._requests(size):
+            return 0, 0
+        self._renew(size, batch.lora_active)
+        return size, self._requests(size)
+
+    def logits(self, size: int, lora_active: bool) -> torch.Tensor:
+        """Run the step in the context's buffers; logits [num_logits, V] in the model's dtype."""
+        graph, hidden = self._graphs[size, lora_active]
+        graph.replay()
+        return self.model.logits_of(hidden)
+
+    def _requests(self, size: int) -> int:
+        return min(self.model.ctx.max_requests, PREFILL_REQUESTS, size - 1)  # as many requests as tokens would be a decode step
+
+    def _step(self, size: int) -> torch.Tensor:
+        return self.model.forward_hidden()

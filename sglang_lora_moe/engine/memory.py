@@ -101,7 +101,7 @@ class MemoryBudget:
 
     def log(self, graphs: int) -> None:
         """Say how memory is divided."""
-        logger.info("memory: %s%s", self.arithmetic(), f"; decode graphs {_size(graphs)} beside it" if graphs else "")
+        logger.info("memory: %s%s", self.arithmetic(), f"; graphs {_size(graphs)} beside it" if graphs else "")
 
     # ---- the way out ------------------------------------------------------------------------------------------------
     def _sentence(self, what: str, missing: int, ways: list[str] | None = None) -> str:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 
 from sglang_lora_moe.core import TokenLogprob
 from sglang_lora_moe.engine.request import Batch, StepResult
-from sglang_lora_moe.engine.sampler import Sampler, token_logprobs
+from sglang_lora_moe.engine.sampler import Logprobs, Sampler, token_logprobs
 from sglang_lora_moe.engine.step_inputs import StepInputs
 from sglang_lora_moe.layers.step import StepContext
 
@@ -34,6 +35,13 @@ class Graphs(Protocol):
     def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
+class OtherGraphs(Protocol):
+    """What the runner needs of `engine.cuda_graph.PrefillGraphs`."""
+
+    def padded_size(self, batch: Batch) -> tuple[int, int]: ...  # tokens and requests, 0 = no graph for this batch
+    def logits(self, size: int, lora_active: bool) -> torch.Tensor: ...
+
+
 @dataclass
 class Launched:
     """A step on its way. `token_ids` is host memory that is valid once `done` has passed, or None if nothing is sampled."""
@@ -42,13 +50,14 @@ class Launched:
     token_ids: torch.Tensor | None
     done: torch.cuda.Event | None
     can_overlap: bool  # the next step needs nothing of this one on the host
+    logprobs: tuple[list[int], Logprobs] | None = None  # of these samples, valid as token_ids
 
 
 class ModelRunner:
-    """One model on one device. `graphs` None = every step eager."""
+    """One model on one device. `graphs` None = decode steps are eager, `prefill_graphs` None = so are the others."""
 
-    def __init__(self, model: Model, graphs: Graphs | None = None) -> None:
-        self.model, self.graphs = model, graphs
+    def __init__(self, model: Model, graphs: Graphs | None = None, prefill_graphs: OtherGraphs | None = None) -> None:
+        self.model, self.graphs, self.prefill_graphs = model, graphs, prefill_graphs
         self.inputs = StepInputs(model.ctx)
         self.sampler = Sampler(model.vocab_size, model.ctx.device)
         self._cuda = model.ctx.device.type == "cuda"
@@ -63,10 +72,13 @@ class ModelRunner:
     def launch(self, batch: Batch) -> Launched:
         """Start the step. Its requests' tokens may be pending: then they are what the last launched step sampled."""
         size = self.graphs.padded_size(batch) if self.graphs is not None else 0
-        wanted = self.inputs.fill(batch, size)
+        tokens, count = (size, size) if size or self.prefill_graphs is None else self.prefill_graphs.padded_size(batch)
+        wanted = self.inputs.fill(batch, tokens, count)
         best: torch.Tensor | None = None
         if size and self.graphs is not None:
             logits, best = self.graphs.replay(size, batch.lora_active)
+        elif tokens and self.prefill_graphs is not None:
+            logits = self.prefill_graphs.logits(tokens, batch.lora_active)
         else:
             logits = self.model.forward_logits()
         ends = zip(batch.requests, batch.query_lens, strict=True)
@@ -79,14 +91,10 @@ class ModelRunner:
             return Launched(result, None, None, False)
         requests = [batch.requests[b] for b in sampled]
         logits = logits[: len(sampled)]
-        tokens = self.sampler.choose(logits, requests, None if best is None else best[: len(sampled)])
-        needs_host = self.sampler.needs_host(requests)
-        if needs_host:
-            result.token_ids = tokens.tolist()
-            logprobs = self.sampler.logprobs(logits, requests, result.token_ids)
-            result.logprobs = {sampled[row]: value for row, value in logprobs.items()}
-            return Launched(result, None, None, False)
-        return self._send_tokens(tokens, result)
+        ctx = self.model.ctx
+        inputs = functools.partial(torch.index_select, ctx.input_ids, 0, ctx.logit_rows[: len(sampled)])  # rows are tokens whenever tokens are pending
+        chosen = self.sampler.choose(logits, requests, None if best is None else best[: len(sampled)], inputs)
+        return self._send_tokens(chosen, result, self.sampler.logprobs(logits, requests, chosen))
 
     def collect(self, launched: Launched) -> StepResult:
         """Wait for the step's tokens."""
@@ -94,9 +102,14 @@ class ModelRunner:
             launched.done.synchronize()
         if launched.token_ids is not None:
             launched.result.token_ids = launched.token_ids.tolist()
+        if launched.logprobs is not None:
+            rows, found = launched.logprobs
+            result = launched.result
+            values = found.read([result.token_ids[row] for row in rows])
+            result.logprobs = {result.sampled[row]: value for row, value in zip(rows, values, strict=True)}
         return launched.result
 
-    def _send_tokens(self, tokens: torch.Tensor, result: StepResult) -> Launched:
+    def _send_tokens(self, tokens: torch.Tensor, result: StepResult, logprobs: tuple[list[int], Logprobs] | None) -> Launched:
         """Leave the tokens for the next step on the device and start their way to the host."""
         count = len(result.sampled)
         sampled = self.model.ctx.sampled[:count]
@@ -107,7 +120,7 @@ class ModelRunner:
         buffer[:count].copy_(sampled, non_blocking=True)
         if event is not None:
             event.record()
-        return Launched(result, buffer[:count], event, not result.prompt_logprobs)
+        return Launched(result, buffer[:count], event, not result.prompt_logprobs, logprobs)
 
     @staticmethod
     def _score_prompts(logits: torch.Tensor, batch: Batch, wanted: list[list[int]], result: StepResult) -> list[int]:

@@ -43,10 +43,11 @@ class StepInputs:
         self._row_pages: list[list[int] | None] = [None] * ctx.max_requests
         self._row_counts = [0] * ctx.max_requests
 
-    def fill(self, batch: Batch, padded: int = 0) -> list[list[int]]:
+    def fill(self, batch: Batch, padded: int = 0, padded_requests: int = 0) -> list[list[int]]:
         """Describe `batch` in the context. Returns, per request, the packed rows whose logits are wanted, in the order of the logits.
 
-        `padded`: a decode batch is filled up to so many requests with padding.
+        `padded`, `padded_requests`: the step is filled up to so many tokens and requests with padding; in a decode batch, which has as
+        many of both, with requests of one token and so many more rows of logits, in others with requests of none.
         """
         ctx, page_size = self.ctx, self.ctx.page_size
         requests, query_lens = batch.requests, batch.query_lens
@@ -72,20 +73,27 @@ class StepInputs:
         starts = [0, *accumulate(query_lens)]
         wanted = [_wanted_rows(request, first, end) for request, first, end in zip(requests, starts, ends, strict=False)]
         rows = [row for rows in wanted for row in rows] or [0]  # at least one, so that every layer sees a normal shape
+        decode = padded == padded_requests
+        padded_logits = padded if decode else 0
         if batch.lora_active:
             slots: list[int] = []
             for request, count in zip(requests, query_lens, strict=True):
                 slots += [request.slot] * count
-            self._write(token_slots=_pad(slots, padded, -1), logit_slots=_pad([slots[row] for row in rows], padded, -1))
-        ctx.num_tokens, ctx.num_requests, ctx.num_logits = padded or batch.num_tokens, padded or len(requests), padded or len(rows)
+            by_token = np.array(_pad(slots, padded, -1), dtype=np.int32)
+            order = np.argsort(by_token, kind="stable")
+            self._write(token_slots=by_token, slot_order=order, ordered_slots=by_token[order])
+            self._write(logit_slots=_pad([slots[row] for row in rows], padded_logits, -1))
+        ctx.num_tokens, ctx.num_requests, ctx.num_logits = padded or batch.num_tokens, padded_requests or len(requests), padded_logits or len(rows)
         ctx.lora_active, ctx.query_lens, ctx.seq_lens_host = batch.lora_active, query_lens, ends
         self._write(input_ids=_pad(ids, padded, 0), positions=_pad(positions, padded, 0), kv_slots=_pad(kv_slots, padded, 0))  # KV row 0: dump page
-        self._write(query_starts=starts, seq_lens=_pad(ends, padded, 0), logit_rows=rows)
+        if not decode:
+            starts = _pad(starts, padded_requests + 1, starts[-1])
+        self._write(query_starts=starts, seq_lens=_pad(ends, padded_requests, 0), logit_rows=rows)
         self._write_sources(sources)
         self._send(self._changed_pages(requests))
         return wanted
 
-    def _write(self, **values: list[int]) -> None:
+    def _write(self, **values: list[int] | np.ndarray) -> None:
         arrays = self._ring[self._turn].arrays
         for name, entries in values.items():
             arrays[name][: len(entries)] = entries

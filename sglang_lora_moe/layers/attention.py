@@ -65,7 +65,7 @@ class PagedAttention:
         self.calls = 0  # of this layer; ServedModel checks that each layer ran once a step
 
     def allocate(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Give the layer `num_pages` zeroed pages: k_cache [rows, Hkv, Dk], v_cache [rows, Hkv, Dv]."""
+        """Give the layer `num_pages` zeroed pages: k_cache [rows, Hkv, Dk], v_cache [rows, Hkv, Dv], also in float8 (e4m3, unscaled)."""
         kv, rows = self.spec.kv, num_pages * self.ctx.page_size
         self.k_cache = torch.zeros(rows, kv.num_heads, kv.k_dim, dtype=dtype, device=device)
         self.v_cache = torch.zeros(rows, kv.num_heads, kv.v_dim, dtype=dtype, device=device) if kv.v_dim else self.k_cache[..., : self.spec.value_dim]
@@ -74,10 +74,25 @@ class PagedAttention:
         """q [T, Hq, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv] or None (prefix of k), sinks [Hq] or None -> [T, Hq, value_dim]."""
         self.calls += 1
         slots = self.ctx.kv_slots[: k.shape[0]]
-        self.k_cache.index_copy_(0, slots, k)
+        write_rows(self.k_cache, slots, k)
         if v is not None:
-            self.v_cache.index_copy_(0, slots, v)
+            write_rows(self.v_cache, slots, v)
         return self.backend.attend(q, self, sinks)
+
+
+def write_rows(cache: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """cache[rows] = values in the cache's dtype; what float8 cannot hold becomes its largest number."""
+    if cache.dtype.itemsize == 1:
+        limit = torch.finfo(cache.dtype).max
+        cache, values = cache.view(torch.uint8), values.clamp(-limit, limit).to(cache.dtype).view(torch.uint8)
+    cache.index_copy_(0, rows, values.to(cache.dtype))
+
+
+def read_rows(cache: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """cache[rows] in `dtype`."""
+    if cache.dtype.itemsize == 1:
+        return cache.view(torch.uint8).index_select(0, rows).view(cache.dtype).to(dtype)
+    return cache.index_select(0, rows).to(dtype)
 
 
 # ---- torch_native ---------------------------------------------------------------------------------------------------
@@ -186,8 +201,8 @@ def _similar_lengths(members: list[tuple[int, int, int]]) -> list[list[tuple[int
 def _decode(q: torch.Tensor, group: _DecodeGroup, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
     """q [G, Hq, Dk], one query per request -> [G, Hq, Dv]. Query heads that share a KV head act as its queries."""
     spec, batch = layer.spec, q.shape[0]
-    k = layer.k_cache.index_select(0, group.rows).view(batch, group.length, spec.kv.num_heads, -1)
-    v = layer.v_cache.index_select(0, group.rows).view(batch, group.length, spec.kv.num_heads, -1) if spec.kv.v_dim else k[..., : spec.value_dim]
+    k = read_rows(layer.k_cache, group.rows, q.dtype).view(batch, group.length, spec.kv.num_heads, -1)
+    v = read_rows(layer.v_cache, group.rows, q.dtype).view(batch, group.length, spec.kv.num_heads, -1) if spec.kv.v_dim else k[..., : spec.value_dim]
     q = q.view(batch, spec.kv.num_heads, -1, spec.kv.k_dim)  # [G, Hkv, Hq / Hkv, Dk]
     mask = None if group.mask is None else group.mask[:, None, None]
     sink = None if sinks is None else sinks.view(1, spec.kv.num_heads, -1, 1)
@@ -199,8 +214,8 @@ def _prefill(q: torch.Tensor, request: _PrefillRequest, layer: PagedAttention, s
     """q [n, Hq, Dk] of one request -> [n, Hq, Dv], in blocks of queries."""
     spec = layer.spec
     groups, m = spec.num_heads // spec.kv.num_heads, request.rows.shape[0]
-    k = layer.k_cache.index_select(0, request.rows).transpose(0, 1).unsqueeze(1)  # [Hkv, 1, m, Dk]
-    v = layer.v_cache.index_select(0, request.rows).transpose(0, 1).unsqueeze(1) if spec.kv.v_dim else k[..., : spec.value_dim]
+    k = read_rows(layer.k_cache, request.rows, q.dtype).transpose(0, 1).unsqueeze(1)  # [Hkv, 1, m, Dk]
+    v = read_rows(layer.v_cache, request.rows, q.dtype).transpose(0, 1).unsqueeze(1) if spec.kv.v_dim else k[..., : spec.value_dim]
     k, v = k.expand(-1, groups, -1, -1), v.expand(-1, groups, -1, -1)
     sink = None if sinks is None else sinks.view(spec.kv.num_heads, groups, 1, 1)
     keys = torch.arange(request.first_key, request.first_key + m, device=q.device)

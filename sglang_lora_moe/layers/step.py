@@ -20,6 +20,8 @@ class StepContext:
     Device tensors (Mmax = `max_tokens`, Bmax = `max_requests`):
         input_ids, positions  int64 [Mmax]
         token_slots           int32 [Mmax]            adapter slot of each token, -1 = base
+        slot_order            int32 [Mmax]            the step's tokens sorted by slot, so that kernels find tokens of one adapter together
+        ordered_slots         int32 [Mmax]            the slots in that order
         token_source          int32 [Mmax]            row of `sampled` that holds the token's id, -1 = input_ids holds it
         kv_slots              int64 [Mmax]            row of the paged KV cache each token writes (page * page_size + offset)
         page_table            int32 [Bmax, max_pages]
@@ -40,6 +42,7 @@ class StepContext:
         self.inputs, views = self.make_inputs(self.device)
         self.input_ids, self.positions, self.kv_slots = views["input_ids"], views["positions"], views["kv_slots"]
         self.token_slots, self.token_source = views["token_slots"], views["token_source"]
+        self.slot_order, self.ordered_slots = views["slot_order"], views["ordered_slots"]
         self.query_starts, self.seq_lens = views["query_starts"], views["seq_lens"]
         self.logit_rows, self.logit_slots = views["logit_rows"], views["logit_slots"]
         self.page_at, self.page_values = views["page_at"], views["page_values"]
@@ -53,11 +56,17 @@ class StepContext:
         self.seq_lens_host: list[int] = []
         self.host_cache: dict[str, Any] = {}  # what host loops derived from the buffers, each with the content it was derived from
 
+    def order_slots(self, tokens: int) -> None:
+        """Set slot_order and ordered_slots by the first `tokens` token_slots, for those who set these by hand."""
+        slots, order = self.token_slots[:tokens].sort(stable=True)
+        self.ordered_slots[:tokens], self.slot_order[:tokens] = slots, order.int()
+
     def make_inputs(self, device: torch.device | str, pin_memory: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A flat buffer with the inputs of a step and its views by name; the staging buffers of the host have the same form."""
         m, b = self.max_tokens, self.max_requests
         wide = {"input_ids": m, "positions": m, "kv_slots": m, "logit_rows": m, "page_at": PAGE_WRITES}
-        narrow = {"token_slots": m, "logit_slots": m, "token_source": m, "query_starts": b + 1, "seq_lens": b, "page_values": PAGE_WRITES}
+        narrow = dict.fromkeys(("token_slots", "slot_order", "ordered_slots", "logit_slots", "token_source"), m)
+        narrow |= {"query_starts": b + 1, "seq_lens": b, "page_values": PAGE_WRITES}
         flat = torch.zeros(8 * sum(wide.values()) + 4 * sum(narrow.values()), dtype=torch.uint8, device=device, pin_memory=pin_memory)
         views: dict[str, torch.Tensor] = {}
         start = 0
@@ -65,6 +74,7 @@ class StepContext:
             for name, count in sizes.items():
                 views[name] = flat[start : start + count * dtype.itemsize].view(dtype)
                 start += count * dtype.itemsize
-        for name in ("token_slots", "logit_slots", "token_source"):
+        for name in ("token_slots", "ordered_slots", "logit_slots", "token_source"):
             views[name].fill_(-1)
+        views["slot_order"].copy_(torch.arange(m))
         return flat, views

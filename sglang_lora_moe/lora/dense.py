@@ -12,7 +12,7 @@ from sglang_lora_moe.lora.slot_runs import slot_runs
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta
 
-BACKENDS = ("torch_native", "triton")
+BACKENDS = ("torch_native", "triton", "csgmv")
 
 
 class DenseDelta(Protocol):
@@ -30,7 +30,7 @@ class DenseDelta(Protocol):
         """y [M, H] += scaling * B A[:, ids]; ids int [M]."""
         ...
 
-    def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> Any:
+    def plan(self, parts: Sequence[Part], tokens: int, splits: int | None) -> Any:
         """What the kernels before and after a linear of so many tokens share to do all of this themselves; None where they cannot."""
         ...
 
@@ -48,7 +48,7 @@ class TorchDense:
     def prepare(self, parts: Sequence[Part]) -> None:
         """Nothing to prepare."""
 
-    def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> None:
+    def plan(self, parts: Sequence[Part], tokens: int, splits: int | None) -> None:
         return None
 
     def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> None:
@@ -65,8 +65,8 @@ def make_dense_delta(backend: str, ctx: StepContext) -> DenseDelta:
     """The one of `backend`, shared by all layers of a model."""
     if backend == "torch_native":
         return TorchDense(ctx)
-    if backend == "triton":
+    if backend in ("triton", "csgmv"):
         from sglang_lora_moe.lora.triton_dense import TritonDense
 
-        return TritonDense(ctx)
+        return TritonDense(ctx, grouped=backend == "csgmv")
     raise ValueError(f"unknown LoRA backend {backend!r}; known: {', '.join(BACKENDS)}")

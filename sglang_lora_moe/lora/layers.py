@@ -46,7 +46,7 @@ class LinearWithLoRA(nn.Module):
             self.delta.add_linear(y.view(-1, y.shape[-1]), flat, self.parts, self.base.slot_source)
         return y
 
-    def plan(self, tokens: int, splits: int = 1) -> Any:
+    def plan(self, tokens: int, splits: int | None = None) -> Any:
         """For kernels around this linear that can do the adapters' work: what they share, or None. With it, call `base`, not this layer."""
         return self.delta.plan(self.parts, tokens, splits) if self.ctx.lora_active and self.used else None
 

@@ -10,16 +10,19 @@ from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.lora.torch_linear import Part
 from sglang_lora_moe.moe.workspace import Workspace
-from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
+from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
 
-FUSED_MAX = 256  # tokens up to which the neighbours of a linear do the work of its adapters
+NORM_MAX = 256  # tokens up to which a norm begins what adapters add to the linear after it; beyond, a launch of its own is faster
 
 
 class TritonDense:
-    """Shared by all layers of a model; the rank-space vectors of a linear lie in scratch until its output is complete."""
+    """Shared by all layers of a model; the rank-space vectors of a linear lie in scratch until its output is complete.
 
-    def __init__(self, ctx: StepContext) -> None:
-        self.ctx = ctx
+    `grouped`: kernels own tiles of tokens of one slot even where there are few tokens.
+    """
+
+    def __init__(self, ctx: StepContext, grouped: bool = False) -> None:
+        self.ctx, self.grouped = ctx, grouped
         self.workspace = Workspace(ctx.device)
         self._tables: dict[int, PartTables] = {}
 
@@ -33,21 +36,29 @@ class TritonDense:
     def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
         embedding_delta(y, ids, stacks, self.ctx.token_slots[: ids.shape[0]])
 
-    def plan(self, parts: Sequence[Part], tokens: int, splits: int) -> LinearAddend | None:
-        """For up to FUSED_MAX tokens: s [splits, tokens, parts, width], which the kernel before the linear fills."""
-        return self._addend(parts, "tokens", tokens, splits, f"dense.plan{splits}") if tokens <= FUSED_MAX else None
+    def plan(self, parts: Sequence[Part], tokens: int, splits: int | None) -> LinearAddend | None:
+        """s [splits, tokens, parts, width], which the kernel before the linear fills. `splits` None: a norm, for up to NORM_MAX tokens."""
+        if self.grouped and splits is not None:
+            return None
+        if splits is not None or (tokens <= ROWS_MAX and not self.grouped):
+            return self._addend(parts, "tokens", tokens, splits or 1, f"dense.plan{splits or 1}")
+        if tokens > NORM_MAX:
+            return None
+        splits = shrink_splits(tokens, self._tables[id(parts)].a.dim)
+        return self._addend(parts, "tokens", tokens, splits, "dense.norm", self.workspace.get("dense.scale", (tokens,), torch.float32))
 
-    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> LinearAddend | None:
+    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> LinearAddend:
         """As `plan`, where no kernel before the linear can fill s: one launch does."""
-        return self._shrink(x, parts, "tokens", "dense.begin") if x.shape[0] <= FUSED_MAX else None
+        return self._shrink(x, parts, "tokens", "dense.begin")
 
     def _shrink(self, x: torch.Tensor, parts: Sequence[Part], slot_source: str, name: str) -> LinearAddend:
         low = self._addend(parts, slot_source, x.shape[0], shrink_splits(x.shape[0], x.shape[1]), name)
-        linear_shrink(x, low.tables, low.slots, low.s)
+        linear_shrink(x, low)
         return low
 
-    def _addend(self, parts: Sequence[Part], slot_source: str, tokens: int, splits: int, name: str) -> LinearAddend:
-        tables = self._tables[id(parts)]
-        slots = (self.ctx.logit_slots if slot_source == "logits" else self.ctx.token_slots)[:tokens]
+    def _addend(self, parts: Sequence[Part], slot_source: str, tokens: int, splits: int, name: str, row_scale: torch.Tensor | None = None) -> LinearAddend:
+        tables, ctx = self._tables[id(parts)], self.ctx
         s = self.workspace.get(name, (splits, tokens, tables.num_parts, tables.a.shrink_width), torch.float32)
-        return LinearAddend(s, tables, slots)
+        if slot_source == "logits":
+            return LinearAddend(s, tables, ctx.logit_slots[:tokens])
+        return LinearAddend(s, tables, ctx.token_slots[:tokens], ctx.slot_order[:tokens], ctx.ordered_slots[:tokens], row_scale, self.grouped)

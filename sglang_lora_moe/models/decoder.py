@@ -57,7 +57,7 @@ def _has_parts(module: nn.Module, names: frozenset[str]) -> bool:
 
 
 class FusedDecoder:
-    """`forward()` runs the step that `ctx` describes. Call after the weights and buffers of `hf` are in place."""
+    """`hidden()`, then `logits_of` it, run the step that `ctx` describes. Call after the weights and buffers of `hf` are in place."""
 
     def __init__(self, hf: Any, ctx: StepContext, max_positions: int) -> None:
         self.hf, self.ctx = hf, ctx
@@ -68,9 +68,8 @@ class FusedDecoder:
         self.cos, self.sin = cos.contiguous(), sin.contiguous()  # [positions, R/2]
         self._rotated: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @torch.inference_mode()
-    def forward(self) -> torch.Tensor:
-        """Logits [num_logits, V] in the model's dtype."""
+    def hidden(self) -> torch.Tensor:
+        """What the language-model head reads, for all tokens: [T, H]."""
         ctx, model = self.ctx, self.hf.model
         self._rotated = None
         x, residual = model.embed_tokens(ctx.input_ids[: ctx.num_tokens]), None
@@ -79,7 +78,11 @@ class FusedDecoder:
             x, addend = self._attention(layer.self_attn, x, low)
             x = rms_norm(x, *_norm(layer.post_attention_layernorm), residual, addend=addend)
             x = self._mlp(layer.mlp, x)
-        x = rms_norm(x, *_norm(model.norm), residual)
+        return rms_norm(x, *_norm(model.norm), residual)
+
+    def logits_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [num_logits, V] of the wanted rows of `hidden`."""
+        ctx = self.ctx
         if ctx.num_logits != ctx.num_tokens:  # else every row is wanted, in order
             x = x.index_select(0, ctx.logit_rows[: ctx.num_logits])
         return self.hf.lm_head(x)
@@ -90,7 +93,8 @@ class FusedDecoder:
         if low is not None:
             return *rms_norm_shrink(x, *_norm(layer.input_layernorm), residual, low), low
         normed = rms_norm(x, *_norm(layer.input_layernorm), residual)
-        return normed, x if residual is None else residual, None
+        low = _begin(layer.self_attn.qkv, normed) if self._is_fusable(layer.self_attn) else None
+        return normed, x if residual is None else residual, low
 
     def _is_fusable(self, attention: Attention) -> bool:
         """Whether one kernel can do norm, rotation and cache write."""
@@ -152,7 +156,7 @@ def _fits_kernel(spec: RouterSpec) -> bool:
     return spec.score in ("softmax", "topk_softmax") and not spec.correction_bias and spec.num_groups == 1 and spec.epsilon == 0.0
 
 
-def _plan(linear: Any, tokens: int, splits: int = 1) -> Any:
+def _plan(linear: Any, tokens: int, splits: int | None = None) -> Any:
     """What the kernels around a linear share to do the work of its adapters; None where there is none, or they cannot."""
     return linear.plan(tokens, splits) if hasattr(linear, "plan") else None
 

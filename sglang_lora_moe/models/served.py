@@ -30,6 +30,7 @@ class ServedModel:
         self.unquantized_bytes = 0  # that all parameters would take unquantized
         self.moe_runner_backend = "auto"  # what runs the experts; two names joined by "+" where only some layers are quantized
         self._attention, self._names = attention, NameTable(hf)
+        self.kv_dtype = dtype  # of keys and values in the cache; set it before allocate_kv
         self._decoder: FusedDecoder | None = None
         self._backends = {id(layer.backend): layer.backend for layer in attention}
         self._checked = False
@@ -37,10 +38,10 @@ class ServedModel:
     def allocate_kv(self, num_pages: int) -> None:
         """Give every attention layer `num_pages` pages of `ctx.page_size` tokens. Page 0 is where padding rows write."""
         for layer in self._attention:
-            layer.allocate(num_pages, self.dtype, self.device)
+            layer.allocate(num_pages, self.kv_dtype, self.device)
 
     def kv_bytes_per_token(self) -> int:
-        return sum(spec.elements_per_token for spec in self.kv_specs) * self.dtype.itemsize
+        return sum(spec.elements_per_token for spec in self.kv_specs) * self.kv_dtype.itemsize
 
     @property
     def rename_adapter_module(self) -> Callable[[str], str]:
@@ -56,12 +57,10 @@ class ServedModel:
     def forward_logits(self) -> torch.Tensor:
         """`forward` before the conversion: logits [num_logits, V] in the model's dtype."""
         ctx = self.ctx
-        self._take_sampled()
-        for backend in self._backends.values():
-            backend.begin_step()
         if self._decoder is not None:
-            logits = self._decoder.forward()
+            logits = self.logits_of(self.forward_hidden())
         else:
+            self._begin_step()
             output = self.hf(
                 input_ids=ctx.input_ids[: ctx.num_tokens].unsqueeze(0),
                 position_ids=ctx.positions[: ctx.num_tokens].unsqueeze(0),
@@ -72,6 +71,29 @@ class ServedModel:
         if not self._checked:
             self._check_attention_ran()
         return logits
+
+    @property
+    def is_split(self) -> bool:
+        """Whether `forward_hidden` and `logits_of` can be called: they are the two halves of `forward_logits`."""
+        return self._decoder is not None
+
+    @torch.inference_mode()
+    def forward_hidden(self) -> torch.Tensor:
+        """What the language-model head reads, for all tokens of the step: [num_tokens, H]."""
+        assert self._decoder is not None
+        self._begin_step()
+        return self._decoder.hidden()
+
+    @torch.inference_mode()
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [num_logits, V] of the wanted rows of `forward_hidden`, in the model's dtype."""
+        assert self._decoder is not None
+        return self._decoder.logits_of(hidden)
+
+    def _begin_step(self) -> None:
+        self._take_sampled()
+        for backend in self._backends.values():
+            backend.begin_step()
 
     def _take_sampled(self) -> None:
         """Tokens that the last step sampled and that only the device knows yet."""

@@ -4,10 +4,10 @@
     expand   y += scaling * B s, all parts in one launch
     embedding   y[m] += scaling * B A[:, id], one launch
 
-Two families: *rows* (decode), where a program owns one token, and *tiles* (prefill), where a program owns a block of tokens
-and goes over the distinct slots in it (tokens of one request lie side by side, so there are few). For a few tokens neither launch is
-needed: the kernel that makes x also fills s, and the kernel that reads y adds B s (`LinearAddend`). Rows of slot -1 and slots
-of rank 0 cost a table read. Nothing is padded to the largest rank.
+Programs own tiles: blocks of tokens taken in the order of their slots (`slot_order`), so that a block has few distinct slots;
+it goes over those. Around a linear neither launch may be needed: the kernel that makes x also fills s, and the kernel that reads
+y adds B s (`LinearAddend`). For up to ROWS_MAX tokens those kernels own single tokens. Rows of slot -1 and slots of rank 0 cost a
+table read. Nothing is padded to the largest rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
 NO_SLOT = tl.constexpr(1 << 30)
-ROWS_MAX = 64  # tokens up to which the rows family is used
+ROWS_MAX = 32  # tokens up to which a program owns one token, with matrices of its own
 
 
 @triton.jit
@@ -69,167 +69,278 @@ class LinearAddend:
     s: torch.Tensor  # float32 [splits, M, parts, width]
     tables: PartTables
     slots: torch.Tensor  # int32 [M]
+    order: torch.Tensor | None = None  # int32 [M], tokens by slot; None = as they come
+    ordered_slots: torch.Tensor | None = None  # int32 [M], slots in that order
+    row_scale: torch.Tensor | None = None  # float32 [M] that s is still to be multiplied by; None = 1
+    grouped: bool = False  # its reader owns tiles of tokens even where there are few
 
     @property
     def rank_block(self) -> int:
         return min(16, triton.next_power_of_2(self.tables.b.max_rank))
 
+    @property
+    def tile_rank_block(self) -> int:
+        """For matrix instructions, which take at least 16."""
+        return max(16, min(32, triton.next_power_of_2(self.tables.b.max_rank)))
+
     def kernel_args(self) -> tuple:
         """s, slots, pool, offset, rank, scaling, distance of parts, elements of a token in s, and between splits."""
-        return self._args(self.tables.b)
+        return (self.s, self.slots, *self._table_args(self.tables.b))
 
     def shrink_args(self) -> tuple:
         """As `kernel_args`, for a kernel that fills s: with the tables of A."""
-        return self._args(self.tables.a)
+        return (self.s, self.slots, *self._table_args(self.tables.a))
 
-    def _args(self, stack: Stack) -> tuple:
+    def tile_args(self) -> tuple:
+        """s, scale of its rows, order, slots in order, then as `kernel_args`."""
+        return (self.s, self.row_scale, self.order, self._slots_in_order, *self._table_args(self.tables.b))
+
+    def tile_shrink_args(self) -> tuple:
+        """s, order, slots in order, pool, offset and rank of A, M, parts, elements of a part in s, distance of parts."""
         _, m, parts, width = self.s.shape
-        return (self.s, self.slots, stack.pool, stack.offset, stack.rank, stack.scaling, self.tables.stride, parts * width, m * parts * width)
+        a = self.tables.a
+        return (self.s, self.order, self._slots_in_order, a.pool, a.offset, a.rank, m, parts, width, self.tables.stride)
+
+    @property
+    def _slots_in_order(self) -> torch.Tensor:
+        return self.slots if self.ordered_slots is None else self.ordered_slots
+
+    def _table_args(self, stack: Stack) -> tuple:
+        _, m, parts, width = self.s.shape
+        return (stack.pool, stack.offset, stack.rank, stack.scaling, self.tables.stride, parts * width, m * parts * width)
 
 
 NO_LINEAR_ADDEND = (None,) * 6 + (0, 0, 0)
 
 
-# ---- shrink ---------------------------------------------------------------------------------------------------------
+# ---- tiles ----------------------------------------------------------------------------------------------------------
 @triton.jit
-def _shrink_rows_kernel(
-    x_ptr, s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, K, M, width, part_stride, PARTS: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid (tokens, parts * rank blocks, splits)."""
-    pdl_wait(PDL)
-    token, part, r0 = tl.program_id(0), tl.program_id(1) // RANK_BLOCKS, tl.program_id(1) % RANK_BLOCKS * BR
-    slot = tl.load(slots_ptr + token)
-    if slot >= 0:
-        rank = tl.load(rank_ptr + part * part_stride + slot)
-        if r0 < rank:
-            rr, rk = r0 + tl.arange(0, BR), tl.arange(0, BK)
-            a_ptr = matrix_of(pool_ptr, offset_ptr, part * part_stride + slot) + rr.to(tl.int64)[:, None] * K + rk[None, :]
-            x_row = x_ptr + token.to(tl.int64) * K + rk
-            per_split = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(2)) * BK
-            begin = tl.program_id(2) * per_split
-            end = tl.minimum(begin + per_split, K)
-            acc = tl.zeros((BR, BK), dtype=tl.float32)
-            for k in tl.range(begin, end, BK, num_stages=2):
-                x = tl.load(x_row + k, mask=k + rk < end, other=0.0).to(tl.float32)
-                a = tl.load(a_ptr + k, mask=(rr < rank)[:, None] & (k + rk < end)[None, :], other=0.0).to(tl.float32)
-                acc += a * x[None, :]
-            place = (tl.program_id(2) * M + token) * PARTS + part
-            tl.store(s_ptr + place.to(tl.int64) * width + rr, tl.sum(acc, axis=1), mask=rr < rank)
+def tile_rows(order_ptr, slots_ptr, M, block, BM: tl.constexpr):
+    """(tokens, their slots, which are inside) of a block; the slots of rows outside are -1."""
+    place = block * BM + tl.arange(0, BM)
+    inside = place < M
+    slots = tl.load(slots_ptr + place, mask=inside, other=-1)
+    if order_ptr is None:
+        rm = place
+    else:
+        rm = tl.load(order_ptr + place, mask=inside, other=0)
+    return rm.to(tl.int64), slots, inside
 
 
 @triton.jit
-def _shrink_tiles_kernel(
-    x_ptr, s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, K, M, width, part_stride, PARTS: tl.constexpr, RANK_BLOCKS: tl.constexpr,
-    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of tokens, parts * rank blocks, splits): one pass over x for each distinct slot of the block."""
-    pdl_wait(PDL)
-    per_split = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(2)) * BK
-    begin = tl.program_id(2) * per_split
-    end = tl.minimum(begin + per_split, K)
-    rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    part, r0 = tl.program_id(1) // RANK_BLOCKS, tl.program_id(1) % RANK_BLOCKS * BR
-    rr, rk = r0 + tl.arange(0, BR), tl.arange(0, BK)
-    slots = tl.load(slots_ptr + rm, mask=rm < M, other=-1)
-    slot = tl.min(tl.where(slots >= 0, slots, NO_SLOT), 0)
-    while slot < NO_SLOT:
-        rank = tl.load(rank_ptr + part * part_stride + slot)
-        mine = slots == slot
-        if r0 < rank:
-            a_ptr = matrix_of(pool_ptr, offset_ptr, part * part_stride + slot) + rr.to(tl.int64)[None, :] * K + rk[:, None]
-            x_rows = x_ptr + rm.to(tl.int64)[:, None] * K + rk[None, :]
-            acc = tl.zeros((BM, BR), dtype=tl.float32)
-            for k in tl.range(begin, end, BK, num_stages=3):
-                x = tl.load(x_rows + k, mask=mine[:, None] & (k + rk < end)[None, :], other=0.0)
-                a = tl.load(a_ptr + k, mask=(rr < rank)[None, :] & (k + rk < end)[:, None], other=0.0)
-                acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
-            s_rows = s_ptr + ((tl.program_id(2) * M + rm).to(tl.int64) * PARTS + part)[:, None] * width + rr[None, :]
-            tl.store(s_rows, acc, mask=mine[:, None] & (rr < rank)[None, :])
-        slot = tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
+def next_slot(slots, slot):
+    """The smallest of `slots` above `slot`, or NO_SLOT; begin with slot -1."""
+    return tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
 
 
-def shrink_splits(tokens: int, inputs: int) -> int:
-    """Splits of x's columns for a step of so many tokens: more while programs are too few to fill a GPU."""
-    if tokens <= ROWS_MAX:
-        return max(1, min(4, inputs // 512))
-    return max(1, min(8, inputs // 256, 264 // triton.cdiv(tokens, _tile_rows(tokens))))
-
-
-def _tile_rows(tokens: int) -> int:
-    """Tokens of a tile: small ones where a block of tokens has many slots (decode)."""
+def tile_tokens(tokens: int) -> int:
+    """Tokens of a tile: few at decode, where a block may have many slots."""
     return 16 if tokens <= 512 else 64
 
 
-def linear_shrink(x: torch.Tensor, tables: PartTables, slots: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """s float32 [splits, M, parts, width] = A x of x [M, in]; entries beyond a slot's rank and of slot -1 are undefined."""
-    (splits, m, parts, width), k, a = s.shape, x.shape[1], tables.a
-    launch.expect("linear_shrink: x", x, (slots.shape[0], a.dim), x.dtype, a.pool.device)  # a router's x may be wider than the pool
-    options = launch.options(x.device)
-    br = max(16, min(64 if m > ROWS_MAX else 16, triton.next_power_of_2(width)))
-    rank_blocks = triton.cdiv(width, br)
-    sizes = (k, m, width, tables.stride)
-    if m <= ROWS_MAX:
-        _shrink_rows_kernel[(m, parts * rank_blocks, splits)](
-            x, s, slots, a.pool, a.offset, a.rank, *sizes, PARTS=parts, RANK_BLOCKS=rank_blocks, BR=br, BK=512, num_warps=4, **options
-        )
+def tile_shares(tokens: int) -> int:
+    """Programs that share the slots of a block: several while programs are few and a block may have many slots."""
+    return 2 if tokens <= 64 else 1
+
+
+# ---- shrink ---------------------------------------------------------------------------------------------------------
+@triton.jit
+def _load_a(pool_ptr, offset_ptr, rank_ptr, entry, slot, is_part, rr, K, k, wanted):
+    """(rank [Q], A[rr, k] [Q, BK]) of a slot, Q = all parts' rows side by side; zeros where there is none."""
+    is_slot = slot < NO_SLOT
+    place = entry + tl.where(is_slot, slot, 0)
+    rank = tl.load(rank_ptr + place, mask=is_part & is_slot, other=0)
+    a_ptrs = matrix_of(pool_ptr, offset_ptr, place)[:, None] + rr.to(tl.int64)[:, None] * K + k[None, :]
+    return rank, tl.load(a_ptrs, mask=(rr < rank)[:, None] & wanted[None, :], other=0.0)
+
+
+@triton.jit
+def _load_x(x_ptr, residual_ptr, weight_ptr, rows, k, inside, wanted):
+    """x, or bf16(x + residual) where there is one (as the norm rounds it), times weight where there is one: [BM, BK]."""
+    mask = inside[:, None] & wanted[None, :]
+    x = tl.load(x_ptr + rows + k[None, :], mask=mask, other=0.0)
+    if residual_ptr is not None:
+        x = (x.to(tl.float32) + tl.load(residual_ptr + rows + k[None, :], mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + k, mask=wanted, other=0.0)
+        x = (x.to(tl.float32) * weight.to(tl.float32)[None, :]).to(x.dtype)
+    return x
+
+
+@triton.jit
+def shrink_tile(
+    x_ptr, residual_ptr, weight_ptr, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, K, block, job, split,
+    SPLITS: tl.constexpr, SHARES: tl.constexpr, PARTS_PAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    ONCE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """s[split, tokens of the block] = A x over the split's columns, all parts at once; job = rank block * SHARES + share of the slots.
+
+    ONCE: a split is one block of BK columns. Then A of the first slot is read before the kernel before this one is complete.
+    """
+    rm, slots, inside = tile_rows(order_ptr, slots_ptr, M, block, BM)
+    column = tl.arange(0, PARTS_PAD * BR)
+    part, rr = column // BR, job // SHARES * BR + column % BR
+    is_part = part < parts
+    entry = tl.where(is_part, part, 0) * part_stride
+    slot = next_slot(slots, -1)
+    for _turn in range(job % SHARES):
+        slot = next_slot(slots, slot)
+    per_split = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, K)
+    k, rows = begin + tl.arange(0, BK), rm[:, None] * K
+    s_rows = s_ptr + ((split * M + rm) * parts)[:, None] * width + (part * width + rr)[None, :]
+    if ONCE:
+        rank, a = _load_a(pool_ptr, offset_ptr, rank_ptr, entry, slot, is_part, rr, K, k, k < end)
+        pdl_wait(PDL)
+        x = _load_x(x_ptr, residual_ptr, weight_ptr, rows, k, inside, k < end)
+        while slot < NO_SLOT:
+            acc = tl.dot(x, tl.trans(a.to(x.dtype)), input_precision=PRECISION)
+            tl.store(s_rows, acc, mask=(slots == slot)[:, None] & (rr < rank)[None, :])
+            for _step in tl.static_range(SHARES):
+                slot = next_slot(slots, slot)
+            rank, a = _load_a(pool_ptr, offset_ptr, rank_ptr, entry, slot, is_part, rr, K, k, k < end)
     else:
-        bm = _tile_rows(m)
-        _shrink_tiles_kernel[(triton.cdiv(m, bm), parts * rank_blocks, splits)](
-            x, s, slots, a.pool, a.offset, a.rank, *sizes, PARTS=parts, RANK_BLOCKS=rank_blocks, BM=bm, BR=br, BK=128 if x.element_size() == 2 else 32,
-            PRECISION=launch.dot_precision(x.dtype), num_warps=4, **options,
-        )  # fmt: skip
-    return s
+        pdl_wait(PDL)
+        while slot < NO_SLOT:
+            rank = tl.load(rank_ptr + entry + slot, mask=is_part, other=0)
+            mine, real = slots == slot, rr < rank
+            a_ptrs = matrix_of(pool_ptr, offset_ptr, entry + slot)[:, None] + rr.to(tl.int64)[:, None] * K + k[None, :]
+            acc = tl.zeros((BM, PARTS_PAD * BR), dtype=tl.float32)
+            for start in tl.range(0, end - begin, BK, num_stages=3):
+                wanted = start + k < end
+                x = _load_x(x_ptr, residual_ptr, weight_ptr, rows, start + k, mine, wanted)
+                a = tl.load(a_ptrs + start, mask=real[:, None] & wanted[None, :], other=0.0)
+                acc = tl.dot(x, tl.trans(a.to(x.dtype)), acc, input_precision=PRECISION)
+            tl.store(s_rows, acc, mask=mine[:, None] & real[None, :])
+            for _step in tl.static_range(SHARES):
+                slot = next_slot(slots, slot)
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, K,
+    SPLITS: tl.constexpr, SHARES: tl.constexpr, PARTS_PAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    ONCE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of tokens, rank blocks * shares, splits)."""
+    shrink_tile(
+        x_ptr, None, None, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr,
+        M, parts, width, part_stride, K, tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        SPLITS, SHARES, PARTS_PAD, BM, BR, BK, ONCE, PRECISION, PDL,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShrinkShape:
+    """How a shrink of M tokens is cut into programs."""
+
+    blocks: int
+    jobs: int  # rank blocks * shares
+    splits: int
+    options: dict[str, int | str]
+
+    @classmethod
+    def of(cls, low: LinearAddend, dtype: torch.dtype) -> ShrinkShape:
+        (splits, m, parts, width), k = low.s.shape, low.tables.a.dim
+        br = max(16, min(64 if parts == 1 else 32, triton.next_power_of_2(width)))
+        bm, shares, per_split = tile_tokens(m), tile_shares(m), triton.cdiv(k, splits)
+        once = bm == 16 and per_split <= 256
+        options: dict[str, int | str] = {
+            "SPLITS": splits, "SHARES": shares, "PARTS_PAD": triton.next_power_of_2(parts), "BM": bm, "BR": br, "ONCE": once,
+            "BK": max(16, triton.next_power_of_2(per_split)) if once else 128 if dtype.itemsize == 2 else 32, "PRECISION": launch.dot_precision(dtype),
+        }  # fmt: skip
+        return cls(triton.cdiv(m, bm), triton.cdiv(width, br) * shares, splits, options)
+
+
+def shrink_splits(tokens: int, inputs: int) -> int:
+    """Splits of x's columns for a step of so many tokens: of 256 at decode, where programs are too few to fill a GPU."""
+    if tile_tokens(tokens) == 16:
+        return max(1, min(16, triton.cdiv(inputs, 256)))
+    return max(1, min(8, inputs // 256, 264 // triton.cdiv(tokens, tile_tokens(tokens))))
+
+
+def linear_shrink(x: torch.Tensor, low: LinearAddend) -> None:
+    """low.s float32 [splits, M, parts, width] = A x of x [M, in]; entries beyond a slot's rank and of slot -1 are undefined."""
+    a = low.tables.a
+    launch.expect("linear_shrink: x", x, (low.slots.shape[0], a.dim), x.dtype, a.pool.device)  # a router's x may be wider than the pool
+    shape = ShrinkShape.of(low, x.dtype)
+    _shrink_kernel[(shape.blocks, shape.jobs, shape.splits)](x, *low.tile_shrink_args(), x.shape[1], **shape.options, num_warps=4, **launch.options(x.device))
 
 
 # ---- expand ---------------------------------------------------------------------------------------------------------
 @triton.jit
-def _add_slot(
-    acc, s_ptr, b_ptr, rm, rn, mine, inside, part_column, rank, scaling, s_stride, split_stride, SPLITS: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """acc [BM, BN] + scaling * s[rows of one slot] B[rn]^T."""
-    for r0 in tl.range(0, rank, BR, num_stages=1):
-        rr = r0 + tl.arange(0, BR)
-        s_ptrs = s_ptr + rm.to(tl.int64)[:, None] * s_stride + (part_column + rr)[None, :]
-        s_mask = mine[:, None] & (rr < rank)[None, :]
-        low = tl.load(s_ptrs, mask=s_mask, other=0.0)
-        for i in tl.static_range(1, SPLITS):
-            low += tl.load(s_ptrs + i * split_stride, mask=s_mask, other=0.0)
+def load_tile_s(s_ptr, scale, rm, mine, column, rank, r0, s_stride, split_stride, SPLITS: tl.constexpr, BR: tl.constexpr, DTYPE: tl.constexpr):
+    """s[rows of one slot, column + r0 : + BR] times `scale` [BM], zeros elsewhere, in the dtype of the product with B."""
+    rr = r0 + tl.arange(0, BR)
+    ptrs = s_ptr + rm[:, None] * s_stride + (column + rr)[None, :]
+    mask = mine[:, None] & (rr < rank)[None, :]
+    low = tl.load(ptrs, mask=mask, other=0.0)
+    for i in tl.static_range(1, SPLITS):
+        low += tl.load(ptrs + i * split_stride, mask=mask, other=0.0)
+    return (low * scale[:, None]).to(DTYPE)
+
+
+@triton.jit
+def load_tile_b(b_ptr, rn, inside, rank, r0, BR: tl.constexpr, DTYPE: tl.constexpr):
+    """B[rn, r0 : r0 + BR]^T as [BR, BN], zeros beyond."""
+    rr = r0 + tl.arange(0, BR)
+    if rank % 8 == 0:  # rows lie on 16-byte boundaries; saying so lets them be read in such pieces
+        even = rank // 8 * 8
+        b = tl.load(b_ptr + rn.to(tl.int64)[None, :] * even + rr[:, None], mask=inside[None, :] & (rr < even)[:, None], other=0.0)
+    else:
         b = tl.load(b_ptr + rn.to(tl.int64)[None, :] * rank + rr[:, None], mask=inside[None, :] & (rr < rank)[:, None], other=0.0)
-        acc = tl.dot((low * scaling).to(DTYPE), b.to(DTYPE), acc, input_precision=PRECISION)
+    return b.to(DTYPE)
+
+
+@triton.jit
+def load_row_scale(scale_ptr, rm, slots):
+    """What s of each row is to be multiplied by, float32 [BM]."""
+    if scale_ptr is None:
+        scale = (slots >= 0).to(tl.float32)
+    else:
+        scale = tl.load(scale_ptr + rm, mask=slots >= 0, other=0.0)
+    return scale
+
+
+@triton.jit
+def add_tile(
+    acc, s_ptr, row_scale, rm, slots, rn, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    SPLITS: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, BN] + scaling * s B[rn]^T of one part, one pass for each distinct slot of the block."""
+    slot = next_slot(slots, -1)
+    while slot < NO_SLOT:
+        entry = part * part_stride + slot
+        rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
+        b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
+        for r0 in tl.range(0, rank, BR, num_stages=1):
+            low = load_tile_s(s_ptr, row_scale * scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
+            acc = tl.dot(low, load_tile_b(b_ptr, rn, inside, rank, r0, BR, DTYPE), acc, input_precision=PRECISION)
+        slot = next_slot(slots, slot)
     return acc
 
 
 @triton.jit
 def _expand_kernel(
-    y_ptr, s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, blocks_ptr, M, y_stride, width,
-    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    y_ptr, s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, blocks_ptr, M,
+    y_stride, width, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens, blocks of output rows): one pass for each distinct slot of the block."""
+    """Grid (blocks of tokens, blocks of output rows)."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     block = blocks_ptr + tl.program_id(1) * 4
     part, row, first, rows = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)  # no kernel writes them
+    rm, slots, _ = tile_rows(order_ptr, slots_ptr, M, tl.program_id(0), BM)
     pdl_wait(PDL)
-    rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = row + tl.arange(0, BN)
     inside = rn < rows
-    slots = tl.load(slots_ptr + rm, mask=rm < M, other=-1)
-    y_ptrs = y_ptr + rm.to(tl.int64)[:, None] * y_stride + (first + tl.arange(0, BN))[None, :]
+    y_ptrs = y_ptr + rm[:, None] * y_stride + (first + tl.arange(0, BN))[None, :]
     mask = (slots >= 0)[:, None] & inside[None, :]
     acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    slot = tl.min(tl.where(slots >= 0, slots, NO_SLOT), 0)
-    while slot < NO_SLOT:
-        entry = part * part_stride + slot
-        rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
-        b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
-        if rank % 8 == 0:
-            acc = _add_slot(
-                acc, s_ptr, b_ptr, rm, rn, slots == slot, inside, part * width, rank // 8 * 8, scaling, s_stride, split_stride, SPLITS, BR, PRECISION, DTYPE
-            )
-        else:
-            acc = _add_slot(acc, s_ptr, b_ptr, rm, rn, slots == slot, inside, part * width, rank, scaling, s_stride, split_stride, SPLITS, BR, PRECISION, DTYPE)
-        slot = tl.min(tl.where(slots > slot, slots, NO_SLOT), 0)
+    acc = add_tile(
+        acc, s_ptr, load_row_scale(row_scale_ptr, rm, slots), rm, slots, rn, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr,
+        part_stride, s_stride, split_stride, width, SPLITS, BR, PRECISION, DTYPE,
+    )  # fmt: skip
     tl.store(y_ptrs, acc.to(DTYPE), mask=mask)
 
 
@@ -237,35 +348,47 @@ def linear_expand(y: torch.Tensor, addend: LinearAddend) -> torch.Tensor:
     """y [M, rows] += scaling * B s in place; rows without an adapter are not touched."""
     tables, (splits, m, _, width) = addend.tables, addend.s.shape
     launch.expect("linear_expand: y", y, (m, tables.rows), y.dtype, tables.b.pool.device)
-    bm = _tile_rows(m)
+    bm = tile_tokens(m)
     _expand_kernel[(triton.cdiv(m, bm), tables.blocks.shape[0])](
-        y, *addend.kernel_args(), tables.blocks, m, y.stride(0), width,
-        SPLITS=splits, BM=bm, BN=tables.block_n, BR=max(16, min(32, triton.next_power_of_2(width))),
+        y, *addend.tile_args(), tables.blocks, m, y.stride(0), width,
+        SPLITS=splits, BM=bm, BN=tables.block_n, BR=addend.tile_rank_block,
         PRECISION=launch.dot_precision(y.dtype), num_warps=4, **launch.options(y.device),
     )  # fmt: skip
     return y
 
 
+# ---- one token a program --------------------------------------------------------------------------------------------
 @triton.jit
-def _expand_rows(s_ptrs, b_ptrs, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    total = tl.zeros(mask.shape, dtype=tl.float32)
-    for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-        rr = r0 + tl.arange(0, RANK_BLOCK)
-        b = tl.load(b_ptrs[:, None] + rr[None, :], mask=mask[:, None] & (rr < rank)[None, :], other=0.0)
-        low = tl.load(s_ptrs + rr, mask=rr < rank, other=0.0)
-        for i in tl.static_range(1, SPLITS):
-            low += tl.load(s_ptrs + i * split_stride + rr, mask=rr < rank, other=0.0)
-        total += tl.sum(b.to(tl.float32) * low[None, :], axis=1)
-    return total
+def whole_pieces(rank):
+    """`rank` where rows of B lie on 16-byte boundaries, else 0, in a form that lets loads of such rows take 16 bytes at a time."""
+    return tl.where(rank % 8 == 0, rank, 0) // 8 * 8
 
 
 @triton.jit
-def expand_rows(s_ptr, row, b_ptr, out_rows, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B[out_rows] . s[row] of one token, float32 in the shape of `out_rows` [N]; b_ptr: the matrix of its slot."""
+def load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK: tl.constexpr):
+    """B[rows, r0 : r0 + RANK_BLOCK] as [rows, RANK_BLOCK], zeros beyond the rank; b_ptr: the matrix [*, rank] of one slot."""
+    rr = r0 + tl.arange(0, RANK_BLOCK)
+    return tl.load(b_ptr + rows.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask[:, None] & (rr < rank)[None, :], other=0.0)
+
+
+@triton.jit
+def _times_s(b, s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, SPLITS)
+    low = tl.load(s_ptrs + splits[None, :] * split_stride + rr[:, None], mask=(rr < rank)[:, None], other=0.0)
+    return tl.sum(b.to(tl.float32) * tl.sum(low, axis=1)[None, :], axis=1)
+
+
+@triton.jit
+def expand_rows(b, s_ptrs, b_ptr, rows, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """B[rows] . s of one token, float32 in the shape of `rows` [N]. `b`: `load_rows` of `whole_pieces(rank)`, done before s was complete."""
     if rank % 8 == 0:
-        total = _expand_rows(s_ptr + row, b_ptr + out_rows.to(tl.int64) * (rank // 8 * 8), mask, rank // 8 * 8, split_stride, SPLITS, RANK_BLOCK)
+        total = _times_s(b, s_ptrs, rank, 0, split_stride, SPLITS, RANK_BLOCK)
+        for r0 in tl.range(RANK_BLOCK, rank, RANK_BLOCK, num_stages=1):
+            total += _times_s(load_rows(b_ptr, rows, mask, whole_pieces(rank), r0, RANK_BLOCK), s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
     else:
-        total = _expand_rows(s_ptr + row, b_ptr + out_rows.to(tl.int64) * rank, mask, rank, split_stride, SPLITS, RANK_BLOCK)
+        total = tl.zeros(rows.shape, dtype=tl.float32)
+        for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
+            total += _times_s(load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK), s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
     return total
 
 

@@ -7,6 +7,8 @@ logit per head that takes probability but has no value) and an optional logit ca
 streaming form of Milakov & Gimelshein 2018; decode splits the keys of a request over programs and merges the partial
 results by their log-sum-exp (flash decoding), always in the same order, so that two runs are bit-equal.
 
+The cache may be narrower than q (float8 e4m3): keys and values are widened as they are read.
+
 With MLA the cache holds one latent row per token: pass the same tensor as k_cache and v_cache; v is its first `Dv` columns.
 """
 
@@ -70,6 +72,7 @@ def _attend_blocks(
             v = tl.load(v_ptrs, mask=in_range[:, None] & (v_dims[None, :] < DV), other=0.0)
         else:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # the cache may be narrower
         scores = tl.dot(q, k, input_precision="ieee") * scale
         if SOFTCAP:
             scores = softcap * LOG2E * (2 * tl.sigmoid(2 * scores / (softcap * LOG2E)) - 1)
@@ -182,9 +185,16 @@ def _merge_kernel(
 
     With SHRINK also s[head, token] = A[:, columns of the head] out[row], one head's share of A x of the linear that reads out next.
     """
-    pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     dims, splits = tl.arange(0, DV_PAD), tl.arange(0, SPLITS)
+    if SHRINK:  # what no kernel of a step writes is read before attention is complete
+        token, head = row // HQ, row % HQ
+        slot = tl.load(slots_ptr + token)
+        rank = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
+        a_ptr = matrix_of(pool_ptr, offset_ptr, tl.maximum(slot, 0)) + head * DV + dims[None, :]
+        rr = tl.arange(0, RANK_BLOCK)
+        a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * (HQ * DV), mask=(rr < rank)[:, None] & (dims < DV)[None, :], other=0.0)
+    pdl_wait(PDL)
     lse = tl.load(lse_ptr + row * SPLITS + splits)
     top = tl.max(lse, axis=0)
     weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
@@ -193,16 +203,11 @@ def _merge_kernel(
     out = (tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * DV + dims, out, mask=dims < DV)
     if SHRINK:
-        token, head = row // HQ, row % HQ
-        slot = tl.load(slots_ptr + token)
-        if slot >= 0:
-            rank = tl.load(rank_ptr + slot)
-            a_ptr = matrix_of(pool_ptr, offset_ptr, slot) + head * DV + dims[None, :]
-            for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-                rr = r0 + tl.arange(0, RANK_BLOCK)
-                a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * (HQ * DV), mask=(rr < rank)[:, None] & (dims < DV)[None, :], other=0.0)
-                low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
-                tl.store(s_ptr + head * split_stride + token * s_stride + rr, low, mask=rr < rank)
+        for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
+            if r0 > 0:
+                a = tl.load(a_ptr + (r0 + rr).to(tl.int64)[:, None] * (HQ * DV), mask=(r0 + rr < rank)[:, None] & (dims < DV)[None, :], other=0.0)
+            low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
+            tl.store(s_ptr + head * split_stride + token * s_stride + r0 + rr, low, mask=r0 + rr < rank)
 
 
 def paged_attention(

@@ -14,49 +14,71 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, matrix_of
+from sglang_lora_moe.ops.lora_linear import (
+    NO_LINEAR_ADDEND,
+    NO_SLOT,
+    ROWS_MAX,
+    LinearAddend,
+    load_row_scale,
+    load_tile_b,
+    load_tile_s,
+    matrix_of,
+    next_slot,
+    tile_rows,
+    whole_pieces,
+)
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
 
 @triton.jit
-def _head_rows(s_ptrs, b_ptrs, high_rows, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B s for the rows at b_ptrs [HEADS, HALF_PAD] and those `high_rows` elements behind them."""
-    low, high = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
-    for r0 in tl.range(0, tl.max(rank, axis=0), RANK_BLOCK, num_stages=1):
-        rr = r0 + tl.arange(0, RANK_BLOCK)
-        real = rr[None, :] < rank[:, None]
-        s = tl.load(s_ptrs[:, None] + rr[None, :], mask=real, other=0.0)
-        for i in tl.static_range(1, SPLITS):
-            s += tl.load(s_ptrs[:, None] + i * split_stride + rr[None, :], mask=real, other=0.0)
-        b_mask = mask[:, :, None] & real[:, None, :]
-        b = b_ptrs[:, :, None] + rr[None, None, :]
-        low += tl.sum(tl.load(b, mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
-        high += tl.sum(tl.load(b + high_rows[:, None, None], mask=b_mask, other=0.0).to(tl.float32) * s[:, None, :], axis=2)
-    return low, high
+def _head_matrix(head, slot, pool_ptr, offset_ptr, rank_ptr, part_stride, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr):
+    """(part, rank of its adapter, place of its table entry, first row of the head in B, B) of each head, [HEADS]; rank 0 without an adapter."""
+    part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
+    part = tl.where(head < HQ + 2 * HKV, part, 0)
+    entry = part * part_stride + tl.maximum(slot, 0)
+    rank = tl.load(rank_ptr + entry, mask=(slot >= 0) & (head < HQ + 2 * HKV), other=0)
+    first = (head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))) * D
+    return part, rank, entry, first, matrix_of(pool_ptr, offset_ptr, entry)
 
 
 @triton.jit
-def _head_delta(
-    token, head, half, mask, s_ptr, slot, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """scaling * B s for rows [D/2] and the D/2 after them of each head, float32 [HEADS, HALF_PAD] twice."""
-    HALF: tl.constexpr = D // 2
-    part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
-    part = tl.where(head < HQ + 2 * HKV, part, 0)
-    entry = part * part_stride + slot
-    rank = tl.load(rank_ptr + entry)
-    first = (head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))) * D
-    b_ptr = matrix_of(pool_ptr, offset_ptr, entry)[:, None]
-    rows = first[:, None] + half[None, :]
-    s_ptrs = s_ptr + token * s_stride + part * width
+def _load_halves(b_ptr, first, half, mask, rank, r0, HALF: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """Columns [r0, r0 + RANK_BLOCK) of B for both halves of each head, [HEADS, HALF_PAD, RANK_BLOCK] twice."""
+    rr = r0 + tl.arange(0, RANK_BLOCK)
+    b_mask = mask[:, :, None] & (rr[None, :] < rank[:, None])[:, None, :]
+    ptrs = b_ptr[:, None, None] + ((first[:, None] + half[None, :]) * rank[:, None])[:, :, None] + rr[None, None, :]
+    return tl.load(ptrs, mask=b_mask, other=0.0), tl.load(ptrs + (HALF * rank)[:, None, None], mask=b_mask, other=0.0)
+
+
+@triton.jit
+def _head_s(s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """s [HEADS, 1, RANK_BLOCK] of each head's part."""
+    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, SPLITS)
+    ptrs = s_ptrs[:, None, None] + (splits * split_stride)[None, :, None] + rr[None, None, :]
+    return tl.sum(tl.load(ptrs, mask=(rr[None, :] < rank[:, None])[:, None, :], other=0.0), axis=1)[:, None, :]
+
+
+@triton.jit
+def _add_product(low, high, b_low, b_high, s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    s = _head_s(s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
+    return low + tl.sum(b_low.to(tl.float32) * s, axis=2), high + tl.sum(b_high.to(tl.float32) * s, axis=2)
+
+
+@triton.jit
+def _head_delta(b_low, b_high, b_ptr, first_row, half, mask, rank, s_ptrs, split_stride, HALF: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """B s for both halves of each head, float32 [HEADS, HALF_PAD] twice. `b_low`, `b_high`: the first block of whole pieces."""
+    low, high = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
+    most = tl.max(rank, axis=0)
     if tl.max(rank % 8, axis=0) == 0:
-        even = rank // 8 * 8
-        low, high = _head_rows(s_ptrs, b_ptr + rows * even[:, None], HALF * even, mask, even, split_stride, SPLITS, RANK_BLOCK)
+        low, high = _add_product(low, high, b_low, b_high, s_ptrs, rank, 0, split_stride, SPLITS, RANK_BLOCK)
+        for r0 in tl.range(RANK_BLOCK, most, RANK_BLOCK, num_stages=1):
+            b_low, b_high = _load_halves(b_ptr, first_row, half, mask, whole_pieces(rank), r0, HALF, RANK_BLOCK)
+            low, high = _add_product(low, high, b_low, b_high, s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
     else:
-        low, high = _head_rows(s_ptrs, b_ptr + rows * rank[:, None], HALF * rank, mask, rank, split_stride, SPLITS, RANK_BLOCK)
-    scaling = tl.load(scaling_ptr + entry)[:, None]
-    return low * scaling, high * scaling
+        for r0 in tl.range(0, most, RANK_BLOCK, num_stages=1):
+            b_low, b_high = _load_halves(b_ptr, first_row, half, mask, rank, r0, HALF, RANK_BLOCK)
+            low, high = _add_product(low, high, b_low, b_high, s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
+    return low, high
 
 
 @triton.jit
@@ -68,23 +90,26 @@ def _qk_norm_rope_kernel(
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (token, HEADS heads): heads [0, HQ) are queries, then HKV keys, then HKV values."""
-    pdl_wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     HALF: tl.constexpr = D // 2
     half = tl.arange(0, HALF_PAD)
     inside = half < HALF
     mask = (head < HQ + 2 * HKV)[:, None] & inside[None, :]
+    if ADDEND:  # what no kernel of a step writes is read before the linear is complete
+        slot = tl.load(slots_ptr + token)
+        part, rank, entry, first_row, b_ptr = _head_matrix(head, slot, pool_ptr, offset_ptr, rank_ptr, part_stride, HQ, HKV, D)
+        scaling = tl.load(scaling_ptr + entry)[:, None]
+        b_low, b_high = _load_halves(b_ptr, first_row, half, mask, whole_pieces(rank), 0, HALF, RANK_BLOCK)
+    pdl_wait(PDL)
     source = qkv_ptr + token * qkv_stride + head[:, None] * D + half[None, :]
     first, second = tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
-    if ADDEND:
-        slot = tl.load(slots_ptr + token)
-        if slot >= 0:
+    if ADDEND:  # noqa: SIM102 - `rank` exists only here
+        if tl.max(rank, axis=0) > 0:
             low, high = _head_delta(
-                token, head, half, mask, s_ptr, slot, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
-                HQ, HKV, D, SPLITS, RANK_BLOCK,
-            )  # fmt: skip
-            first, second = (first.to(tl.float32) + low).to(first.dtype), (second.to(tl.float32) + high).to(first.dtype)
+                b_low, b_high, b_ptr, first_row, half, mask, rank, s_ptr + token * s_stride + part * width, split_stride, HALF, SPLITS, RANK_BLOCK
+            )
+            first, second = (first.to(tl.float32) + low * scaling).to(first.dtype), (second.to(tl.float32) + high * scaling).to(first.dtype)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORM:
         scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
@@ -104,12 +129,83 @@ def _qk_norm_rope_kernel(
     tl.store(q_target + HALF, high, mask=mask & (head < HQ)[:, None])
     is_key = ((head >= HQ) & (head < HQ + HKV))[:, None]
     k_target = k_cache_ptr + cache_row + (head - HQ)[:, None] * D + half[None, :]
-    tl.store(k_target, low, mask=mask & is_key)
-    tl.store(k_target + HALF, high, mask=mask & is_key)
+    tl.store(k_target, low.to(k_cache_ptr.dtype.element_ty), mask=mask & is_key)
+    tl.store(k_target + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=mask & is_key)
     is_value = (head >= HQ + HKV)[:, None]
     v_target = v_cache_ptr + cache_row + (head - HQ - HKV)[:, None] * D + half[None, :]
-    tl.store(v_target, first, mask=mask & is_value)
-    tl.store(v_target + HALF, second, mask=mask & is_value)
+    tl.store(v_target, first.to(v_cache_ptr.dtype.element_ty), mask=mask & is_value)
+    tl.store(v_target + HALF, second.to(v_cache_ptr.dtype.element_ty), mask=mask & is_value)
+
+
+@triton.jit
+def _qk_norm_rope_tiles_kernel(
+    qkv_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, kv_slots_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
+    eps, qkv_stride, cache_stride, cos_stride, M,
+    s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr,
+    SPLITS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_qk_norm_rope_kernel` with an addend, one program per (block of tokens in the order of their slots, head)."""
+    DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
+    HALF: tl.constexpr = D // 2
+    head = tl.program_id(1)
+    half = tl.arange(0, HALF_PAD)
+    inside = half < HALF
+    rm, slots, real = tile_rows(order_ptr, slots_ptr, M, tl.program_id(0), BM)
+    part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
+    row = (head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))) * D + half
+    mask = real[:, None] & inside[None, :]
+    pdl_wait(PDL)
+    source = qkv_ptr + rm[:, None] * qkv_stride + head * D + half[None, :]
+    first, second = tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
+    turn = (tl.load(positions_ptr + rm, mask=real, other=0) * cos_stride)[:, None] + half[None, :]
+    cache_row = (tl.load(kv_slots_ptr + rm, mask=real, other=0) * cache_stride)[:, None] + half[None, :]
+    a, b = _add_halves(
+        first.to(tl.float32), second.to(tl.float32), s_ptr, load_row_scale(row_scale_ptr, rm, slots), rm, slots, row, inside, part,
+        pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width, HALF, SPLITS, BR, PRECISION, DTYPE,
+    )  # fmt: skip
+    first, second = a.to(DTYPE), b.to(DTYPE)
+    if part == 2:
+        target = v_cache_ptr + cache_row + (head - HQ - HKV) * D
+        tl.store(target, first.to(v_cache_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + HALF, second.to(v_cache_ptr.dtype.element_ty), mask=mask)
+    else:
+        a, b = first.to(tl.float32), second.to(tl.float32)
+        if NORM:
+            scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+            weight_ptr = q_weight_ptr if part == 0 else k_weight_ptr
+            a = a * scale * tl.load(weight_ptr + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+            b = b * scale * tl.load(weight_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+            a, b = a.to(DTYPE).to(tl.float32), b.to(DTYPE).to(tl.float32)  # transformers rounds between norm and rope
+        cos, sin = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32), tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+        low, high = (a * cos - b * sin).to(DTYPE), (b * cos + a * sin).to(DTYPE)
+        if part == 0:
+            target = q_out_ptr + ((rm * HQ + head) * D)[:, None] + half[None, :]
+            tl.store(target, low, mask=mask)
+            tl.store(target + HALF, high, mask=mask)
+        else:
+            target = k_cache_ptr + cache_row + (head - HQ) * D
+            tl.store(target, low.to(k_cache_ptr.dtype.element_ty), mask=mask)
+            tl.store(target + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_halves(
+    a, b, s_ptr, row_scale, rm, slots, row, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    HALF: tl.constexpr, SPLITS: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As `lora_linear.add_tile` for both halves of a head, whose rows of B lie HALF apart."""
+    slot = next_slot(slots, -1)
+    while slot < NO_SLOT:
+        entry = part * part_stride + slot
+        rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
+        b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
+        for r0 in tl.range(0, rank, BR, num_stages=1):
+            low = load_tile_s(s_ptr, row_scale * scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
+            a = tl.dot(low, load_tile_b(b_ptr, row, inside, rank, r0, BR, DTYPE), a, input_precision=PRECISION)
+            b = tl.dot(low, load_tile_b(b_ptr, row + HALF, inside, rank, r0, BR, DTYPE), b, input_precision=PRECISION)
+        slot = next_slot(slots, slot)
+    return a, b
 
 
 def qk_norm_rope(
@@ -135,13 +231,19 @@ def qk_norm_rope(
     if cos.shape != sin.shape or cos.stride() != sin.stride() or cos.shape[1] < d // 2:
         raise ValueError(f"qk_norm_rope: cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}, expected [positions, at least {d // 2}]")
     q = qkv.new_empty(m, num_heads, d)
-    heads = 4 if m <= 64 or addend is not None else 8
+    common = (qkv, q, k_cache, v_cache, kv_slots, positions, cos, sin, q_weight, k_weight, eps, qkv.stride(0), hkv * d, cos.stride(0))
+    meta = {"HQ": num_heads, "HKV": hkv, "D": d, "HALF_PAD": triton.next_power_of_2(d // 2), "NORM": q_weight is not None, **launch.options(qkv.device)}
+    if addend is not None and (addend.grouped or m > ROWS_MAX):
+        bm = 16 if m <= 512 else 32
+        _qk_norm_rope_tiles_kernel[(triton.cdiv(m, bm), num_heads + 2 * hkv)](
+            *common, m, *addend.tile_args(), addend.s.shape[3], SPLITS=addend.s.shape[0], BM=bm, BR=addend.tile_rank_block,
+            PRECISION=launch.dot_precision(qkv.dtype), num_warps=4 if bm > 16 else 2, **meta,
+        )  # fmt: skip
+        return q
+    heads = (1 if m <= 16 else 4) if addend is not None else 4 if m <= 64 else 8
     extra = (*NO_LINEAR_ADDEND, 0) if addend is None else (*addend.kernel_args(), addend.s.shape[3])
     _qk_norm_rope_kernel[(m, triton.cdiv(num_heads + 2 * hkv, heads))](
-        qkv, q, k_cache, v_cache, kv_slots, positions, cos, sin, q_weight, k_weight, eps, qkv.stride(0), hkv * d, cos.stride(0), *extra,
-        HQ=num_heads, HKV=hkv, D=d, HALF_PAD=triton.next_power_of_2(d // 2), HEADS=heads, NORM=q_weight is not None,
-        num_warps=heads // 2 if addend is None else heads, ADDEND=addend is not None,
-        SPLITS=1 if addend is None else addend.s.shape[0], RANK_BLOCK=16 if addend is None else addend.rank_block,
-        **launch.options(qkv.device),
+        *common, *extra, HEADS=heads, num_warps=heads // 2 if addend is None else max(2, heads), ADDEND=addend is not None,
+        SPLITS=1 if addend is None else addend.s.shape[0], RANK_BLOCK=16 if addend is None else addend.rank_block, **meta,
     )  # fmt: skip
     return q

@@ -13,8 +13,22 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, expand_rows, matrix_of
+from sglang_lora_moe.ops.lora_linear import (
+    NO_LINEAR_ADDEND,
+    LinearAddend,
+    ShrinkShape,
+    add_tile,
+    expand_rows,
+    load_row_scale,
+    load_rows,
+    matrix_of,
+    shrink_tile,
+    tile_rows,
+    whole_pieces,
+)
 from sglang_lora_moe.ops.low_rank import pdl_wait
+
+ADD_ROWS_MAX = 256  # tokens up to which a norm that adds what adapters add to x owns one token a program
 
 
 @triton.jit
@@ -27,18 +41,30 @@ def _rms_norm_kernel(
     """Program (t, 0) norms token t, held in registers. With SHRINK programs (t, 1 + j) norm it too, each for one block of ranks of one part."""
     cols = tl.arange(0, BLOCK)
     mask = cols < H
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # no kernel writes it, so it may be read early
-    pdl_wait(PDL)
     token, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = token * H
-    x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
-    if ADDEND:
+    # What no kernel of a step writes is read before the kernel before this one is complete: weights, adapters, the step's slots.
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if ADDEND or SHRINK:
         slot = tl.load(slots_ptr + token)
-        if slot >= 0:
-            rank = tl.load(rank_ptr + slot)
-            b_ptr = matrix_of(pool_ptr, offset_ptr, slot)
-            delta = expand_rows(s_ptr, token * s_stride, b_ptr, cols, mask, rank, split_stride, SPLITS, RANK_BLOCK)
-            x = (x + tl.load(scaling_ptr + slot) * delta).to(x_ptr.dtype.element_ty).to(tl.float32)  # as the linear would have rounded it
+    if ADDEND:
+        rank = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
+        scaling = tl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)
+        b_ptr = matrix_of(pool_ptr, offset_ptr, tl.maximum(slot, 0))
+        b = load_rows(b_ptr, cols, mask, whole_pieces(rank), 0, RANK_BLOCK)
+    if SHRINK:
+        part = tl.maximum(job - 1, 0) // RANK_BLOCKS
+        rr = tl.maximum(job - 1, 0) % RANK_BLOCKS * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
+        entry = part * part_stride + tl.maximum(slot, 0)
+        real = rr < tl.load(rank_ptr + entry, mask=(slot >= 0) & (job > 0), other=0)
+        a_ptr = matrix_of(pool_ptr, offset_ptr, entry)
+        a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * H + cols[None, :], mask=real[:, None] & mask[None, :], other=0.0)
+    pdl_wait(PDL)
+    x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+    if ADDEND:  # noqa: SIM102 - `rank` exists only here
+        if rank > 0:
+            delta = expand_rows(b, s_ptr + token * s_stride, b_ptr, cols, mask, rank, split_stride, SPLITS, RANK_BLOCK)
+            x = (x + scaling * delta).to(x_ptr.dtype.element_ty).to(tl.float32)  # as the linear would have rounded it
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
         stored = x.to(residual_ptr.dtype.element_ty)
@@ -50,15 +76,76 @@ def _rms_norm_kernel(
     if job == 0:
         tl.store(out_ptr + row + cols, out, mask=mask)
     elif SHRINK:
-        slot = tl.load(slots_ptr + token)
-        if slot >= 0:
-            part = (job - 1) // RANK_BLOCKS
-            rr = (job - 1) % RANK_BLOCKS * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
-            real = rr < tl.load(rank_ptr + part * part_stride + slot)
-            a_ptr = matrix_of(pool_ptr, offset_ptr, part * part_stride + slot)
-            a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * H + cols[None, :], mask=real[:, None] & mask[None, :], other=0.0)
-            low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
-            tl.store(s_ptr + token * s_stride + part * width + rr, low, mask=real)
+        low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
+        tl.store(s_ptr + token * s_stride + part * width + rr, low, mask=real)
+
+
+@triton.jit
+def _norm_shrink_tiles_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, scale_ptr, eps, H,
+    s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, JOBS, shrinks,
+    SPLITS: tl.constexpr, SHARES: tl.constexpr, PARTS_PAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    ONCE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The first programs shrink what is not scaled yet; beside them M programs norm one token each and store what they scale it by."""
+    job = tl.program_id(0)
+    if job < shrinks:
+        shrink_tile(
+            x_ptr, residual_ptr, weight_ptr, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, H,
+            job // (JOBS * SPLITS), job // SPLITS % JOBS, job % SPLITS, SPLITS, SHARES, PARTS_PAD, BM, BR, BK, ONCE, PRECISION, PDL,
+        )  # fmt: skip
+    else:
+        cols = tl.arange(0, BLOCK)
+        mask = cols < H
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        token = (job - shrinks).to(tl.int64)
+        row = token * H
+        pdl_wait(PDL)
+        x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+            stored = x.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + row + cols, stored, mask=mask)
+            x = stored.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
+        tl.store(scale_ptr + token, scale)
+        tl.store(out_ptr + row + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_norm_tiles_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, M,
+    s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per block of tokens: residual += x + delta a block of columns at a time, then the norm of what was stored."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    rm, slots, inside = tile_rows(order_ptr, slots_ptr, M, tl.program_id(0), BM)
+    pdl_wait(PDL)
+    row_scale = load_row_scale(row_scale_ptr, rm, slots)
+    squares = tl.zeros((BM,), dtype=tl.float32)
+    for n in tl.range(0, H, BN):
+        cols = n + tl.arange(0, BN)
+        wanted = inside[:, None] & (cols < H)[None, :]
+        place = rm[:, None] * H + cols[None, :]
+        x = tl.load(x_ptr + place, mask=wanted, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + place, mask=wanted, other=0.0).to(tl.float32)
+        x = add_tile(
+            x, s_ptr, row_scale, rm, slots, cols, cols < H, 0, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+            SPLITS, BR, PRECISION, DTYPE,
+        )  # fmt: skip
+        total = (x.to(DTYPE).to(tl.float32) + residual).to(DTYPE)  # as the linear would have rounded it
+        tl.store(residual_ptr + place, total, mask=wanted)
+        squares += tl.sum(total.to(tl.float32) * total.to(tl.float32), axis=1)
+    scale = tl.rsqrt(squares / H + eps)
+    tl.debug_barrier()  # other threads than those that read may have stored
+    for n in tl.range(0, H, BN):
+        cols = n + tl.arange(0, BN)
+        wanted = inside[:, None] & (cols < H)[None, :]
+        place = rm[:, None] * H + cols[None, :]
+        weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+        total = tl.load(residual_ptr + place, mask=wanted, other=0.0).to(tl.float32)
+        tl.store(out_ptr + place, (total * scale[:, None] * weight[None, :]).to(out_ptr.dtype.element_ty), mask=wanted)
 
 
 def rms_norm(
@@ -70,16 +157,44 @@ def rms_norm(
     addend: LinearAddend | None = None,
 ) -> torch.Tensor:
     """Return the norm of x [M, H] (or of residual + x, which is written back to residual). Raises ValueError on strided rows."""
+    if addend is not None and residual is not None and (addend.grouped or x.shape[0] > ADD_ROWS_MAX):
+        return _add_norm_tiles(x, weight, eps, residual, out, addend)
     return _launch(x, weight, eps, residual, residual, out, addend, None)
 
 
 def rms_norm_shrink(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, low: LinearAddend) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm n of x [M, H] (or of residual + x), and the sum; fills low.s [1, M, parts, width] with A n of the linear that reads n next.
+    """The norm n of x [M, H] (or of residual + x), and the sum; fills low.s [splits, M, parts, width] with A n of the linear that reads n next.
 
-    One launch: several programs norm the same token, each for other rows of A, so nothing waits for a norm.
+    One launch, and nothing in it waits for a norm: up to ROWS_MAX tokens several programs norm the same token, each for other rows
+    of A; beyond, A multiplies what is not yet scaled, and the scales go to low.row_scale.
     """
     total = x if residual is None else torch.empty_like(x)
-    return _launch(x, weight, eps, residual, total, None, None, low), total
+    if low.row_scale is None:
+        return _launch(x, weight, eps, residual, total, None, None, low), total
+    _check(x, residual)
+    (m, h), out, shape = x.shape, torch.empty_like(x), ShrinkShape.of(low, x.dtype)
+    shrinks = shape.blocks * shape.jobs * shape.splits
+    _norm_shrink_tiles_kernel[(shrinks + m,)](
+        x, residual, weight, out, total, low.row_scale, eps, h, *low.tile_shrink_args(), shape.jobs, shrinks, **shape.options,
+        BLOCK=triton.next_power_of_2(h), num_warps=4, **launch.options(x.device),
+    )  # fmt: skip
+    return out, total
+
+
+def _add_norm_tiles(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, out: torch.Tensor | None, addend: LinearAddend) -> torch.Tensor:
+    _check(x, residual)
+    (m, h), (splits, _, _, width) = x.shape, addend.s.shape
+    out = torch.empty_like(x) if out is None else out
+    _add_norm_tiles_kernel[(triton.cdiv(m, 16),)](
+        x, residual, weight, out, eps, h, m, *addend.tile_args(), width, SPLITS=splits, BM=16, BN=min(512, triton.next_power_of_2(h)),
+        BR=addend.tile_rank_block, PRECISION=launch.dot_precision(x.dtype), num_warps=8, **launch.options(x.device),
+    )  # fmt: skip
+    return out
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    if not x.is_contiguous() or (residual is not None and (residual.shape != x.shape or not residual.is_contiguous())):
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} and residual must be contiguous and of one shape")
 
 
 def _launch(
@@ -92,8 +207,7 @@ def _launch(
     addend: LinearAddend | None,
     low: LinearAddend | None,
 ) -> torch.Tensor:
-    if not x.is_contiguous() or (residual is not None and (residual.shape != x.shape or not residual.is_contiguous())):
-        raise ValueError(f"rms_norm: x {tuple(x.shape)} and residual must be contiguous and of one shape")
+    _check(x, residual)
     h = x.shape[-1]
     out = torch.empty_like(x) if out is None else out
     block, extra, jobs, splits, rank_block, rank_blocks = triton.next_power_of_2(h), (*NO_LINEAR_ADDEND, 0), 1, 1, 16, 1

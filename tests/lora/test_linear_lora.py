@@ -52,6 +52,7 @@ def make_linear(dtype: torch.dtype = torch.float32, slot_source: str = "tokens")
 def make_context(slots: list[int]) -> StepContext:
     ctx = StepContext(256, 8, 4, 16)
     ctx.token_slots[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
+    ctx.order_slots(len(slots))
     ctx.lora_active = any(slot >= 0 for slot in slots)
     return ctx
 

@@ -49,6 +49,7 @@ class Driver:
         ctx.num_tokens = start + padding
         ctx.kv_slots[start : start + padding] = 0  # the dump page
         ctx.token_slots[start : start + padding] = -1
+        ctx.order_slots(start + padding)
         ctx.num_logits = start
         ctx.logit_rows[:start] = torch.arange(start)
         ctx.logit_slots[:start] = ctx.token_slots[:start]

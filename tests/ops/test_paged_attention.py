@@ -56,6 +56,14 @@ def test_equals_reference(case: str, decode: bool, dtype: torch.dtype) -> None:
     check(CASES[case], decode, dtype, lens, seqs, page=8)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("case", ["gqa", "window_sinks", "latent"])
+def test_float8_cache(case: str, decode: bool) -> None:
+    """Equals attention over the values that float8 has kept."""
+    lens, seqs = ([1, 1, 1, 1], [1, 37, 300, 5]) if decode else ([5, 1, 20, 33], [5, 37, 20, 70])
+    check(CASES[case], decode, torch.float32, lens, seqs, page=8, cache=torch.float8_e4m3fn)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)  # float32 latents of DeepSeek do not fit into shared memory
 @pytest.mark.parametrize("decode", [False, True])
@@ -65,7 +73,7 @@ def test_real_shapes(case: str, decode: bool, dtype: torch.dtype) -> None:
     check(REAL[case], decode, dtype, lens, seqs, page=16)
 
 
-def check(spec: dict[str, Any], decode: bool, dtype: torch.dtype, lens: list[int], seqs: list[int], page: int) -> None:
+def check(spec: dict[str, Any], decode: bool, dtype: torch.dtype, lens: list[int], seqs: list[int], page: int, cache: torch.dtype | None = None) -> None:
     from sglang_lora_moe.ops import paged_attention as op
 
     (hq, hkv), d = spec["heads"], spec["d"]
@@ -76,12 +84,15 @@ def check(spec: dict[str, Any], decode: bool, dtype: torch.dtype, lens: list[int
     k = torch.randn((len(seqs) * pages + 1) * page, hkv, d, device=DEVICE).to(dtype)
     v = k[..., :dv] if "dv" in spec else torch.randn(*k.shape[:2], dv, device=DEVICE).to(dtype)
     q = torch.randn(sum(lens), hq, d, device=DEVICE).to(dtype)
+    if cache is not None:
+        k = k.to(cache)
+        v = k[..., :dv] if "dv" in spec else v.to(cache)
     sinks = torch.randn(hq, device=DEVICE).to(dtype) if spec.get("sinks") else None
     starts = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     args = {"page_size": page, "scale": d**-0.5, "window": spec.get("window"), "sinks": sinks, "softcap": spec.get("softcap"), "decode": decode}
     seq_lens = torch.tensor(seqs, dtype=torch.int32, device=DEVICE)
     out = op.paged_attention(q, k, v, table, starts, seq_lens, **args)
-    want = reference(q, k, v, table, lens, seqs, page, d**-0.5, args["window"], sinks, args["softcap"])
+    want = reference(q, k.to(dtype), v.to(dtype), table, lens, seqs, page, d**-0.5, args["window"], sinks, args["softcap"])
     assert_near(out, want.float(), f"paged_attention, {'decode' if decode else 'prefill'}", spec)
     assert torch.equal(out, op.paged_attention(q, k, v, table, starts, seq_lens, **args)), "two runs differ"
 

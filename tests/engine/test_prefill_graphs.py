@@ -1,0 +1,70 @@
+"""Steps with prompt tokens as padded graphs: the same tokens as without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_lora_moe.engine.cuda_graph import PrefillGraphs, prefill_ladder
+from tests.engine.models import make_engine
+
+GPU = torch.cuda.is_available()
+PROMPTS = [[1, *range(20, 20 + n), 7 + n] for n in (3, 14, 1, 70, 9)]
+ADAPTERS = ["r16", None, "r4", "r16", "r64"]
+
+
+class Padded(PrefillGraphs):
+    """The padding of graphs without capturing them."""
+
+    def _capture_one(self, size: int, lora: bool) -> None:
+        self._layouts[size] = self.model.ctx.lora_layout
+
+    def logits(self, size: int, lora_active: bool) -> torch.Tensor:
+        used.append((size, lora_active))
+        return self.model.logits_of(self.model.forward_hidden())
+
+
+used: list[tuple[int, bool]] = []
+
+
+def tokens_of(engine: Any, adapters: list[str | None], count: int = len(PROMPTS), **options: Any) -> list[Any]:
+    engine.flush_cache()
+    params = {"temperature": 0.0, "max_new_tokens": 2}
+    results = engine.generate(input_ids=PROMPTS[:count], lora_path=adapters[:count], sampling_params=params, **options)
+    return [(result["output_ids"], result["meta_info"].get("input_token_logprobs")) for result in results]
+
+
+def test_ladder() -> None:
+    assert prefill_ladder(100) == [] and prefill_ladder(600) == [128, 256, 512] and prefill_ladder(9000)[-1] == 2560
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter's tensors are on the CPU")
+def test_padding_changes_nothing() -> None:
+    pytest.importorskip("triton")
+    engine = make_engine(attention_backend="triton", lora_backend="triton", max_running_requests=6, chunked_prefill_size=12)
+    expected = tokens_of(engine, ADAPTERS, 2)
+    graphs = Padded(engine.core.runner.model, (False, True), [8, 14])
+    graphs._layouts = dict.fromkeys(graphs.sizes, engine.core.runner.model.ctx.lora_layout)
+    engine.core.runner.prefill_graphs = graphs
+    assert tokens_of(engine, ADAPTERS, 2) == expected
+    assert {size for size, _ in used} >= {8, 14} and any(active for _, active in used)
+
+
+@pytest.mark.gpu
+def test_graphs_change_nothing() -> None:
+    options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "chunked_prefill_size": 130, "max_running_requests": 6}
+    plain, engine = (make_engine(disable_cuda_graph=disabled, **options) for disabled in (True, False))
+    graphs: Any = engine.core.runner.prefill_graphs
+    assert plain.core.runner.prefill_graphs is None and graphs.sizes == [128]
+    replayed = []
+    logits = graphs.logits
+    graphs.logits = lambda size, active: replayed.append((size, active)) or logits(size, active)
+    for adapters in (ADAPTERS, [None] * len(PROMPTS)):
+        want, got = tokens_of(plain, adapters), tokens_of(engine, adapters)
+        assert [ids for ids, _ in got] == [ids for ids, _ in want]
+    want, got = (tokens_of(e, ADAPTERS, return_logprob=True, logprob_start_len=0) for e in (plain, engine))
+    for (_, a), (_, b) in zip(want, got, strict=True):
+        torch.testing.assert_close(torch.tensor([v for v, *_ in a[1:]]), torch.tensor([v for v, *_ in b[1:]]), rtol=0, atol=1e-3)
+    assert {active for _, active in replayed} == {False, True} and len(replayed) >= 4
