@@ -121,7 +121,7 @@ class ForcedEngine:
         assert slot is not None, f"{adapter} has no slot: load no more adapters than max_loras_per_batch"
         return slot
 
-    def _choose(self, logits: torch.Tensor, requests: list[Request], best: torch.Tensor | None = None) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, requests: list[Request], *_: Any) -> torch.Tensor:
         """In the sampler's place: the next token of the sequence, whatever the logits say, which are kept."""
         for request, row in zip(requests, logits.float().clone(), strict=True):
             self._rows[request.rid][request.num_output] = row

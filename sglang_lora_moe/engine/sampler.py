@@ -13,12 +13,14 @@ parameters alone is kept while the same requests are sampled again, which is the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sglang_lora_moe.core import TokenLogprob
-from sglang_lora_moe.engine.request import Request
+from sglang_lora_moe.engine.request import PENDING, Request
 from sglang_lora_moe.engine.seeds import uniform
 
 _GREEDY_TEMPERATURE = 1e-5  # below this, dividing by it leaves nothing to chance and may overflow
@@ -29,16 +31,49 @@ def is_greedy(request: Request) -> bool:
     return request.sampling.temperature < _GREEDY_TEMPERATURE or request.sampling.top_k == 1
 
 
+class Logprobs:
+    """Log-probabilities on their way to the host: of one token per row of logits [N, V], and of the `tops[i]` best of row i.
+
+    On a GPU the copies are only started: call `read` once an event recorded after this has passed, or synchronise.
+    """
+
+    def __init__(self, logits: torch.Tensor, token_ids: torch.Tensor, tops: list[int]) -> None:
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        found = [logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)]
+        most = min(max(tops, default=0), logits.shape[1])
+        if most:
+            found += logprobs.topk(most, dim=-1)
+        self._tops, self._found = tops, [_start_copy(tensor) for tensor in found]
+
+    def read(self, token_ids: list[int]) -> list[TokenLogprob]:
+        """As the rows were; `token_ids`: those that the rows were asked for."""
+        chosen, *best = (tensor.tolist() for tensor in self._found)
+        if not best:
+            return [TokenLogprob(token, value) for token, value in zip(token_ids, chosen, strict=True)]
+        values, ids = best
+        tops = [list(zip(row_ids[:n], row_values[:n], strict=True)) for row_ids, row_values, n in zip(ids, values, self._tops, strict=True)]
+        return [TokenLogprob(token, value, top) for token, value, top in zip(token_ids, chosen, tops, strict=True)]
+
+
+def _start_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """To the host, without waiting."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As torch.tensor, but without waiting for what the device has to do before."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def token_logprobs(logits: torch.Tensor, token_ids: list[int], tops: list[int]) -> list[TokenLogprob]:
     """Log-probability of one token per row of logits [N, V], and the `tops[i]` best alternatives of row i."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    most = min(max(tops), logits.shape[1])
-    if not most:
-        return [TokenLogprob(token, value) for token, value in zip(token_ids, chosen, strict=True)]
-    values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1))
-    best = [list(zip(row_ids[:n], row_values[:n], strict=True)) for row_ids, row_values, n in zip(ids, values, tops, strict=True)]
-    return [TokenLogprob(token, value, top) for token, value, top in zip(token_ids, chosen, best, strict=True)]
+    found = Logprobs(logits, torch.tensor(token_ids, device=logits.device), tops)
+    if logits.device.type == "cuda":
+        torch.cuda.current_stream(logits.device).synchronize()
+    return found.read(token_ids)
 
 
 @dataclass
@@ -62,13 +97,15 @@ class _Plan:
     greedy: bool  # all of them, without any modification of logits
     all_argmax: bool
     argmax_rows: torch.Tensor | None  # bool [B], None = no row
-    temperature: torch.Tensor  # float32 [B, 1]
+    temperature: torch.Tensor | None  # float32 [B, 1], None where all_argmax
     filter: _Filter | None
     bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows, token ids, values
     penalised: list[int]  # rows
+    penalised_rows: torch.Tensor | None  # the same, int64 on the device
     penalties: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # repetition, presence, frequency [len(penalised), 1]
     min_new: list[int]  # rows with min_new_tokens
     logprob_rows: list[int]
+    logprob_index: torch.Tensor | None  # the same, int64 on the device, None where they are all rows
 
 
 class Sampler:
@@ -81,29 +118,32 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, requests: list[Request]) -> tuple[list[int], dict[int, TokenLogprob]]:
         """One token per row of logits float32 [B, V] (left unchanged); log-probabilities by row, where asked for."""
-        token_ids = self.choose(logits, requests).tolist()
-        return token_ids, self.logprobs(logits, requests, token_ids)
+        chosen = self.choose(logits, requests)
+        found, token_ids = self.logprobs(logits, requests, chosen), chosen.tolist()
+        return token_ids, {} if found is None else dict(zip(found[0], found[1].read([token_ids[row] for row in found[0]]), strict=True))
 
-    def choose(self, logits: torch.Tensor, requests: list[Request], best: torch.Tensor | None = None) -> torch.Tensor:
-        """One token per row of logits [B, V], int64 [B] on their device. `best`: their argmax, if it is known."""
+    def choose(
+        self, logits: torch.Tensor, requests: list[Request], best: torch.Tensor | None = None, inputs: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """One token per row of logits [B, V], int64 [B] on their device.
+
+        `best`: their argmax, if it is known. `inputs` gives the token each row was computed from, int64 [B]: the last one of a request
+        whose tokens end with PENDING.
+        """
         plan = self._plan_for(requests)
         if plan.greedy:
             return logits.argmax(dim=-1) if best is None else best
-        return self._modified_tokens(logits.float(), plan)
+        return self._modified_tokens(logits.float(), plan, inputs)
 
-    def needs_host(self, requests: list[Request]) -> bool:
-        """Whether sampling these requests needs the ids of their earlier tokens, or gives more than ids."""
+    def logprobs(self, logits: torch.Tensor, requests: list[Request], tokens: torch.Tensor) -> tuple[list[int], Logprobs] | None:
+        """(rows that ask for log-probabilities, those of their tokens) or None; tokens int64 [B] as `choose` gave them."""
         plan = self._plan_for(requests)
-        return bool(plan.penalised or plan.logprob_rows)
-
-    def logprobs(self, logits: torch.Tensor, requests: list[Request], token_ids: list[int]) -> dict[int, TokenLogprob]:
-        """Log-probabilities of the chosen tokens by row, for requests that ask for them."""
-        rows = self._plan_for(requests).logprob_rows
+        rows = plan.logprob_rows
         if not rows:
-            return {}
-        wanted = (logits if len(rows) == len(requests) else logits[rows]).float()
-        tops = [options.top for options in (requests[row].logprobs for row in rows) if options is not None]
-        return dict(zip(rows, token_logprobs(wanted, [token_ids[row] for row in rows], tops), strict=True))
+            return None
+        if plan.logprob_index is not None:
+            logits, tokens = logits[plan.logprob_index], tokens[plan.logprob_index]
+        return rows, Logprobs(logits, tokens, [options.top for options in (requests[row].logprobs for row in rows) if options is not None])
 
     # ---- parts ------------------------------------------------------------------------------------------------------
     def _plan_for(self, requests: list[Request]) -> _Plan:
@@ -111,23 +151,24 @@ class Sampler:
             self._plan = self._make_plan(requests)
         return self._plan
 
-    def _modified_tokens(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        z = self._modify(logits, plan)
+    def _modified_tokens(self, logits: torch.Tensor, plan: _Plan, inputs: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+        z = self._modify(logits, plan, inputs)
         best = z.argmax(dim=-1) if plan.argmax_rows is not None else None
         if plan.all_argmax:
             assert best is not None
             return best
+        assert plan.temperature is not None
         z = z / plan.temperature
         if plan.filter is not None:
             z[plan.filter.rows] = self._cut(z[plan.filter.rows], plan.filter)
-        u = torch.tensor([[uniform(request.seed, request.num_output)] for request in plan.requests], dtype=torch.float64).to(self.device)
+        u = to_device([[uniform(request.seed, request.num_output)] for request in plan.requests], torch.float64, self.device)
         cumulative = torch.softmax(z, dim=-1).cumsum(dim=-1, dtype=torch.float64)
         tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=z.shape[1] - 1).squeeze(1)
         if plan.argmax_rows is not None and best is not None:
             tokens = torch.where(plan.argmax_rows, best, tokens)
         return tokens
 
-    def _modify(self, logits: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    def _modify(self, logits: torch.Tensor, plan: _Plan, inputs: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         """Bias, penalties and the minimum length, on a copy if there are any."""
         early = [row for row in plan.min_new if plan.requests[row].num_output < plan.requests[row].sampling.min_new_tokens]
         if not (plan.bias or plan.penalised or early):
@@ -136,18 +177,20 @@ class Sampler:
         if plan.bias is not None:
             rows, ids, values = plan.bias
             z.index_put_((rows, ids), values, accumulate=True)
-        if plan.penalties is not None:
-            z[plan.penalised] = self._penalise(z[plan.penalised], [plan.requests[row] for row in plan.penalised], plan.penalties)
+        if plan.penalties is not None and plan.penalised_rows is not None:
+            penalised = [plan.requests[row] for row in plan.penalised]
+            last = inputs()[plan.penalised_rows] if inputs is not None and any(request.tokens[-1] == PENDING for request in penalised) else None
+            z[plan.penalised_rows] = self._penalise(z[plan.penalised_rows], penalised, plan.penalties, last)
         if early:
             pairs = [(row, token) for row in early for token in plan.requests[row].stop_ids if token < self.vocab_size]
             if pairs:
-                index = torch.tensor(pairs, device=self.device).unbind(1)
-                z[index] = -math.inf
+                rows, ids = to_device(pairs, torch.int64, self.device).unbind(1)
+                z.index_put_((rows, ids), z.new_full((), -math.inf))
         return z
 
-    def _penalise(self, z: torch.Tensor, requests: list[Request], penalties: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _penalise(self, z: torch.Tensor, requests: list[Request], penalties: tuple[torch.Tensor, ...], last: torch.Tensor | None) -> torch.Tensor:
         repetition, presence, frequency = penalties
-        counts, seen = self._history.gather(requests)
+        counts, seen = self._history.gather(requests, last)
         z = torch.where(seen, torch.where(z > 0, z / repetition, z * repetition), z)
         return z - frequency * counts - presence * (counts > 0)
 
@@ -178,20 +221,24 @@ class Sampler:
             penalties = (repetition, presence, frequency)
         bias = None
         if biased:
-            rows, ids = torch.tensor([(row, token) for row, token, _ in biased], device=self.device).unbind(1)
-            bias = (rows, ids, torch.tensor([value for _, _, value in biased], dtype=torch.float32, device=self.device))
+            rows, ids = to_device([(row, token) for row, token, _ in biased], torch.int64, self.device).unbind(1)
+            bias = (rows, ids, to_device([value for _, _, value in biased], torch.float32, self.device))
+        greedy = all(argmax) and not (biased or penalised or min_new)
+        logprob_rows = [row for row, request in enumerate(requests) if request.logprobs is not None]
         return _Plan(
             requests=list(requests),
-            greedy=all(argmax) and not (biased or penalised or min_new),
+            greedy=greedy,
             all_argmax=all(argmax),
-            argmax_rows=torch.tensor(argmax, device=self.device) if any(argmax) else None,
-            temperature=self._column([1.0 if a else p.temperature for a, p in zip(argmax, params, strict=True)]),
+            argmax_rows=to_device(argmax, torch.bool, self.device) if any(argmax) and not greedy else None,
+            temperature=None if all(argmax) else self._column([1.0 if a else p.temperature for a, p in zip(argmax, params, strict=True)]),
             filter=self._make_filter([row for row, a in enumerate(argmax) if not a], requests),
             bias=bias,
             penalised=penalised,
+            penalised_rows=to_device(penalised, torch.int64, self.device) if penalised else None,
             penalties=penalties,
             min_new=min_new,
-            logprob_rows=[row for row, request in enumerate(requests) if request.logprobs is not None],
+            logprob_rows=logprob_rows,
+            logprob_index=to_device(logprob_rows, torch.int64, self.device) if 0 < len(logprob_rows) < len(requests) else None,
         )
 
     def _make_filter(self, rows: list[int], requests: list[Request]) -> _Filter | None:
@@ -206,8 +253,8 @@ class Sampler:
         candidates = max([k for k in top_k if k < vocab] + [_FIRST_CANDIDATES if open_ended else 1])
         min_p = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in cut.values()]
         return _Filter(
-            rows=torch.tensor(list(cut), device=self.device),
-            top_k=torch.tensor(top_k, device=self.device).unsqueeze(1),
+            rows=to_device(list(cut), torch.int64, self.device),
+            top_k=to_device(top_k, torch.int64, self.device).unsqueeze(1),
             top_p=self._column(top_p),
             log_min_p=self._column(min_p) if max(min_p) > -math.inf else None,
             sorts=min(top_k) < vocab or open_ended,
@@ -216,7 +263,7 @@ class Sampler:
         )
 
     def _column(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device).unsqueeze(1)
+        return to_device(values, torch.float32, self.device).unsqueeze(1)
 
 
 def _sorted_threshold(z: torch.Tensor, cut: _Filter, candidates: int) -> tuple[torch.Tensor, bool]:
@@ -245,22 +292,32 @@ class _TokenHistory:
         self._applied: dict[Request, int] = {}  # output tokens counted so far
         self._row: dict[Request, int] = {}
 
-    def gather(self, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts int32 [n, V] and seen bool [n, V] of `requests`, brought up to date."""
+    def gather(self, requests: list[Request], last: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts int32 [n, V] and seen bool [n, V] of `requests`, brought up to date. `last` int64 [n]: what PENDING stands for."""
         pairs: list[tuple[int, int]] = []
-        for request in requests:
+        pending: list[tuple[int, int]] = []
+        for i, request in enumerate(requests):
             row = self._row.get(request)
             if row is None:
                 row = self._add(request)
-            applied = request.prompt_len + self._applied[request]
-            pairs.extend((row, token) for token in request.tokens[applied:])
+            new = request.tokens[request.prompt_len + self._applied[request] :]
+            if new and new[-1] == PENDING:
+                pending.append((row, i))
+                del new[-1]
+            pairs.extend((row, token) for token in new)
             self._applied[request] = request.num_output
         if pairs:
-            rows, ids = torch.tensor(pairs, device=self._device).unbind(1)
-            self._counts.index_put_((rows, ids), torch.ones_like(rows, dtype=torch.int32), accumulate=True)
-            self._seen[rows, ids] = True
-        index = torch.tensor([self._row[request] for request in requests], device=self._device)
+            self._count(*to_device(pairs, torch.int64, self._device).unbind(1))
+        if pending:
+            assert last is not None, "a token that only the device knows must be given"
+            rows, places = to_device(pending, torch.int64, self._device).unbind(1)
+            self._count(rows, last[places])
+        index = to_device([self._row[request] for request in requests], torch.int64, self._device)
         return self._counts[index], self._seen[index]
+
+    def _count(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
+        self._counts.index_put_((rows, ids), torch.ones_like(rows, dtype=torch.int32), accumulate=True)
+        self._seen.index_put_((rows, ids), torch.ones_like(rows, dtype=torch.bool))
 
     def _add(self, request: Request) -> int:
         if None not in self._owners:
@@ -277,5 +334,5 @@ class _TokenHistory:
         self._row[request], self._applied[request] = row, 0
         self._counts[row] = 0
         self._seen[row] = False
-        self._seen[row, torch.tensor(request.tokens[: request.prompt_len], device=self._device)] = True
+        self._seen[row].index_fill_(0, to_device(request.tokens[: request.prompt_len], torch.int64, self._device), True)
         return row

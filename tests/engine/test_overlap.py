@@ -18,7 +18,7 @@ def run(core: EngineCore, overlap: bool, late: bool, abort: str | None = None) -
     for i in range(8):
         sampled: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": i} if i % 3 == 0 else {}
         if i == 5:
-            sampled = {"repetition_penalty": 1.3}  # needs its tokens on the host
+            sampled = {"repetition_penalty": 1.3}  # counts tokens that the host does not know yet
         limits = {"max_new_tokens": 3 + 5 * i, "ignore_eos": i % 2 == 0}
         work.append(Submit(f"r{i}", [1, *range(10 + i, 14 + 3 * i)], SamplingParams(**{"temperature": 0.0} | sampled | limits), "r8" if i % 2 else None))
     tokens: dict[str, list[int]] = {message.rid: [] for message in work}
