@@ -34,7 +34,7 @@ class Case:
         self.dtype = dtype
         pool = LoRAMemoryPool([LinearTarget(name, H, rows) for name, rows in QKV] + [LinearTarget("o", HQ * D, H)], 4, 32, dtype, DEVICE)
         for slot, rank, names in ((0, 16, "qkvo"), (1, 5, "qkvo"), (3, 24, "kvo")):
-            targets = [target for target in pool.targets.values() if target.name in names]
+            targets = [target for target in pool.layout.targets.values() if target.name in names]
             modules = {t.name: LinearLoRA(self.noise(rank, t.in_features), self.noise(t.out_features, rank), 0.5 + slot) for t in targets}
             pool.write(slot, SimpleNamespace(modules=modules))
         slots = torch.randint(-1, 4, (TOKENS,))
