@@ -55,7 +55,7 @@ class MemoryBudget:
     def measure_workspace(self) -> None:
         """Note what else has been taken by now. Comes after the largest step, so that scratch memory has its final size."""
         if self.is_gpu:
-            taken = self.free - torch.cuda.mem_get_info()[0]
+            taken = max(self.free - torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved())  # others may have given back memory meanwhile
             self.note("workspace", max(taken - sum(self.parts.values()), 0), f"--chunked-prefill-size {self.config.chunked_prefill_size}")
 
     def plan_kv_cache(self, bytes_per_token: int) -> int:

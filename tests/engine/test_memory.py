@@ -27,6 +27,7 @@ GIB = 2**30
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     """140 GiB of GPU memory, one of it taken by others."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (139 * GIB, 140 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
 
 
 def gpu_budget(**fields: Any) -> MemoryBudget:
