@@ -117,6 +117,7 @@ _child = _Child()
 def run_child(fd: int) -> None:
     """Main function of the child: answer until the parent has gone."""
     os.nice(_NICENESS)
+    torch.set_num_threads(1)  # its tensors are small, and the cores belong to the steps
     connection = socket.socket(fileno=fd)
     while True:
         try:

@@ -110,7 +110,7 @@ class CompletionFormat(OpenAIFormat):
             self._begun.add(index)
             text = self._echoes[prompt] + text
         entries = (chunk.prompt_logprobs or []) + (chunk.logprobs or [])
-        if text or entries or chunk.finish_reason is not None:
+        if text or entries or chunk.token_ids or chunk.finish_reason is not None:  # ids without text: a model without a tokenizer
             logprobs = self._piece(prompt, chunk.index, entries)
             yield self.event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason, "matched_stop": chunk.matched_stop})
 

@@ -160,6 +160,9 @@ def test_without_a_tokenizer_ids_are_served() -> None:
     (submit,) = f.submit(GenerateRequest(input_ids=[4, 5]))
     (chunk,) = f.on_message(TokenOutput(submit.rid, [6], 2, finish_reason="length"))
     assert isinstance(chunk, Chunk) and (chunk.text, chunk.token_ids) == ("", [6])
+    (submit,) = f.submit(GenerateRequest(input_ids=[4, 5], stream=True))
+    events = [event for token in (6, 7) for event in f.on_message(TokenOutput(submit.rid, [token], 2, finish_reason="length" if token == 7 else None))]
+    assert [event.token_ids for event in events if isinstance(event, Chunk)] == [[6], [7]]  # each as it comes
     for request in (GenerateRequest(prompt="x"), GenerateRequest(input_ids=[1], stop=["x"])):
         with pytest.raises(RequestError, match="no tokenizer"):
             f.submit(request)
