@@ -79,6 +79,7 @@ def compiling(arch: int = 90, *, multiprocessors: int = 132, inspect: bool = Fal
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(launch, "options", lambda device: dict(options)),
         mock.patch.object(launch, "has_tma", lambda device: hopper),
+        mock.patch.object(launch, "has_wgmma", lambda device: arch == 90),
         mock.patch.object(launch, "multiprocessors", lambda device: multiprocessors),
         mock.patch.object(driver, "_active", _FakeDriver(arch)),
     ):

@@ -150,8 +150,7 @@ class Engine:
     ) -> dict[str, Any]:
         """As `load_lora_adapter`, without files: `tensors` under the names that PEFT saves, `config_dict` as in adapter_config.json.
 
-        The tensors may be on any device; they are read once, here, and not kept. What was made of them stays in host memory until it is
-        unloaded or replaced, beside --max-loaded-loras, for it cannot be read again.
+        The tensors may be on any device; they are read once, here, and not kept.
         """
         named = dict(tensors)
         message = LoadAdapter(self._next_rid(), lora_name, "", pinned, load_inplace)

@@ -9,7 +9,7 @@ from sglang_lora_moe.lora.packed import PackedAdapter
 
 
 class HostCache:
-    """By revision. At most `limit` of those that have files (None: no limit); the others cannot be read again, and stay."""
+    """By revision, at most `limit` of them (None: no limit), apart from those that may not go."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
@@ -26,12 +26,11 @@ class HostCache:
         return self._adapters[revision]
 
     def make_room(self, may_go: Callable[[PackedAdapter], bool]) -> list[PackedAdapter] | None:
-        """Take out what one more adapter from files needs to go; None, and nothing changed, if there is no room for one."""
-        counted = [adapter for adapter in self._adapters.values() if adapter.path]
-        if self.limit is None or len(counted) < self.limit:
+        """Take out what one more adapter needs to go; None, and nothing changed, if there is no room for one."""
+        if self.limit is None or len(self._adapters) < self.limit:
             return []
-        excess = len(counted) + 1 - self.limit
-        going = [adapter for adapter in counted if may_go(adapter)][:excess]
+        excess = len(self._adapters) + 1 - self.limit
+        going = [adapter for adapter in self._adapters.values() if may_go(adapter)][:excess]
         if len(going) < excess:
             return None
         return [self._adapters.pop(adapter.revision) for adapter in going]

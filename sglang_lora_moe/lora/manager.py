@@ -94,10 +94,14 @@ class LoRAManager:
 
     def register(self, name: str, adapter: PackedAdapter, pinned: bool = False, in_place: bool = False) -> tuple[AdapterEntry, bool]:
         """Give a name to an adapter that was read; its entry, and whether it was there already. It gets a slot if one is free, a pinned one an idle one too."""
+        room = [] if adapter.revision in self.host else self.host.make_room(self._may_go)
+        self._dropped(room or [])
+        if room is None and not adapter.path:
+            raise RequestError(f"{len(self.host)} adapters are in use, as many as --max-loaded-loras lets host memory hold; unload one first", 400, "name")
         entry, known, old = self.registry.add(name, adapter, pinned, in_place)
         if old is not None and not old.in_use:
             self._forget(old)
-        self._keep(adapter)
+        self._keep(adapter, room is not None)
         for target in adapter.targets & self._unused.keys():
             self._unused.pop(target).used = True
             self._ctx.lora_layout += 1  # graphs captured without this layer's adapters are captured again
@@ -255,27 +259,26 @@ class LoRAManager:
         except RequestError as error:
             self.slots.give_up(revision)
             return RequestError(error.message, 500, "model", "adapter_unreadable")
-        self._keep(adapter)
+        room = self.host.make_room(self._may_go)
+        self._dropped(room or [])
+        self._keep(adapter, room is not None)
         return None
 
     # ---- host memory ------------------------------------------------------------------------------------------------
-    def _keep(self, adapter: PackedAdapter) -> None:
-        """Put an adapter that was read into host memory, if there is room for it."""
-        if adapter.path and adapter.revision in self.host:
+    def _keep(self, adapter: PackedAdapter, has_room: bool) -> None:
+        if adapter.revision in self.host:
             return
-        room = self.host.make_room(self._may_go) if adapter.path else []
-        if room is None:
+        if has_room:
+            self.host.add(adapter)
+            self.slots.present(adapter.revision)
+        else:
             self.slots.absent.add(adapter.revision)
-            return
-        self._dropped(room)
-        self.host.add(adapter)
-        self.slots.present(adapter.revision)
 
     def _may_go(self, adapter: PackedAdapter) -> bool:
         """Whether an adapter may leave host memory: it can be read again, and nobody waits for it."""
         entries = self.registry.entries(adapter.revision)
         waiting = any(entry.users for entry in entries) and self.slots.slot_of(adapter.revision) is None
-        return all(entry.path for entry in entries) and not waiting
+        return all(entry.path and not entry.pinned for entry in entries) and not waiting
 
     def _dropped(self, adapters: list[PackedAdapter]) -> None:
         for adapter in adapters:

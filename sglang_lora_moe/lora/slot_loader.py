@@ -8,7 +8,6 @@ the interpreter's lock, and no step waits for them. On a CPU the thread copies s
 from __future__ import annotations
 
 import os
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -25,7 +24,7 @@ class SlotLoader:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._thread = ThreadPoolExecutor(1, "adapter-copy", initializer=_use_few_threads)
+        self._thread = ThreadPoolExecutor(1, "adapter-copy", initializer=torch.set_num_threads, initargs=(THREADS,))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._turn = -1
@@ -85,12 +84,3 @@ class SlotLoader:
         buffer, sent = self._ring[self._turn]
         sent.synchronize()
         return buffer, sent
-
-
-def _use_few_threads() -> None:
-    """THREADS for the calling thread alone. torch gives what was set last to threads that begin later, hence the second call in another thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(THREADS, before))
-    other = threading.Thread(target=torch.set_num_threads, args=(before,))
-    other.start()
-    other.join()

@@ -27,6 +27,11 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or _properties(device.index)[1] >= 90
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Hopper's own matrix instructions, which csrc/moe_wgmma_gemm.cu is written in; later families have others."""
+    return device.type == "cuda" and _properties(device.index)[1] == 90
+
+
 def options(device: torch.device) -> dict[str, bool]:
     """Programmatic dependent launch where there is a Hopper or newer GPU: kernels start before the one before has ended."""
     pdl = device.type == "cuda" and _properties(device.index)[1] >= 90

@@ -2,7 +2,8 @@
 
 `LayerTiles` says how one layer runs at one number of tokens. The table's rows were measured on an H200 with
 `python -m benchmarks.bench_moe_lora --sweep`, whole layers, once without and once with four adapters of rank 16; the rules
-extend them by the mean rows of an expert. Nothing is tuned at run time.
+extend them by the mean rows of an expert. A second table says where the wgmma kernel of Hopper takes over. Nothing is tuned at
+run time.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops.marlin_moe import fuses_activation
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile
+from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
 
 MAX_PAIR_TOKENS = 4  # more tokens than this meet in experts too often, and every meeting reads the expert once more
 _LORA_BLOCK = {16: 16, 32: 16, 64: 32, 128: 64}  # rows of a LoRA tile by those of a base tile
@@ -22,8 +25,8 @@ _LORA_BLOCK = {16: 16, 32: 16, 64: 32, 128: 64}  # rows of a LoRA tile by those 
 class LayerTiles:
     """`by_pair`: the tiles are GemvTile and rows lie in pair order; else GemmTile and sorted rows. lora_block: rows of a LoRA tile."""
 
-    gate_up: GemmTile | GemvTile
-    down: GemmTile | GemvTile
+    gate_up: GemmTile | WgmmaTile | GemvTile
+    down: GemmTile | WgmmaTile | GemvTile
     lora_block: int = 16
 
     @property
@@ -32,16 +35,22 @@ class LayerTiles:
 
     @property
     def base_block(self) -> int:
-        return self.gate_up.m if isinstance(self.gate_up, GemmTile) else 16
+        return 16 if isinstance(self.gate_up, GemvTile) else self.gate_up.m
 
 
-def choose_tiles(spec: MoESpec, tokens: int, itemsize: int, lora: bool = False) -> LayerTiles:
+def choose_tiles(spec: MoESpec, tokens: int, itemsize: int, lora: bool = False, wgmma: bool = False) -> LayerTiles:
     """The launch shape of a layer at this many tokens (the padded number of a captured graph); itemsize of an activation in bytes.
 
     With `lora` the step has adapters, whose deltas make other shapes best. A step without runs the shapes of a server without.
+    `wgmma`: the GPU runs csrc/moe_wgmma_gemm.cu, which takes over where it measured faster.
     """
     if itemsize == 4:
         return _float32_tiles(tokens)
+    if wgmma and fuses_activation(spec):
+        for least, most, base, with_lora in _WGMMA.get((spec.num_experts, spec.hidden_size, spec.intermediate_size), ()):
+            found = with_lora if lora else base
+            if least <= tokens <= most and found is not None:
+                return found
     rows = _MEASURED.get((spec.num_experts, spec.hidden_size, spec.intermediate_size)) if spec.gated else None
     if rows is not None:
         sizes = [size for size, *_ in rows]
@@ -134,4 +143,19 @@ _MEASURED: dict[tuple[int, int, int], list[tuple[int, LayerTiles, LayerTiles]]] 
         (1536, _grouped(128, (64, 64, 4, 3, 2, 8), (128, 64, 4, 3, 2, 8, True)), _grouped(128, (128, 64, 8, 4, 1, 8), (128, 64, 4, 3, 0, 8, True))),
         (4096, _grouped(128, (128, 64, 8, 3, 1, 8, True), (256, 64, 8, 3, 1, 8, True)), _grouped(128, (64, 64, 4, 3, 2, 8), (128, 64, 4, 3, 2, 8, True))),
     ],
+}
+
+
+def _wgmma(group: int, cluster: int, lora_block: int = 64) -> LayerTiles:
+    return LayerTiles(WgmmaTile(group, cluster), WgmmaTile(group, cluster), lora_block)
+
+
+# (E, H, I of this rank) -> (from so many tokens, to so many, tiles without adapters, tiles with), None = the table above. Measured at 1,024, 2,048
+# (Qwen3) and 4,096 tokens against the table above, in one run; with adapters of rank 16 (1 and 4) and 64 (16).
+_MANY = 1 << 30
+_WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, LayerTiles | None]]] = {
+    (128, 2048, 768): [(768, 1536, None, _wgmma(1, 1, 32)), (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)), (3073, _MANY, _wgmma(4, 2), _wgmma(2, 1))],
+    (8, 4096, 14336): [(768, 1536, _wgmma(8, 2), _wgmma(8, 2))],
+    (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16)), (1537, _MANY, None, _wgmma(2, 1))],
+    (32, 2880, 2880): [(768, 1536, _wgmma(1, 1), _wgmma(1, 1)), (1537, _MANY, _wgmma(1, 2), _wgmma(4, 2, 128))],
 }

@@ -300,28 +300,18 @@ def test_weights_from_tensors() -> None:
         engine.core.check()
 
 
-def test_weights_from_tensors_stay_and_take_nobody_s_place() -> None:
+def test_weights_from_tensors_stay_in_host_memory() -> None:
     path = other_adapter_path(1)
     tensors, config = load_file(path / "adapter_model.safetensors"), json.loads((path / CONFIG_FILE).read_text())
-    with cold_engine(limit=1, slots=1, count=3) as engine:
-        engine.load_lora_adapter_from_tensors("t", tensors, config)  # of the content of a1, which can now be had without its files
-        engine.load_lora_adapter_from_tensors("u", {name: tensor * 2 for name, tensor in tensors.items()}, config)
-        assert states(engine) == {"a0": "resident", "a1": "host", "a2": "host", "t": "host", "u": "host"}
-        for name, seed in (("t", 1), ("a2", 2), ("a0", 0), ("a1", 1), ("a0", 0)):
-            assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path=name)["output_ids"] == expected(seed)
-            assert states(engine)["t"] in ("host", "resident") and states(engine)["u"] == "host"
-            engine.core.check()
-
-
-def test_pinned_adapters_leave_host_memory_to_the_others() -> None:
-    with cold_engine(limit=1, slots=2, count=0) as engine:
-        engine.load_lora_adapter("p", str(other_adapter_path(0)), pinned=True)
-        for seed in (1, 2, 1, 0):
-            engine.load_lora_adapter(f"a{seed}", str(other_adapter_path(seed)))
-            for name, of in ((f"a{seed}", seed), ("p", 0)):
-                assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path=name)["output_ids"] == expected(of)
-            assert states(engine)["p"] == "resident"
-            engine.core.check()
+    with make_engine(adapters=(), max_loras_per_batch=1, max_lora_rank=4, max_loaded_loras=1) as engine:
+        engine.load_lora_adapter_from_tensors("t", tensors, config)
+        engine.load_lora_adapter("file", str(other_adapter_path(0)))
+        assert states(engine) == {"t": "resident", "file": "disk"}
+        with pytest.raises(RequestError, match="--max-loaded-loras"):
+            engine.load_lora_adapter_from_tensors("u", {name: tensor * 2 for name, tensor in tensors.items()}, config)
+        engine.unload_lora_adapter("t")
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="file")["output_ids"] == expected(0)
+        engine.core.check()
 
 
 # ---- the child that reads -------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -176,17 +175,3 @@ def test_images_arrive_beside_the_steps(dtype: torch.dtype, device: str, piece_b
     for slot, adapter in ((0, adapters[2]), (1, adapters[1]), (2, adapters[2])):
         assert_holds(pool, slot, adapter)
     loader.close()
-
-
-def test_copies_leave_the_steps_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot_loader, "THREADS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        loader = SlotLoader(torch.device("cpu"))
-        assert loader._thread.submit(torch.get_num_threads).result() == 1
-        with ThreadPoolExecutor(1) as later:
-            assert later.submit(torch.get_num_threads).result() == 3 and torch.get_num_threads() == 3
-        loader.close()
-    finally:
-        torch.set_num_threads(before)

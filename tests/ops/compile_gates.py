@@ -8,20 +8,22 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from unittest import mock
 
 import torch
 
 from benchmarks.compile_ahead import compiling
 from benchmarks.moe_inputs import LayerInputs, Setup, run_layer
 from benchmarks.shapes import SHAPES
+from sglang_lora_moe.ops import launch
 
-# (arch, tokens, rank, active): a whole layer of Qwen3-30B-A3B, with the launch shapes it has at that size
+# (arch, tokens, rank, active): a whole layer of Qwen3-30B-A3B, with the launch shapes it has at that size where no wgmma kernel takes over
 LAYERS = ((90, 1, 16, 4), (90, 64, 16, 4), (90, 256, 0, 0), (90, 1024, 0, 0), (90, 1024, 16, 4), (90, 4096, 16, 4), (80, 64, 16, 4), (100, 64, 0, 0))
 
 
 def main() -> None:
     for arch, tokens, rank, active in LAYERS:
-        with compiling(arch, inspect=True) as found:
+        with compiling(arch, inspect=True) as found, mock.patch.object(launch, "has_wgmma", lambda device: False):
             run_layer(LayerInputs.build(Setup(SHAPES["qwen3-30b-a3b"], tokens, rank, active, sets=1), torch.device("meta")), 0)
         for kernel in found:
             print(json.dumps({"arch": arch, "tokens": tokens, "rank": rank, **asdict(kernel)}))

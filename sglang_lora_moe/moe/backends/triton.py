@@ -2,22 +2,27 @@
 
 Two families by number of tokens (`ops/moe_tiles.py`): *per pair*, where nothing is sorted and every pair reads its own
 expert, and *grouped*, over the tiles of one alignment. In both the activation and the low-rank addend are part of the
-gate_up kernel's epilogue; down takes its addend before its store, and per pair also sums over k.
+gate_up kernel's epilogue; down takes its addend before its store, and per pair also sums over k. On sm_90 grouped GEMMs of
+many tokens are a CUDA kernel of the same contract (`ops/moe_wgmma_gemm.py`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
+from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.ops.moe_grouped_gemm import grouped_gemm
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile, pair_down, pair_gate_up
 from sglang_lora_moe.ops.moe_tiles import LayerTiles, choose_integer_tiles, choose_tiles
+from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
 from sglang_lora_moe.quantization.base import QuantMethod, TritonQuantInfo
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
@@ -65,9 +70,10 @@ class TritonRunnerCore(MoeRunnerCore):
         tiles = self._tiles(inp)
         if isinstance(tiles.down, GemvTile):
             return pair_gate_up(act, _plain(quant_info.w2), quant_info.b2, routing.topk_ids, out, tiles.down, activation=None, addend=addend, by_token=False)
-        return grouped_gemm(
-            act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, top_k=routing.top_k, gather=False, scatter=True, addend=addend
-        )
+        options: dict[str, Any] = {"top_k": routing.top_k, "gather": False, "scatter": True, "addend": addend}
+        if isinstance(tiles.down, WgmmaTile):
+            return wgmma_gemm(act, _plain(quant_info.w2), quant_info.b2, routing.alignment, out, tiles.down, **options)
+        return grouped_gemm(act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, **options)
 
     def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
         return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
@@ -85,17 +91,17 @@ class TritonRunnerCore(MoeRunnerCore):
         activation, tiles = inp.spec if activate else None, self._tiles(inp)
         if isinstance(tiles.gate_up, GemvTile):
             return pair_gate_up(inp.x, _plain(quant_info.w13), quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=activation, addend=addend)
-        return grouped_gemm(
-            inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up,
-            top_k=routing.top_k, gather=True, scatter=False, activation=activation, addend=addend,
-        )  # fmt: skip
+        options: dict[str, Any] = {"top_k": routing.top_k, "gather": True, "scatter": False, "activation": activation, "addend": addend}
+        if isinstance(tiles.gate_up, WgmmaTile):
+            return wgmma_gemm(inp.x, _plain(quant_info.w13), quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
+        return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
     def _tiles(self, inp: RunnerInput) -> LayerTiles:
         if self.integers:
             return self.tiles or choose_integer_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())
-        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.token_slots is not None)
+        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.token_slots is not None, launch.has_wgmma(inp.x.device))
 
 
 def _plain(weight: torch.Tensor | WNA16Weight) -> torch.Tensor:
-    assert isinstance(weight, torch.Tensor), "the kernels per pair do not read integer weights"
+    assert isinstance(weight, torch.Tensor), "the kernels per pair and by wgmma do not read integer weights"
     return weight

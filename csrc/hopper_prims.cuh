@@ -1,0 +1,373 @@
+// What the warp-specialised GEMM of sm_90 needs beside prims.cuh: barriers in shared memory, the tensor copy engine, wgmma with both
+// operands in shared memory. PTX here, the emulator's twins below. On other architectures the device functions do nothing: never launched there.
+#pragma once
+#include "gemm_prims.cuh"
+
+#ifdef __CUDACC__
+
+#include <cuda.h>
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define SM90 1
+#else
+#define SM90 0
+#endif
+
+#define GRID_CONSTANT __grid_constant__
+using Barrier = uint64_t;  // in shared memory
+using TensorMap = CUtensorMap;
+
+DEVICE void barrier_init(Barrier* barrier, int arrivals) {
+#if SM90
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+DEVICE void publish_barriers() {  // before the block's barrier after barrier_init: the copy engine sees them too
+#if SM90
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+DEVICE void barrier_arrive(Barrier* barrier) {
+#if SM90
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+DEVICE void barrier_expect(Barrier* barrier, int bytes) {  // an arrival that also waits for so many bytes of the copy engine
+#if SM90
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+DEVICE bool barrier_passed(Barrier* barrier, uint32_t parity) {  // whether the phase of this parity is complete
+  uint32_t done = 1;
+#if SM90
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+#endif
+  return done;
+}
+DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {  // until the phase of this parity is complete
+#if SM90
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+#endif
+}
+// An arrival once this thread's copies by cp16 so far have landed. Whoever waits passes see_copies before wgmma reads them.
+DEVICE void barrier_arrive_after_copies(Barrier* barrier) {
+#if SM90
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+DEVICE void see_copies() { publish_to_wgmma(); }
+// A box of a three-dimensional tensor into shared memory, in 128-byte rows swizzled as wgmma wants them; its bytes count on `barrier`.
+DEVICE void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
+#if SM90
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(target)), "l"(map),
+               "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
+#endif
+}
+
+// A cluster of two blocks: the same box to the same place in both, counting on the same barrier of each.
+DEVICE int cluster_rank() {
+  uint32_t rank = 0;
+#if SM90
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return (int)rank;
+}
+DEVICE void sync_cluster() {
+#if SM90
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+DEVICE void copy_box_to_both(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
+#if SM90
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
+                   shared_address(target)),
+               "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"((uint16_t)3)
+               : "memory");
+#endif
+}
+DEVICE void barrier_arrive_at(Barrier* barrier, int rank) {  // at the same barrier of that block of the cluster
+#if SM90
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+template <int REGISTERS>
+DEVICE void give_registers() {
+#if SM90
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+template <int REGISTERS>
+DEVICE void take_registers() {
+#if SM90
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+DEVICE void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }  // id 1..: 0 is sync_block's
+// Two 8x8 matrices of 16-bit values, transposed: lane l < 16 gives the address of column l % 8 of matrix l / 8, as a row in memory.
+DEVICE void store_matrix_x2_transposed(void* row, uint32_t a, uint32_t b) {
+#if SM90
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)), "r"(a), "r"(b) : "memory");
+#endif
+}
+// As launch of prims.cuh, in clusters of so many blocks.
+template <class... Params, class... Args>
+int launch_clusters(const Launch& how, unsigned cluster, void (*kernel)(Params...), Args... args) {
+  const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)how.shared_bytes);
+  if (error != cudaSuccess) return (int)error;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = cluster, attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(how.blocks), config.blockDim = dim3(how.threads), config.dynamicSmemBytes = how.shared_bytes, config.stream = (cudaStream_t)how.stream;
+  config.attrs = attributes, config.numAttrs = how.overlap ? 2 : 1;
+  return (int)cudaLaunchKernelEx(&config, kernel, args...);
+}
+DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+DEVICE void copy_16_bytes(void* target, const void* source) { *(uint4*)target = *(const uint4*)source; }
+
+// d[64 x 8 NT] (+)= a[64 x 16] b[16 x 8 NT], one warpgroup, both in shared memory: rows of 64 values swizzled by their last three bits;
+// accumulate = false: d is overwritten.
+#define D4(i) "+f"(d[4 * (i)]), "+f"(d[4 * (i) + 1]), "+f"(d[4 * (i) + 2]), "+f"(d[4 * (i) + 3])
+#define LIST_1 "%0,%1,%2,%3"
+#define LIST_2 LIST_1 ",%4,%5,%6,%7"
+#define LIST_3 LIST_2 ",%8,%9,%10,%11"
+#define LIST_4 LIST_3 ",%12,%13,%14,%15"
+#define LIST_5 LIST_4 ",%16,%17,%18,%19"
+#define LIST_6 LIST_5 ",%20,%21,%22,%23"
+#define LIST_7 LIST_6 ",%24,%25,%26,%27"
+#define LIST_8 LIST_7 ",%28,%29,%30,%31"
+#define LIST_9 LIST_8 ",%32,%33,%34,%35"
+#define LIST_10 LIST_9 ",%36,%37,%38,%39"
+#define LIST_11 LIST_10 ",%40,%41,%42,%43"
+#define LIST_12 LIST_11 ",%44,%45,%46,%47"
+#define LIST_13 LIST_12 ",%48,%49,%50,%51"
+#define LIST_14 LIST_13 ",%52,%53,%54,%55"
+#define LIST_15 LIST_14 ",%56,%57,%58,%59"
+#define LIST_16 LIST_15 ",%60,%61,%62,%63"
+#define LIST_17 LIST_16 ",%64,%65,%66,%67"
+#define LIST_18 LIST_17 ",%68,%69,%70,%71"
+#define SUMS_1 D4(0)
+#define SUMS_2 SUMS_1, D4(1)
+#define SUMS_3 SUMS_2, D4(2)
+#define SUMS_4 SUMS_3, D4(3)
+#define SUMS_5 SUMS_4, D4(4)
+#define SUMS_6 SUMS_5, D4(5)
+#define SUMS_7 SUMS_6, D4(6)
+#define SUMS_8 SUMS_7, D4(7)
+#define SUMS_9 SUMS_8, D4(8)
+#define SUMS_10 SUMS_9, D4(9)
+#define SUMS_11 SUMS_10, D4(10)
+#define SUMS_12 SUMS_11, D4(11)
+#define SUMS_13 SUMS_12, D4(12)
+#define SUMS_14 SUMS_13, D4(13)
+#define SUMS_15 SUMS_14, D4(14)
+#define SUMS_16 SUMS_15, D4(15)
+#define SUMS_17 SUMS_16, D4(16)
+#define SUMS_18 SUMS_17, D4(17)
+#define PRODUCT(TYPE, NT, N, A, B, P)                                                                                                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LIST_##NT "}, " A \
+               ", " B ", p, 1, 1, 0, 0;\n}"                                                                                                      \
+               : SUMS_##NT                                                                                                                      \
+               : "l"(a), "l"(b), "r"((int)accumulate))
+#define PRODUCTS(TYPE)                                             \
+  if constexpr (NT == 1) PRODUCT(TYPE, 1, 8, "%4", "%5", "%6");      \
+  if constexpr (NT == 2) PRODUCT(TYPE, 2, 16, "%8", "%9", "%10");    \
+  if constexpr (NT == 3) PRODUCT(TYPE, 3, 24, "%12", "%13", "%14");  \
+  if constexpr (NT == 4) PRODUCT(TYPE, 4, 32, "%16", "%17", "%18");  \
+  if constexpr (NT == 5) PRODUCT(TYPE, 5, 40, "%20", "%21", "%22");  \
+  if constexpr (NT == 6) PRODUCT(TYPE, 6, 48, "%24", "%25", "%26");  \
+  if constexpr (NT == 7) PRODUCT(TYPE, 7, 56, "%28", "%29", "%30");  \
+  if constexpr (NT == 8) PRODUCT(TYPE, 8, 64, "%32", "%33", "%34");  \
+  if constexpr (NT == 9) PRODUCT(TYPE, 9, 72, "%36", "%37", "%38");  \
+  if constexpr (NT == 10) PRODUCT(TYPE, 10, 80, "%40", "%41", "%42"); \
+  if constexpr (NT == 11) PRODUCT(TYPE, 11, 88, "%44", "%45", "%46"); \
+  if constexpr (NT == 12) PRODUCT(TYPE, 12, 96, "%48", "%49", "%50"); \
+  if constexpr (NT == 13) PRODUCT(TYPE, 13, 104, "%52", "%53", "%54"); \
+  if constexpr (NT == 14) PRODUCT(TYPE, 14, 112, "%56", "%57", "%58"); \
+  if constexpr (NT == 15) PRODUCT(TYPE, 15, 120, "%60", "%61", "%62"); \
+  if constexpr (NT == 16) PRODUCT(TYPE, 16, 128, "%64", "%65", "%66"); \
+  if constexpr (NT == 17) PRODUCT(TYPE, 17, 136, "%68", "%69", "%70"); \
+  if constexpr (NT == 18) PRODUCT(TYPE, 18, 144, "%72", "%73", "%74")
+template <class T, int NT>
+DEVICE void multiply_shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate) {
+#if SM90
+  if constexpr (T::kIsBf16) {
+    PRODUCTS("bf16");
+  } else {
+    PRODUCTS("f16");
+  }
+#endif
+}
+
+#else  // the emulator
+
+#define SM90 1
+
+#include <functional>
+#include <map>
+
+#define GRID_CONSTANT
+
+struct TensorMap {
+  const uint16_t* base;
+  int64_t size[3], stride[3];  // in elements
+  int box[3];
+};
+using Barrier = uint64_t;  // only its address counts
+
+namespace emu {
+
+// Phases as mbarrier has them. What the copy engine moves appears at the first wait that it satisfies; until then the target is poisoned.
+struct SharedBarrier {
+  int arrivals = 0, pending = 0;
+  unsigned phase = 0;
+  std::vector<std::function<void()>> copies;
+};
+inline std::map<const void*, SharedBarrier> barriers;
+
+struct Products {  // of one thread: committed groups of wgmma, oldest first, which compute at the wait that completes them
+  std::vector<std::vector<std::function<void()>>> groups;
+  std::vector<std::function<void()>> open;
+};
+inline std::map<int, Products> products;
+
+inline int group_barrier[16] = {};
+inline unsigned group_generation[16] = {};
+
+}  // namespace emu
+
+inline void barrier_init(Barrier* barrier, int arrivals) {
+  emu::barriers[barrier] = {arrivals, arrivals, 0, {}};
+  emu::products.clear();
+}
+inline void publish_barriers() {}
+inline void barrier_arrive(Barrier* barrier) {
+  emu::SharedBarrier& b = emu::barriers.at(barrier);
+  if (--b.pending == 0) b.pending = b.arrivals, b.phase++;
+}
+inline void barrier_expect(Barrier* barrier, int) { barrier_arrive(barrier); }  // bytes are on their way at once, see copy_box
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+  emu::SharedBarrier& b = emu::barriers.at(barrier);
+  while ((b.phase & 1) == parity) emu::wait_for(b.phase);
+  for (const auto& copy : b.copies) copy();
+  b.copies.clear();
+}
+inline bool barrier_passed(Barrier* barrier, uint32_t parity) { return (emu::barriers.at(barrier).phase & 1) != parity; }
+inline uint8_t* swizzled(uint8_t* address) {  // as if shared memory began at a multiple of 1,024
+  const int64_t offset = address - emu::block.shared.get();
+  return emu::block.shared.get() + (offset ^ (offset >> 7 & 7) << 4);
+}
+inline void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
+  const TensorMap m = *map;
+  uint8_t* out = (uint8_t*)target;
+  std::memset(out, 0xCD, (size_t)m.box[0] * m.box[1] * 2);
+  emu::barriers.at(barrier).copies.push_back([=] {
+    for (int row = 0; row < m.box[1]; row++)
+      for (int i = 0; i < m.box[0]; i++) {
+        const bool inside = c0 + i < m.size[0] && c1 + row < m.size[1] && c2 < m.size[2];
+        const uint16_t value = inside ? m.base[c0 + i + (c1 + row) * m.stride[1] + c2 * m.stride[2]] : 0;
+        std::memcpy(swizzled(out + row * 128 + 2 * i), &value, 2);
+      }
+  });
+}
+inline void barrier_arrive_after_copies(Barrier* barrier) {
+  auto& copies = emu::barriers.at(barrier).copies;
+  copies.push_back([open = std::move(emu::self().open)] { emu::copy_now(open); });
+  emu::self().open.clear();
+  barrier_arrive(barrier);
+}
+inline void see_copies() {}
+// Blocks run one after another here: no clusters.
+inline int cluster_rank() { return 0; }
+inline void sync_cluster() { emu::fail("no clusters here"); }
+inline void copy_box_to_both(void*, const TensorMap*, Barrier*, int, int, int) { emu::fail("no clusters here"); }
+inline void barrier_arrive_at(Barrier*, int) { emu::fail("no clusters here"); }
+template <class... Params, class... Args>
+int launch_clusters(const Launch&, unsigned, void (*)(Params...), Args...) {
+  emu::fail("no clusters here");
+}
+template <int REGISTERS>
+void give_registers() {}
+template <int REGISTERS>
+void take_registers() {}
+inline void sync_warpgroup(int id) {
+  if (++emu::group_barrier[id] < 128) return emu::wait_for(emu::group_generation[id]);
+  emu::group_barrier[id] = 0;
+  emu::group_generation[id]++;
+}
+inline void store_matrix_x2_transposed(void* row, uint32_t a, uint32_t b) {
+  struct Argument {
+    uint8_t* row;
+    uint32_t value[2];
+  } argument{(uint8_t*)row, {a, b}};
+  emu::collective("store_matrix", &argument, [](void** lane) {
+    for (int l = 0; l < 32; l++)
+      for (int m = 0; m < 2; m++)
+        for (int h = 0; h < 2; h++) {  // lane l holds row l / 4, columns 2 (l % 4) and the next
+          const uint16_t value = (uint16_t)(((Argument*)lane[l])->value[m] >> 16 * h);
+          std::memcpy(((Argument*)lane[m * 8 + l % 4 * 2 + h])->row + l / 4 * 2, &value, 2);
+        }
+  });
+}
+inline float sigmoid(float x) { return 1.f / (1.f + std::exp(-x)); }
+inline void copy_16_bytes(void* target, const void* source) { std::memcpy(target, source, 16); }
+inline void publish_to_wgmma() {}
+inline uint64_t wgmma_matrix(const void* p) { return (uint64_t)((const uint8_t*)p - emu::block.shared.get()) >> 4; }
+inline void wgmma_begin() {}
+inline void wgmma_commit() {
+  auto& p = emu::products[emu::block.current];
+  p.groups.push_back(std::move(p.open));
+  p.open.clear();
+}
+template <int PENDING>
+void wgmma_wait() {
+  auto& groups = emu::products[emu::block.current].groups;
+  while (groups.size() > PENDING) {
+    for (const auto& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
+}
+template <class T, int NT>
+void multiply_shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate) {
+  float* sums = d;
+  const int lane = lane_index(), warp = warp_index() % 4;
+  emu::products[emu::block.current].open.push_back([=] {
+    uint8_t* const shared = emu::block.shared.get();
+    const auto value = [&](uint64_t matrix, int row, int k) {
+      uint16_t bits;
+      std::memcpy(&bits, swizzled(shared + (matrix << 4) + row * 128 + k * 2), 2);
+      return T::kIsBf16 ? emu::from_bf16(bits) : emu::from_fp16(bits);
+    };
+    for (int i = 0; i < 4 * NT; i++) {
+      const int row = 16 * warp + lane / 4 + (i >> 1 & 1) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+      float sum = accumulate ? sums[i] : 0.f;
+      for (int k = 0; k < 16; k++) sum += value(a, row, k) * value(b, column, k);
+      sums[i] = sum;
+    }
+  });
+}
+
+#endif

@@ -1,0 +1,490 @@
+// Grouped GEMM over experts with 16-bit weights on sm_90: rows of the weight are wgmma's M, the tokens of a tile its N, so that a tile
+// computes no more than its tokens rounded up to eight.
+//
+//   * A block walks tiles of 256 rows of one weight (with an activation 128 gate rows and the 128 up rows that belong to them) x up to 144
+//     tokens, persistently. Four warps fetch: the weight by the tensor copy engine, the tokens' rows, scattered, by cp.async. Two
+//     warpgroups multiply, each 64 + 64 rows, so that a thread ends with gate and up; meanwhile the next tile is fetched.
+//   * In a cluster two blocks share a tile of up to 288 tokens: each fetches half of the weight, into the shared memory of both.
+//   * The low-rank addend is more k of the same product: 16 columns of B of an adapter against 16 columns of s, zero outside its rows.
+//   * With an addend the kernel before made s: only the fetch of s waits for it, the rest runs beside it.
+//
+// Barriers of a stage: `full` (128 fetching threads, one more and the engine's bytes), `empty` (the multiplying warps of all blocks).
+#include "moe_wgmma_gemm.h"
+
+#include "hopper_prims.cuh"
+
+#if !SM90
+#pragma nv_diag_suppress 177  // nothing is used where the kernel is empty
+#endif
+
+namespace {
+
+constexpr int kRows = 256, kTokens = 144, kK = 64, kStages = 4;
+constexpr int kFetchers = 128, kThreads = 384, kRecord = 5;
+constexpr int kWeightBytes = kRows * 128, kStageBytes = kWeightBytes + kTokens * 128;
+constexpr int kChunk = 40, kPitch = 128 * 2 + 16;  // tokens that leave at once through shared memory, and bytes of one there
+constexpr int kOutBytes = kChunk * kPitch;
+constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutBytes + 2 * kTokens * 4 + 512;
+
+struct Note {  // from the fetching warps, with a stage
+  int32_t expert, start, rows, n0;  // the tile, of a cluster's tile this block's part; expert -1: no more
+  int32_t products, last;           // addend only: sixteens of k in this stage, and whether it ends the tile
+};
+
+struct Shared {
+  uint8_t* stages;
+  uint8_t* out;
+  int32_t* rows;  // of the output, for each group's tile
+  Barrier *full, *empty;
+  Note* notes;
+};
+
+DEVICE Shared carve(uint8_t* memory) {
+  Shared s;
+  s.stages = memory;
+  s.out = memory + kStages * kStageBytes;
+  s.rows = (int32_t*)(s.out + 2 * kOutBytes);
+  s.full = (Barrier*)(s.rows + 2 * kTokens);
+  s.empty = s.full + kStages;
+  s.notes = (Note*)(s.empty + kStages);
+  return s;
+}
+
+DEVICE uint8_t* stage_of(const Shared& s, uint32_t step) { return s.stages + step % kStages * kStageBytes; }
+DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
+DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
+DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// ---- fetching --------------------------------------------------------------------------------------------------------------------------
+
+template <int CLUSTER>
+struct Fetcher {
+  const MoeWgmmaGemm& a;
+  const Shared& shared;
+  uint32_t step = 0;
+
+  DEVICE uint8_t* begin() {  // a stage that nobody reads any more, in neither block
+    barrier_wait(&shared.empty[step % kStages], (step / kStages & 1) ^ 1);
+    return stage_of(shared, step);
+  }
+  DEVICE void note(const Note& n) {  // before the first thread's arrival
+    if (thread_index() == 0) shared.notes[step % kStages] = n;
+  }
+  DEVICE void end(bool copies_only = true) {  // copies_only: nothing was stored but by cp16
+    if (!copies_only) cp_commit(), cp_wait<0>(), barrier_arrive(&shared.full[step % kStages]);
+    else barrier_arrive_after_copies(&shared.full[step % kStages]);
+    step++;
+  }
+};
+
+// Eight 16-bit values from any address that holds them, of which the first `count` count, the others become zero.
+DEVICE void fetch_piece(uint8_t* target, const uint16_t* source, int count, bool aligned) {
+  if (aligned || count <= 0) return cp16(target, source, count > 0);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) words[i] = (2 * i < count ? source[2 * i] : 0u) | (2 * i + 1 < count ? (uint32_t)source[2 * i + 1] << 16 : 0u);
+  store_words(target, words[0], words[1]);
+  store_words(target + 8, words[2], words[3]);
+}
+
+// The LoRA tiles that meet a tile, as runs of rows that share one B, and of each the sixteens of its columns. Lane l of every warp
+// holds the record of LoRA tile first + l, asked for before the tile's products: a chain of loads would stand behind them otherwise.
+struct Addend {
+  const MoeWgmmaGemm& a;
+  int first = 0, next = 0, end = 0;                     // LoRA tiles
+  int mine_start = 0, mine_rows = 0, mine_rank = 0, mine_split = 0;
+  int64_t mine_place = 0;
+  int low = 0, high = 0, rank = 0, split = 0, r0 = 0;  // the run: rows within the tile; the sixteen
+  int64_t place = 0;
+  bool any = true;
+
+  DEVICE void ask(int from, int to) {
+    first = next = from, end = to;
+    const int64_t* record = a.records + (int64_t)kRecord * (first + lane_index());
+    if (first + lane_index() >= end) return;
+    mine_start = (int)record[0], mine_rows = (int)record[1], mine_rank = (int)record[2], mine_split = (int)record[3], mine_place = record[4];
+  }
+  DEVICE int field(int value) const { return (int)shuffle((uint32_t)value, next - first); }
+  DEVICE int64_t next_place() {
+    if (next - first == 32) ask(next, end);
+    const uint32_t top = shuffle((uint32_t)(mine_place >> 32), next - first);
+    return (int64_t)((uint64_t)top << 32 | shuffle((uint32_t)mine_place, next - first));
+  }
+  DEVICE void load(int start) {
+    for (any = false; !any && next < end; next++) {
+      place = next_place();
+      low = field(mine_start) - start, rank = field(mine_rank), split = field(mine_split), high = low + field(mine_rows);
+      any = rank > 0;
+    }
+    for (; next < end && next_place() == place; next++) high = field(mine_start) + field(mine_rows) - start;
+    r0 = 0;
+  }
+  DEVICE void advance(int start) {
+    if ((r0 += 16) >= rank) load(start);
+  }
+  DEVICE bool b_aligned() const { return rank % 8 == 0; }
+  DEVICE bool s_aligned() const { return (rank | a.s_width | a.max_rank) % 8 == 0; }
+};
+
+// The unit-th sixteen columns of B in this stage, and of s: those of gate and of up beside each other, or one.
+template <int HALVES>
+DEVICE void fetch_sixteen(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage, int unit, const Note& note) {
+  const int tid = thread_index();
+  const uint16_t* b = (const uint16_t*)a.pool + u.place * 8;
+#pragma unroll
+  for (int i = 0; i < kRows * 2 / kFetchers; i++) {
+    const int index = tid + i * kFetchers, row = index >> 1, r = u.r0 + (index & 1) * 8;
+    const int half = HALVES == 2 ? row >> 7 : 0, column = note.n0 + (HALVES == 2 ? row & 127 : row);
+    fetch_piece(piece_of(stage, row, 2 * unit + (index & 1)), b + ((int64_t)half * a.n + column) * u.rank + r, column < a.n ? u.rank - r : 0, u.b_aligned());
+  }
+  const uint16_t* s = (const uint16_t*)a.s + (int64_t)note.start * a.s_width;
+  for (int index = tid; index < note.rows * 2 * HALVES; index += kFetchers) {
+    const int row = index / (2 * HALVES), piece = index % (2 * HALVES), r = u.r0 + (piece & 1) * 8;
+    const bool mine = row >= u.low && row < u.high;
+    fetch_piece(piece_of(stage + kWeightBytes, row, 2 * HALVES * unit + piece), s + (int64_t)row * a.s_width + (piece >> 1) * u.split * a.max_rank + r, mine ? u.rank - r : 0,
+                u.s_aligned());
+  }
+}
+
+template <int HALVES, int CLUSTER>
+DEVICE void fetch_addend(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, Addend& u, Note note) {
+  u.load(note.start);
+  do {
+    uint8_t* const stage = f.begin();
+    bool aligned = true;
+    for (note.products = 0; note.products < kK / 16 / HALVES && u.any; note.products++) {
+      fetch_sixteen<HALVES>(a, u, stage, note.products, note);
+      aligned = aligned && u.s_aligned();
+      u.advance(note.start);
+    }
+    note.last = !u.any;
+    f.note(note);
+    if (thread_index() == 0) barrier_arrive(&f.shared.full[f.step % kStages]);  // in place of the engine's
+    f.end(aligned);
+  } while (u.any);
+}
+
+constexpr int kPasses = kTokens * 8 / kFetchers;  // rows of x that a fetching thread brings a sixteen-byte piece of
+
+// The t-th tile of the walk and this block's rows of it; with `rows` what the fetching thread gathers by, on its way meanwhile.
+template <int HALVES, int CLUSTER>
+DEVICE Note find_tile(const MoeWgmmaGemm& a, int64_t t, int tiles, int column_blocks, int& tile, int (&rows)[kPasses]) {
+  const int group = (int)(t / ((int64_t)a.group * column_blocks)), local = (int)(t - (int64_t)group * a.group * column_blocks);
+  const int members = tiles - group * a.group < a.group ? tiles - group * a.group : a.group;
+  tile = group * a.group + local % members;
+  Note note = {a.tiles[3 * tile], a.tiles[3 * tile + 1], a.tiles[3 * tile + 2], local / members * (kRows / HALVES), 0, 0};
+  if (CLUSTER == 2) {  // each block has half of the rows, the first the odd ones
+    const int share = divide_up(note.rows, 16) * 8;
+    if (cluster_rank() == 0) note.rows = note.rows < share ? note.rows : share;
+    else note.start += share, note.rows = note.rows > share ? note.rows - share : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kPasses; i++) {
+    const int row = (thread_index() >> 3) + i * (kFetchers / 8);
+    rows[i] = note.start + row;
+    if (a.gather && row < note.rows) rows[i] = a.sorted_pairs[rows[i]];
+  }
+  return note;
+}
+
+template <int HALVES, int CLUSTER>
+DEVICE void fetch_products(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Note& note, const int (&rows)[kPasses]) {
+  const int piece = thread_index() & 7, row0 = thread_index() >> 3;
+  uint32_t source[kPasses];  // in 16 bytes
+#pragma unroll
+  for (int i = 0; i < kPasses; i++) source[i] = (uint32_t)(a.gather ? rows[i] / top_k : rows[i]) * (uint32_t)(a.k / 8) + piece;
+  for (int k = 0; k < a.k; k += kK) {
+    uint8_t* const stage = f.begin();
+    if (thread_index() == 0) {
+      f.note(note);
+      Barrier* const full = &f.shared.full[f.step % kStages];
+      barrier_expect(full, kWeightBytes);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        uint8_t* const target = stage + half * (kWeightBytes / 2);
+        const int row = HALVES == 2 ? note.n0 : note.n0 + half * 128, matrix = HALVES == 2 ? 2 * note.expert + half : note.expert;
+        if (CLUSTER == 1) copy_box(target, &map, full, k, row, matrix);
+        else if (half == cluster_rank()) copy_box_to_both(target, &map, full, k, row, matrix);
+      }
+    }
+    const uint8_t* const x = (const uint8_t*)a.x + k * 2;
+    const bool inside = k + piece * 8 < a.k;
+#pragma unroll
+    for (int i = 0; i < kPasses; i++) {
+      const int row = row0 + i * (kFetchers / 8);
+      if (row < note.rows) cp16(piece_of(stage + kWeightBytes, row, piece), x + (int64_t)source[i] * 16, inside);
+    }
+    f.end();
+  }
+}
+
+template <int HALVES, int CLUSTER>
+DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Shared& shared) {
+  Fetcher<CLUSTER> f{a, shared};
+  bool waits = true;  // for the kernel before, which made s
+  if (!a.s) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
+  const int column_blocks = divide_up(a.n, kRows / HALVES), tiles = a.counts[1], stride = (int)gridDim.x / CLUSTER;
+  const int64_t total = (int64_t)tiles * column_blocks;
+  int tile = 0, next_tile = 0, rows[kPasses], next_rows[kPasses];
+  Note note = {-1, 0, 0, 0, 0, 0}, next = note;
+  int64_t t = blockIdx.x / CLUSTER;
+  if (t < total) note = find_tile<HALVES, CLUSTER>(a, t, tiles, column_blocks, tile, rows);
+  Addend u{a};
+  int first = 0, end = 0;  // of the tile's LoRA tiles
+  for (; t < total; t += stride) {
+    if (a.s && !waits) u.ask(first, end);
+    if (t + stride < total) next = find_tile<HALVES, CLUSTER>(a, t + stride, tiles, column_blocks, next_tile, next_rows);
+    fetch_products<HALVES>(f, a, map, top_k, note, rows);
+    if (a.s) {
+      if (waits) {
+        wait_for_previous_kernel(), allow_next_kernel(), waits = false;
+        u.ask(a.ranges[2 * tile], a.ranges[2 * tile + 1]);
+      }
+      first = a.ranges[2 * next_tile], end = a.ranges[2 * next_tile + 1];
+      fetch_addend<HALVES>(f, a, u, note);
+    }
+    note = next, tile = next_tile;
+#pragma unroll
+    for (int i = 0; i < kPasses; i++) rows[i] = next_rows[i];
+  }
+  if (waits) wait_for_previous_kernel(), allow_next_kernel();  // blocks without a tile: whoever follows relies on all of them
+  f.begin();
+  f.note({-1, 0, 0, 0, 0, 0});
+  if (thread_index() == 0) barrier_arrive(&shared.full[f.step % kStages]);
+  f.end();
+}
+
+// ---- multiplying -----------------------------------------------------------------------------------------------------------------------
+
+template <int HALVES, int CLUSTER>
+struct Multiplier {
+  const Shared& shared;
+  int group;  // 0 or 1
+  uint32_t step = 0;
+
+  DEVICE bool arrived() const { return uniform(barrier_passed(&shared.full[step % kStages], step / kStages & 1)); }
+  DEVICE void wait() { barrier_wait(&shared.full[step % kStages], step / kStages & 1); }
+  DEVICE void release(uint32_t of) {
+    if (CLUSTER == 1) {
+      if (lane_index() == 0) barrier_arrive(&shared.empty[of % kStages]);
+    } else if (lane_index() < 2) {
+      barrier_arrive_at(&shared.empty[of % kStages], lane_index());
+    }
+  }
+  // First row of a half of this group's: its gate and its up rows, or 128 in a row.
+  DEVICE int row(int half) const { return HALVES == 2 ? half * 128 + group * 64 : group * 128 + half * 64; }
+};
+
+// Sixteen of k: columns 16 i of the weights, and of the tokens' rows, with `apart` other ones for the second half.
+template <class T, int NT, class M>
+DEVICE void multiply_sixteen(float (&d)[2][72], const M& m, int i, int token_i, int apart, bool accumulate) {
+  uint8_t* const stage = stage_of(m.shared, m.step);
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    multiply_shared<T, NT>(d[half], wgmma_matrix(stage + m.row(half) * 128) + 2 * i, wgmma_matrix(stage + kWeightBytes) + 2 * (token_i + half * apart), accumulate);
+}
+
+template <class T, int NT, int HALVES, int CLUSTER>
+DEVICE void multiply_tile(float (&d)[2][72], Multiplier<HALVES, CLUSTER>& m, int steps, bool addend) {
+  bool released = true;
+  for (int k = 0; k < steps; k++, m.step++) {
+    if (!m.arrived() && !released) {  // nothing to multiply yet: give back what is read
+      wgmma_wait<0>();
+      m.release(m.step - 1);
+      released = true;
+    }
+    m.wait();
+    see_copies();
+    wgmma_begin();
+    if constexpr (NT > 0) {
+#pragma unroll
+      for (int i = 0; i < kK / 16; i++) multiply_sixteen<T, NT>(d, m, i, i, 0, k + i > 0);
+    }
+    wgmma_commit();
+    if (!released) {
+      wgmma_wait<1>();
+      m.release(m.step - 1);
+    }
+    released = false;
+  }
+  wgmma_wait<0>();
+  m.release(m.step - 1);
+  for (bool last = !addend; !last; m.step++) {
+    m.wait();
+    see_copies();
+    const int products = uniform(m.shared.notes[m.step % kStages].products);
+    last = uniform(m.shared.notes[m.step % kStages].last);
+    wgmma_begin();
+    if constexpr (NT > 0) {
+      for (int i = 0; i < products; i++) multiply_sixteen<T, NT>(d, m, i, HALVES * i, HALVES - 1, true);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    m.release(m.step);
+  }
+}
+
+DEVICE float activate(const MoeWgmmaGemm& a, float gate, float up) {
+  gate = gate < a.limit ? gate : a.limit;
+  up = up < a.limit ? (up > -a.limit ? up : -a.limit) : a.limit;
+  return gate * sigmoid(a.alpha * (gate + a.cubic * gate * gate * gate)) * (up + a.shift);
+}
+
+template <class T>
+DEVICE float bias_of(const MoeWgmmaGemm& a, int64_t index, bool inside) {
+  if (!a.bias || !inside) return 0.f;
+  return T::low(((const uint16_t*)a.bias)[index]);
+}
+
+// This warpgroup's part of a tile: to 16 bit, transposed through shared memory, out in pieces of 16 bytes.
+template <class T, int HALVES>
+DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], const Shared& shared, int group, const int (&row)[2]) {
+  constexpr int kColumns = 128 / HALVES, kPieces = kColumns / 8;
+  const int lane = lane_index(), warp = warp_index() & 3, tid = thread_index() & 127;
+  const int column0 = note.n0 + group * kColumns;
+  uint8_t* const out = shared.out + group * kOutBytes;
+  int32_t* const rows = shared.rows + group * kTokens;
+  float bias[2][2];
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int column = column0 + (HALVES == 2 ? 0 : half * 64) + warp * 16 + h * 8 + lane / 4;
+      bias[half][h] = bias_of<T>(a, ((int64_t)note.expert * HALVES + (HALVES == 2 ? half : 0)) * a.n + column, column < a.n);
+    }
+  uint8_t* const mine = out + (lane & 7) * kPitch + warp * 32 + (lane >> 3 & 1) * 16;
+#pragma unroll
+  for (int c = 0; c < kTokens; c += kChunk) {
+    if (c >= note.rows) break;
+    sync_warpgroup(1 + group);  // whoever still reads what left before
+    if (c == 0) {
+      rows[tid] = row[0];
+      if (tid < kTokens - 128) rows[128 + tid] = row[1];
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk / 8; i++) {
+      const int at = (c / 8 + i) * 4;
+      if (c + i * 8 >= kTokens || c + i * 8 >= note.rows) break;
+      uint32_t value[2];
+      if constexpr (HALVES == 2) {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+          value[h] = T::pack(activate(a, d[0][at + 2 * h] + bias[0][h], d[1][at + 2 * h] + bias[1][h]),
+                             activate(a, d[0][at + 2 * h + 1] + bias[0][h], d[1][at + 2 * h + 1] + bias[1][h]));
+        store_matrix_x2_transposed(mine + i * 8 * kPitch, value[0], value[1]);
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) value[h] = T::pack(d[half][at + 2 * h] + bias[half][h], d[half][at + 2 * h + 1] + bias[half][h]);
+          store_matrix_x2_transposed(mine + i * 8 * kPitch + half * 128, value[0], value[1]);
+        }
+      }
+    }
+    sync_warpgroup(1 + group);
+    const int tokens = note.rows - c < kChunk ? note.rows - c : kChunk;
+    for (int index = tid; index < tokens * kPieces; index += 128) {
+      const int token = index / kPieces, piece = index % kPieces, column = column0 + piece * 8;
+      if (column < a.n) copy_16_bytes((uint16_t*)a.out + (int64_t)rows[c + token] * a.n + column, out + token * kPitch + piece * 16);
+    }
+  }
+}
+
+template <class T, int HALVES, int CLUSTER>
+DEVICE void multiply(const MoeWgmmaGemm& a, const Shared& shared) {
+  Multiplier<HALVES, CLUSTER> m{shared, uniform(warp_index() / 4) - 1};
+  const int steps = divide_up(a.k, kK);
+  const bool addend = a.s != nullptr;
+  float d[2][72];
+  while (true) {
+    m.wait();
+    const Note note = shared.notes[m.step % kStages];
+    if (uniform(note.expert) < 0) break;
+    int row[2];  // asked for before the products, needed after
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int token = (thread_index() & 127) + 128 * i;
+      row[i] = note.start + token;
+      if (a.scatter && token < note.rows) row[i] = a.sorted_pairs[row[i]];
+    }
+    switch (uniform(divide_up(note.rows, 8))) {
+#define CASE(NT) \
+  case NT: multiply_tile<T, NT>(d, m, steps, addend); break;
+      CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
+#undef CASE
+    }
+    store_tile<T, HALVES>(a, note, d, shared, m.group, row);
+  }
+}
+
+template <class T, int HALVES, int CLUSTER>
+KERNEL void __launch_bounds__(kThreads, 1) gemm(const MoeWgmmaGemm a, const GRID_CONSTANT TensorMap map, Divider top_k) {
+#if SM90  // elsewhere an empty kernel, which is never launched: ops/moe_wgmma_gemm.py refuses
+  SMEM_DECL;
+  const Shared shared = carve(smem_);
+  if (thread_index() == 0) {
+    for (int i = 0; i < kStages; i++) barrier_init(&shared.full[i], kFetchers + 1), barrier_init(&shared.empty[i], 8 * CLUSTER);
+    publish_barriers();
+  }
+  if constexpr (CLUSTER == 2) sync_cluster();
+  else sync_block();
+  if (warp_index() < kFetchers / 32) {
+    give_registers<120>();
+    fetch<HALVES, CLUSTER>(a, map, top_k, shared);
+  } else {
+    take_registers<192>();
+    multiply<T, HALVES, CLUSTER>(a, shared);
+  }
+  if constexpr (CLUSTER == 2) sync_cluster();  // the other block may still arrive here
+#endif
+}
+
+// The weights as [experts * halves, n, k] for the copy engine: a box is 128 rows.
+int describe(const MoeWgmmaGemm& a, TensorMap* map) {
+  const uint64_t size[3] = {(uint64_t)a.k, (uint64_t)a.n, (uint64_t)a.halves * a.experts}, stride[2] = {(uint64_t)a.k, (uint64_t)a.n * a.k};  // in elements
+  const uint32_t box[3] = {kK, kRows / 2, 1};
+#ifdef __CUDACC__
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static Encode encode = nullptr;  // of the driver: looked up, so that the library needs no driver to load
+  if (!encode) {
+    cudaDriverEntryPointQueryResult found;
+    void* function = nullptr;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess) return (int)error;
+    if (found != cudaDriverEntryPointSuccess) return (int)cudaErrorNotSupported;
+    encode = (Encode)function;
+  }
+  const cuuint64_t sizes[3] = {size[0], size[1], size[2]}, bytes[2] = {stride[0] * 2, stride[1] * 2};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const CUtensorMapDataType type = a.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result = encode(map, type, 3, const_cast<void*>(a.w), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? 0 : (int)cudaErrorInvalidValue;
+#else
+  map->base = (const uint16_t*)a.w;
+  for (int i = 0; i < 3; i++) map->size[i] = (int64_t)size[i], map->stride[i] = i ? (int64_t)stride[i - 1] : 1, map->box[i] = (int)box[i];
+  return 0;
+#endif
+}
+
+template <class T, int HALVES>
+int dispatch(const MoeWgmmaGemm& a, const TensorMap& map, void* stream) {
+  const Launch how = {(unsigned)a.blocks, kThreads, kSharedBytes, stream, a.overlap && can_overlap()};
+  const Divider top_k = make_divider(a.top_k);
+  return a.cluster == 2 ? launch_clusters(how, 2, gemm<T, HALVES, 2>, a, map, top_k) : launch(how, gemm<T, HALVES, 1>, a, map, top_k);
+}
+
+}  // namespace
+
+extern "C" int32_t moe_wgmma_tile_tokens() { return kTokens; }
+
+extern "C" int moe_wgmma_gemm(const MoeWgmmaGemm* arguments, void* stream) {
+  const MoeWgmmaGemm& a = *arguments;
+  if (a.pairs == 0) return 0;
+  TensorMap map;
+  const int error = describe(a, &map);
+  if (error != 0) return error;
+  if (a.is_bf16) return a.halves == 2 ? dispatch<BFloat16, 2>(a, map, stream) : dispatch<BFloat16, 1>(a, map, stream);
+  return a.halves == 2 ? dispatch<Float16, 2>(a, map, stream) : dispatch<Float16, 1>(a, map, stream);
+}

@@ -1,0 +1,38 @@
+// Grouped GEMM over experts with 16-bit weights for sm_90, with its low-rank addend. No torch, no CUDA header.
+// Formulas in words: sglang_lora_moe/ops/moe_wgmma_gemm.py.
+#pragma once
+#include <stdint.h>
+
+extern "C" {
+
+// out[row] = act(w[expert] x[row] + bias[expert] + B(slot, expert) s[row]) for the rows of every tile.
+struct MoeWgmmaGemm {
+  const void* x;                // [.., k]
+  const void* w;                // [experts, halves * n, k]
+  const void* bias;             // [experts, halves * n], or null
+  void* out;                    // [.., n]
+  const int32_t* tiles;         // [.., 3] expert, start, rows <= moe_wgmma_tile_tokens()
+  const int32_t* counts;        // counts[1] = tiles
+  const int32_t* sorted_pairs;  // [pairs]
+  const void* s;                // [pairs, s_width] scaled A x in the order of the tiles, or null: no addend, and the four below unused
+  const void* pool;             // of B
+  const int64_t* records;       // [LoRA tiles, 5] first row, rows, rank, split, place of B in 16 bytes
+  const int32_t* ranges;        // [tiles, 2] first and end of the LoRA tiles that meet a tile
+  int32_t s_width, max_rank;
+  int32_t experts, n, k, pairs, top_k;
+  int32_t halves;      // 2: w has gate rows, then up rows
+  int32_t is_bf16;
+  int32_t activation;  // with halves 2: g * sigmoid(alpha * (g + cubic * g^3)) * (u + shift), g = min(gate, limit), u = up within +-limit
+  float alpha, cubic, limit, shift;
+  int32_t gather, scatter;  // x by token (pair / top_k) rather than by row; out by pair rather than by row
+  int32_t group;            // tiles that walk the columns together
+  int32_t blocks;           // of the grid: multiprocessors, fewer where there are fewer tiles
+  int32_t cluster;          // 2: two blocks share a tile of up to twice the tokens, and fetch each weight once
+  int32_t overlap;          // start beside the end of the kernel before
+};
+
+int32_t moe_wgmma_tile_tokens();
+
+// Enqueue on `stream`. Returns a cudaError_t, 0 = success. Never synchronises; safe to capture.
+int moe_wgmma_gemm(const MoeWgmmaGemm* arguments, void* stream);
+}

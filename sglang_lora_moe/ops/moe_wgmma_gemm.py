@@ -1,0 +1,85 @@
+"""The expert GEMMs of many tokens on sm_90 (csrc/moe_wgmma_gemm.cu): what `moe_grouped_gemm` computes, with the same arguments.
+
+    out[row] = f(a[row] @ w[e]^T + bias[e] + low-rank addend)      e = the expert of the row's tile, accumulated in float32
+
+Weights are the tensor cores' left operand and tokens their columns, so that a tile of an expert's last few tokens computes no
+more than those; f is a gated activation of the sigmoid family over (gate, up) halves of w, or nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import build, launch
+from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.low_rank import LowRank
+from sglang_lora_moe.ops.marlin_moe import activation_of
+from sglang_lora_moe.ops.moe_lora_align import Alignment
+
+TILE_TOKENS, TILE_ROWS = 144, 256  # of the kernel: tokens of a tile, and rows of w
+DTYPES = (torch.bfloat16, torch.float16)
+
+LIBRARY.define(
+    "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
+    "Tensor? ranges, Tensor(a!) out, int top_k, int halves, int max_rank, float alpha, float cubic, float limit, float shift, bool gather, bool scatter, "
+    "int group, int blocks, int cluster, bool overlap) -> ()"
+)
+
+
+@dataclass(frozen=True)
+class WgmmaTile:
+    """Launch shape: `group` tiles of tokens walk the columns together, so that they share w in L2. cluster 2: pairs of blocks
+    share a tile of twice the tokens and fetch w once."""
+
+    group: int = 4
+    cluster: int = 1
+    tokens: int = TILE_TOKENS  # of one block; fewer where another kernel shares the alignment
+
+    @property
+    def m(self) -> int:
+        return self.tokens * self.cluster
+
+
+def wgmma_gemm(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    alignment: Alignment,
+    out: torch.Tensor,
+    tile: WgmmaTile,
+    *,
+    top_k: int,
+    gather: bool,
+    scatter: bool,
+    activation: MoESpec | None = None,
+    addend: LowRank | None = None,
+) -> torch.Tensor:  # budget: the tensors of one grouped product, its row orders and its addend
+    """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
+
+    a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K]; bias [E, N or 2N]. `activation` = the layer's spec
+    where the epilogue activates (gate_up), None for a plain product. The alignment's base_block must be `tile.m`.
+    """
+    halves = 1 if activation is None else 2
+    columns = triton.cdiv(out.shape[1], TILE_ROWS // halves)
+    blocks = max(1, min(alignment.base_tiles.shape[0] * columns, launch.multiprocessors(a.device) // tile.cluster)) * tile.cluster
+    if a.is_cuda:
+        if not launch.has_wgmma(a.device):
+            raise ValueError(f"moe_wgmma_gemm: runs on compute capability 9.0 alone, got {a.device}")
+        build.load()
+    low = (None,) * 4 if addend is None else (addend.s, addend.b.pool, addend.records, addend.ranges)
+    torch.ops.sglang_lora_moe.moe_wgmma_gemm(
+        a, w, bias, alignment.base_tiles, alignment.counts, alignment.sorted_pairs, *low, out, top_k, halves, 0 if addend is None else addend.b.max_rank,
+        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.cluster, True,
+    )  # fmt: skip
+    return out
+
+
+def _nothing(*args: object) -> None:
+    """Only writes into the caller's buffers: nothing to infer."""
+
+
+torch.library.register_fake("sglang_lora_moe::moe_wgmma_gemm", _nothing, lib=LIBRARY)

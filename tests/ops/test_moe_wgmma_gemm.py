@@ -1,0 +1,119 @@
+"""The wgmma GEMM inside whole layers: on the emulator under AddressSanitizer and UBSan, with the other kernels in Triton's interpreter;
+on a Hopper GPU the operator itself, also in clusters, which the emulator does not know."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops.moe_tiles import LayerTiles
+from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
+from tests.moe.test_triton import check
+from tests.moe_cases import LAYOUTS, POPULARITIES, make_case
+from tests.ops.cpp import compile_for_emulator
+
+SMALL = {"experts": 5, "top_k": 2, "hidden": 72, "inter": 136}
+GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+CLUSTERS = [1, 2] if GPU else [1]
+pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
+
+
+def tiles(cluster: int) -> LayerTiles:
+    return LayerTiles(WgmmaTile(2, cluster), WgmmaTile(3, cluster), lora_block=16)
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_for_emulator(Path(__file__).parent / "wgmma_driver.cpp", tmp_path_factory.mktemp("wgmma"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The operator on CPU tensors is the emulated kernel."""
+    if GPU:
+        yield
+        return
+    driver, order = request.getfixturevalue("driver"), 0
+
+    def gemm(
+        x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges, out, top_k, halves, max_rank, alpha, cubic, limit, shift, gather, scatter,
+        group, blocks, cluster, overlap,
+    ) -> None:  # fmt: skip
+        nonlocal order
+        order += 1
+        fields = (
+            order % 4, x.shape[0], w.shape[0], out.shape[1], x.shape[1], sorted_pairs.numel(), top_k, halves, x.dtype == torch.bfloat16, bias is not None,
+            tiles.shape[0], s is not None, 0 if s is None else s.shape[2], max_rank, 0 if records is None else records.shape[0], gather, scatter, group, blocks,
+        )  # fmt: skip
+        head = struct.pack("19i4fxxxxq", *map(int, fields), alpha, cubic, limit, shift, 0 if pool is None else pool.numel())
+        tensors = [
+            t.contiguous().view(torch.uint8).numpy().tobytes() for t in (x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges) if t is not None
+        ]
+        done = subprocess.run([driver], input=head + b"".join(tensors), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        written = torch.frombuffer(bytearray(done.stdout), dtype=torch.int16).view(out.shape)
+        rows = (written != 0xCDCD - 65536).any(1)
+        out[rows] = written.view(out.dtype)[rows]
+
+    library = torch.library.Library("sglang_lora_moe", "IMPL")
+    library.impl("moe_wgmma_gemm", gemm, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routing", ["uniform", "one_expert", "partial", "all_invalid"])
+def test_base_layer(device: torch.device, routing: str, dtype: torch.dtype, cluster: int) -> None:
+    for tokens in (1, 45):
+        check(make_case(**SMALL, m=tokens, dtype=dtype, device=device, routing=routing, popularity="none"), tiles(cluster), lora=False)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("popularity", POPULARITIES)
+def test_adapters_by_popularity(device: torch.device, popularity: str, cluster: int) -> None:
+    adapters: dict[str, Any] = {"ranks": (8, 0, 24, 16), "layouts": ("split",), "routing": "partial", "popularity": popularity}
+    check(make_case(**SMALL, **adapters, m=29, dtype=torch.float16, device=device), tiles(cluster))
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("ranks", [(40, 8, 1), (72, 16, 32)], ids=str)
+def test_mixed_layouts(device: torch.device, ranks: tuple[int, ...], cluster: int) -> None:
+    """Split and shared A, shared-outer experts, one half alone, ranks that are no multiple of eight, more columns than a stage holds."""
+    common: dict[str, Any] = {**SMALL, "m": 21, "dtype": torch.float16, "device": device}
+    check(make_case(**common, ranks=ranks, layouts=LAYOUTS, active=6, slots=7), tiles(cluster))
+    check(make_case(**common, ranks=ranks[:2], layouts=("dense",)), tiles(cluster))
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_many_rows(device: torch.device, cluster: int) -> None:
+    """Tiles of many numbers of eights, several of one expert, widths beyond one block of columns and a tail of k."""
+    spec = MoESpec(6, 1, 264, 136, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5)
+    common: dict[str, Any] = {"spec": spec, "m": 400, "dtype": torch.float16, "device": device}
+    check(make_case(**common, ranks=(16, 8), active=2, popularity="zipf", routing="zipf"), tiles(cluster))
+
+
+def test_many_adapters_in_a_tile(device: torch.device) -> None:
+    """More LoRA tiles in one tile than a warp has lanes."""
+    common: dict[str, Any] = {"experts": 2, "top_k": 1, "hidden": 64, "inter": 64, "routing": "one_expert", "dtype": torch.float16, "device": device}
+    check(make_case(**common, m=90, ranks=(4, 8), layouts=("split",), active=40, slots=40, popularity="distinct"), tiles(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("tokens", [64, 1024, 4097])
+@pytest.mark.parametrize("load", ["base", "mixed"])
+def test_real_shapes(device: torch.device, load: str, tokens: int, cluster: int) -> None:
+    """Qwen3-30B-A3B and gpt-oss-20b."""
+    for spec in (MoESpec(128, 8, 2048, 768), MoESpec(32, 4, 2880, 2880, has_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)):
+        adapters: dict[str, Any] = {"ranks": (16, 0, 1, 100, 8, 64), "layouts": LAYOUTS, "active": 6, "slots": 6, "routing": "partial"}
+        case = make_case(spec=spec, m=tokens, dtype=torch.bfloat16, device=device, **(adapters if load == "mixed" else {"popularity": "none", "slots": 1}))
+        check(case, tiles(cluster), lora=load == "mixed")
