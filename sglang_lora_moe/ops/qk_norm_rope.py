@@ -166,9 +166,9 @@ def _qk_norm_rope_tiles_kernel(
     )  # fmt: skip
     first, second = a.to(DTYPE), b.to(DTYPE)
     if part == 2:
-        target = v_cache_ptr + cache_row + (head - HQ - HKV) * D
-        tl.store(target, first.to(v_cache_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + HALF, second.to(v_cache_ptr.dtype.element_ty), mask=mask)
+        v_target = v_cache_ptr + cache_row + (head - HQ - HKV) * D
+        tl.store(v_target, first.to(v_cache_ptr.dtype.element_ty), mask=mask)
+        tl.store(v_target + HALF, second.to(v_cache_ptr.dtype.element_ty), mask=mask)
     else:
         a, b = first.to(tl.float32), second.to(tl.float32)
         if NORM:
@@ -180,13 +180,13 @@ def _qk_norm_rope_tiles_kernel(
         cos, sin = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32), tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
         low, high = (a * cos - b * sin).to(DTYPE), (b * cos + a * sin).to(DTYPE)
         if part == 0:
-            target = q_out_ptr + ((rm * HQ + head) * D)[:, None] + half[None, :]
-            tl.store(target, low, mask=mask)
-            tl.store(target + HALF, high, mask=mask)
+            q_target = q_out_ptr + ((rm * HQ + head) * D)[:, None] + half[None, :]
+            tl.store(q_target, low, mask=mask)
+            tl.store(q_target + HALF, high, mask=mask)
         else:
-            target = k_cache_ptr + cache_row + (head - HQ) * D
-            tl.store(target, low.to(k_cache_ptr.dtype.element_ty), mask=mask)
-            tl.store(target + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=mask)
+            k_target = k_cache_ptr + cache_row + (head - HQ) * D
+            tl.store(k_target, low.to(k_cache_ptr.dtype.element_ty), mask=mask)
+            tl.store(k_target + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,72 @@
+"""Compile the kernels of a decoder layer beside the experts ahead of time and print one JSON line a kernel. Run by test_decoder_compile.py.
+
+Shapes of Qwen3-30B-A3B, with adapters on q, k, v and o. A process of its own: the tests' one has Triton's interpreter switched on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.compile_ahead import compiling
+from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.targets import LinearTarget
+from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, linear_expand, linear_shrink, shrink_splits
+from sglang_lora_moe.ops.paged_attention import paged_attention
+from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
+from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
+
+H, HQ, HKV, D, META = 2048, 32, 4, 128, torch.device("meta")
+STEPS = ((1, 1), (16, 16), (64, 64), (256, 256), (2048, 1), (2048, 256))  # (tokens, requests)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def addend(names: tuple[str, ...], tokens: int, splits: int, scaled: bool = False) -> LinearAddend:
+    rows = {"q": HQ * D, "k": HKV * D, "v": HKV * D, "o": H}
+    pool = LoRAMemoryPool([LinearTarget(name, HQ * D if name == "o" else H, rows[name]) for name in names], 2, 16, torch.bfloat16, META)
+    tables = PartTables([(pool.stacks_for(name), 0, rows[name]) for name in names])  # type: ignore[misc]
+    ids = empty(tokens, dtype=torch.int32)
+    scale = empty(tokens, dtype=torch.float32) if scaled else None
+    return LinearAddend(empty(splits, tokens, len(names), 16, dtype=torch.float32), tables, ids, ids, ids, scale)
+
+
+def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
+    decode, x = tokens == requests, empty(tokens, H)
+    many = tokens > ROWS_MAX
+    qkv = addend(("q", "k", "v"), tokens, shrink_splits(tokens, H) if many else 1, many)
+    o = addend(("o",), tokens, shrink_splits(tokens, HQ * D) if many else HQ)
+    if tokens <= 256:
+        rms_norm_shrink(x, empty(H), 1e-6, empty(tokens, H), qkv)
+    longs, k_cache, v_cache = empty(tokens, dtype=torch.int64), empty(4096, HKV, D, dtype=cache), empty(4096, HKV, D, dtype=cache)
+    tables, norm = (empty(4096, D // 2, dtype=torch.float32),) * 2, empty(D)
+    for low in (None, qkv):
+        packed = empty(tokens, (HQ + 2 * HKV) * D)
+        q = qk_norm_rope(packed, k_cache, v_cache, longs, longs, tables, num_heads=HQ, q_weight=norm, k_weight=norm, addend=low)
+    pages, lens = empty(requests, 64, dtype=torch.int32), empty(requests, dtype=torch.int32)
+    starts = empty(requests + 1, dtype=torch.int32)
+    args = {"page_size": 16, "scale": D**-0.5, "decode": decode, "low": None if many else o}
+    out = paged_attention(q, k_cache, v_cache, pages, starts, lens, **args)
+    if many:
+        linear_shrink(out.flatten(1), o)
+        linear_expand(x, o)
+    rms_norm(x, empty(H), 1e-6, empty(tokens, H), addend=o)
+
+
+def main() -> None:
+    for tokens, requests in STEPS:
+        for cache in (torch.bfloat16, torch.float8_e4m3fn):
+            with compiling(90, inspect=True) as found:
+                layer(tokens, requests, cache)
+            for kernel in found:
+                print(json.dumps({"tokens": tokens, "cache": str(cache), **asdict(kernel)}))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
