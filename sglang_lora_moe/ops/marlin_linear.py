@@ -61,12 +61,19 @@ def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = No
 
 
 def choose_config(tokens: int, weight: MarlinWeight) -> int:
-    """An index of SHAPES; -1 = the 16-bit GEMM."""
+    """An index of SHAPES; -1 = the 16-bit GEMM. Tiles of 16 tokens also for up to 32, whose blocks read the weight from L2 the second time."""
     if tokens >= DEQUANTIZE_FROM:
         return -1
     if tokens > 8:
-        return 2
-    return 0 if weight.rows * weight.k <= SMALL_WEIGHT else 1
+        return _smallest(128, 16)
+    return _smallest(32, 8) if weight.rows * weight.k <= SMALL_WEIGHT else _smallest(128, 8)
+
+
+@lru_cache(maxsize=8)
+def _smallest(block_rows: int, tokens: int) -> int:
+    """The shape of so many rows with the fewest tokens that hold `tokens`."""
+    fits = [i for i, shape in enumerate(SHAPES) if shape.block_rows == block_rows and shape.block_tokens >= tokens]
+    return min(fits, key=lambda i: SHAPES[i].block_tokens)
 
 
 # ---- what does not depend on the data --------------------------------------------------------------------------------
