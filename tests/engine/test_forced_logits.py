@@ -22,6 +22,9 @@ from tests.references import keep_error, relative_error
 from tests.tiny_models import make_tiny_model
 
 ARCHS = ("qwen3_moe", "gpt_oss", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "qwen3")
+# two layers with the widths of Qwen3-30B-A3B, and an eighth of its experts
+QWEN3_30B = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 8}
+QWEN3_30B |= {"moe_intermediate_size": 768}
 LIMIT = 2e-2
 LENGTH, PROMPT = 44, 21
 
@@ -34,9 +37,9 @@ def rounded(directory: Path, gain: float = 1.0) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_bfloat16_logits(arch: str, device: torch.device, tmp_path: Path) -> None:
-    base = rounded(make_tiny_model(arch, tmp_path), gain=1 / 1.5)
+@pytest.mark.parametrize(("arch", "widths"), [*((arch, {}) for arch in ARCHS), pytest.param("qwen3_moe", QWEN3_30B, marks=pytest.mark.gpu, id="Qwen3-30B")])
+def test_bfloat16_logits(arch: str, widths: dict[str, int], device: torch.device, tmp_path: Path) -> None:
+    base = rounded(make_tiny_model(arch, tmp_path, **widths), gain=1 / 1.5)
     layouts = ("attention_only", "all_linear") if arch == "qwen3" else ("target_parameters_3d", "experts_and_attention")
     paths = {layout: rounded(write_adapter(layout, base, tmp_path / layout, rank=8, alpha=16, seed=i)) for i, layout in enumerate(layouts)}
     tokens = torch.randint(3, 98, (LENGTH,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -50,6 +53,6 @@ def test_bfloat16_logits(arch: str, device: torch.device, tmp_path: Path) -> Non
         for copies in (1, 7):  # 3 requests by pair, 21 sorted
             for adapter, found in forced.logits(references, prompt=PROMPT, copies=copies):
                 expected = references[adapter].logits[PROMPT - 1 : -1]
-                error = keep_error(f"logits of {arch}, bfloat16", relative_error(found, expected))
+                error = keep_error(f"logits of {arch}{' at real widths' * bool(widths)}, bfloat16", relative_error(found, expected))
                 keep_error(f"share of greedy tokens that differ, {arch}, bfloat16", float((found.argmax(-1) != expected.argmax(-1)).float().mean()))
                 assert error <= LIMIT, f"{arch}, adapter {adapter}, {copies} of each: relative error {error:.2e}"
