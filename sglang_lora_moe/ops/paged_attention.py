@@ -280,7 +280,7 @@ def _block_shape(group: int, d: int, decode: bool, itemsize: int) -> tuple[int, 
     """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows."""
     group_pad = triton.next_power_of_2(group)
     if d > 256:  # latent rows of MLA
-        return max(1, (16 if decode else 32) // group_pad), group_pad, 32, 4, 1
+        return max(1, (16 if decode or itemsize > 2 else 32) // group_pad), group_pad, 32, 4, 1
     if decode:
         return max(1, 16 // group_pad), group_pad, 64, 4, 2 if itemsize > 2 else 3
     if itemsize > 2:
