@@ -373,8 +373,8 @@ def load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK: tl.constexpr):
 
 @triton.jit
 def _times_s(b, s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, SPLITS)
-    low = tl.load(s_ptrs + splits[None, :] * split_stride + rr[:, None], mask=(rr < rank)[:, None], other=0.0)
+    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, triton.next_power_of_2(SPLITS))
+    low = tl.load(s_ptrs + splits[None, :] * split_stride + rr[:, None], mask=(rr < rank)[:, None] & (splits < SPLITS)[None, :], other=0.0)
     return tl.sum(b.to(tl.float32) * tl.sum(low, axis=1)[None, :], axis=1)
 
 

@@ -53,9 +53,10 @@ def _load_halves(b_ptr, first, half, mask, rank, r0, HALF: tl.constexpr, RANK_BL
 @triton.jit
 def _head_s(s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
     """s [HEADS, 1, RANK_BLOCK] of each head's part."""
-    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, SPLITS)
+    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, triton.next_power_of_2(SPLITS))
     ptrs = s_ptrs[:, None, None] + (splits * split_stride)[None, :, None] + rr[None, None, :]
-    return tl.sum(tl.load(ptrs, mask=(rr[None, :] < rank[:, None])[:, None, :], other=0.0), axis=1)[:, None, :]
+    mask = (splits < SPLITS)[None, :, None] & (rr[None, :] < rank[:, None])[:, None, :]
+    return tl.sum(tl.load(ptrs, mask=mask, other=0.0), axis=1)[:, None, :]
 
 
 @triton.jit
