@@ -24,8 +24,9 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
+from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
 
-Tile = GemmTile | GemvTile
+Tile = GemmTile | WgmmaTile | GemvTile
 
 
 def candidates(shape: MoEShape, tokens: int, gated: bool) -> Iterator[Tile]:
@@ -55,6 +56,7 @@ def candidates(shape: MoEShape, tokens: int, gated: bool) -> Iterator[Tile]:
         for n, warps, stages, ctas in ((64, 4, 3, 2), (128, 8, 3, 1), (128, 8, 4, 1), (128, 4, 3, 2), (128, 4, 3, 0), (256, 8, 3, 1), (256, 8, 4, 1)):
             if 128 * n * halves // (32 * warps) <= 128 and not (gated and n == 256):
                 yield from (GemmTile(128, n, 64, warps, stages, ctas, group, True, tail) for tail in ((False, True) if rows <= 600 else (False,)))
+        yield from (WgmmaTile(walk, cluster) for cluster in (1, 2) for walk in (1, 2, 4, 8))
 
 
 def run_gemm(inputs: LayerInputs, gated: bool, tile: Tile, routings: list[Routing], acts: list[torch.Tensor], index: int) -> None:
@@ -154,7 +156,7 @@ def _descend(inputs: LayerInputs, ups: list[Tile], downs: list[Tile], deadline: 
     for gated in (True, False, True):  # gate_up is most of the bytes: it goes first, and once more against the best down
         done = {repr(tiles): us for us, tiles in found}
         for tile in ups if gated else downs:
-            lora_block = {16: 16, 32: 16, 64: 32, 128: 64}[getattr(tile, "m", 16)]
+            lora_block = {16: 16, 32: 16, 64: 32}.get(getattr(tile, "m", 16), 64)
             tiles = LayerTiles(tile, down, lora_block) if gated else LayerTiles(up, tile, lora_block)
             if repr(tiles) in done or deadline.reached():
                 continue

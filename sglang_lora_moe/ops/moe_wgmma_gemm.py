@@ -37,11 +37,10 @@ class WgmmaTile:
 
     group: int = 4
     cluster: int = 1
-    tokens: int = TILE_TOKENS  # of one block; fewer where another kernel shares the alignment
 
     @property
     def m(self) -> int:
-        return self.tokens * self.cluster
+        return TILE_TOKENS * self.cluster
 
 
 def wgmma_gemm(
