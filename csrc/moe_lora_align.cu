@@ -364,6 +364,10 @@ KERNEL void __launch_bounds__(1024, 1) align_one_block(Problem p) {
   const int rows = warps_per_block() * ITEMS, first_row = warp_index() * ITEMS, lane = lane_index();
   const OneBlock s = carve_one_block(p, rows, (uint32_t*)smem_);
   const int experts = p.a.experts;
+  clear(s.experts);
+  if (p.has_slots) clear(s.slots);
+  wait_for_previous_kernel();
+  allow_next_kernel();  // after the wait: the next may read what this one's inputs were made with before it waits itself
   int expert[ITEMS], slot[ITEMS];
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {  // all reads of global memory, at once
@@ -371,8 +375,6 @@ KERNEL void __launch_bounds__(1024, 1) align_one_block(Problem p) {
     expert[i] = item < p.pairs ? expert_bin(p, item) : -1;
     slot[i] = p.has_slots && item < p.a.tokens ? slot_bin(p, item) : 0;
   }
-  clear(s.experts);
-  if (p.has_slots) clear(s.slots);
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
     const int item = (first_row + i) * 32 + lane;
@@ -449,8 +451,9 @@ KERNEL void __launch_bounds__(1024, 1) align_count(Problem p, int pairs_per_bloc
   uint32_t* counts = (uint32_t*)smem_;
   const Workspace w = split_workspace(p);
   const int bins = p.a.experts + 1, first = (int)blockIdx.x * pairs_per_block, last = smaller(first + pairs_per_block, p.pairs);
-  allow_next_kernel();
   fill_zero(counts, bins);
+  wait_for_previous_kernel();
+  allow_next_kernel();
   sync_block();
   FEW_ROUNDS
   for (int pair = first + thread_index(); pair < last; pair += (int)blockDim.x) atomic_add(&counts[expert_bin(p, pair)], 1);
@@ -581,6 +584,7 @@ KERNEL void __launch_bounds__(1024, 1) align_slots(Problem p) {
   const int bins = p.a.slots + 1, expert = (int)blockIdx.x;
   const Placing s = carve_placing(bins, warps_per_block(), (uint32_t*)smem_);
   const Workspace w = split_workspace(p);
+  allow_next_kernel();
   clear(s.table);
   fill_zero(s.bins.rows, bins);
   fill_zero(s.totals, 3);
@@ -654,7 +658,7 @@ int launch_large(const Problem& p, const MoeLoraAlignPlan& plan, void* stream) {
   };
   const int bins = p.a.experts + 1;
   unsigned threads = fit(pairs_per_block, bins);
-  int error = launch({(unsigned)blocks, threads, 4 * (size_t)bins, stream}, align_count, p, pairs_per_block);
+  int error = launch({(unsigned)blocks, threads, 4 * (size_t)bins, stream, overlap}, align_count, p, pairs_per_block);
   if (error) return error;
   error = launch({(unsigned)blocks, threads, shared(bins, threads), stream, overlap}, align_place, p, pairs_per_block);
   if (error || !p.has_slots) return error;
@@ -663,8 +667,8 @@ int launch_large(const Problem& p, const MoeLoraAlignPlan& plan, void* stream) {
 }
 
 template <int ITEMS>
-int launch_one_block(const Problem& p, size_t shared, unsigned threads, void* stream) {
-  return launch({1, threads, shared, stream}, align_one_block<ITEMS>, p);
+int launch_one_block(const Problem& p, size_t shared, unsigned threads, void* stream, bool overlap) {
+  return launch({1, threads, shared, stream, overlap}, align_one_block<ITEMS>, p);
 }
 
 }  // namespace
@@ -692,6 +696,7 @@ extern "C" int moe_lora_align(const MoeLoraAlign* arguments, MoeLoraAlignPlan pl
   while (2 << p.log_lanes <= lanes && a.tokens <= 16 * lanes) p.log_lanes++;
   const size_t shared = 4 * (size_t)carve_one_block(p, threads / 32 * items, nullptr).words;
   if (shared > kSharedBytes) return launch_large(p, plan, stream);
-  if (items == 1) return launch_one_block<1>(p, shared, (unsigned)threads, stream);
-  return items == 2 ? launch_one_block<2>(p, shared, (unsigned)threads, stream) : launch_one_block<4>(p, shared, (unsigned)threads, stream);
+  const bool overlap = plan.overlap && can_overlap();
+  if (items == 1) return launch_one_block<1>(p, shared, (unsigned)threads, stream, overlap);
+  return items == 2 ? launch_one_block<2>(p, shared, (unsigned)threads, stream, overlap) : launch_one_block<4>(p, shared, (unsigned)threads, stream, overlap);
 }
