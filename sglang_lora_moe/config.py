@@ -76,7 +76,7 @@ class Config:
     max_running_requests: int = _flag(256, "most requests decoded together")
     max_queued_requests: int = _flag(4096, "requests waiting beyond this many are answered 503")
     max_total_tokens: int | None = _flag(None, "tokens that the KV cache holds; chosen from free memory if not given")
-    mem_fraction_static: float = _flag(0.85, "share of device memory for weights, adapters and KV cache together")
+    mem_fraction_static: float = _flag(0.85, "share of device memory, on a CPU of what is free, for weights, adapters and KV cache together")
     page_size: int = _flag(16, "tokens per KV cache page, and the granularity of prefix sharing")
     chunked_prefill_size: int = _flag(2048, "most prompt tokens computed in one step; longer prompts are split")
     disable_prefix_cache: bool = _flag(False, "do not share the KV cache of equal prompt prefixes")
