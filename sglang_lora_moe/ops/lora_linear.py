@@ -30,8 +30,13 @@ ROWS_MAX = 32  # tokens up to which a program owns one token, with matrices of i
 @triton.jit
 def matrix_of(pool_ptr, offset_ptr, entry):
     """Where the matrix of a table entry begins. Matrices lie on 16-byte boundaries; saying so lets them be read in 16-byte pieces."""
+    return matrix_at(pool_ptr, tl.load(offset_ptr + entry))
+
+
+@triton.jit
+def matrix_at(pool_ptr, offset):
     UNIT: tl.constexpr = 128 // pool_ptr.dtype.element_ty.primitive_bitwidth
-    return pool_ptr + tl.load(offset_ptr + entry) // UNIT * UNIT
+    return pool_ptr + offset // UNIT * UNIT
 
 
 # ---- tables of a linear with several parts --------------------------------------------------------------------------
@@ -73,6 +78,10 @@ class LinearAddend:
     ordered_slots: torch.Tensor | None = None  # int32 [M], slots in that order
     row_scale: torch.Tensor | None = None  # float32 [M] that s is still to be multiplied by; None = 1
     grouped: bool = False  # its reader owns tiles of tokens even where there are few
+
+    @property
+    def num_slots(self) -> int:
+        return self.tables.b.num_slots
 
     @property
     def rank_block(self) -> int:
@@ -372,23 +381,37 @@ def load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _times_s(b, s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, triton.next_power_of_2(SPLITS))
-    low = tl.load(s_ptrs + splits[None, :] * split_stride + rr[:, None], mask=(rr < rank)[:, None] & (splits < SPLITS)[None, :], other=0.0)
-    return tl.sum(b.to(tl.float32) * tl.sum(low, axis=1)[None, :], axis=1)
+def of_slot(entries, slot, SLOTS_PAD: tl.constexpr):
+    """The entry of `slot` in a table [SLOTS_PAD]: read whole and chosen from, a table does not wait for the slot."""
+    return tl.sum(tl.where(tl.arange(0, SLOTS_PAD) == slot, entries, 0), axis=0)
 
 
 @triton.jit
-def expand_rows(b, s_ptrs, b_ptr, rows, mask, rank, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B[rows] . s of one token, float32 in the shape of `rows` [N]. `b`: `load_rows` of `whole_pieces(rank)`, done before s was complete."""
-    if rank % 8 == 0:
-        total = _times_s(b, s_ptrs, rank, 0, split_stride, SPLITS, RANK_BLOCK)
-        for r0 in tl.range(RANK_BLOCK, rank, RANK_BLOCK, num_stages=1):
-            total += _times_s(load_rows(b_ptr, rows, mask, whole_pieces(rank), r0, RANK_BLOCK), s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
-    else:
-        total = tl.zeros(rows.shape, dtype=tl.float32)
-        for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-            total += _times_s(load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK), s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
+def load_s_sum(s_ptrs, r0, width, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """s of one token, summed over splits: [RANK_BLOCK] from r0 on. Undefined beyond the rank."""
+    rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, triton.next_power_of_2(SPLITS))
+    mask = (rr < width)[:, None] & (splits < SPLITS)[None, :]
+    return tl.sum(tl.load(s_ptrs + splits[None, :] * split_stride + rr[:, None], mask=mask, other=0.0), axis=1)
+
+
+@triton.jit
+def _times_s(b, low, rank, r0, RANK_BLOCK: tl.constexpr):
+    rr = r0 + tl.arange(0, RANK_BLOCK)
+    return tl.sum(b.to(tl.float32) * tl.where(rr < rank, low, 0.0)[None, :], axis=1)
+
+
+@triton.jit
+def expand_rows(low, s_ptrs, b_ptr, rows, mask, rank, width, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """B[rows] . s of one token, float32 in the shape of `rows` [N]. `low`: the first `load_s_sum`."""
+    total = tl.zeros(rows.shape, dtype=tl.float32)
+    for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
+        if r0 > 0:
+            low = load_s_sum(s_ptrs, r0, width, split_stride, SPLITS, RANK_BLOCK)
+        if rank % 8 == 0:
+            b = load_rows(b_ptr, rows, mask, whole_pieces(rank), r0, RANK_BLOCK)
+        else:
+            b = load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK)
+        total += _times_s(b, low, rank, r0, RANK_BLOCK)
     return total
 
 

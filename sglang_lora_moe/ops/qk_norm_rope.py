@@ -22,23 +22,13 @@ from sglang_lora_moe.ops.lora_linear import (
     load_row_scale,
     load_tile_b,
     load_tile_s,
+    matrix_at,
     matrix_of,
     next_slot,
     tile_rows,
     whole_pieces,
 )
 from sglang_lora_moe.ops.low_rank import pdl_wait
-
-
-@triton.jit
-def _head_matrix(head, slot, pool_ptr, offset_ptr, rank_ptr, part_stride, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr):
-    """(part, rank of its adapter, place of its table entry, first row of the head in B, B) of each head, [HEADS]; rank 0 without an adapter."""
-    part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
-    part = tl.where(head < HQ + 2 * HKV, part, 0)
-    entry = part * part_stride + tl.maximum(slot, 0)
-    rank = tl.load(rank_ptr + entry, mask=(slot >= 0) & (head < HQ + 2 * HKV), other=0)
-    first = (head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))) * D
-    return part, rank, entry, first, matrix_of(pool_ptr, offset_ptr, entry)
 
 
 @triton.jit
@@ -51,34 +41,28 @@ def _load_halves(b_ptr, first, half, mask, rank, r0, HALF: tl.constexpr, RANK_BL
 
 
 @triton.jit
-def _head_s(s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """s [HEADS, 1, RANK_BLOCK] of each head's part."""
+def _head_s(s_ptrs, r0, width, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """s [HEADS, RANK_BLOCK] of each head's part, undefined beyond its rank."""
     rr, splits = r0 + tl.arange(0, RANK_BLOCK), tl.arange(0, triton.next_power_of_2(SPLITS))
     ptrs = s_ptrs[:, None, None] + (splits * split_stride)[None, :, None] + rr[None, None, :]
-    mask = (splits < SPLITS)[None, :, None] & (rr[None, :] < rank[:, None])[:, None, :]
-    return tl.sum(tl.load(ptrs, mask=mask, other=0.0), axis=1)[:, None, :]
+    return tl.sum(tl.load(ptrs, mask=((splits < SPLITS)[:, None] & (rr < width)[None, :])[None], other=0.0), axis=1)
 
 
 @triton.jit
-def _add_product(low, high, b_low, b_high, s_ptrs, rank, r0, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    s = _head_s(s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
-    return low + tl.sum(b_low.to(tl.float32) * s, axis=2), high + tl.sum(b_high.to(tl.float32) * s, axis=2)
-
-
-@triton.jit
-def _head_delta(b_low, b_high, b_ptr, first_row, half, mask, rank, s_ptrs, split_stride, HALF: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B s for both halves of each head, float32 [HEADS, HALF_PAD] twice. `b_low`, `b_high`: the first block of whole pieces."""
+def _head_delta(s, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stride, HALF: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """B s for both halves of each head, float32 [HEADS, HALF_PAD] twice. `s`: the first `_head_s`."""
     low, high = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
-    most = tl.max(rank, axis=0)
-    if tl.max(rank % 8, axis=0) == 0:
-        low, high = _add_product(low, high, b_low, b_high, s_ptrs, rank, 0, split_stride, SPLITS, RANK_BLOCK)
-        for r0 in tl.range(RANK_BLOCK, most, RANK_BLOCK, num_stages=1):
+    for r0 in tl.range(0, tl.max(rank, axis=0), RANK_BLOCK, num_stages=1):
+        if r0 > 0:
+            s = _head_s(s_ptrs, r0, width, split_stride, SPLITS, RANK_BLOCK)
+        if tl.max(rank % 8, axis=0) == 0:
             b_low, b_high = _load_halves(b_ptr, first_row, half, mask, whole_pieces(rank), r0, HALF, RANK_BLOCK)
-            low, high = _add_product(low, high, b_low, b_high, s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
-    else:
-        for r0 in tl.range(0, most, RANK_BLOCK, num_stages=1):
+        else:
             b_low, b_high = _load_halves(b_ptr, first_row, half, mask, rank, r0, HALF, RANK_BLOCK)
-            low, high = _add_product(low, high, b_low, b_high, s_ptrs, rank, r0, split_stride, SPLITS, RANK_BLOCK)
+        real = (r0 + tl.arange(0, RANK_BLOCK))[None, :] < rank[:, None]
+        factor = tl.where(real, s, 0.0)[:, None, :]
+        low += tl.sum(b_low.to(tl.float32) * factor, axis=2)
+        high += tl.sum(b_high.to(tl.float32) * factor, axis=2)
     return low, high
 
 
@@ -86,9 +70,9 @@ def _head_delta(b_low, b_high, b_ptr, first_row, half, mask, rank, s_ptrs, split
 def _qk_norm_rope_kernel(
     qkv_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, kv_slots_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
     eps, qkv_stride, cache_stride, cos_stride,
-    s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width, num_slots,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
-    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, SLOTS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (token, HEADS heads): heads [0, HQ) are queries, then HKV keys, then HKV values."""
     token = tl.program_id(0).to(tl.int64)
@@ -97,19 +81,28 @@ def _qk_norm_rope_kernel(
     half = tl.arange(0, HALF_PAD)
     inside = half < HALF
     mask = (head < HQ + 2 * HKV)[:, None] & inside[None, :]
-    if ADDEND:  # what no kernel of a step writes is read before the linear is complete
+    if ADDEND:  # the kernel before is a library's, so that what follows starts late: as few loads as can be wait for each other
         slot = tl.load(slots_ptr + token)
-        part, rank, entry, first_row, b_ptr = _head_matrix(head, slot, pool_ptr, offset_ptr, rank_ptr, part_stride, HQ, HKV, D)
-        scaling = tl.load(scaling_ptr + entry)[:, None]
-        b_low, b_high = _load_halves(b_ptr, first_row, half, mask, whole_pieces(rank), 0, HALF, RANK_BLOCK)
+        part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
+        first_row = (head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))) * D
+        slots = tl.arange(0, SLOTS_PAD)
+        table = part[:, None] * part_stride + slots[None, :]
+        is_entry = (head < HQ + 2 * HKV)[:, None] & (slots < num_slots)[None, :]
+        ranks, offsets = tl.load(rank_ptr + table, mask=is_entry, other=0), tl.load(offset_ptr + table, mask=is_entry, other=0)
+        scalings = tl.load(scaling_ptr + table, mask=is_entry, other=0.0)
     pdl_wait(PDL)
     source = qkv_ptr + token * qkv_stride + head[:, None] * D + half[None, :]
     first, second = tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
-    if ADDEND:  # noqa: SIM102 - `rank` exists only here
+    position = tl.load(positions_ptr + token)
+    if ADDEND:
+        s_ptrs = s_ptr + token * s_stride + tl.where(head < HQ + 2 * HKV, part, 0) * width
+        s = _head_s(s_ptrs, 0, width, split_stride, SPLITS, RANK_BLOCK)
+        mine = (slots == slot)[None, :]
+        rank = tl.sum(tl.where(mine, ranks, 0), axis=1)
         if tl.max(rank, axis=0) > 0:
-            low, high = _head_delta(
-                b_low, b_high, b_ptr, first_row, half, mask, rank, s_ptr + token * s_stride + part * width, split_stride, HALF, SPLITS, RANK_BLOCK
-            )
+            b_ptr = matrix_at(pool_ptr, tl.sum(tl.where(mine, offsets, 0), axis=1))
+            scaling = tl.sum(tl.where(mine, scalings, 0.0), axis=1)[:, None]
+            low, high = _head_delta(s, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stride, HALF, SPLITS, RANK_BLOCK)
             first, second = (first.to(tl.float32) + low * scaling).to(first.dtype), (second.to(tl.float32) + high * scaling).to(first.dtype)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORM:
@@ -120,7 +113,6 @@ def _qk_norm_rope_kernel(
         a = a * scale * tl.where(is_query, q_low[None, :].to(tl.float32), k_low[None, :].to(tl.float32))
         b = b * scale * tl.where(is_query, q_high[None, :].to(tl.float32), k_high[None, :].to(tl.float32))
         a, b = a.to(first.dtype).to(tl.float32), b.to(first.dtype).to(tl.float32)  # transformers rounds between norm and rope
-    position = tl.load(positions_ptr + token)
     cos = tl.load(cos_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     low, high = (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
@@ -242,9 +234,10 @@ def qk_norm_rope(
         )  # fmt: skip
         return q
     heads = (1 if m <= 16 else 4) if addend is not None else 4 if m <= 64 else 8
-    extra = (*NO_LINEAR_ADDEND, 0) if addend is None else (*addend.kernel_args(), addend.s.shape[3])
+    extra = (*NO_LINEAR_ADDEND, 0, 1) if addend is None else (*addend.kernel_args(), addend.s.shape[3], addend.num_slots)
     _qk_norm_rope_kernel[(m, triton.cdiv(num_heads + 2 * hkv, heads))](
         *common, *extra, HEADS=heads, num_warps=heads // 2 if addend is None else max(2, heads), ADDEND=addend is not None,
-        SPLITS=1 if addend is None else addend.s.shape[0], RANK_BLOCK=16 if addend is None else addend.rank_block, **meta,
+        SPLITS=1 if addend is None else addend.s.shape[0], RANK_BLOCK=16 if addend is None else addend.rank_block,
+        SLOTS_PAD=triton.next_power_of_2(extra[-1]), **meta,
     )  # fmt: skip
     return q

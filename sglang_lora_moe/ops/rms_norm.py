@@ -20,23 +20,25 @@ from sglang_lora_moe.ops.lora_linear import (
     add_tile,
     expand_rows,
     load_row_scale,
-    load_rows,
+    load_s_sum,
+    matrix_at,
     matrix_of,
+    of_slot,
     shrink_tile,
     tile_rows,
-    whole_pieces,
 )
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
+NARROW_MIN = 133  # tokens from which such a norm takes few registers, so that two programs fit on a multiprocessor (132 on an H200)
 ADD_ROWS_MAX = 256  # tokens up to which a norm that adds what adapters add to x owns one token a program
 
 
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, H,
-    s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width, num_slots,
     HAS_RESIDUAL: tl.constexpr, ADDEND: tl.constexpr, SHRINK: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (t, 0) norms token t, held in registers. With SHRINK programs (t, 1 + j) norm it too, each for one block of ranks of one part."""
     cols = tl.arange(0, BLOCK)
@@ -47,11 +49,11 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if ADDEND or SHRINK:
         slot = tl.load(slots_ptr + token)
-    if ADDEND:
-        rank = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
-        scaling = tl.load(scaling_ptr + slot, mask=slot >= 0, other=0.0)
-        b_ptr = matrix_of(pool_ptr, offset_ptr, tl.maximum(slot, 0))
-        b = load_rows(b_ptr, cols, mask, whole_pieces(rank), 0, RANK_BLOCK)
+    if ADDEND:  # the kernel before is a library's, so that what follows starts late: as few loads as can be wait for each other
+        slots = tl.arange(0, SLOTS_PAD)
+        ranks = tl.load(rank_ptr + slots, mask=slots < num_slots, other=0)
+        offsets = tl.load(offset_ptr + slots, mask=slots < num_slots, other=0)
+        scalings = tl.load(scaling_ptr + slots, mask=slots < num_slots, other=0.0)
     if SHRINK:
         part = tl.maximum(job - 1, 0) // RANK_BLOCKS
         rr = tl.maximum(job - 1, 0) % RANK_BLOCKS * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
@@ -61,12 +63,17 @@ def _rms_norm_kernel(
         a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * H + cols[None, :], mask=real[:, None] & mask[None, :], other=0.0)
     pdl_wait(PDL)
     x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
-    if ADDEND:  # noqa: SIM102 - `rank` exists only here
-        if rank > 0:
-            delta = expand_rows(b, s_ptr + token * s_stride, b_ptr, cols, mask, rank, split_stride, SPLITS, RANK_BLOCK)
-            x = (x + scaling * delta).to(x_ptr.dtype.element_ty).to(tl.float32)  # as the linear would have rounded it
     if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(residual_ptr + row + cols, mask=mask, other=0.0)
+    if ADDEND:
+        low = load_s_sum(s_ptr + token * s_stride, 0, width, split_stride, SPLITS, RANK_BLOCK)
+        rank = of_slot(ranks, slot, SLOTS_PAD)
+        if rank > 0:
+            b_ptr = matrix_at(pool_ptr, of_slot(offsets, slot, SLOTS_PAD))
+            delta = expand_rows(low, s_ptr + token * s_stride, b_ptr, cols, mask, rank, width, split_stride, SPLITS, RANK_BLOCK)
+            x = (x + of_slot(scalings, slot, SLOTS_PAD) * delta).to(x_ptr.dtype.element_ty).to(tl.float32)  # as the linear would have rounded it
+    if HAS_RESIDUAL:
+        x += residual.to(tl.float32)
         stored = x.to(residual_ptr.dtype.element_ty)
         if job == 0:
             tl.store(sum_ptr + row + cols, stored, mask=mask)
@@ -210,19 +217,22 @@ def _launch(
     _check(x, residual)
     h = x.shape[-1]
     out = torch.empty_like(x) if out is None else out
-    block, extra, jobs, splits, rank_block, rank_blocks = triton.next_power_of_2(h), (*NO_LINEAR_ADDEND, 0), 1, 1, 16, 1
+    block, extra, jobs, splits, rank_block, rank_blocks = triton.next_power_of_2(h), (*NO_LINEAR_ADDEND, 0, 1), 1, 1, 16, 1
+    options: dict[str, int] = {}
     if addend is not None:
-        extra, splits, rank_block = (*addend.kernel_args(), addend.s.shape[3]), addend.s.shape[0], addend.rank_block
+        extra, splits, rank_block = (*addend.kernel_args(), addend.s.shape[3], addend.num_slots), addend.s.shape[0], addend.rank_block
+        narrow = x.is_cuda and x.shape[0] >= NARROW_MIN
+        options, rank_block = {"maxnreg": 64} if narrow else {}, min(8, rank_block) if narrow else rank_block
     if low is not None:
         splits, _, parts, width = low.s.shape
         assert splits == 1, splits
         rank_block = min(4, triton.next_power_of_2(width))
         rank_blocks = triton.cdiv(width, rank_block)
-        extra, jobs = (*low.shrink_args(), width), 1 + parts * rank_blocks
+        extra, jobs = (*low.shrink_args(), width, 1), 1 + parts * rank_blocks
     plain = addend is None and low is None
     _rms_norm_kernel[(x.numel() // h, jobs)](
         x, residual, weight, out, total, eps, h, *extra, HAS_RESIDUAL=residual is not None, ADDEND=addend is not None, SHRINK=low is not None,
-        SPLITS=splits, RANK_BLOCK=rank_block, RANK_BLOCKS=rank_blocks, BLOCK=block,
-        num_warps=min(16, max(1, block // (512 if plain else 256 if low is not None else 128))), **launch.options(x.device),
+        SPLITS=splits, RANK_BLOCK=rank_block, RANK_BLOCKS=rank_blocks, BLOCK=block, SLOTS_PAD=triton.next_power_of_2(extra[-1]),
+        num_warps=min(16, max(1, block // (512 if plain else 256 if low is not None else 128))), **options, **launch.options(x.device),
     )  # fmt: skip
     return out
