@@ -152,7 +152,7 @@ def _capture_graphs(config: Config, model: ServedModel) -> tuple[DecodeGraphs | 
     graphs.capture()
     if not model.is_split:
         return graphs, None
-    prefill = PrefillGraphs(model, families, prefill_ladder(model.ctx.max_tokens))
+    prefill = PrefillGraphs(model, families, prefill_ladder(model.ctx.max_tokens, model.ctx.max_requests))
     prefill.capture()
     return graphs, prefill
 

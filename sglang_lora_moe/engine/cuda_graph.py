@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -23,7 +23,8 @@ from sglang_lora_moe.engine.model_runner import Model
 from sglang_lora_moe.engine.request import Batch
 
 logger = logging.getLogger(__name__)
-PREFILL_REQUESTS = 16  # of a prefill graph; each costs attention some programs even when it is padding
+FEW_REQUESTS = 16
+Size = TypeVar("Size", int, tuple[int, int])
 
 
 def ladder(max_requests: int) -> list[int]:
@@ -32,9 +33,13 @@ def ladder(max_requests: int) -> list[int]:
     return [size for size in sizes if size < max_requests] + [max_requests]
 
 
-def prefill_ladder(max_tokens: int) -> list[int]:
-    """128, then steps of 256 up to 2,560, as far as steps may be; larger ones keep the GPU busy without graphs."""
-    return [size for size in (128, *range(256, 2561, 256)) if size <= max_tokens]
+def prefill_ladder(max_tokens: int, max_requests: int) -> list[tuple[int, int]]:
+    """(tokens, requests): up to 16 requests, 128 tokens and then steps of 256 up to 2,560, as far as steps may be; larger ones keep the
+    GPU busy without graphs. For more requests, of which padding costs attention some programs, a few sizes. Never as many requests as
+    tokens, which would be a decode step."""
+    few = [(size, min(max_requests, FEW_REQUESTS)) for size in (128, *range(256, 2561, 256))]
+    many = [(size, min(max_requests, size - 1)) for size in range(512, 2561, 512)] if max_requests > FEW_REQUESTS else []
+    return [(tokens, requests) for tokens, requests in few + many if tokens <= max_tokens]
 
 
 class SplitModel(Model, Protocol):
@@ -44,15 +49,16 @@ class SplitModel(Model, Protocol):
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor: ...  # [num_logits, V] of its wanted rows
 
 
-class _Graphs:
+class _Graphs(Generic[Size]):
     """Captured steps of one model by size and family. `families`: (False,) without adapters, (False, True) with."""
 
     what = "steps"
 
-    def __init__(self, model: Model, families: Sequence[bool], sizes: Sequence[int]) -> None:
-        self.model, self.families, self.sizes = model, tuple(families), sorted(sizes)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._layouts: dict[int, int] = {}  # size -> ctx.lora_layout at the capture of its "lora" graph
+    def __init__(self, model: Model, families: Sequence[bool], sizes: Sequence[Size]) -> None:
+        self.model, self.families = model, tuple(families)
+        self.sizes: list[Size] = sorted(sizes)
+        self._graphs: dict[tuple[Size, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._layouts: dict[Size, int] = {}  # size -> ctx.lora_layout at the capture of its "lora" graph
         self.nbytes = 0  # device memory that they took
         self._pool: Any = None  # torch's handle of the memory that all graphs share
 
@@ -69,10 +75,10 @@ class _Graphs:
         torch.cuda.synchronize()
         self.nbytes = free - torch.cuda.mem_get_info()[0]
         seconds, mib = time.monotonic() - begin, self.nbytes / 2**20
-        logger.info("captured %d graphs of %s, up to %d tokens, in %.1f s, %.0f MiB", len(work), self.what, self.sizes[-1], seconds, mib)
+        logger.info("captured %d graphs of %s, up to %s, in %.1f s, %.0f MiB", len(work), self.what, self.sizes[-1], seconds, mib)
 
     @torch.inference_mode()
-    def _capture_one(self, size: int, lora: bool) -> None:
+    def _capture_one(self, size: Size, lora: bool) -> None:
         self._set_padding(size, lora)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -87,29 +93,30 @@ class _Graphs:
         if lora:
             self._layouts[size] = self.model.ctx.lora_layout
 
-    def _renew(self, size: int, lora: bool) -> None:
+    def _renew(self, size: Size, lora: bool) -> None:
         """Capture a graph again that misses layers which adapters touch by now. Comes before the step's inputs are set."""
         if lora and self._layouts[size] != self.model.ctx.lora_layout:
             sampled = self.model.ctx.sampled.clone()
             self._capture_one(size, True)
             self.model.ctx.sampled.copy_(sampled)
 
-    def _requests(self, size: int) -> int:
-        """Requests of a step of this size, with padding."""
+    def _shape(self, size: Size) -> tuple[int, int]:
+        """Tokens and requests of a step of this size, with padding."""
         raise NotImplementedError
 
-    def _step(self, size: int) -> torch.Tensor:
+    def _step(self, size: Size) -> torch.Tensor:
         raise NotImplementedError
 
-    def _set_padding(self, size: int, lora: bool) -> None:
+    def _set_padding(self, size: Size, lora: bool) -> None:
         """A step of padding only."""
         ctx = self.model.ctx
-        ctx.num_tokens, ctx.num_requests, ctx.num_logits = size, self._requests(size), self._requests(size)
-        ctx.query_lens, ctx.seq_lens_host, ctx.lora_active = [1] * size, [0] * size, lora
+        ctx.num_tokens, ctx.num_requests = self._shape(size)
+        ctx.num_logits, ctx.lora_active = ctx.num_requests, lora
+        ctx.query_lens, ctx.seq_lens_host = [1] * ctx.num_requests, [0] * ctx.num_requests
         ctx.inputs.copy_(ctx.make_inputs(ctx.device)[0])
 
 
-class DecodeGraphs(_Graphs):
+class DecodeGraphs(_Graphs[int]):
     """Decode steps: every request has one token. A size is that of the batch."""
 
     what = "decode steps"
@@ -135,8 +142,8 @@ class DecodeGraphs(_Graphs):
         graph.replay()
         return logits, self.model.ctx.sampled[:size]
 
-    def _requests(self, size: int) -> int:
-        return size
+    def _shape(self, size: int) -> tuple[int, int]:
+        return size, size
 
     def _step(self, size: int) -> torch.Tensor:
         logits = self.model.forward_logits()
@@ -144,28 +151,30 @@ class DecodeGraphs(_Graphs):
         return logits
 
 
-class PrefillGraphs(_Graphs):
-    """Steps with prompt tokens, up to the last norm. A size is a number of tokens."""
+class PrefillGraphs(_Graphs[tuple[int, int]]):
+    """Steps with prompt tokens, up to the last norm. A size is (tokens, requests)."""
 
     model: SplitModel
     what = "prefill steps"
 
     def padded_size(self, batch: Batch) -> tuple[int, int]:
         """(tokens, requests) of the graph for this batch; (0, 0) if there is none."""
-        size = next((size for size in self.sizes if size >= batch.num_tokens), 0)
-        if not size or len(batch.requests) > self._requests(size):
+        tokens, requests = batch.num_tokens, len(batch.requests)
+        fitting = [size for size in self.sizes if size[0] >= tokens and size[1] >= requests]
+        if not fitting:
             return 0, 0
+        size = min(fitting, key=lambda size: (size[1], size[0]))
         self._renew(size, batch.lora_active)
-        return size, self._requests(size)
+        return size
 
-    def logits(self, size: int, lora_active: bool) -> torch.Tensor:
+    def logits(self, size: tuple[int, int], lora_active: bool) -> torch.Tensor:
         """Run the step in the context's buffers; logits [num_logits, V] in the model's dtype."""
         graph, hidden = self._graphs[size, lora_active]
         graph.replay()
         return self.model.logits_of(hidden)
 
-    def _requests(self, size: int) -> int:
-        return min(self.model.ctx.max_requests, PREFILL_REQUESTS, size - 1)  # as many requests as tokens would be a decode step
+    def _shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size
 
-    def _step(self, size: int) -> torch.Tensor:
+    def _step(self, size: tuple[int, int]) -> torch.Tensor:
         return self.model.forward_hidden()

@@ -39,7 +39,7 @@ class OtherGraphs(Protocol):
     """What the runner needs of `engine.cuda_graph.PrefillGraphs`."""
 
     def padded_size(self, batch: Batch) -> tuple[int, int]: ...  # tokens and requests, 0 = no graph for this batch
-    def logits(self, size: int, lora_active: bool) -> torch.Tensor: ...
+    def logits(self, size: tuple[int, int], lora_active: bool) -> torch.Tensor: ...
 
 
 @dataclass
@@ -78,7 +78,7 @@ class ModelRunner:
         if size and self.graphs is not None:
             logits, best = self.graphs.replay(size, batch.lora_active)
         elif tokens and self.prefill_graphs is not None:
-            logits = self.prefill_graphs.logits(tokens, batch.lora_active)
+            logits = self.prefill_graphs.logits((tokens, count), batch.lora_active)
         else:
             logits = self.model.forward_logits()
         ends = zip(batch.requests, batch.query_lens, strict=True)

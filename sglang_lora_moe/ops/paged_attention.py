@@ -29,19 +29,15 @@ DECODE_PROGRAMS = 264  # as many as fill a GPU of 132 multiprocessors twice; fix
 
 
 @triton.jit
-def _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q: tl.constexpr, SEARCH_STEPS: tl.constexpr):
+def _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q: tl.constexpr, REQUESTS_PAD: tl.constexpr):
     """(request, its first token, its tokens, first query of the block). Request b owns the blocks from
     query_starts[b] // BLOCK_Q + b on; these ranges never overlap, and a block beyond its request's has first query >= tokens."""
-    low, high = 0, num_requests
-    for _ in range(SEARCH_STEPS):
-        middle = (low + high) // 2
-        first = tl.load(query_starts_ptr + middle, mask=middle < num_requests, other=0) // BLOCK_Q + middle
-        go_up = (first <= block) & (low < high)
-        high = tl.where((first > block) & (low < high), middle, high)
-        low = tl.where(go_up, middle + 1, low)
-    request = low - 1
-    query_start = tl.load(query_starts_ptr + request)
-    query_len = tl.load(query_starts_ptr + request + 1) - query_start
+    b = tl.arange(0, REQUESTS_PAD)
+    starts = tl.load(query_starts_ptr + b, mask=b < num_requests, other=0)
+    ends = tl.load(query_starts_ptr + b + 1, mask=b < num_requests, other=0)
+    request = tl.sum(((b < num_requests) & (starts // BLOCK_Q + b <= block)).to(tl.int32), axis=0) - 1
+    query_start = tl.sum(tl.where(b == request, starts, 0), axis=0)
+    query_len = tl.sum(tl.where(b == request, ends, 0), axis=0) - query_start
     return request, query_start, query_len, (block - (query_start // BLOCK_Q + request)) * BLOCK_Q
 
 
@@ -124,7 +120,7 @@ def _attention_kernel(
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr, DECODE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    REQUESTS_PAD: tl.constexpr, DECODE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_Q query tokens x all heads of one KV head x one share of the keys. Rows are (token, head)."""
     pdl_wait(PDL)
@@ -135,7 +131,7 @@ def _attention_kernel(
         request, query_start, query_len, first_query = block, block, 1, 0
     else:  # blocks with most keys first
         block = tl.num_programs(0) - 1 - block
-        request, query_start, query_len, first_query = _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q, SEARCH_STEPS)
+        request, query_start, query_len, first_query = _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q, REQUESTS_PAD)
         if first_query >= query_len:
             return
     seq_len = tl.load(seq_lens_ptr + request)
@@ -253,7 +249,7 @@ def paged_attention(
         HQ=hq, HKV=hkv, D=d, D_PAD=triton.next_power_of_2(d), DV=dv, DV_PAD=triton.next_power_of_2(dv),
         PAGE=page_size, BLOCK_Q=block_q, GROUP_PAD=group_pad, BLOCK_N=block_n,
         SPLITS=splits, MIN_KEYS=MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        SEARCH_STEPS=1 if decode else max(1, (requests + 1).bit_length()), DECODE=decode, STAGES=stages, num_warps=warps, **launch.options(q.device),
+        REQUESTS_PAD=1 if decode else triton.next_power_of_2(requests), DECODE=decode, STAGES=stages, num_warps=warps, **launch.options(q.device),
     )  # fmt: skip
     assert low is None or splits > 1, "only the merge of splits fills s"
     if splits > 1:

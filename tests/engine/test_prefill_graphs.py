@@ -18,11 +18,11 @@ ADAPTERS = ["r16", None, "r4", "r16", "r64"]
 class Padded(PrefillGraphs):
     """The padding of graphs without capturing them."""
 
-    def _capture_one(self, size: int, lora: bool) -> None:
+    def _capture_one(self, size: tuple[int, int], lora: bool) -> None:
         self._layouts[size] = self.model.ctx.lora_layout
 
-    def logits(self, size: int, lora_active: bool) -> torch.Tensor:
-        used.append((size, lora_active))
+    def logits(self, size: tuple[int, int], lora_active: bool) -> torch.Tensor:
+        used.append((size[0], lora_active))
         return self.model.logits_of(self.model.forward_hidden())
 
 
@@ -37,7 +37,9 @@ def tokens_of(engine: Any, adapters: list[str | None], count: int = len(PROMPTS)
 
 
 def test_ladder() -> None:
-    assert prefill_ladder(100) == [] and prefill_ladder(600) == [128, 256, 512] and prefill_ladder(9000)[-1] == 2560
+    assert prefill_ladder(100, 4) == [] and prefill_ladder(600, 4) == [(128, 4), (256, 4), (512, 4)]
+    assert prefill_ladder(700, 900) == [(128, 16), (256, 16), (512, 16), (512, 511)]
+    assert prefill_ladder(9000, 256)[-1] == (2560, 256)
 
 
 @pytest.mark.skipif(GPU, reason="the interpreter's tensors are on the CPU")
@@ -45,7 +47,7 @@ def test_padding_changes_nothing() -> None:
     pytest.importorskip("triton")
     engine = make_engine(attention_backend="triton", lora_backend="triton", max_running_requests=6, chunked_prefill_size=12)
     expected = tokens_of(engine, ADAPTERS, 2)
-    graphs = Padded(engine.core.runner.model, (False, True), [8, 14])
+    graphs = Padded(engine.core.runner.model, (False, True), [(8, 4), (14, 6)])
     graphs._layouts = dict.fromkeys(graphs.sizes, engine.core.runner.model.ctx.lora_layout)
     engine.core.runner.prefill_graphs = graphs
     assert tokens_of(engine, ADAPTERS, 2) == expected
@@ -57,7 +59,7 @@ def test_graphs_change_nothing() -> None:
     options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "chunked_prefill_size": 130, "max_running_requests": 6}
     plain, engine = (make_engine(disable_cuda_graph=disabled, **options) for disabled in (True, False))
     graphs: Any = engine.core.runner.prefill_graphs
-    assert plain.core.runner.prefill_graphs is None and graphs.sizes == [128]
+    assert plain.core.runner.prefill_graphs is None and graphs.sizes == [(128, 6)]
     replayed = []
     logits = graphs.logits
     graphs.logits = lambda size, active: replayed.append((size, active)) or logits(size, active)
