@@ -100,8 +100,7 @@ def _qk_norm_rope_kernel(
         mine = (slots == slot)[None, :]
         rank = tl.sum(tl.where(mine, ranks, 0), axis=1)
         if tl.max(rank, axis=0) > 0:
-            b_ptr = matrix_at(pool_ptr, tl.sum(tl.where(mine, offsets, 0), axis=1))
-            scaling = tl.sum(tl.where(mine, scalings, 0.0), axis=1)[:, None]
+            b_ptr, scaling = matrix_at(pool_ptr, tl.sum(tl.where(mine, offsets, 0), axis=1)), tl.sum(tl.where(mine, scalings, 0.0), axis=1)[:, None]
             low, high = _head_delta(s, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stride, HALF, SPLITS, RANK_BLOCK)
             first, second = (first.to(tl.float32) + low * scaling).to(first.dtype), (second.to(tl.float32) + high * scaling).to(first.dtype)
     a, b = first.to(tl.float32), second.to(tl.float32)
