@@ -42,6 +42,7 @@ def test_linear(parts: tuple[tuple[str, int], ...], width: int, tokens: int, dty
             adapter = {name: LinearLoRA(noise(rank, width, std=width**-0.5), noise(rows, rank, std=rank**-0.5), 0.5 + slot % 3) for name, rows in some}
             pool.write(slot, SimpleNamespace(modules=adapter))
         ctx.token_slots.copy_(make_token_slots(popularity, tokens, slots, g, base_share=0.2))
+        ctx.order_slots(tokens)
         ctx.lora_active = True
         stacks = [pool.stacks_for(name) for name, _ in parts]
         layer, x = LinearWithLoRA(base, stacks, ctx, TritonDense(ctx)), noise(tokens, width)
