@@ -20,7 +20,7 @@ from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import RECORD, LowRank, load_record, pdl_wait, row_delta, tile_delta
+from sglang_lora_moe.ops.low_rank import RECORD, LowRank, load_records, pdl_wait, row_delta, tile_delta
 
 
 @triton.jit
@@ -149,15 +149,15 @@ def _shrink_group_kernel(
 def _expand_kernel(
     y_ptr, s_ptr, pool_ptr, counts_ptr, sorted_pairs_ptr, records_ptr, N, width,
     SCATTER: tl.constexpr, HALVES: tl.constexpr, ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
-    AHEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SEVERAL: tl.constexpr, AHEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (LoRA tiles or persistent programs, blocks of N). y [P, HALVES * N] in the order of s, or with SCATTER in pair order."""
     pdl_wait(PDL)
     rm = tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     for t in tl.range(tl.program_id(0), tl.load(counts_ptr + 2), tl.num_programs(0), num_stages=1):
-        start, rows, rank, split, b_place = load_record(records_ptr, t, True)
-        place = start.to(tl.int32) + rm
+        start, rows, rank, split, b_place, whole = load_records(records_ptr, t, t + 1, RANK_BLOCK, 1, ALIGN)
+        place = start + rm
         live = rm < rows
         row = tl.load(sorted_pairs_ptr + place, mask=live, other=0) if SCATTER else place
         y_ptrs = y_ptr + row.to(tl.int64)[:, None] * (HALVES * N) + rn[None, :]
@@ -167,8 +167,8 @@ def _expand_kernel(
         if HALVES == 2:
             y_up = tl.load(y_ptrs + N, mask=mask, other=0.0).to(tl.float32)
         y, y_up = tile_delta(
-            y, y_up, t, t + 1, start, rows, rank, split, b_place, 0, 0, 0, 0, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
-            HALVES == 2, RANK_BLOCK, MAX_RANK, ALIGN, False, PRECISION,
+            y, y_up, t, t + 1, start, rows, rank, split, b_place, whole, 0, 0, 0, 0, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
+            HALVES == 2, RANK_BLOCK, MAX_RANK, ALIGN, 1, False, PRECISION,
         )  # fmt: skip
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
         if HALVES == 2:

@@ -7,7 +7,8 @@ tensor cores take (scaled in float32, rounded once). Columns [0, R); with split_
 are [max_rank, max_rank + R). Columns beyond a row's own rank, and rows without an adapter, are never read.
 
 Grouped, the shrink also leaves a record per LoRA tile, so that a GEMM needs no search: int64 (first row, rows, rank, split,
-place of B in the pool in units of 16 bytes); and per base tile the range of records that overlap it.
+place of B in the pool in units of 16 bytes); and per base tile the range of records that overlap it. Where the ranks are small a
+GEMM adds several LoRA tiles in one product: their columns stand side by side, and a row's s is zero in those of the others.
 
 Offsets and expert strides of a stack are multiples of 16 bytes (the memory pool pads matrices to that), so that B is read in
 16-byte pieces where the rank allows it.
@@ -25,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from sglang_lora_moe.lora.stacks import Stack
 
 RECORD = tl.constexpr(5)  # int64 fields of a record
+COLUMNS_AT_ONCE = 32  # rank columns of several adapters that one product adds; more cost the GEMM's registers more than they save
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,16 @@ class LowRank:
         assert self.records is not None and self.ranges is not None and self.s.shape[0] == 1, "a grouped kernel needs the addend of a grouped shrink"
         return (self.s, self.b.pool, self.records, self.ranges, self.s.shape[2])
 
-    def tile_options(self, accumulators: int) -> dict[str, int | bool]:
-        """For a kernel with so many accumulators a thread: what the registers beside them can hold of an adapter."""
+    def tile_options(self, accumulators: int, *, several: bool = False) -> dict[str, int | bool]:
+        """For a kernel with so many accumulators a thread: what the registers beside them can hold of an adapter, or of `several` at once."""
         block = min(64 if accumulators <= 64 else 32, self._ranks)
-        return {**self._options(block), "AHEAD": block == 16}
+        at_once = max(1, COLUMNS_AT_ONCE // block) if several and accumulators <= 64 else 1
+        return {**self._options(block), "SEVERAL": at_once, "AHEAD": block == 16 and at_once == 1}
 
 
 NO_PAIR_ARGS = (None,) * 7 + (0,)
 NO_TILE_ARGS = (None,) * 4 + (0,)
-NO_TILE_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8, "AHEAD": False}
+NO_TILE_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8, "SEVERAL": 1, "AHEAD": False}
 NO_PAIR_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8, "SPLITS": 1}
 
 
@@ -87,57 +90,80 @@ def load_s(s_ptr, row, num_pairs, width, column, mask, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def load_record(records_ptr, t, inside):
-    """(first row, rows, rank, split, B's place) of LoRA tile t; no rows where not `inside`."""
-    ptr = records_ptr + RECORD * t
-    start = tl.load(ptr, mask=inside, other=0)
-    rows = tl.load(ptr + 1, mask=inside, other=0)
-    rank = tl.load(ptr + 2, mask=inside, other=0).to(tl.int32)
-    return start, rows, rank, tl.load(ptr + 3, mask=inside, other=0).to(tl.int32), tl.load(ptr + 4, mask=inside, other=0)
+def load_records(records_ptr, t, last, RANK_BLOCK: tl.constexpr, SEVERAL: tl.constexpr, ALIGN: tl.constexpr):
+    """(first row, rows, rank, split, B's place, whether ranks are whole 16 bytes) of LoRA tiles t .. t + SEVERAL - 1; no rows from `last` on.
+
+    Scalars, or with SEVERAL > 1 one value for each column of SEVERAL blocks of RANK_BLOCK columns.
+    """
+    if SEVERAL == 1:
+        tile = t
+    else:
+        tile = t + tl.arange(0, SEVERAL * RANK_BLOCK) // RANK_BLOCK
+    ptr = records_ptr + RECORD * tile
+    start = tl.load(ptr, mask=tile < last, other=0).to(tl.int32)
+    rows = tl.load(ptr + 1, mask=tile < last, other=0).to(tl.int32)
+    rank = tl.load(ptr + 2, mask=tile < last, other=0).to(tl.int32)
+    split = tl.load(ptr + 3, mask=tile < last, other=0).to(tl.int32)
+    place = tl.load(ptr + 4, mask=tile < last, other=0)
+    if SEVERAL == 1:
+        whole = rank % ALIGN == 0
+    else:
+        whole = tl.load(records_ptr + RECORD * t + 2, mask=t < last, other=0) % ALIGN == 0
+        for i in tl.static_range(1, SEVERAL):
+            whole = whole & (tl.load(records_ptr + RECORD * (t + i) + 2, mask=t + i < last, other=0) % ALIGN == 0)
+    return start, rows, rank, split, place, whole
 
 
 @triton.jit
 def load_block(
-    s_ptr, width, start, rows, rank, split, b_place, r0, place, rn, N, pool_ptr,
-    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    s_ptr, width, start, rows, rank, split, b_place, whole, r0, place, rn, N, pool_ptr,
+    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, SEVERAL: tl.constexpr,
 ):  # fmt: skip
-    """One block of rank columns of one LoRA tile: (s [BM, RANK_BLOCK], B^T [RANK_BLOCK, BN]) of gate, then of up where GATED."""
-    r = r0 + tl.arange(0, RANK_BLOCK)
-    mine = (place >= start) & (place < start + rows)
+    """Rank columns r0 .. of SEVERAL LoRA tiles side by side: (s [BM, columns], B^T [columns, BN]) of gate, then of up where GATED.
+
+    s is zero in the columns of other tiles than the row's own, so that one product serves them all.
+    """
+    column = tl.arange(0, SEVERAL * RANK_BLOCK)
+    r = r0 + column % RANK_BLOCK
+    zero = column * 0
+    start, rows, up = start + zero, rows + zero, split * MAX_RANK + zero
+    rank = tl.max_constancy(rank + zero, RANK_BLOCK)
+    b_ptr = pool_ptr + tl.max_constancy(b_place + zero, RANK_BLOCK) * ALIGN
+    mine = (place[:, None] >= start[None, :]) & (place[:, None] < (start + rows)[None, :])
     s_ptrs = s_ptr + place.to(tl.int64)[:, None] * width + r[None, :]
-    b_ptr = pool_ptr + b_place * ALIGN
-    up = split * MAX_RANK
-    if rank % ALIGN == 0:
-        fits = tl.max_constancy(r // ALIGN < rank // ALIGN, ALIGN)  # the hint lets loads take 16 bytes
-        b_ptrs = b_ptr + rn.to(tl.int64)[None, :] * (rank // ALIGN * ALIGN) + r[:, None]
-        low = tl.load(s_ptrs, mask=mine[:, None] & fits[None, :], other=0.0)
+    if whole:
+        fits = tl.max_constancy(r // ALIGN < rank // ALIGN, ALIGN)  # the hints let loads take 16 bytes
+        stride = rank // ALIGN * ALIGN
+        b_ptrs = b_ptr[:, None] + rn.to(tl.int64)[None, :] * stride[:, None] + r[:, None]
+        low = tl.load(s_ptrs, mask=mine & fits[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=fits[:, None] & (rn < N)[None, :], other=0.0)
         high = low
         b_up = b
         if GATED:
-            high = tl.load(s_ptrs + up, mask=mine[:, None] & fits[None, :], other=0.0)
-            b_up = tl.load(b_ptrs + N.to(tl.int64) * (rank // ALIGN * ALIGN), mask=fits[:, None] & (rn < N)[None, :], other=0.0)
+            high = tl.load(s_ptrs + up[None, :], mask=mine & fits[None, :], other=0.0)
+            b_up = tl.load(b_ptrs + (N.to(tl.int64) * stride)[:, None], mask=fits[:, None] & (rn < N)[None, :], other=0.0)
     else:
         fits = r < rank
-        b_ptrs = b_ptr + rn.to(tl.int64)[None, :] * rank + r[:, None]
-        low = tl.load(s_ptrs, mask=mine[:, None] & fits[None, :], other=0.0)
+        b_ptrs = b_ptr[:, None] + rn.to(tl.int64)[None, :] * rank[:, None] + r[:, None]
+        low = tl.load(s_ptrs, mask=mine & fits[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=fits[:, None] & (rn < N)[None, :], other=0.0)
         high = low
         b_up = b
         if GATED:
-            high = tl.load(s_ptrs + up, mask=mine[:, None] & fits[None, :], other=0.0)
-            b_up = tl.load(b_ptrs + N.to(tl.int64) * rank, mask=fits[:, None] & (rn < N)[None, :], other=0.0)
+            high = tl.load(s_ptrs + up[None, :], mask=mine & fits[None, :], other=0.0)
+            b_up = tl.load(b_ptrs + (N.to(tl.int64) * rank)[:, None], mask=fits[:, None] & (rn < N)[None, :], other=0.0)
     return low, b, high, b_up
 
 
 @triton.jit
 def tile_delta(
-    acc, acc_up, first, last, start, rows, rank, split, b_place, low, b, high, b_up, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
-    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    acc, acc_up, first, last, start, rows, rank, split, b_place, whole, low, b, high, b_up, place, rn, N, s_ptr, width, pool_ptr, records_ptr,
+    GATED: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, SEVERAL: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the delta to a tile [BM, BN] whose sorted places are `place`, from records first .. last - 1.
+    """Add the delta to a tile [BM, BN] whose sorted places are `place`, from records first .. last - 1, SEVERAL at a time.
 
-    The first record's fields are given. AHEAD: so is its first block, and the next block is on its way during each product.
+    The first records' fields are given. AHEAD: so is the first block, and the next block is on its way during each product.
     """
     t = first
     r0 = 0
@@ -146,16 +172,20 @@ def tile_delta(
             low0, b0, high0, b_up0 = low, b, high, b_up
         else:
             low0, b0, high0, b_up0 = load_block(
-                s_ptr, width, start, rows, rank, split, b_place, r0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN
+                s_ptr, width, start, rows, rank, split, b_place, whole, r0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN, SEVERAL
             )  # fmt: skip
-        r0 += RANK_BLOCK
-        if r0 >= rank:
-            t += 1
-            r0 = 0
-            start, rows, rank, split, b_place = load_record(records_ptr, t, t < last)
+        if SEVERAL > 1:
+            t += SEVERAL
+            start, rows, rank, split, b_place, whole = load_records(records_ptr, t, last, RANK_BLOCK, SEVERAL, ALIGN)
+        else:
+            r0 += RANK_BLOCK
+            if r0 >= rank:
+                t += 1
+                r0 = 0
+                start, rows, rank, split, b_place, whole = load_records(records_ptr, t, last, RANK_BLOCK, SEVERAL, ALIGN)
         if AHEAD:
             low, b, high, b_up = load_block(
-                s_ptr, width, start, rows, rank, split, b_place, r0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN
+                s_ptr, width, start, rows, rank, split, b_place, whole, r0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN, SEVERAL
             )  # fmt: skip
         acc = tl.dot(low0, b0, acc, input_precision=PRECISION)
         if GATED:

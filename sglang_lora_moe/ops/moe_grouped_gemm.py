@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_record, pdl_wait, tile_delta
+from sglang_lora_moe.ops.low_rank import NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_records, pdl_wait, tile_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.ops.wna16_tile import load_wna16
@@ -104,7 +104,8 @@ def _one_tile(
     a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
     expert, start, rows, n0, N, K, BITS: tl.constexpr, W_GROUP: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
+    ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, SEVERAL: tl.constexpr,
+    AHEAD: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Main loop, addend, bias, activation and store of one tile of at most BM rows."""
@@ -115,10 +116,10 @@ def _one_tile(
     rn = n0 + tl.arange(0, BN)
     source = pair // TOP_K if GATHER else place
     if ADDEND and not LATE:
-        l_start, l_rows, l_rank, l_split, b_place = load_record(records_ptr, first, first < last)
+        l_start, l_rows, l_rank, l_split, b_place, whole = load_records(records_ptr, first, last, RANK_BLOCK, SEVERAL, ALIGN)
         if AHEAD:  # in flight during the main loop
             low, b, high, b_up = load_block(
-                s_ptr, s_width, l_start, l_rows, l_rank, l_split, b_place, 0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN
+                s_ptr, s_width, l_start, l_rows, l_rank, l_split, b_place, whole, 0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN, SEVERAL
             )  # fmt: skip
     acc, acc_up = _main_loop(
         a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, source, live, expert, start, n0, N, K, BITS, W_GROUP, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION
@@ -128,16 +129,16 @@ def _one_tile(
             pdl_wait(PDL)  # the shrink is the kernel before this one; everything else was there before it
             first = tl.load(ranges_ptr + 2 * tile)
             last = tl.load(ranges_ptr + 2 * tile + 1)
-            l_start, l_rows, l_rank, l_split, b_place = load_record(records_ptr, first, first < last)
+            l_start, l_rows, l_rank, l_split, b_place, whole = load_records(records_ptr, first, last, RANK_BLOCK, SEVERAL, ALIGN)
         if LATE or not AHEAD:
             low, b, high, b_up = 0, 0, 0, 0
             if AHEAD:
                 low, b, high, b_up = load_block(
-                    s_ptr, s_width, l_start, l_rows, l_rank, l_split, b_place, 0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN
+                    s_ptr, s_width, l_start, l_rows, l_rank, l_split, b_place, whole, 0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN, SEVERAL
                 )  # fmt: skip
         acc, acc_up = tile_delta(
-            acc, acc_up, first, last, l_start, l_rows, l_rank, l_split, b_place, low, b, high, b_up, place, rn, N,
-            s_ptr, s_width, pool_ptr, records_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN, AHEAD, PRECISION,
+            acc, acc_up, first, last, l_start, l_rows, l_rank, l_split, b_place, whole, low, b, high, b_up, place, rn, N,
+            s_ptr, s_width, pool_ptr, records_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN, SEVERAL, AHEAD, PRECISION,
         )  # fmt: skip
     if bias_ptr is not None:
         b_ptrs = bias_ptr + expert * HALVES * N + rn
@@ -159,7 +160,8 @@ def _grouped_gemm_kernel(
     s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,  # the addend, None without
     N, K, max_tiles, BITS: tl.constexpr, W_GROUP: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, LATE: tl.constexpr,
+    ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, SEVERAL: tl.constexpr,
+    AHEAD: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -198,13 +200,13 @@ def _grouped_gemm_kernel(
             _one_tile(
                 a_ptr, tail_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, few, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr,
                 s_width, expert, start, rows, n0, N, K, BITS, W_GROUP, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK,
-                ALIGN, AHEAD, LATE, EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
+                ALIGN, SEVERAL, AHEAD, LATE, EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
         else:
             _one_tile(
                 a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr,
                 s_width, expert, start, rows, n0, N, K, BITS, W_GROUP, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK,
-                ALIGN, AHEAD, LATE, EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
+                ALIGN, SEVERAL, AHEAD, LATE, EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
         tile, expert, start, rows, n0, pair, first, last = tile1, expert1, start1, rows1, n1, pair1, first1, last1
         tile1, expert1, start1, rows1, n1 = tile2, expert2, start2, rows2, n2
@@ -243,6 +245,7 @@ def grouped_gemm(
     tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
     grid = (max(1, min(tiles, launch.multiprocessors(a.device) * tile.ctas) if tile.ctas else tiles),)
     options = launch.options(a.device)
+    several = tile.m <= 32 and w_desc is not None  # else the main loop's addresses take the registers
     _grouped_gemm_kernel[grid](
         a, a_desc, tail_desc if tile.tail else None, matrix, w_desc, bias, out, scales, zeros,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
@@ -250,7 +253,7 @@ def grouped_gemm(
         n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        **(NO_TILE_OPTIONS if addend is None else addend.tile_options(tile.m * w_rows // n * tile.n // (32 * tile.warps))),
+        **(NO_TILE_OPTIONS if addend is None else addend.tile_options(tile.m * w_rows // n * tile.n // (32 * tile.warps), several=several)),
         LATE=addend is not None and not tile.ctas,
         EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
