@@ -1,11 +1,12 @@
-"""One MoE layer with int4 or int8 experts on the GPU, with and without adapters, against the byte floor and vLLM's recorded Marlin.
+"""One MoE layer with int4 or int8 experts on the GPU, with and without adapters, against the byte floor, vLLM's recorded Marlin and our bf16 layer.
 
     python -m benchmarks.bench_marlin                           the table of RESULTS.md, in order of priority
     python -m benchmarks.bench_marlin --sweep --tokens 1 16     every shape of tiles of both GEMMs, best first
 
 Data as in the peers' runs (`bench_moe_lora`), codes and scales random. `us` is the layer with its alignment; `gemm_us` the two
 expert GEMMs alone (the activation is part of the first), `share` the packed bytes of the distinct experts over that time, as a
-share of the copy bandwidth of this run. gpt-oss in groups of 128 is padded to 2,944, as the peer pads it; its floor is not.
+share of the copy bandwidth of this run; `bf16_us` the same layer with 16-bit weights (triton backend), in this run. gpt-oss in
+groups of 128 is padded to 2,944, as the peer pads it; its floor is not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.moe_inputs import ids, make_stacks
+from benchmarks.moe_inputs import LayerInputs, Setup, ids, make_stacks, run_layer
 from benchmarks.shapes import SHAPES, MoEShape
 from sglang_lora_moe.lora.hooks import build_lora_hooks
 from sglang_lora_moe.moe.backends import marlin_lora
@@ -35,7 +36,10 @@ from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 FORMATS = {"int4-g128": (4, 128), "int4-g32": (4, 32), "int8-g128": (8, 128)}
 KEYS = ("shape", "backend", "weights", "M", "rank", "active")
-COLUMNS = ("shape", "weights", "M", "rank", "active", "us", "floor_us", "ratio", "gemm_us", "share", "base_us", "addon_us", "peer_us", "over_peer")
+COLUMNS = (
+    *("shape", "weights", "M", "rank", "active", "us", "floor_us", "ratio", "gemm_us", "share"),
+    *("base_us", "addon_us", "peer_us", "over_peer", "bf16_us", "over_bf16"),
+)
 
 
 @dataclass(frozen=True)
@@ -123,20 +127,31 @@ def random_weights(weights: str, spec: MoESpec, device: torch.device) -> list[Ma
     return [MarlinQuantInfo(marlin_moe.marlin_moe_repack(weight(2 * i, h), 2), marlin_moe.marlin_moe_repack(weight(h, i))) for _ in range(2)]
 
 
+def measure_bf16(row: Row, device: torch.device) -> float:
+    """Microseconds of our own layer with 16-bit weights, the triton backend."""
+    inputs = LayerInputs.build(Setup(row.shape, row.tokens), device)
+    calls = [functools.partial(run_layer, inputs, i) for i in range(inputs.sets)]
+    return timing.time_calls(calls, count=max(4, inputs.sets), budget_ms=20.0).us
+
+
 def measure(row: Row, ceilings: timing.Ceilings, bases: dict[tuple[str, str, int], float], device: torch.device) -> dict[str, Any]:
     layer = Layer.build(row, device)
     count = len(layer.inputs)
     found = timing.time_calls([functools.partial(layer.run, i) for i in range(count)], count=max(4, count), budget_ms=30.0)
     gemm = timing.time_calls(layer.gemm_calls(), count=max(4, count), budget_ms=20.0).us if not row.rank else None
     tokens, shape = row.tokens, row.shape
-    floor = ceilings.floor_us(layer.expert_bytes + 4 * tokens * shape.hidden, 6.0 * tokens * shape.top_k * shape.hidden * shape.inter)
+    expert_bytes = layer.expert_bytes
+    floor = ceilings.floor_us(expert_bytes + 4 * tokens * shape.hidden, 6.0 * tokens * shape.top_k * shape.hidden * shape.inter)
+    del layer
+    bf16 = measure_bf16(row, device) if row.weights == "int4-g128" and not row.rank else None
     base, peer = bases.get((shape.name, row.weights, tokens)), peer_us(row)
     return {
         "shape": shape.name, "backend": "marlin", "weights": row.weights, "M": tokens, "rank": row.rank, "active": row.active, "popularity": "uniform",
         "us": found.us, "low_us": found.low_us, "high_us": found.high_us, "floor_us": floor, "ratio": found.us / floor,
-        "gemm_us": gemm, "share": layer.expert_bytes / gemm * 1e6 / ceilings.copy_bytes_per_s if gemm else None,
+        "gemm_us": gemm, "share": expert_bytes / gemm * 1e6 / ceilings.copy_bytes_per_s if gemm else None,
         "base_us": base if row.rank else found.us, "addon_us": found.us - base if row.rank and base else None,
         "peer": "vllm", "peer_us": peer, "over_peer": found.us / peer if peer else None,
+        "bf16_us": bf16, "over_bf16": found.us / bf16 if bf16 else None,
     }  # fmt: skip
 
 

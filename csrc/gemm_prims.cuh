@@ -7,6 +7,16 @@
 
 DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE float exp2_of(float x) {  // within 2^-22
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float reciprocal(float x) {  // within 2^-23
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 template <class Vector>
 DEVICE uint32_t as_word(Vector v) {
@@ -20,6 +30,11 @@ DEVICE uint32_t subtract_bf16(uint32_t a, uint32_t b) { return as_word(__hsub2(a
 DEVICE uint32_t subtract_fp16(uint32_t a, uint32_t b) { return as_word(__hsub2(as_vector<__half2>(a), as_vector<__half2>(b))); }
 DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) { return as_word(__hmul2(as_vector<__nv_bfloat162>(a), as_vector<__nv_bfloat162>(b))); }
 DEVICE uint32_t multiply_fp16(uint32_t a, uint32_t b) { return as_word(__hmul2(as_vector<__half2>(a), as_vector<__half2>(b))); }
+DEVICE uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {  // rounds once, subnormals included
+  return as_word(__hfma2(as_vector<__nv_bfloat162>(a), as_vector<__nv_bfloat162>(b), as_vector<__nv_bfloat162>(c)));
+}
+DEVICE uint32_t double_low(uint32_t pair) { return as_word(__low2bfloat162(as_vector<__nv_bfloat162>(pair))); }  // both halves the low one
+DEVICE uint32_t double_high(uint32_t pair) { return as_word(__high2bfloat162(as_vector<__nv_bfloat162>(pair))); }
 DEVICE float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 DEVICE float low_fp16(uint32_t pair) { return __low2float(as_vector<__half2>(pair)); }
@@ -49,14 +64,6 @@ DEVICE uint32_t arrive(uint32_t* counter) {
   return before;
 }
 
-// As cp16 without a predicate, for what is read once: first to leave L2. The policy is a constant of the instruction on purpose: one that
-// was chosen at run time reached it through uniform registers as an illegal instruction (nvcc 13.0, sm_90a).
-DEVICE void cp16_once(void* target, const void* source) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "l"(policy) : "memory");
-}
-
 // wgmma (sm_90a): d[64 x N] += a[64 x 16] b[16 x N], one warpgroup, a in registers as m16n8k16 has it (warp w: rows 16 w..), b in shared memory:
 // N rows of 64 values, their 16-byte pieces swizzled by the row's last three bits, at a multiple of 1,024 bytes. d is as m16n8's, eight by eight columns.
 DEVICE void wgmma_begin() {
@@ -75,6 +82,11 @@ DEVICE void wgmma_wait() {  // until at most PENDING of the newest groups are un
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #endif
 }
+// These registers are computed before what follows, which the compiler would otherwise be free to turn round.
+DEVICE void hold_here(uint32_t (&fragments)[2][2][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) asm volatile("" : "+r"(fragments[i / 8][i / 4 % 2][i % 4])::"memory");
+}
 // Between this thread's finished copies into shared memory and the barrier before a wgmma that reads them.
 DEVICE void publish_to_wgmma() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -87,91 +99,50 @@ DEVICE void wgmma_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
 template <int NT>
 DEVICE void wgmma_fp16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-// Accumulators 4 i .. 4 i + 3 of an asm statement, by fours and sixteens.
+// Both for NT eights: COLUMNS = 8 NT, DS the registers of d in the text, AS those of a and B that of b behind them; the operands of d follow.
+#define WGMMA(NT, COLUMNS, DS, AS, B, ...) \
+  WGMMA_TYPE(wgmma_bf16, "bf16", NT, COLUMNS, DS, AS, B, __VA_ARGS__) \
+  WGMMA_TYPE(wgmma_fp16, "f16", NT, COLUMNS, DS, AS, B, __VA_ARGS__)
+#define WGMMA_TYPE(NAME, TYPE, NT, COLUMNS, DS, AS, B, ...) \
+  template <> \
+  DEVICE void NAME<NT>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" DS "}, {" AS "}, " B ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__ \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
 #define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define D16(i) D4(i), D4(i + 1), D4(i + 2), D4(i + 3)
-template <>
-DEVICE void wgmma_bf16<4>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15 "
-      "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
-      : D16(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma_fp16<4>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15 "
-      "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
-      : D16(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma_bf16<8>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-      "%28, %29, %30, %31 "
-      "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-      : D16(0), D16(4)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma_fp16<8>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-      "%28, %29, %30, %31 "
-      "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
-      : D16(0), D16(4)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma_bf16<12>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-      "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47 "
-      "}, {%48, %49, %50, %51}, %52, 1, 1, 1, 0;"
-      : D16(0), D16(4), D16(8)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma_fp16<12>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-      "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47 "
-      "}, {%48, %49, %50, %51}, %52, 1, 1, 1, 0;"
-      : D16(0), D16(4), D16(8)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma_bf16<16>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-      "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, "
-      "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-      : D16(0), D16(4), D16(8), D16(12)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-template <>
-DEVICE void wgmma_fp16<16>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, "
-      "%28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, "
-      "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63 "
-      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-      : D16(0), D16(4), D16(8), D16(12)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+#define D8(i) D4(i), D4(i + 1)
+#define D16(i) D8(i), D8(i + 2)
+WGMMA(2, "16",
+      "%0, %1, %2, %3, %4, %5, %6, %7",
+      "%8, %9, %10, %11", "%12", D8(0))
+WGMMA(4, "32",
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
+      "%16, %17, %18, %19", "%20", D16(0))
+WGMMA(6, "48",
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23",
+      "%24, %25, %26, %27", "%28", D16(0), D8(4))
+WGMMA(8, "64",
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
+      "%32, %33, %34, %35", "%36", D16(0), D16(4))
+WGMMA(12, "96",
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
+      "%48, %49, %50, %51", "%52", D16(0), D16(4), D16(8))
+WGMMA(16, "128",
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
+      "%64, %65, %66, %67", "%68", D16(0), D16(4), D16(8), D16(12))
 #undef D16
+#undef D8
 #undef D4
+#undef WGMMA_TYPE
+#undef WGMMA
 #else
 template <int NT>
 DEVICE void wgmma_bf16(float (&)[16][4], const uint32_t (&)[4], uint64_t) {}
@@ -192,6 +163,8 @@ inline float as_float(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline float exp2_of(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.f / x; }
 inline float low_bf16(uint32_t pair) { return emu::from_bf16((uint16_t)pair); }
 inline float high_bf16(uint32_t pair) { return emu::from_bf16((uint16_t)(pair >> 16)); }
 inline float low_fp16(uint32_t pair) { return emu::from_fp16((uint16_t)pair); }
@@ -199,6 +172,11 @@ inline float high_fp16(uint32_t pair) { return emu::from_fp16((uint16_t)(pair >>
 inline uint32_t subtract_bf16(uint32_t a, uint32_t b) { return pack_bf16(low_bf16(a) - low_bf16(b), high_bf16(a) - high_bf16(b)); }
 inline uint32_t subtract_fp16(uint32_t a, uint32_t b) { return pack_fp16(low_fp16(a) - low_fp16(b), high_fp16(a) - high_fp16(b)); }
 inline uint32_t multiply_bf16(uint32_t a, uint32_t b) { return pack_bf16(low_bf16(a) * low_bf16(b), high_bf16(a) * high_bf16(b)); }
+inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {  // exact in float64 for our operands, so that it rounds once
+  return pack_bf16((float)((double)low_bf16(a) * low_bf16(b) + low_bf16(c)), (float)((double)high_bf16(a) * high_bf16(b) + high_bf16(c)));
+}
+inline uint32_t double_low(uint32_t pair) { return pair << 16 | (pair & 0xffff); }
+inline uint32_t double_high(uint32_t pair) { return pair >> 16 | (pair & 0xffff0000u); }
 inline uint32_t multiply_fp16(uint32_t a, uint32_t b) { return pack_fp16(low_fp16(a) * low_fp16(b), high_fp16(a) * high_fp16(b)); }
 inline void load_words(uint32_t (&r)[4], const void* p) { std::memcpy(r, p, 16); }
 inline void load_words(uint32_t (&r)[2], const void* p) { std::memcpy(r, p, 8); }
@@ -210,7 +188,6 @@ inline void store_words(void* p, uint32_t a, uint32_t b) {
 inline void load_floats_l2(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16); }
 inline uint32_t arrive(uint32_t* counter) { return (*counter)++; }
-inline void cp16_once(void* target, const void* source) { cp16(target, source, true); }
 
 #endif
 

@@ -71,6 +71,14 @@ DEVICE void barrier_arrive_after_copies(Barrier* barrier) {
 #endif
 }
 DEVICE void see_copies() { publish_to_wgmma(); }
+// One thread's copy of contiguous bytes, all addresses and sizes multiples of 16.
+DEVICE void copy_bulk(void* target, const void* source, int bytes, Barrier* barrier) {
+#if SM90
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(target)), "l"(source), "r"(bytes),
+               "r"(shared_address(barrier))
+               : "memory");
+#endif
+}
 // A box of a three-dimensional tensor into shared memory, in 128-byte rows swizzled as wgmma wants them; its bytes count on `barrier`.
 DEVICE void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
 #if SM90

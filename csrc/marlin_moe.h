@@ -28,13 +28,20 @@ struct MarlinMoeGemm {
   void* out;                    // [.., out_columns]
   float* partials;              // marlin_moe_partials() floats
   uint32_t* arrivals;           // [blocks], zero before and after
+  // Adapters, or null: out gets B s more before its activation. As LowRank of sglang_lora_moe/ops/low_rank.py has them.
+  const void* low;             // s [sorted pairs, low_width] of the activation type; with two A the up half's begin at low_max_rank
+  const void* low_pool;        // B of all adapters, of the activation type
+  const int64_t* low_records;  // [.., 5] first sorted row, rows, rank, whether gate and up have their own A, place of B in 16 bytes
+  const int32_t* low_ranges;   // [tiles, 2] records that meet each tile
+  int32_t low_width, low_max_rank;
   int32_t experts, pairs, top_k;
   int32_t rows, k;              // logical widths of a weight: rows = 2I or H
-  int32_t row_units, k_units, groups;
+  int32_t row_units, k_units, groups;  // groups of the padded k
   int32_t group_size;           // 32, 64, 128; 0 = one group
   int32_t bits, is_bf16, halves;
   int32_t activation;           // 0 none; 1 with halves 2: g * sigmoid(alpha * (g + cubic * g^3)) * (u + shift), g = min(gate, limit), u = clamp(up, limit)
   float alpha, cubic, limit, shift;
+  int32_t early;                // what the kernel before this one in the stream may have written: 0 anything; 1 x alone; 2 low* alone
   int32_t gather, scatter;      // x by token (pair / top_k) rather than by row; out by pair rather than by row
 };
 

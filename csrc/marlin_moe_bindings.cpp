@@ -63,9 +63,10 @@ void marlin_moe_repack_op(Tensor codes, int64_t k, int64_t bits, int64_t halves,
 }
 
 void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, std::optional<Tensor> tiles,
-                        std::optional<Tensor> counts, std::optional<Tensor> sorted_pairs, Tensor topk_ids, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
+                        std::optional<Tensor> counts, std::optional<Tensor> sorted_pairs, Tensor topk_ids, std::optional<Tensor> low, std::optional<Tensor> low_pool,
+                        std::optional<Tensor> low_records, std::optional<Tensor> low_ranges, int64_t low_max_rank, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
                         int64_t group_size, int64_t halves, bool activation, double alpha, double cubic, double limit, double shift, bool gather, bool scatter, int64_t config, int64_t sms,
-                        bool overlap) {
+                        bool overlap, int64_t early) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
   const int64_t pairs = topk_ids.numel(), bits = packed.size(3) / 32, k = x.size(x.dim() - 1), width = activation ? rows / 2 : rows;
@@ -78,9 +79,10 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) >= pairs && out.size(1) == width, "marlin_moe_gemm: expected out [", pairs, ", ", width, "], got width ", out.size(out.dim() - 1));
   STD_TORCH_CHECK(!activation || halves == 2, "marlin_moe_gemm: an activation needs halves 2, got ", halves);
   STD_TORCH_CHECK(tiles.has_value() == counts.has_value() && tiles.has_value() == sorted_pairs.has_value(), "marlin_moe_gemm: tiles, counts and sorted_pairs come together");
+  STD_TORCH_CHECK(!low || (tiles && low_pool && low_records && low_ranges), "marlin_moe_gemm: adapters need tiles, and low, low_pool, low_records and low_ranges together");
   STD_TORCH_CHECK(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, "marlin_moe_gemm: expected groups of 32, 64, 128 or 0 (one), got ", group_size);
   check_packed(packed, rows, k, bits, halves);
-  const int64_t experts = packed.size(0), row_units = packed.size(1), groups = group_size ? k / group_size : 1, scale_elements = experts * row_units * groups * 32;
+  const int64_t experts = packed.size(0), row_units = packed.size(1), groups = group_size ? packed.size(2) * 32 / group_size : 1, scale_elements = experts * row_units * groups * 32;
 
   MarlinMoeGemm a;
   a.x = checked<void>(x, "x", type, device, 0);
@@ -95,10 +97,16 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.out = checked<void>(out, "out", type, device, 0);
   a.partials = checked<float>(partials, "partials", ScalarType::Float, device, marlin_moe_partials(plan));
   a.arrivals = checked<uint32_t>(arrivals, "arrivals", ScalarType::Int, device, marlin_moe_blocks(plan));
+  const int64_t most = tiles ? tiles->numel() / 3 : 0;
+  a.low = low ? checked<void>(*low, "low", type, device, pairs) : nullptr;
+  a.low_pool = low ? checked<void>(*low_pool, "low_pool", type, device, 0) : nullptr;
+  a.low_records = low ? checked<const int64_t>(*low_records, "low_records", ScalarType::Long, device, 0) : nullptr;
+  a.low_ranges = low ? checked<const int32_t>(*low_ranges, "low_ranges", ScalarType::Int, device, 2 * most) : nullptr;
+  a.low_width = low ? (int32_t)low->size(low->dim() - 1) : 0, a.low_max_rank = (int32_t)low_max_rank;
   a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)topk_ids.size(1);
   a.rows = (int32_t)rows, a.k = (int32_t)k, a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups;
   a.group_size = (int32_t)group_size, a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16, a.halves = (int32_t)halves;
-  a.activation = activation, a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift, a.gather = gather, a.scatter = scatter;
+  a.activation = activation, a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift, a.early = (int32_t)early, a.gather = gather, a.scatter = scatter;
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = marlin_moe_gemm(&a, plan, current_stream(device));

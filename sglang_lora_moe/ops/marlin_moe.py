@@ -7,7 +7,7 @@ them as their left operand. A unit is two m16n8k16 fragments wide and two steps 
 4 * (l // 4) + 2 * fragment + half, so that it ends with four neighbouring outputs. Of gate_up weights ("halves" 2) fragment 0
 holds 16 gate rows and fragment 1 the 16 up rows that belong to them, so that the activation needs no other lane.
     packed int32 [E, row units, k units, 32 * bits]: int4 one 16-byte piece a lane (step, fragment, register), int8 one a step
-    scales [E, row units, groups, 32] activation dtype, zeros uint8 of that shape or None: rows of a unit in the same order
+    scales [E, row units, groups of the padded inputs, 32] activation dtype, zeros uint8 of that shape or None: rows of a unit in the same order
 Rows are padded to 128 and inputs to 128, in here alone: the padding computes nothing that is stored.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from sglang_lora_moe.ops.library import LIBRARY
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, pack, unpack
 
+if TYPE_CHECKING:  # which imports Triton
+    from sglang_lora_moe.ops.low_rank import LowRank
+
 UNIT, ROW_PADDING, K_PADDING = 32, 128, 128
 GROUP_SIZES = (32, 64, 128)  # and one group for each row
 DTYPES = (torch.bfloat16, torch.float16)
@@ -31,8 +35,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 LIBRARY.define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) packed) -> ()")
 LIBRARY.define(
     "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? tiles, Tensor? counts, Tensor? sorted_pairs, "
-    "Tensor topk_ids, Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
-    "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap) -> ()"
+    "Tensor topk_ids, Tensor? low, Tensor? low_pool, Tensor? low_records, Tensor? low_ranges, int low_max_rank, "
+    "Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
+    "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap, int early) -> ()"
 )
 
 
@@ -50,15 +55,12 @@ class TileShape:
 
 SHAPES = (
     TileShape(32, 8, 512, 128, 4, 4),
-    TileShape(128, 8, 128, 128, 6, 3),
     TileShape(128, 16, 128, 128, 4, 4),
     TileShape(128, 32, 128, 128, 4, 3),
     TileShape(128, 64, 64, 128, 2, 4),
-    TileShape(128, 128, 64, 128, 2, 4),
-    TileShape(128, 128, 64, 128, 2, 4),
-    TileShape(256, 128, 64, 256, 1, 6),
+    TileShape(256, 128, 128, 256, 1, 4),
 )
-EVERYWHERE = 6  # the shapes before it run on every GPU from sm_80 on and on the emulator; the others are wgmma's, for sm_90 alone
+EVERYWHERE = 4  # the shapes before it run on every GPU from sm_80 on and on the emulator; the others are wgmma's, for sm_90 alone
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ def marlin_moe_repack(weight: WNA16Weight, halves: int = 1, bias: torch.Tensor |
         build.load()
     torch.ops.sglang_lora_moe.marlin_moe_repack(weight.packed.contiguous(), k, weight.bits, halves, packed)
     order = _row_order(rows, row_units, halves).to(packed.device)
-    zeros = None if weight.zeros is None else _gather_rows(weight.zeros, order)
     one_group = weight.scales.shape[-1] == 1
-    return MarlinWeight(packed, _gather_rows(weight.scales, order), zeros, bias, rows, k, weight.bits, 0 if one_group else weight.group_size, halves)
+    groups = 1 if one_group else k_units * UNIT // weight.group_size
+    zeros = None if weight.zeros is None else _gather_rows(weight.zeros, order, groups)
+    return MarlinWeight(packed, _gather_rows(weight.scales, order, groups), zeros, bias, rows, k, weight.bits, 0 if one_group else weight.group_size, halves)
 
 
 def unpack_weight(weight: MarlinWeight) -> WNA16Weight:
@@ -112,8 +115,10 @@ def unpack_weight(weight: MarlinWeight) -> WNA16Weight:
     place = torch.empty(weight.rows, dtype=torch.int64, device=stored.device)
     place[order[order < weight.rows]] = (order < weight.rows).nonzero().squeeze(1)
 
+    groups = -(-weight.k // (weight.group_size or weight.k))
+
     def rows_of(values: torch.Tensor) -> torch.Tensor:  # [E, row units, groups, 32] -> [E, rows, groups]
-        return values.transpose(2, 3).flatten(1, 2)[:, place].contiguous()
+        return values.transpose(2, 3).flatten(1, 2)[:, place, :groups].contiguous()
 
     zeros = None if weight.zeros is None else rows_of(weight.zeros)
     return WNA16Weight(pack(by_row[:, place, : weight.k].contiguous(), weight.bits), rows_of(weight.scales), zeros, weight.bits, weight.group_size or weight.k)
@@ -139,9 +144,9 @@ def _row_order(rows: int, row_units: int, halves: int) -> torch.Tensor:
     return torch.where(within < half_rows, p // 2 % 2 * half_rows + within, rows)
 
 
-def _gather_rows(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """[E, rows, groups] -> [E, row units, groups, 32], zero where there is no row."""
-    padded = torch.nn.functional.pad(values, (0, 0, 0, 1))
+def _gather_rows(values: torch.Tensor, order: torch.Tensor, groups: int) -> torch.Tensor:
+    """[E, rows, .] -> [E, row units, groups, 32], zero where there is no row or input."""
+    padded = torch.nn.functional.pad(values, (0, groups - values.shape[-1], 0, 1))
     return padded[:, order].unflatten(1, (-1, UNIT)).transpose(2, 3).contiguous()
 
 
@@ -209,19 +214,32 @@ def marlin_moe_gemm(
     gather: bool,
     scatter: bool,
     activation: MoESpec | None = None,
+    addend: LowRank | None = None,
     overlap: bool = False,
+    early: int = 0,
 ) -> torch.Tensor:  # budget: the tensors of one grouped product and its launch
     """x [M, k] with `gather`, else [P, k] in routing order -> out, which it returns: [P, rows], or [P, rows / 2] with an activation.
 
     out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens; without
     an alignment every pair is a tile of its own, in pair order. Rows of pairs without an expert are not written.
+    `addend`: of a grouped shrink over the same alignment; B s is added before the activation.
+    With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
+    written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone.
     """
     tiles, counts, order = (None, None, None) if alignment is None else (alignment.base_tiles, alignment.counts, alignment.sorted_pairs)
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
-        x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, out, scratch.partials, scratch.arrivals,
-        weight.rows, weight.group_size, weight.halves, *activation_of(activation), gather, scatter, config, sms, overlap,
+        x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, *_addend_args(addend),
+        out, scratch.partials, scratch.arrivals, weight.rows, weight.group_size, weight.halves,
+        *activation_of(activation), gather, scatter, config, sms, overlap, early,
     )  # fmt: skip
     return out
+
+
+def _addend_args(addend: LowRank | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
+    if addend is None:
+        return None, None, None, None, 0
+    assert addend.records is not None and addend.s.shape[0] == 1, "the grouped GEMM needs the addend of a grouped shrink"
+    return addend.s, addend.b.pool, addend.records, addend.ranges, addend.b.max_rank
 
 
 def _repack_cpu(codes: torch.Tensor, k: int, bits: int, halves: int, packed: torch.Tensor) -> None:

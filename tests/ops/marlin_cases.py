@@ -6,6 +6,7 @@ import struct
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -15,6 +16,21 @@ from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, quantize
 from tests.moe_cases import generator, make_topk_ids
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What a grouped shrink leaves for the GEMM, as `LowRank` of ops/low_rank.py has it."""
+
+    s: torch.Tensor  # [P, width] in sorted order
+    pool: torch.Tensor
+    records: torch.Tensor  # int64 [.., 5]
+    ranges: torch.Tensor  # int32 [tiles, 2]
+    max_rank: int
+
+    def addend(self) -> SimpleNamespace:
+        s, pool, records, ranges = (t.cuda() for t in (self.s[None], self.pool, self.records, self.ranges))
+        return SimpleNamespace(s=s, b=SimpleNamespace(pool=pool, max_rank=self.max_rank), records=records, ranges=ranges)
 
 
 @dataclass(frozen=True)
@@ -38,43 +54,75 @@ class Case:
     sms: int = 3
     by_pair: bool = False
     order: int = 0
+    ranks: tuple[int, ...] = ()  # of adapters in turn, some rows between them without
+    x_is_identity: bool = False  # the output is the weights themselves
+    sizes: float = 1.0  # of the weights
 
     def weight(self) -> WNA16Weight:
         g = generator(self.rows + self.bits)
-        return quantize(torch.randn(self.experts, self.rows, self.k, generator=g) * self.k**-0.5, self.bits, self.group, not self.zeros, self.dtype)
+        weights = torch.randn(self.experts, self.rows, self.k, generator=g) * (self.sizes * self.k**-0.5)
+        return quantize(weights, self.bits, self.group, not self.zeros, self.dtype)
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x, topk_ids, bias."""
         g = generator(self.tokens * 7 + self.experts)
         ids = make_topk_ids(self.routing, self.tokens, self.top_k, self.experts, g, torch.int32)
         x = torch.randn(self.tokens if self.halves == 2 else ids.numel(), self.k, generator=g).to(self.dtype)
+        if self.x_is_identity:
+            x = torch.eye(x.shape[0], self.k, dtype=self.dtype)
         return x, ids, torch.randn(self.experts, self.rows, generator=g).to(self.dtype) if self.bias else None
 
     def alignment(self) -> Alignment | None:
         return None if self.by_pair else moe_lora_align_block_size(self.inputs()[1], None, self.experts, 0, op.SHAPES[self.config].block_tokens, 16)
 
+    def adapters(self) -> Adapters | None:
+        """Runs of 5 rows of one adapter, cut where an expert ends; every second one has an A of its own for up."""
+        align = self.alignment()
+        if align is None or not self.ranks:
+            return None
+        g, ids, most = generator(self.tokens), self.inputs()[1].flatten()[align.sorted_pairs.long()], max(self.ranks)
+        tiles = [t if i < int(align.counts[1]) else (0, 0, 0) for i, t in enumerate(align.base_tiles.tolist())]
+        records, place, row, valid = [], 0, 1, int(align.counts[0])
+        while row < valid:
+            rows = next((i for i in range(1, 5) if row + i == valid or ids[row + i] != ids[row]), 5)
+            rank = self.ranks[len(records) % len(self.ranks)]
+            records.append((row, rows, rank, (len(records) % 2) * (self.halves == 2), place // 8))
+            row, place = row + rows + len(records) % 2, place + -(-self.rows * rank // 8) * 8
+        width = most * self.halves
+        s, pool = torch.randn(len(ids), width, generator=g), torch.randn(place + 8, generator=g) * 0.1
+        ranges = [(sum(r[0] + r[1] <= t[1] for r in records), sum(r[0] < t[1] + t[2] for r in records)) for t in tiles]
+        table = torch.tensor(records, dtype=torch.int64).view(-1, 5)
+        return Adapters(s.to(self.dtype), pool.to(self.dtype), table, torch.tensor(ranges, dtype=torch.int32).view(-1, 2), most)
+
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 output and which of its rows are written."""
         x, ids, bias = self.inputs()
-        weights, flat, align = dequantize(self.weight(), self.dtype).float(), ids.flatten(), self.alignment()
+        weights, flat, align = dequantize(self.weight(), self.dtype).float(), ids.flatten().long(), self.alignment()
         order = torch.arange(flat.numel()) if align is None else align.sorted_pairs.long()
-        out = torch.zeros(flat.numel(), self.rows)
-        written = torch.zeros(flat.numel(), dtype=torch.bool)
-        for place, pair in enumerate(order.tolist()):
-            expert = int(flat[pair])
-            if not 0 <= expert < self.experts:
-                continue
-            row = pair if self.halves == 1 else place
-            out[row] = weights[expert] @ x[pair // self.top_k if self.halves == 2 else place].float() + (0 if bias is None else bias[expert].float())
-            written[row] = True
+        rows = x.float()[order // self.top_k if self.halves == 2 else torch.arange(len(order))]
+        sums, valid = torch.zeros(flat.numel(), self.rows), (flat >= 0) & (flat < self.experts)
+        for expert in flat[valid].unique().tolist():
+            mine = flat[order] == expert
+            sums[mine] = rows[mine] @ weights[expert].T + (0 if bias is None else bias[expert].float())
+        adapters = self.adapters()
+        for start, count, rank, split, place in [] if adapters is None else adapters.records.tolist():
+            assert adapters is not None
+            b, low = adapters.pool[place * 8 :][: self.rows * rank].view(self.rows, rank).float(), adapters.s[start : start + count].float()
+            half = self.rows // self.halves
+            sums[start : start + count, :half] += low[:, :rank] @ b[:half].T
+            if self.halves == 2:
+                sums[start : start + count, half:] += low[:, split * adapters.max_rank :][:, :rank] @ b[half:].T
+        out, written = torch.zeros_like(sums), torch.zeros(flat.numel(), dtype=torch.bool)
+        to = order if self.halves == 1 else torch.arange(len(order))
+        out[to], written[to] = sums, valid[order]
         return (out if self.spec is None else apply_activation(out, replace(self.spec, intermediate_size=self.rows // 2))), written
 
 
 def encode_repack(weight: WNA16Weight, halves: int) -> bytes:
     experts, rows, k = weight.packed.shape[0], weight.out_features, weight.in_features
     sizes = op.padded_units(rows, k, halves)
-    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 20
-    return struct.pack("31i", *head) + weight.packed.numpy().tobytes()
+    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 24
+    return struct.pack("35i", *head) + weight.packed.numpy().tobytes()
 
 
 def encode_gemm(case: Case) -> bytes:
@@ -95,9 +143,12 @@ def encode_gemm(case: Case) -> bytes:
         0 if tiles is None else len(tiles),
     ]
     head += [ids.numel(), case.top_k, x.shape[0], ids.numel(), columns, active, case.halves == 2, case.halves == 1, sorted_pairs.numel()]
-    tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, sorted_pairs, ids)
+    adapters = case.adapters()
+    head += [0, 0, 0, 0] if adapters is None else [adapters.s.shape[1], adapters.max_rank, adapters.pool.numel(), len(adapters.records)]
+    low = () if adapters is None or tiles is None else (adapters.s, adapters.pool, adapters.records, adapters.ranges[: len(tiles)])
+    tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, sorted_pairs, ids, *low)
     blobs = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None and t.numel())
-    return struct.pack("27i4f", *map(int, head), *formula) + blobs
+    return struct.pack("31i4f", *map(int, head), *formula) + blobs
 
 
 def emulate(driver: Path, blob: bytes) -> bytes:

@@ -6,6 +6,7 @@ import itertools
 import struct
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_emulated_repack_equals_torch(driver: Path, bits: int) -> None:
 
 
 def test_shapes_are_those_of_the_kernels(driver: Path) -> None:
-    found = torch.frombuffer(bytearray(emulate(driver, struct.pack("31i", 2, *[0] * 30))), dtype=torch.int32).view(-1, 6).tolist()
+    found = torch.frombuffer(bytearray(emulate(driver, struct.pack("35i", 2, *[0] * 34))), dtype=torch.int32).view(-1, 6).tolist()
     assert found == [list(astuple(shape)) for shape in op.SHAPES[: op.EVERYWHERE]]
 
 
@@ -107,7 +108,7 @@ def test_emulated_gemm_routings_and_widths(driver: Path, config: int) -> None:
     check(driver, cases)
 
 
-@pytest.mark.parametrize("config", [0, 1, 3])
+@pytest.mark.parametrize("config", [0, 1, 2])
 def test_emulated_gemm_shares_tiles(driver: Path, config: int) -> None:
     """Few tiles over many blocks: several blocks share one, in every order of threads; long k keeps them busy."""
     base = Case(3, config=config, k=1024, rows=64, experts=2, group=128, top_k=1)
@@ -121,10 +122,38 @@ def test_emulated_gemm_by_pair(driver: Path) -> None:
 
 
 def test_emulated_gemm_bias_and_activation(driver: Path) -> None:
-    base = Case(6, halves=2, bias=True, config=2)
+    base = Case(6, halves=2, bias=True, config=1)
     activations = [SILU, CLAMPED, replace(SILU, activation="gelu_tanh")]
     cases = [replace(base, spec=spec) for spec in activations] + [replace(base, halves=h, dtype=d) for h in (1, 2) for d in op.DTYPES]
-    check(driver, [*cases, replace(base, spec=SILU, bias=False, config=0), replace(base, spec=SILU, config=5, tokens=70)])
+    check(driver, [*cases, replace(base, spec=SILU, bias=False, config=0), replace(base, spec=SILU, config=3, tokens=70)])
+
+
+RANKS = (16, 1, 7, 40)
+
+
+@pytest.mark.parametrize("config", range(op.EVERYWHERE))
+def test_emulated_gemm_adds_adapters(driver: Path, config: int) -> None:
+    """Odd ranks and more than 16, with and without an A of its own for up; where blocks share a tile the last one adds."""
+    base = Case(19, config=config, ranks=RANKS, k=512, rows=80)
+    cases = [replace(base, halves=h, dtype=d, spec=spec) for d in op.DTYPES for h, spec in ((1, None), (2, None), (2, SILU))]
+    cases += [replace(base, routing="some_invalid"), replace(base, sms=7, halves=2), replace(base, tokens=1), replace(base, ranks=(2,), bias=True)]
+    check(driver, cases)
+
+
+def weights_case(config: int, sizes: float) -> Case:
+    """Its output is the weights of its one expert, one column a token."""
+    return Case(128, top_k=1, experts=1, k=128, rows=128, group=32, config=config, x_is_identity=True, sizes=sizes)
+
+
+def assert_are_weights(found: torch.Tensor, case: Case) -> None:
+    assert torch.equal(found.cpu().T.contiguous(), dequantize(case.weight(), case.dtype)[0]), f"weights are not rounded once: {case}"
+
+
+@pytest.mark.parametrize("sizes", [1.0, 2.0**20, 2.0**-60])
+def test_emulated_weights_are_rounded_once(driver: Path, sizes: float) -> None:
+    case = weights_case(2, sizes)
+    words = torch.frombuffer(bytearray(emulate(driver, encode_gemm(case))), dtype=torch.bfloat16)
+    assert_are_weights(words.view(128, 128), case)
 
 
 # ---- the GPU -------------------------------------------------------------------------------------------------------
@@ -144,7 +173,9 @@ def run_on_gpu(case: Case, overlap: bool = True) -> torch.Tensor:
     scratch = op.GemmScratch.allocate(132, x.device)
     out = torch.full((ids.numel(), case.rows // 2 if case.spec else case.rows), float("nan"), dtype=case.dtype, device="cuda")
     gather = case.halves == 2
-    options = {"config": case.config, "sms": 132, "gather": gather, "scatter": not gather, "activation": case.spec, "overlap": overlap}
+    adapters = case.adapters()
+    options: dict[str, Any] = {"config": case.config, "sms": 132, "gather": gather, "scatter": not gather, "activation": case.spec, "overlap": overlap}
+    options["addend"] = None if adapters is None else adapters.addend()
     op.marlin_moe_gemm(x, weight, align, ids, out, scratch, **options)
     first = out.clone()
     out.fill_(float("nan"))
@@ -187,3 +218,25 @@ def test_gpu_gemm_routings_and_widths(config: int) -> None:
         check_on_gpu(replace(base, rows=rows, k=k, group=32 if k % 32 == 0 else k, halves=halves, spec=SILU if halves == 2 else None, bias=True))
     for tokens in (1, 7, 16, 65, 129, 1000):
         check_on_gpu(replace(base, tokens=tokens, k=1024, rows=384, group=128, halves=2, spec=CLAMPED))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gpu_gemm_adds_adapters_and_rounds_weights_once(config: int) -> None:
+    base = Case(150, config=config, ranks=RANKS, k=512, rows=384)
+    for dtype, (halves, spec) in itertools.product(op.DTYPES, ((1, None), (2, None), (2, SILU))):
+        check_on_gpu(replace(base, halves=halves, dtype=dtype, spec=spec))
+    for sizes in (1.0, 2.0**20, 2.0**-60):
+        case = weights_case(config, sizes)
+        assert_are_weights(run_on_gpu(case), case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gpu_gemm_up_to_4097_tokens(config: int) -> None:
+    """Odd tails, empty experts, all tokens to one expert."""
+    base = Case(4097, config=config, experts=16, k=384, rows=256, group=128)
+    for routing, halves in itertools.product(("uniform", "one_expert", "few_experts"), (1, 2)):
+        check_on_gpu(replace(base, routing=routing, halves=halves, spec=SILU if halves == 2 else None))
+    for tokens in (1, 2, 127, 257, 2049):
+        check_on_gpu(replace(base, tokens=tokens))

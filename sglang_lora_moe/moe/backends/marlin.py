@@ -2,7 +2,7 @@
 
 Everything around them is the triton backend's: its alignment, activation, combine and LoRA functions. Up to
 `MAX_PAIR_TOKENS` tokens nothing is sorted and every pair is a tile of its own, beyond that rows lie sorted by expert.
-Without adapters a gated activation is part of the first GEMM; down always scatters to pair order.
+A gated activation is part of the first GEMM, sorted adapters of both; down always scatters to pair order.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from sglang_lora_moe.moe.backends.triton_lora import act_with_delta, combine_with_delta
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import SHAPES, GemmScratch, MarlinWeight, fuses_activation, marlin_moe_gemm, marlin_moe_repack
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
@@ -47,26 +49,25 @@ class MarlinQuantInfo:
 
 
 @lru_cache(maxsize=64)
-def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
+def choose_plan(spec: MoESpec, tokens: int, hopper: bool, adapters: bool = False) -> MarlinPlan:
     """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma."""
     pairs = tokens * spec.top_k
     rows = pairs / spec.num_experts
-    if rows <= 6:
-        # per pair only where two pairs rarely meet in an expert: its weights would be read twice
-        by_pair = tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts)
-        return MarlinPlan(_eight_tokens(pairs, spec.w13_rows), _eight_tokens(pairs, spec.hidden_size), by_pair)
+    if tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts and not adapters):
+        # per pair where two pairs rarely meet in an expert, whose weights would be read twice; the GEMMs add adapters only to sorted rows
+        return MarlinPlan(_few_rows(pairs, spec.w13_rows), _few_rows(pairs, spec.hidden_size), by_pair=True)
     if rows <= 12:
-        return MarlinPlan(2, 2)
+        return MarlinPlan(1, 1)
     if rows <= 24:
-        return MarlinPlan(3, 3)
+        return MarlinPlan(2, 2)
     if hopper:
-        return MarlinPlan(7, 7, lora_block=32 if rows <= 48 else 64)
-    return MarlinPlan(4, 4, lora_block=32) if rows <= 64 else MarlinPlan(5, 5, lora_block=64)
+        return MarlinPlan(4, 4, lora_block=32 if rows <= 48 else 64)
+    return MarlinPlan(3, 3, lora_block=32 if rows <= 64 else 64)
 
 
-def _eight_tokens(pairs: int, rows: int) -> int:
-    """Tiles of 32 rows where those of 128 are fewer than multiprocessors; they cost more instructions."""
-    return 0 if pairs * -(-rows // 128) < 132 else 1
+def _few_rows(pairs: int, rows: int) -> int:
+    """Tiles of 32 rows where those of 128 are fewer than most multiprocessors; they cost more instructions."""
+    return 0 if pairs * -(-rows // 128) < 100 else 1
 
 
 @lru_cache(maxsize=16)
@@ -108,30 +109,35 @@ class MarlinRunnerCore(MoeRunnerCore):
             routing.alignment  # noqa: B018  # on the main stream: a shrink that asks for it first is on the side stream, which the GEMM does not wait for
         return routing
 
-    def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo) -> torch.Tensor:
-        return self._first(inp, routing, quant_info, "moe.gate_up", inp.spec.w13_rows, None)
+    def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+        out = inp.workspace.get("moe.gate_up", (routing.num_pairs, inp.spec.w13_rows), inp.x.dtype)
+        return self._gemm(inp, inp.x, quant_info.w13, routing, out, addend, gather=True)
 
     def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
-        act = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
-        return moe_activation(gate_up, inp.spec, routing, act)
+        return moe_activation(gate_up, inp.spec, routing, self._act(inp, routing))
 
-    def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: object = None) -> torch.Tensor:
-        assert addend is None, "the marlin core takes no addend"
+    def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+        if routing.rows == "pair" and addend is not None:
+            return act_with_delta(inp, self.gate_up(inp, routing, quant_info), addend, addend.b, routing)
         if not fuses_activation(inp.spec):
-            return self.activation(inp, self.gate_up(inp, routing, quant_info), routing)
-        return self._first(inp, routing, quant_info, "moe.act", inp.spec.intermediate_size, inp.spec)
+            return self.activation(inp, self.gate_up(inp, routing, quant_info, addend), routing)
+        return self._gemm(inp, inp.x, quant_info.w13, routing, self._act(inp, routing), addend, gather=True, activation=inp.spec)
 
-    def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo) -> torch.Tensor:
+    def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         """[P, H] in pair order whatever the routing."""
         out = inp.workspace.get("moe.down", (routing.num_pairs, inp.spec.hidden_size), inp.x.dtype)
-        return self._gemm(inp, act, quant_info.w2, routing, out, self._plan(inp).down, gather=False, activation=None)
+        return self._gemm(inp, act, quant_info.w2, routing, out, addend, gather=False)
 
     def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
         return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
 
-    def _first(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, name: str, columns: int, activation: MoESpec | None) -> torch.Tensor:
-        out = inp.workspace.get(name, (routing.num_pairs, columns), inp.x.dtype)
-        return self._gemm(inp, inp.x, quant_info.w13, routing, out, self._plan(inp).gate_up, gather=True, activation=activation)
+    def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+        if routing.rows == "pair" and addend is not None:
+            return combine_with_delta(inp, self.down(inp, act, routing, quant_info), addend, addend.b, routing)
+        return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
+
+    def _act(self, inp: RunnerInput, routing: Routing) -> torch.Tensor:
+        return inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
 
     def _gemm(
         self,
@@ -140,15 +146,18 @@ class MarlinRunnerCore(MoeRunnerCore):
         weight: MarlinWeight,
         routing: Routing,
         out: torch.Tensor,
-        config: int,
+        addend: LowRank | None,
         *,
         gather: bool,
-        activation: MoESpec | None,
+        activation: MoESpec | None = None,
     ) -> torch.Tensor:
+        plan = self._plan(inp)
+        early = 2 if addend is not None else 0 if gather else 1  # a shrink, the alignment or the router, or gate_up comes before
         return marlin_moe_gemm(
             x, weight, None if routing.rows == "pair" else routing.alignment, routing.topk_ids, out, scratch_of(x.device),
-            config=config, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation, overlap=self._plan(inp).overlap,
+            config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,
+            addend=addend, overlap=plan.overlap, early=early,
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:
-        return self.plan or choose_plan(inp.spec, inp.x.shape[0], _hopper(inp.x.device))
+        return self.plan or choose_plan(inp.spec, inp.x.shape[0], _hopper(inp.x.device), inp.num_slots > 0)

@@ -1,12 +1,9 @@
-"""LoRA functions of the marlin backend (`lora.hooks.ExpertLoRAOps`): the triton backend's, without an addend.
+"""LoRA functions of the marlin backend (`lora.hooks.ExpertLoRAOps`): the triton backend's.
 
-The CUDA GEMMs know no adapters: B13 is added with the activation, B2 with the combine, the shrinks run beside the GEMMs.
+Grouped, the CUDA GEMMs add B s before their store. Per pair they know no adapters: the core adds B13 with the activation
+and B2 with the combine.
 """
 
-from __future__ import annotations
-
-from sglang_lora_moe.moe.backends.triton_lora import act_with_delta, combine_with_delta, shrink
+from sglang_lora_moe.moe.backends.triton_lora import act_with_delta, addend, combine_with_delta, shrink
 
 __all__ = ["act_with_delta", "addend", "combine_with_delta", "shrink"]
-
-addend = None

@@ -1,0 +1,236 @@
+// The two kernels of the grouped GEMM of marlin_moe.cu, and the shapes of tiles that are built.
+#pragma once
+#include "marlin_moe_tiles.cuh"
+
+namespace {
+
+// The next stage's weights, x or both; the caller commits.
+template <class S, bool WEIGHTS, bool X>
+DEVICE void load_stage(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l, int slot) {
+  if (l.unit >= l.end) return;
+  if (l.k_step == w.k_steps) l.k_step = 0, enter_tile<S>(a, d, w, s, l);
+  if constexpr (WEIGHTS) load_weights<S>(a, d, s, l, slot);
+  if constexpr (X) load_x<S>(a, s, l, slot);
+  l.unit++, l.k_step++;
+}
+
+// The first stages. Weights come first: where tiles are older than the kernel before this one, they need not wait for its end.
+template <class S>
+DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
+  Loader<S> weights = l;
+#pragma unroll 1
+  for (int i = 0; i < S::kAhead; i++) load_stage<S, true, false>(a, d, w, s, weights, i);
+  if (a.early == 1) wait_for_previous_kernel(), allow_next_kernel();
+#pragma unroll 1
+  for (int i = 0; i < S::kAhead; i++) load_stage<S, false, true>(a, d, w, s, l, i), cp_commit();
+  l.weights = weights.weights;
+}
+
+template <class S>
+KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, Derived d) {
+  SMEM_DECL;
+  if (!a.early) wait_for_previous_kernel(), allow_next_kernel();
+  const Shared s = carve<S>(d, smem_);
+  const Work w = share_work(a, d, S::kWarpgroup);
+  const int block = (int)blockIdx.x;
+  if (block >= w.blocks || w.units == 0) {
+    if (a.early) wait_for_previous_kernel();  // so that whoever waits for this kernel has waited for those before
+    return;
+  }
+  Loader<S> l;
+  l.unit = w.first(block), l.end = w.first(block + 1), l.entered = 0;
+  l.k_step = l.unit % w.k_steps;
+  int unit = l.unit, slot = 0, ahead = S::kAhead;
+  enter_tile<S>(a, d, w, s, l);
+  load_first<S>(a, d, w, s, l);
+  sync_block();  // the first tile's record is there
+
+  for (int done = 0; unit < l.end; done++) {
+    const int output = unit / w.k_steps, begin = output * w.k_steps, end = begin + w.k_steps < l.end ? begin + w.k_steps : l.end;
+    const bool complete = unit == begin && end == begin + w.k_steps;
+    const int live = s.tiles[done % kQueue].rows;
+    Sums<S> sums;
+    sums.clear();
+    for (; unit < end; unit++) {
+      cp_wait<S::kAhead - 1>();
+      sync_block();
+      load_stage<S, true, true>(a, d, w, s, l, ahead);
+      cp_commit();
+      const int k_unit = ((unit - begin) * S::kWarpsK + warp_index() / S::kWarpsM) * S::kKU;
+      if (S::kWarpsK == 1 || k_unit < a.k_units) multiply_live<S>(d, s, slot, live, sums);
+      slot = slot + 1 == S::kStages ? 0 : slot + 1;
+      ahead = ahead + 1 == S::kStages ? 0 : ahead + 1;
+    }
+    add_warps<S>(s, sums);
+    const bool stores = (complete || add_blocks<S>(a, w, s, output, sums)) && thread_index() < 32 * S::kWarpsM;
+    if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
+    if (stores) store_tile<S>(a, s.tiles[done % kQueue], s.pairs + done % kQueue * S::kTokens, sums);
+  }
+}
+
+#ifdef __CUDACC__
+constexpr int kCopyThreads = 128;
+
+// The copying warpgroup: all stages of the block's tiles, one after another, each once the multiplying warps are done with what lay there.
+template <class S>
+DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, int first, int end, Stages<S> stages) {
+  constexpr int kRowStep = kCopyThreads / S::kXPieces, kLoads = S::kTokens / kRowStep;  // rows of x that are copied at once; of a thread
+  const int thread = thread_index() - S::kThreads, piece = thread % S::kXPieces, first_row = thread / S::kXPieces, warp = thread / 32;
+  const int x_place = S::kWeightBytes + (piece / 8 * S::kTokens + first_row) * 128 + (piece % 8 ^ first_row % 8) * 16;
+  static_assert(kRowStep % 8 == 0, "rows of a thread differ in their swizzle");
+  uint32_t x_rows[kLoads];  // this thread's pieces at k = 0
+  int k_step = 0, entered = 0, present = 0, row_unit = 0;
+  int rows = 0;  // of the tile, from this thread's first on
+  const uint8_t* x = nullptr;
+  stages.parity = 1;  // nobody has to leave the first round
+  for (int unit = first; unit < end; unit++, k_step = k_step + 1 == w.k_steps ? 0 : k_step + 1, stages.advance()) {
+    if (k_step == 0) {
+      const Tile tile = find_tile(a, d, w, unit / w.k_steps);
+      const int queue = entered++ % kQueue;
+      if (thread == 0) s.tiles[queue] = tile;
+      rows = tile.rows - first_row, x = (const uint8_t*)a.x, row_unit = tile.expert * a.row_units + tile.row_tile * S::kWarpsM;
+      present = a.row_units - tile.row_tile * S::kWarpsM < S::kWarpsM ? a.row_units - tile.row_tile * S::kWarpsM : S::kWarpsM;
+#pragma unroll
+      for (int i = 0; i < kLoads; i++) {
+        const int row = first_row + i * kRowStep;
+        if (row >= tile.rows) continue;
+        const int sorted = tile.start + row, pair = a.tiles ? a.sorted_pairs[sorted] : sorted;
+        x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + piece;
+        if (piece == 0) s.pairs[queue * S::kTokens + row] = pair;
+      }
+      sync_warpgroup(1);  // one thread's arrival below hands all of this over
+    }
+    const int slot = stages.slot, group = k_step * S::kKU >> d.group_shift;
+    Barrier* full = stages.full + slot;
+    barrier_wait(stages.empty + slot, stages.parity);
+    uint8_t* target = s.stages + slot * S::kStageBytes;
+    if (thread == 0) barrier_expect(full, present * S::kWarpBytes);
+    if (lane_index() == 0) {
+#pragma unroll
+      for (int i = 0; i < S::kWarpsM; i += kCopyThreads / 32) {
+        const int row = warp + i;
+        const int64_t unit_of_k = (int64_t)(row_unit + row) * a.k_units + k_step * S::kKU;
+        if (row < present) copy_bulk(target + row * S::kWarpBytes, (const uint8_t*)a.packed + unit_of_k * S::kUnitBytes, S::kWarpBytes, full);
+      }
+    }
+    const int scale_row = thread >> (2 + d.groups_log2), scale_piece = thread & ((4 << d.groups_log2) - 1);
+    if (scale_row < present) {
+      const uint32_t scales = (uint32_t)((row_unit + scale_row) * a.groups + group) * 4 + scale_piece;
+      cp16(s.scales + slot * d.scale_bytes + thread * 16, piece_of(a.scales, scales), true);
+      if (S::Codes::kZeros && scale_piece < 2 << d.groups_log2) {
+        const uint32_t zeros = (uint32_t)((row_unit + scale_row) * a.groups + group) * 2 + scale_piece;
+        cp16(s.zeros + slot * d.scale_bytes / 2 + (scale_row << d.groups_log2) * 32 + scale_piece * 16, piece_of(a.zeros, zeros), true);
+      }
+    }
+    target += x_place;
+    const bool inside = k_step * S::kK + piece * 8 < a.k;
+#pragma unroll
+    for (int i = 0; i < kLoads; i++)
+      if (i * kRowStep < rows) cp16(target + i * kRowStep * 128, piece_of(x, x_rows[i]), inside);
+    x += S::kK * 2;
+    barrier_arrive_after_copies(full);
+  }
+  // The multiplying warps begin one stage more than there is.
+  if (thread == 0) barrier_arrive(stages.full + stages.slot);
+  barrier_arrive(stages.full + stages.slot);
+}
+
+// The same product by wgmma, on sm_90: a warpgroup copies and the others multiply; whole tiles only.
+template <class S>
+KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(MarlinMoeGemm a, Derived d) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  SMEM_DECL;
+  const Shared s = carve<S>(d, smem_);
+  const Stages<S> initial = {s.barriers, s.barriers + S::kStages};
+  if (thread_index() < S::kStages) {
+    barrier_init(initial.full + thread_index(), kCopyThreads + 1);
+    barrier_init(initial.empty + thread_index(), S::kThreads / 32);
+    publish_barriers();
+  }
+  if (a.early != 2) wait_for_previous_kernel(), allow_next_kernel();
+  sync_block();
+  const Work w = share_work(a, d, true);
+  const int block = (int)blockIdx.x;
+  if (block >= w.blocks || w.units == 0) {
+    if (a.early) wait_for_previous_kernel();
+    return;
+  }
+  int unit = w.first(block);
+  const int end = w.first(block + 1);
+  if (warp_index() >= S::kThreads / 32) {
+    give_registers<72>();
+    copy_stages<S>(a, d, w, s, unit, end, initial);
+  } else {
+    take_registers<216>();
+    Stages<S> stages = initial;
+    Ready<S> ready;
+    ready.rows.set_zeros(0x01010101u << (S::kBits - 1));
+    ready.begin(d, s, stages);
+    for (int done = 0; unit < end; done++) {
+      const Tile tile = s.tiles[done % kQueue];
+      Sums<S> sums;
+      sums.clear();
+      for (int last = unit + w.k_steps; unit < last; unit++) multiply_by_warpgroup<S>(d, s, tile.rows, stages, ready, sums);
+      if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
+      store_tile<S>(a, tile, s.pairs + done % kQueue * S::kTokens, sums);
+    }
+  }
+#endif
+}
+#endif
+
+template <class S>
+int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
+  const Derived d = derive<S>(a, plan.sms);
+  Launch how = {(unsigned)marlin_moe_blocks(plan), (unsigned)S::kThreads, (size_t)carve<S>(d, (uint8_t*)1024).bytes, stream, plan.overlap && can_overlap()};
+#ifdef __CUDACC__
+  if constexpr (S::kWarpgroup) {
+    how.threads += kCopyThreads;
+    return launch(how, gemm_by_warpgroups<S>, a, d);
+  } else
+#endif
+  {
+    return launch(how, gemm<S>, a, d);
+  }
+}
+
+template <class S>
+constexpr MarlinMoeShape describe() {
+  return {S::kRows, S::kTokens, S::kK, S::kThreads, S::kBlocks, S::kStages};
+}
+
+// The shapes, in the order of `config`.
+template <class F>
+struct Shapes {
+  static constexpr bool kFour = F::kBits == 4;                      // int8 takes twice the shared memory for the same numbers
+  using S0 = Shape<F, 1, 4, 1, 4, 4, 4>;                            // few rows in all: 32 rows, four warps along k; 8 tokens
+  using S1 = Shape<F, 4, 1, 2, 4, kFour ? 4 : 3, kFour ? 4 : 3>;    // 16
+  using S2 = Shape<F, 4, 1, 4, 4, 3, kFour && !F::kZeros ? 4 : 3>;  // 32; zero points take registers
+  using S3 = Shape<F, 4, 1, 8, 2, 4, 2>;                            // 64
+#ifdef __CUDACC__
+  using S4 = Shape<F, 8, 1, 16, 4, kFour ? 4 : 3, 1, true>;  // 128 by wgmma, on sm_90 alone: two warpgroups share the tokens
+#endif
+};
+
+template <class F>
+int dispatch(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
+  using All = Shapes<F>;
+  switch (plan.config) {
+    case 0: return launch_gemm<typename All::S0>(a, plan, stream);
+    case 1: return launch_gemm<typename All::S1>(a, plan, stream);
+    case 2: return launch_gemm<typename All::S2>(a, plan, stream);
+#ifdef __CUDACC__
+    case 4: return launch_gemm<typename All::S4>(a, plan, stream);
+#endif
+    default: return launch_gemm<typename All::S3>(a, plan, stream);
+  }
+}
+
+// For the activation type, and with or without zero points.
+template <int BITS>
+int dispatch_type(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
+  if (a.is_bf16) return a.zeros ? dispatch<Format<BFloat16, BITS, true>>(a, plan, stream) : dispatch<Format<BFloat16, BITS, false>>(a, plan, stream);
+  return a.zeros ? dispatch<Format<Float16, BITS, true>>(a, plan, stream) : dispatch<Format<Float16, BITS, false>>(a, plan, stream);
+}
+
+}  // namespace
