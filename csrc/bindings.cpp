@@ -1,49 +1,11 @@
 // The CUDA implementations of the operators whose schemas sglang_lora_moe/ops/ defines. Checks and unwrapping only; kernels are in the .cu files.
-// LibTorch's stable ABI at target 2.11: one library serves every torch from 2.11 on, with and without CUDA, and every Python.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "bindings.h"
 
-#include <optional>
-#include <string>
-
-#include "errors.h"
 #include "moe_lora_align.h"
-
-// Only torch with CUDA has this symbol: weak, so that the library loads on CPU torch too (in tests).
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr const char* kAlign = "moe_lora_align_block_size";
-
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA streams");
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no current CUDA stream on device ", device);
-  return stream;
-}
-
-// "Int [8, 2], not contiguous, on cuda:0"
-std::string describe(const Tensor& tensor) {
-  std::string text = torch::headeronly::toString(tensor.scalar_type()) + std::string(" [");
-  for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  text += tensor.is_contiguous() ? "]" : "], not contiguous";
-  return text + (tensor.is_cuda() ? " on cuda:" + std::to_string(tensor.get_device_index()) : " not on a GPU");
-}
-
-// The data of `tensor`: int32, contiguous, on `device`, of at least `elements`.
-int32_t* int32_data(const Tensor& tensor, const char* name, int32_t device, int64_t elements) {
-  const bool fits = tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() && tensor.numel() >= elements;
-  STD_TORCH_CHECK(fits, kAlign, ": expected ", name, " to be contiguous int32 of at least ", elements, " elements on cuda:", device, ", got ", describe(tensor));
-  return static_cast<int32_t*>(tensor.mutable_data_ptr());
-}
 
 int64_t most_tiles(int64_t pairs, int64_t groups, int64_t block) {
   const int64_t most = pairs / block + (groups < pairs ? groups : pairs);
@@ -66,12 +28,12 @@ void moe_lora_align_block_size(Tensor topk_ids, std::optional<Tensor> token_slot
 
   MoeLoraAlign a;
   a.topk_ids = topk_ids.const_data_ptr();
-  a.token_slots = token_slots ? int32_data(*token_slots, "token_slots", device, tokens) : nullptr;
-  a.sorted_pairs = int32_data(sorted_pairs, "sorted_pairs", device, pairs);
-  a.base_tiles = int32_data(base_tiles, "base_tiles", device, 3 * most_tiles(pairs, num_experts, base_block));
-  a.lora_tiles = int32_data(lora_tiles, "lora_tiles", device, 4 * most_tiles(pairs, num_experts * slots, lora_block));
-  a.counts = int32_data(counts, "counts", device, 4);
-  a.workspace = reinterpret_cast<uint32_t*>(int32_data(workspace, "workspace", device, moe_lora_align_workspace(pairs, num_experts)));
+  a.token_slots = token_slots ? checked<int32_t>(kAlign, *token_slots, "token_slots", ScalarType::Int, device, tokens) : nullptr;
+  a.sorted_pairs = checked<int32_t>(kAlign, sorted_pairs, "sorted_pairs", ScalarType::Int, device, pairs);
+  a.base_tiles = checked<int32_t>(kAlign, base_tiles, "base_tiles", ScalarType::Int, device, 3 * most_tiles(pairs, num_experts, base_block));
+  a.lora_tiles = checked<int32_t>(kAlign, lora_tiles, "lora_tiles", ScalarType::Int, device, 4 * most_tiles(pairs, num_experts * slots, lora_block));
+  a.counts = checked<int32_t>(kAlign, counts, "counts", ScalarType::Int, device, 4);
+  a.workspace = reinterpret_cast<uint32_t*>(checked<int32_t>(kAlign, workspace, "workspace", ScalarType::Int, device, moe_lora_align_workspace(pairs, num_experts)));
   a.ids_are_64bit = long_ids;
   a.tokens = (int32_t)tokens;
   a.top_k = (int32_t)top_k;

@@ -1,42 +1,9 @@
 // The CUDA implementations of marlin_moe_repack and marlin_moe_gemm, whose schemas are in sglang_lora_moe/ops/marlin_moe.py. Checks and unwrapping only.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "bindings.h"
 
-#include <initializer_list>
-#include <optional>
-
-#include "errors.h"
 #include "marlin_moe.h"
 
-// Only torch with CUDA has this symbol: weak, so that the library loads on CPU torch too (in tests).
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA streams");
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "no current CUDA stream on device ", device);
-  return stream;
-}
-
-// Contiguous, of `type`, on `device`, with at least `elements`; its data.
-template <class T>
-T* checked(const Tensor& tensor, const char* name, ScalarType type, int32_t device, int64_t elements) {
-  const bool fits = tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == type && tensor.is_contiguous();
-  STD_TORCH_CHECK(fits, "marlin_moe: expected ", name, " to be contiguous ", torch::headeronly::toString(type), " on cuda:", device, ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()), tensor.is_contiguous() ? "" : " not contiguous",
-                  tensor.is_cuda() ? " on cuda:" : " on another device type, ", tensor.get_device_index());
-  STD_TORCH_CHECK(tensor.numel() >= elements, "marlin_moe: expected ", name, " of at least ", elements, " elements, got ", tensor.numel());
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 // [E, row units, k units, 32 * bits], the layout's own shape.
 void check_packed(const Tensor& packed, int64_t rows, int64_t k, int64_t bits, int64_t halves) {
@@ -53,8 +20,8 @@ void marlin_moe_repack_op(Tensor codes, int64_t k, int64_t bits, int64_t halves,
                   " dimensions, the last of ", codes.size(codes.dim() - 1));
   check_packed(packed, codes.size(1), k, bits, halves);
   MarlinMoeRepack a;
-  a.codes = checked<const uint32_t>(codes, "codes", ScalarType::Int, device, 0);
-  a.packed = checked<uint32_t>(packed, "packed", ScalarType::Int, device, 0);
+  a.codes = checked<const uint32_t>("marlin_moe", codes, "codes", ScalarType::Int, device, 0);
+  a.packed = checked<uint32_t>("marlin_moe", packed, "packed", ScalarType::Int, device, 0);
   a.experts = (int32_t)codes.size(0), a.rows = (int32_t)codes.size(1), a.k = (int32_t)k, a.bits = (int32_t)bits;
   a.row_units = (int32_t)packed.size(1), a.k_units = (int32_t)packed.size(2), a.halves = (int32_t)halves;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -85,23 +52,23 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   const int64_t experts = packed.size(0), row_units = packed.size(1), groups = group_size ? packed.size(2) * 32 / group_size : 1, scale_elements = experts * row_units * groups * 32;
 
   MarlinMoeGemm a;
-  a.x = checked<void>(x, "x", type, device, 0);
-  a.packed = checked<const uint32_t>(packed, "packed", ScalarType::Int, device, 0);
-  a.scales = checked<void>(scales, "scales", type, device, scale_elements);
-  a.zeros = zeros ? checked<const uint8_t>(*zeros, "zeros", ScalarType::Byte, device, scale_elements) : nullptr;
-  a.bias = bias ? checked<void>(*bias, "bias", type, device, experts * rows) : nullptr;
-  a.tiles = tiles ? checked<const int32_t>(*tiles, "tiles", ScalarType::Int, device, 0) : nullptr;
-  a.counts = counts ? checked<const int32_t>(*counts, "counts", ScalarType::Int, device, 2) : nullptr;
-  a.sorted_pairs = sorted_pairs ? checked<const int32_t>(*sorted_pairs, "sorted_pairs", ScalarType::Int, device, pairs) : nullptr;
-  a.topk_ids = checked<const int32_t>(topk_ids, "topk_ids", ScalarType::Int, device, 0);
-  a.out = checked<void>(out, "out", type, device, 0);
-  a.partials = checked<float>(partials, "partials", ScalarType::Float, device, marlin_moe_partials(plan));
-  a.arrivals = checked<uint32_t>(arrivals, "arrivals", ScalarType::Int, device, marlin_moe_blocks(plan));
+  a.x = checked<void>("marlin_moe", x, "x", type, device, 0);
+  a.packed = checked<const uint32_t>("marlin_moe", packed, "packed", ScalarType::Int, device, 0);
+  a.scales = checked<void>("marlin_moe", scales, "scales", type, device, scale_elements);
+  a.zeros = zeros ? checked<const uint8_t>("marlin_moe", *zeros, "zeros", ScalarType::Byte, device, scale_elements) : nullptr;
+  a.bias = bias ? checked<void>("marlin_moe", *bias, "bias", type, device, experts * rows) : nullptr;
+  a.tiles = tiles ? checked<const int32_t>("marlin_moe", *tiles, "tiles", ScalarType::Int, device, 0) : nullptr;
+  a.counts = counts ? checked<const int32_t>("marlin_moe", *counts, "counts", ScalarType::Int, device, 2) : nullptr;
+  a.sorted_pairs = sorted_pairs ? checked<const int32_t>("marlin_moe", *sorted_pairs, "sorted_pairs", ScalarType::Int, device, pairs) : nullptr;
+  a.topk_ids = checked<const int32_t>("marlin_moe", topk_ids, "topk_ids", ScalarType::Int, device, 0);
+  a.out = checked<void>("marlin_moe", out, "out", type, device, 0);
+  a.partials = checked<float>("marlin_moe", partials, "partials", ScalarType::Float, device, marlin_moe_partials(plan));
+  a.arrivals = checked<uint32_t>("marlin_moe", arrivals, "arrivals", ScalarType::Int, device, marlin_moe_blocks(plan));
   const int64_t most = tiles ? tiles->numel() / 3 : 0;
-  a.low = low ? checked<void>(*low, "low", type, device, pairs) : nullptr;
-  a.low_pool = low ? checked<void>(*low_pool, "low_pool", type, device, 0) : nullptr;
-  a.low_records = low ? checked<const int64_t>(*low_records, "low_records", ScalarType::Long, device, 0) : nullptr;
-  a.low_ranges = low ? checked<const int32_t>(*low_ranges, "low_ranges", ScalarType::Int, device, 2 * most) : nullptr;
+  a.low = low ? checked<void>("marlin_moe", *low, "low", type, device, pairs) : nullptr;
+  a.low_pool = low ? checked<void>("marlin_moe", *low_pool, "low_pool", type, device, 0) : nullptr;
+  a.low_records = low ? checked<const int64_t>("marlin_moe", *low_records, "low_records", ScalarType::Long, device, 0) : nullptr;
+  a.low_ranges = low ? checked<const int32_t>("marlin_moe", *low_ranges, "low_ranges", ScalarType::Int, device, 2 * most) : nullptr;
   a.low_width = low ? (int32_t)low->size(low->dim() - 1) : 0, a.low_max_rank = (int32_t)low_max_rank;
   a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)topk_ids.size(1);
   a.rows = (int32_t)rows, a.k = (int32_t)k, a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups;

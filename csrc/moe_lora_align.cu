@@ -700,3 +700,7 @@ extern "C" int moe_lora_align(const MoeLoraAlign* arguments, MoeLoraAlignPlan pl
   if (items == 1) return launch_one_block<1>(p, shared, (unsigned)threads, stream, overlap);
   return items == 2 ? launch_one_block<2>(p, shared, (unsigned)threads, stream, overlap) : launch_one_block<4>(p, shared, (unsigned)threads, stream, overlap);
 }
+
+#ifdef __CUDACC__
+extern "C" const char* cuda_error_text(int code) { return cudaGetErrorString((cudaError_t)code); }
+#endif

@@ -64,7 +64,6 @@ class TokenLogprob:
     top: list[tuple[int, float]] = field(default_factory=list)
 
 
-# ---- front -> engine ------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Submit:
     rid: str
@@ -104,7 +103,6 @@ class GetStats:
     rid: str
 
 
-# ---- engine -> front ------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class TokenOutput:
     """New tokens of one request, in order. `finish_reason` is set on the last one; counts are totals so far."""

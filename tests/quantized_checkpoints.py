@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, pack, quantize, unpack
+from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, pack, unpack
+from tests.quantize import quantize
 from tests.tiny_models import make_tokenizer
 
 DATA = Path(__file__).parent / "data" / "quantized"

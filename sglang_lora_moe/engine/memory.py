@@ -103,7 +103,6 @@ class MemoryBudget:
         """Say how memory is divided."""
         logger.info("memory: %s%s", self.arithmetic(), f"; graphs {_size(graphs)} beside it" if graphs else "")
 
-    # ---- the way out ------------------------------------------------------------------------------------------------
     def _sentence(self, what: str, missing: int, ways: list[str] | None = None) -> str:
         ways = (ways or []) + (self._ways_out(missing) if missing else [])
         text = f"Set {', or '.join(ways)}" if ways else "Use a smaller or a quantized model, or a device with more memory"

@@ -33,7 +33,6 @@ class LoRAMemoryPool:
         self._rank, self._split_a, self._scaling = table(torch.int32), table(torch.int32), table(torch.float32)
         self._stacks = {target.name: self._make_stacks(target) for target in targets}
 
-    # ---- sizes ------------------------------------------------------------------------------------------------------
     @property
     def bytes_per_slot(self) -> int:
         return self.layout.slot_bytes
@@ -47,12 +46,6 @@ class LoRAMemoryPool:
     def region_bytes_used(self, slot: int) -> int:
         return self._used[slot] * self.dtype.itemsize
 
-    @staticmethod
-    def bytes_needed(targets: Sequence[Target], num_slots: int, max_rank: int, dtype: torch.dtype) -> int:
-        """Bytes of a pool before it is made."""
-        return LoRAMemoryPool(targets, num_slots, max_rank, dtype, "meta").nbytes
-
-    # ---- use --------------------------------------------------------------------------------------------------------
     def stacks_for(self, target_name: str) -> LinearStacks | EmbeddingStacks | ExpertStacks:
         """The tables of one target, valid for the life of the pool."""
         return self._stacks[target_name]
@@ -80,7 +73,6 @@ class LoRAMemoryPool:
         self.bind(slot, image.numel(), stacks)
         return self.region_bytes_used(slot)
 
-    # ---- inside -----------------------------------------------------------------------------------------------------
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"expected a slot in 0..{self.num_slots - 1}, got {slot}")

@@ -26,7 +26,6 @@ RECOMPUTED = re.compile(r"(rotary_emb|rope)\.(inv_freq|original_inv_freq|cos_cac
 INDEX = "model.safetensors.index.json"
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
 class NameTable:
     """transformers' rules from checkpoint names to module names, for one model."""
 
@@ -72,7 +71,6 @@ def _linearised(name: str, places: dict[str, Any]) -> tuple[str, Piece | None]:
     return name, None
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
 def list_files(path: Path) -> dict[str, list[str] | None]:
     """Files to read and, from an index file, the tensors promised in each (None = all that the file has)."""
     index = path / INDEX

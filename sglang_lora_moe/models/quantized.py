@@ -46,7 +46,6 @@ class WeightFormats:
             place = self._places[name] = place_of(f"{name}.weight")
             self._names[place] = name
 
-    # ---- what to build ----------------------------------------------------------------------------------------------
     def make_linear(self, modules: dict[str, nn.Linear], *, device: torch.device | str, slot_source: str = "tokens") -> Linear:
         """The layer for one linear or several fused ones. One that is only partly quantized is built in 16 bit and dequantized at load."""
         schemes = {name: self._linear_scheme(name, module) for name, module in modules.items()}
@@ -98,7 +97,6 @@ class WeightFormats:
             raise QuantizationError(f"{tensor} is in the files, but quantization_config excepts {in_files} from quantization; correct config.json")
         return scheme
 
-    # ---- loading ----------------------------------------------------------------------------------------------------
     def is_quantized(self, key: str) -> bool:
         """Whether the tensor `key` is part of a quantized linear."""
         name, _, suffix = key.rpartition(".")

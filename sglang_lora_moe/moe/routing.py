@@ -47,7 +47,6 @@ class Routing:
     def top_k(self) -> int:
         return self.topk_ids.shape[1]
 
-    # ---- device: for kernels --------------------------------------------------------------------------------------
     @cached_property
     def alignment(self) -> align.Alignment:
         """The one launch of moe_lora_align_block_size; buffers lie in the workspace if there is one."""
@@ -77,7 +76,6 @@ class Routing:
     def counts(self) -> torch.Tensor:  # int32 [4] = valid pairs, base tiles, lora tiles, lora groups
         return self.alignment.counts
 
-    # ---- host: for implementations that loop over runs (they synchronise on a GPU) ----------------------------------
     @cached_property
     def _sorted(self) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
         """(order of the valid pairs int64, groups)."""

@@ -104,26 +104,6 @@ def marlin_moe_repack(weight: WNA16Weight, halves: int = 1, bias: torch.Tensor |
     return MarlinWeight(packed, _gather_rows(weight.scales, order, groups), zeros, bias, rows, k, weight.bits, 0 if one_group else weight.group_size, halves)
 
 
-def unpack_weight(weight: MarlinWeight) -> WNA16Weight:
-    """Back to the canonical form, for references and tests."""
-    row_units, k_units = weight.packed.shape[1:3]
-    stored = unpack(weight.packed, weight.bits)  # [E, row units, k units, 1024]
-    units = torch.empty_like(stored)
-    units[..., fragment_order(weight.bits).to(stored.device)] = stored
-    by_row = units.unflatten(-1, (UNIT, UNIT)).transpose(2, 3).reshape(-1, row_units * UNIT, k_units * UNIT)
-    order = _row_order(weight.rows, row_units, weight.halves).to(stored.device)
-    place = torch.empty(weight.rows, dtype=torch.int64, device=stored.device)
-    place[order[order < weight.rows]] = (order < weight.rows).nonzero().squeeze(1)
-
-    groups = -(-weight.k // (weight.group_size or weight.k))
-
-    def rows_of(values: torch.Tensor) -> torch.Tensor:  # [E, row units, groups, 32] -> [E, rows, groups]
-        return values.transpose(2, 3).flatten(1, 2)[:, place, :groups].contiguous()
-
-    zeros = None if weight.zeros is None else rows_of(weight.zeros)
-    return WNA16Weight(pack(by_row[:, place, : weight.k].contiguous(), weight.bits), rows_of(weight.scales), zeros, weight.bits, weight.group_size or weight.k)
-
-
 @functools.cache
 def fragment_order(bits: int) -> torch.Tensor:
     """int64 [1024]: the place row * 32 + k within a unit of each stored code, low bits first."""

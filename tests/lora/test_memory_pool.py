@@ -91,7 +91,7 @@ def test_largest_adapter_fills_the_region_exactly() -> None:
     pool = make_pool()
     assert pool.write(1, make_adapter(8, "split")) == pool.bytes_per_slot
     assert pool.write(1, make_adapter(8, "shared_outer")) < pool.bytes_per_slot
-    assert pool.nbytes == LoRAMemoryPool.bytes_needed(TARGETS, 3, 8, torch.float32) > 3 * pool.bytes_per_slot
+    assert pool.nbytes == LoRAMemoryPool(TARGETS, 3, 8, torch.float32, "meta").nbytes > 3 * pool.bytes_per_slot
 
 
 def test_overwrite_leaves_no_residue_and_no_trace_elsewhere() -> None:

@@ -17,9 +17,10 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation, marlin_moe_repack
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
-from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, quantize
+from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize
 from sglang_lora_moe.quantization.wna16_method import WNA16Method, WNA16QuantInfo
 from tests.moe_cases import LAYOUTS, MoECase, make_case
+from tests.quantize import quantize
 from tests.references import assert_near, keep_error, ref_moe, relative_error
 
 SPEC = MoESpec(8, 2, 128, 96)

@@ -18,9 +18,10 @@ from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
-from sglang_lora_moe.quantization.wna16 import dequantize, quantize
+from sglang_lora_moe.quantization.wna16 import dequantize
 from tests.moe.test_triton import Core, Poisoned
 from tests.moe_cases import MoECase, make_case
+from tests.quantize import quantize
 from tests.references import assert_near, ref_moe
 
 # The interpreter cuts float32 to bfloat16 where a GPU rounds.

@@ -14,8 +14,9 @@ from sglang_lora_moe.moe.activation import apply_activation
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
-from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, quantize
+from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack, unpack
 from tests.moe_cases import generator, make_topk_ids
+from tests.quantize import quantize
 
 
 @dataclass(frozen=True)
@@ -155,3 +156,23 @@ def emulate(driver: Path, blob: bytes) -> bytes:
     run = subprocess.run([driver], input=blob, capture_output=True)
     assert run.returncode == 0, f"exit {run.returncode}: {run.stderr.decode()[-4000:]}"
     return run.stdout
+
+
+def unpack_weight(weight: op.MarlinWeight) -> WNA16Weight:
+    """Repacked weights back in the canonical form."""
+    row_units, k_units = weight.packed.shape[1:3]
+    stored = unpack(weight.packed, weight.bits)  # [E, row units, k units, 1024]
+    units = torch.empty_like(stored)
+    units[..., op.fragment_order(weight.bits).to(stored.device)] = stored
+    by_row = units.unflatten(-1, (op.UNIT, op.UNIT)).transpose(2, 3).reshape(-1, row_units * op.UNIT, k_units * op.UNIT)
+    order = op._row_order(weight.rows, row_units, weight.halves).to(stored.device)
+    place = torch.empty(weight.rows, dtype=torch.int64, device=stored.device)
+    place[order[order < weight.rows]] = (order < weight.rows).nonzero().squeeze(1)
+
+    groups = -(-weight.k // (weight.group_size or weight.k))
+
+    def rows_of(values: torch.Tensor) -> torch.Tensor:  # [E, row units, groups, 32] -> [E, rows, groups]
+        return values.transpose(2, 3).flatten(1, 2)[:, place, :groups].contiguous()
+
+    zeros = None if weight.zeros is None else rows_of(weight.zeros)
+    return WNA16Weight(pack(by_row[:, place, : weight.k].contiguous(), weight.bits), rows_of(weight.scales), zeros, weight.bits, weight.group_size or weight.k)

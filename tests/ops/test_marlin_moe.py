@@ -16,7 +16,7 @@ from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack
 from tests.moe_cases import generator
 from tests.ops.cpp import compile_for_emulator
-from tests.ops.marlin_cases import Case, emulate, encode_gemm, encode_repack
+from tests.ops.marlin_cases import Case, emulate, encode_gemm, encode_repack, unpack_weight
 from tests.references import keep_error, relative_error
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def test_repack_is_exact(device: str, bits: int, group: int, zeros: bool, dtype:
         if group > 0 and k % group:
             continue
         weight = on(device, random_weight(2, rows, k, bits, k if group == -1 else group, zeros, dtype))
-        assert_same_values(op.unpack_weight(op.marlin_moe_repack(weight, halves)), weight, dtype)
+        assert_same_values(unpack_weight(op.marlin_moe_repack(weight, halves)), weight, dtype)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -5,17 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_lora_moe.quantization.wna16 import (
-    AWQ_ORDER,
-    QuantizationError,
-    dequantize,
-    from_awq,
-    from_compressed_tensors,
-    from_gptq,
-    pack,
-    quantize,
-    unpack,
-)
+from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, QuantizationError, dequantize, from_awq, from_compressed_tensors, from_gptq, pack, unpack
+from tests.quantize import quantize
 
 OUT, IN = 64, 256
 

@@ -18,8 +18,9 @@ from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.quantization.base import TritonQuantInfo
 from sglang_lora_moe.quantization.linear import QuantizedLinear
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
-from sglang_lora_moe.quantization.wna16 import QuantizationError, WNA16Scheme, WNA16Weight, dequantize, quantize, unpack
+from sglang_lora_moe.quantization.wna16 import QuantizationError, WNA16Scheme, WNA16Weight, dequantize, unpack
 from sglang_lora_moe.quantization.wna16_method import WNA16Method, WNA16QuantInfo
+from tests.quantize import quantize
 
 EXPERTS, TOP_K, HIDDEN, INTER = 4, 2, 128, 64
 SCHEMES = [WNA16Scheme(bits, group, symmetric, "gptq") for bits in (4, 8) for group in (32, 64, -1) for symmetric in (True, False)]
