@@ -76,7 +76,6 @@ def _smallest(block_rows: int, tokens: int) -> int:
     return min(fits, key=lambda i: SHAPES[i].block_tokens)
 
 
-# ---- what does not depend on the data --------------------------------------------------------------------------------
 @lru_cache(maxsize=16)
 def scratch_of(device: torch.device) -> GemmScratch:
     """One a device: GEMMs follow each other on the main stream. Made when weights are converted, never while capturing."""
@@ -106,7 +105,6 @@ def _tiles(device: torch.device, tokens: int, block: int) -> tuple[Alignment, to
     return _TILES[key]
 
 
-# ---- dequantization --------------------------------------------------------------------------------------------------
 @triton.jit
 def _dequantize_kernel(
     packed_ptr, scales_ptr, zeros_ptr, out_ptr, ROWS, K, K_UNITS, GROUPS, GROUP_SIZE,

@@ -144,8 +144,6 @@ def _check(weight: WNA16Weight, rows: int, k: int, halves: int) -> None:
         raise ValueError(f"{name}: a weight of {rows} x {k}; the marlin backend needs widths that divide by 8, use --moe-runner-backend torch_native")
 
 
-# ---- GEMM ------------------------------------------------------------------------------------------------------------
-
 _NO_LIMIT = 3.0e38
 # g * sigmoid(alpha * (g + cubic * g^3)) * (u + shift), g = min(gate, limit), u = up within +-limit: (alpha, cubic, limit, shift)
 _SIGMOID_FAMILY = {"silu": (1.0, 0.0, _NO_LIMIT, 0.0), "gelu_tanh": (1.5957691216057308, 0.044715, _NO_LIMIT, 0.0)}
