@@ -703,4 +703,6 @@ extern "C" int moe_lora_align(const MoeLoraAlign* arguments, MoeLoraAlignPlan pl
 
 #ifdef __CUDACC__
 extern "C" const char* cuda_error_text(int code) { return cudaGetErrorString((cudaError_t)code); }
+#else
+extern "C" const char* cuda_error_text(int) { return "no CUDA: the emulator"; }
 #endif
