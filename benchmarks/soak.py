@@ -1,6 +1,6 @@
 """Soak: many random requests at once while adapters come and go, then the books must be even and every answer right.
 
-    python -m benchmarks.soak                           # 2,000 requests at 32 concurrent against the embedded demo
+    PYTHONPATH=examples python -m benchmarks.soak       # 2,000 requests at 32 concurrent against the embedded demo
     python -m benchmarks.soak --url http://HOST:PORT --adapter NAME=PATH --adapter NAME=PATH ...   # against a running server
 
 Requests take a random prompt, adapter, length and kind (greedy or seeded); a tenth is aborted, by closing the connection
