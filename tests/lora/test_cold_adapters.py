@@ -95,14 +95,19 @@ class Gate:
         return self.function(*arguments)
 
 
+def gated(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """A gate before `owner`'s method, open again at the end of the test."""
+    gate = Gate(getattr(owner, name))
+    monkeypatch.setattr(owner, name, gate)
+    yield gate
+    gate.open.set()
+
+
 @pytest.fixture
 def reading(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """The reader of `cold`, which reads only when the gate is open."""
     assert cold.core.lora is not None
-    gate = Gate(cold.core.lora.reader.read)
-    monkeypatch.setattr(cold.core.lora.reader, "read", gate)
-    yield gate
-    gate.open.set()
+    yield from gated(cold.core.lora.reader, "read", monkeypatch)
 
 
 def states(engine: Engine) -> dict[str, str]:
@@ -201,10 +206,7 @@ def test_a_failed_read_answers_those_who_wait(tmp_path: Path, damage: str, text:
 def copying(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """Copies into slots of `cold`, which pass only when the gate is open."""
     assert cold.core.lora is not None
-    gate = Gate(cold.core.lora._loader._copy)
-    monkeypatch.setattr(cold.core.lora._loader, "_copy", gate)
-    yield gate
-    gate.open.set()
+    yield from gated(cold.core.lora._loader, "_copy", monkeypatch)
 
 
 def test_others_go_on_while_a_slot_is_filled(cold: Engine, copying: Gate) -> None:
