@@ -134,7 +134,10 @@ def serve_engine(core: EngineCore, socket: zmq.Socket[bytes]) -> None:
 
 # ---- the parent -----------------------------------------------------------------------------------------------------
 class AsyncEngine:
-    """The engine process, seen from the server's event loop. Made by `start`."""
+    """The engine process, seen from the server's event loop: all that the server knows of an engine. Made by `start`.
+
+    Refusals are `RequestError`s, raised by the awaited call, or by the first step of the iterator that `generate` returns.
+    """
 
     def __init__(self, child: EngineProcess, config: Config, model_info: dict[str, Any], tokenizer: Any) -> None:
         self.config, self.model_info, self.tokenizer = config, model_info, tokenizer
@@ -175,7 +178,7 @@ class AsyncEngine:
 
     # ---- requests ---------------------------------------------------------------------------------------------------
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Chunks of all samples as they come. Refusals are raised before the first; closing the iterator aborts."""
+        """Chunks of all `request.n` samples as they come; closing the iterator aborts the request."""
         self._check_alive()
         messages = self._front.submit(request)
         queue: asyncio.Queue[Chunk | Failure] = asyncio.Queue()
@@ -202,12 +205,15 @@ class AsyncEngine:
 
     # ---- control ----------------------------------------------------------------------------------------------------
     async def load_adapter(self, name: str, path: str, pinned: bool = False, load_inplace: bool = False) -> dict[str, Any]:
+        """`load_inplace`: other content replaces what the name stands for; requests that run keep what they began with."""
         return await self._control(LoadAdapter("", name, path, pinned, load_inplace))
 
     async def unload_adapter(self, name: str) -> dict[str, Any]:
+        """Returns when the last running request of the adapter has ended and its memory is free."""
         return await self._control(UnloadAdapter("", name))
 
     async def adapters(self) -> list[dict[str, Any]]:
+        """One dict per loaded adapter, as `LoRAManager.describe` says it."""
         return (await self.stats())["adapters"]
 
     async def flush_cache(self) -> dict[str, Any]:

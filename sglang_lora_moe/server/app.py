@@ -5,17 +5,17 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from sglang_lora_moe import __version__
+from sglang_lora_moe.engine.process import AsyncEngine
 from sglang_lora_moe.server.adapters import adapter_routes
 from sglang_lora_moe.server.auth import AuthMiddleware
 from sglang_lora_moe.server.control import control_routes
-from sglang_lora_moe.server.engine_api import AsyncEngineAPI
 from sglang_lora_moe.server.errors import install_error_handlers
 from sglang_lora_moe.server.native import native_routes
 from sglang_lora_moe.server.openai_routes import openai_routes
 from sglang_lora_moe.server.service import Service
 
 
-def create_app(engine: AsyncEngineAPI) -> FastAPI:
+def create_app(engine: AsyncEngine) -> FastAPI:
     """An application that serves `engine`. Apps share nothing, so a test may make as many as it likes."""
     app = FastAPI(title="sglang_lora_moe", version=__version__, strict_content_type=False)
     service = Service(engine)

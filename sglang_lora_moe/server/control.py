@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from sglang_lora_moe import __version__
 from sglang_lora_moe.core import RequestError, SamplingParams
-from sglang_lora_moe.server.engine_api import GenerateRequest
+from sglang_lora_moe.engine.front import GenerateRequest
 from sglang_lora_moe.server.fields import RequestModel
 from sglang_lora_moe.server.service import Service, new_id
 

@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from sglang_lora_moe.core import RequestError
-from sglang_lora_moe.server.engine_api import Chunk, GenerateRequest
+from sglang_lora_moe.engine.front import Chunk, GenerateRequest
 
 PREFIX = "sglang_lora_moe"
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)

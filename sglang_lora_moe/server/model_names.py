@@ -12,13 +12,13 @@ from typing import Any
 
 from sglang_lora_moe import __name__ as OWNER
 from sglang_lora_moe.core import RequestError
-from sglang_lora_moe.server.engine_api import AsyncEngineAPI
+from sglang_lora_moe.engine.process import AsyncEngine
 
 
 class ModelNames:
     """Names of one engine."""
 
-    def __init__(self, engine: AsyncEngineAPI) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._created = int(time.time())
         self.base: str = engine.model_info["served_model_name"]

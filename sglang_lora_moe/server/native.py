@@ -11,9 +11,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams
+from sglang_lora_moe.engine.front import Chunk, GenerateRequest
 from sglang_lora_moe.engine.samples import Triple, native_result
 from sglang_lora_moe.server import fields as f
-from sglang_lora_moe.server.engine_api import Chunk, GenerateRequest
 from sglang_lora_moe.server.errors import validate
 from sglang_lora_moe.server.logprobs import TokenText, finite
 from sglang_lora_moe.server.openai_protocol import Prompt, split_prompts

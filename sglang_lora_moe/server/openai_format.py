@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from sglang_lora_moe.core import TokenLogprob
+from sglang_lora_moe.engine.front import Chunk
 from sglang_lora_moe.engine.samples import Sample
-from sglang_lora_moe.server.engine_api import Chunk
 from sglang_lora_moe.server.logprobs import CompletionLogprobs, TokenText, chat_logprobs
 from sglang_lora_moe.server.samples import ResponseFormat
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sglang_lora_moe.core import LogprobOptions
-from sglang_lora_moe.server.engine_api import GenerateRequest
+from sglang_lora_moe.engine.front import GenerateRequest
 from sglang_lora_moe.server.fields import check_text, spread
 from sglang_lora_moe.server.openai_format import ChatFormat, CompletionFormat
 from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest

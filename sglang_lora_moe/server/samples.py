@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_lora_moe.engine.front import Chunk, GenerateRequest
 from sglang_lora_moe.engine.samples import Sample
-from sglang_lora_moe.server.engine_api import Chunk, GenerateRequest
 
 
 class ResponseFormat(ABC):

@@ -18,9 +18,9 @@ import uvicorn
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.process import AsyncEngine
 from sglang_lora_moe.server.app import create_app
 from sglang_lora_moe.server.chat import read_template
-from sglang_lora_moe.server.engine_api import AsyncEngineAPI
 from sglang_lora_moe.server.model_names import check_adapter_name
 
 FINISH_SECONDS = 5.0  # for running requests after a signal
@@ -38,8 +38,6 @@ def serve(config: Config) -> int:
 
 
 async def _serve(config: Config) -> int:
-    from sglang_lora_moe.engine.process import AsyncEngine
-
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as asyncio.run does for SIGINT
@@ -58,7 +56,7 @@ async def _serve(config: Config) -> int:
         await engine.shutdown()
 
 
-async def run_server(engine: AsyncEngineAPI, listener: socket.socket) -> int:
+async def run_server(engine: AsyncEngine, listener: socket.socket) -> int:
     """Serve `engine` on `listener` until a signal (0) or the end of the engine (1)."""
     config = engine.config
     settings = uvicorn.Config(
@@ -98,7 +96,7 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-async def _watch(server: _Server, engine: AsyncEngineAPI) -> None:
+async def _watch(server: _Server, engine: AsyncEngine) -> None:
     """Stop the server when its engine has died; when it stops, abort the requests that take too long."""
     while not server.should_exit:
         await asyncio.sleep(0.2)

@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.front import Chunk
+from sglang_lora_moe.engine.process import AsyncEngine
 from sglang_lora_moe.server.chat import ChatRenderer, read_template
-from sglang_lora_moe.server.engine_api import AsyncEngineAPI, Chunk
 from sglang_lora_moe.server.logprobs import TokenText
 from sglang_lora_moe.server.metrics import Metrics
 from sglang_lora_moe.server.model_names import ModelNames
@@ -22,7 +23,7 @@ from sglang_lora_moe.server.streaming import EventStream, merge, until_disconnec
 class Service:
     """Everything one app holds. Made by `create_app`, given to the route factories."""
 
-    def __init__(self, engine: AsyncEngineAPI) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self.names = ModelNames(engine)
         self.metrics = Metrics(self.names.base)

@@ -1,6 +1,6 @@
 """Asynchronous plumbing: watch the client while working, merge the streams of a batch, send server-sent events.
 
-Knows nothing of models or protocols. Whatever ends early (client gone, error, shutdown) closes the source iterators,
+Whatever ends early (client gone, error, shutdown) closes the source iterators,
 which is how the engine learns that a request is over.
 """
 
@@ -10,13 +10,15 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.front import Chunk
 from sglang_lora_moe.server.errors import ClientGone, error_object, logger
+from sglang_lora_moe.server.samples import ResponseFormat
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -79,24 +81,16 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class EventEncoder(Protocol):
-    """Turns what a stream yields into JSON events."""
-
-    def events(self, prompt: int, chunk: Any) -> Iterable[dict[str, Any]]: ...
-
-    def last_events(self) -> Iterable[dict[str, Any]]: ...
-
-
 class EventStream(Response):
     """Sends `first` and then `rest` as server-sent events, then [DONE]; closes `rest` in every case.
 
     The first item is awaited by the caller, so that a refusal still is an HTTP status; later errors are an error event.
     """
 
-    def __init__(self, first: tuple[int, Any] | None, rest: AsyncGenerator[tuple[int, Any], None], encoder: EventEncoder) -> None:
+    def __init__(self, first: tuple[int, Chunk] | None, rest: AsyncGenerator[tuple[int, Chunk], None], answer: ResponseFormat) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Content-Type": "text/event-stream; charset=utf-8"})
-        self._first, self._rest, self._encoder = first, rest, encoder
+        self._first, self._rest, self._answer = first, rest, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -110,10 +104,10 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             if self._first is not None:
-                await self._send(send, self._encoder.events(*self._first))
+                await self._send(send, self._answer.events(*self._first))
                 async for prompt, chunk in self._rest:
-                    await self._send(send, self._encoder.events(prompt, chunk))
-            await self._send(send, self._encoder.last_events())
+                    await self._send(send, self._answer.events(prompt, chunk))
+            await self._send(send, self._answer.last_events())
         except RequestError as error:
             await self._send(send, [{"error": error_object(error.message, error.status, error.param, error.code)}])
         except OSError:

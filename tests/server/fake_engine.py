@@ -12,13 +12,15 @@ from typing import Any
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import RequestError, TokenLogprob
-from sglang_lora_moe.server.engine_api import AsyncEngineAPI, Chunk, GenerateRequest
+from sglang_lora_moe.engine.front import Chunk, GenerateRequest
 from tests.tiny_models import EOS_ID, VOCAB_SIZE, make_tokenizer
 
 FIRST_CHARACTER, LAST_CHARACTER = 3, 97  # ids of ' ' and '~'
 
 
 class FakeEngine:
+    """What the server uses of `engine.process.AsyncEngine`."""
+
     def __init__(self, *, delay: float = 0.0, max_model_len: int = 512, chat_template: bool | str = True, **config: Any) -> None:
         file = chat_template if isinstance(chat_template, str) else None
         self.config = Config(model_path="/models/base", served_model_name="base", chat_template=file, **({"enable_lora": True} | config))
@@ -143,8 +145,3 @@ class FakeEngine:
 
     async def stats(self) -> dict[str, Any]:
         return {"running": len(self.running), "waiting": 2, "kv_pages_total": 100, "kv_pages_used": 7, "prefix_hit_tokens": 30, "prefix_query_tokens": 40}
-
-
-def _is_engine(engine: FakeEngine) -> AsyncEngineAPI:
-    """mypy's proof that the fake has the interface."""
-    return engine
