@@ -22,7 +22,7 @@ from sglang_lora_moe.engine.build import build_engine
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
 from sglang_lora_moe.engine.samples import Sample, native_result
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
-from sglang_lora_moe.engine.validate import refuse
+from sglang_lora_moe.engine.validate import refuse, spread
 from sglang_lora_moe.lora.registry import LORA_DISABLED
 
 _SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
@@ -69,8 +69,8 @@ class Engine:
         is_batch = isinstance(prompt, list) or (input_ids is not None and bool(input_ids) and isinstance(input_ids[0], list))
         prompts: list[Any] = list(prompt if prompt is not None else input_ids) if is_batch else [prompt if prompt is not None else input_ids]  # type: ignore[arg-type]
         options = LogprobOptions(top_logprobs_num, logprob_start_len if logprob_start_len >= 0 else None) if return_logprob else None
-        params = _spread(sampling_params or {}, len(prompts), "sampling_params")
-        adapters = _spread(lora_path, len(prompts), "lora_path")
+        params = spread(sampling_params or {}, len(prompts), "sampling_params")
+        adapters = spread(lora_path, len(prompts), "lora_path")
         requests = [
             _make_request(one, prompt is not None, params[i], GenerateRequest(adapter=adapters[i], logprobs=options, stream=stream))
             for i, one in enumerate(prompts)
@@ -216,15 +216,6 @@ class Engine:
     def _next_rid(self) -> str:
         self._calls += 1
         return f"control-{self._calls}"
-
-
-def _spread(value: Any, count: int, name: str) -> list[Any]:
-    """One value for every prompt, or a list of one per prompt."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise RequestError(f"{name}: expected one value or a list of {count}, one per prompt, got a list of {len(value)}", param=name)
-    return value
 
 
 def _make_request(prompt: Any, is_text: bool, params: dict[str, Any], request: GenerateRequest) -> GenerateRequest:

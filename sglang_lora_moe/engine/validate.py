@@ -18,6 +18,16 @@ def refuse(param: str, expected: str, found: object) -> RequestError:
     return RequestError(f"{param}: expected {expected}, got {shown if len(shown) <= 80 else shown[:77] + '...'}", param=param, code="invalid_value")
 
 
+def spread(value: Any, count: int, param: str) -> list[Any]:
+    """One value per prompt: `value` for all, or a list of exactly `count`."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        message = f"{param}: expected one value or a list of {count}, one per prompt, got a list of {len(value)}"
+        raise RequestError(message, param=param, code="invalid_value")
+    return value
+
+
 def is_int(value: object) -> bool:
     """An integer that fits 64 bits, as messages need."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.core import RequestError, SamplingParams
+from sglang_lora_moe.engine.validate import MAX_SAMPLES, MAX_STOPS
 
 NOT_IMPLEMENTED = "is not implemented by this server"
-MAX_SAMPLES = 128
 MAX_TOP_LOGPROBS = 20
 
 
@@ -78,25 +78,30 @@ def _bias(value: Any) -> Any:
     return biases
 
 
-def spread(value: Any, count: int, param: str) -> list[Any]:
-    """One value per prompt: `value` for all, or a list of exactly `count`."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise RequestError(f"{param}: a list of {len(value)} for {count} prompt{'s' if count != 1 else ''}", param=param, code="invalid_value")
-    return value
-
-
-StopStrings = Annotated[list[Annotated[str, Field(max_length=1024)]], BeforeValidator(_stop_list), Field(max_length=64)]
-LogitBias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias), Field(max_length=1024)]
-TokenIds = list[Annotated[int, Field(ge=0)]]
-Temperature = Annotated[float, Field(ge=0, le=100)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(ge=-1)]  # -1 and 0 = all
-MinP = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Repetition = Annotated[float, Field(gt=0, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
 NewTokens = Annotated[int, Field(ge=0)]
-Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
+
+
+class SamplingFields(RequestModel):
+    """What OpenAI's bodies, with the extras of SGLang and vLLM, and SGLang's `sampling_params` have in common."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1  # -1 and 0 = all
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    seed: Seed | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias), Field(max_length=1024)] = {}
+    stop: Annotated[list[Annotated[str, Field(max_length=1024)]], BeforeValidator(_stop_list), Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    ignore_eos: bool = False
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+
+    def engine_params(self, max_new_tokens: int, min_new_tokens: int) -> SamplingParams:
+        """These fields as the engine takes them; `stop` and `n` are the front's."""
+        values = self.model_dump(include=set(SamplingFields.model_fields) - {"stop", "n"})
+        return SamplingParams(max_new_tokens, min_new_tokens, **values | {"top_k": self.top_k or -1})

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest
 from sglang_lora_moe.engine.samples import Triple, native_result
+from sglang_lora_moe.engine.validate import spread
 from sglang_lora_moe.server import fields as f
 from sglang_lora_moe.server.errors import validate
 from sglang_lora_moe.server.logprobs import TokenText, finite
@@ -23,7 +24,7 @@ from sglang_lora_moe.server.service import Service, new_id
 _CONSTRAINED = f"constrained output {f.NOT_IMPLEMENTED}"
 
 
-class NativeSampling(f.RequestModel):
+class NativeSampling(f.SamplingFields):
     """`sampling_params` of /generate, with SGLang's defaults."""
 
     unsupported = {
@@ -39,24 +40,12 @@ class NativeSampling(f.RequestModel):
     }
     max_new_tokens: f.NewTokens = 128
     min_new_tokens: f.NewTokens = 0
-    temperature: f.Temperature = 1.0
-    top_p: f.TopP = 1.0
-    top_k: f.TopK = -1
-    min_p: f.MinP = 0.0
-    repetition_penalty: f.Repetition = 1.0
-    presence_penalty: f.Penalty = 0.0
-    frequency_penalty: f.Penalty = 0.0
-    seed: f.Seed | None = None
     sampling_seed: f.Seed | None = None  # SGLang's name of `seed`
-    logit_bias: f.LogitBias = {}
-    stop: f.StopStrings = []
-    stop_token_ids: f.TokenIds = []
-    ignore_eos: bool = False
-    n: f.Samples = 1
 
     def sampling(self) -> SamplingParams:
-        values = self.model_dump(exclude={"stop", "n", "sampling_seed"})
-        return SamplingParams(**values | {"top_k": self.top_k or -1, "seed": self.sampling_seed if self.seed is None else self.seed})
+        params = self.engine_params(self.max_new_tokens, self.min_new_tokens)
+        params.seed = self.sampling_seed if self.seed is None else self.seed
+        return params
 
 
 class NativeRequest(f.RequestModel):
@@ -98,7 +87,7 @@ class NativeRequest(f.RequestModel):
         """The sampling parameters of each prompt; all ask for the same `n`."""
         given = self.sampling_params if self.sampling_params is not None else {}
         if isinstance(given, list):
-            parsed = [validate(NativeSampling, one, f"sampling_params.{i}") for i, one in enumerate(f.spread(given, count, "sampling_params"))]
+            parsed = [validate(NativeSampling, one, f"sampling_params.{i}") for i, one in enumerate(spread(given, count, "sampling_params"))]
         else:
             parsed = [validate(NativeSampling, given, "sampling_params")] * count
         if len({one.n for one in parsed}) > 1:
@@ -137,10 +126,10 @@ async def native_job(service: Service, body: NativeRequest) -> Job:
     prompts, is_batch = body.prompts()
     count = len(prompts)
     sampling = body.sampling(count)
-    wants, starts, tops = (f.spread(getattr(body, name), count, name) for name in ("return_logprob", "logprob_start_len", "top_logprobs_num"))
-    paths = f.spread(body.lora_path, count, "lora_path")
+    wants, starts, tops = (spread(getattr(body, name), count, name) for name in ("return_logprob", "logprob_start_len", "top_logprobs_num"))
+    paths = spread(body.lora_path, count, "lora_path")
     base_rid = body.rid if isinstance(body.rid, str) else new_id()
-    rids = f.spread(body.rid, count, "rid") if isinstance(body.rid, list) else [base_rid if count == 1 else f"{base_rid}-{i}" for i in range(count)]
+    rids = spread(body.rid, count, "rid") if isinstance(body.rid, list) else [base_rid if count == 1 else f"{base_rid}-{i}" for i in range(count)]
     requests = [
         GenerateRequest(
             prompt=prompt if isinstance(prompt, str) else None,

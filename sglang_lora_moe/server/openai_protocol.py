@@ -9,41 +9,22 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from sglang_lora_moe.core import RequestError, SamplingParams
-from sglang_lora_moe.server.fields import (
-    MAX_TOP_LOGPROBS,
-    NOT_IMPLEMENTED,
-    LogitBias,
-    MinP,
-    NewTokens,
-    Penalty,
-    Repetition,
-    RequestId,
-    RequestModel,
-    Samples,
-    Seed,
-    StopStrings,
-    Temperature,
-    TokenIds,
-    TopK,
-    TopP,
-    check_ids,
-    check_text,
-)
+from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.server import fields as f
 
 Prompt = str | list[int]
-_TOOLS = f"{NOT_IMPLEMENTED}; describe the tools in the messages instead"
-_CONSTRAINED = f"constrained output {NOT_IMPLEMENTED}; only type 'text' is"
+_TOOLS = f"{f.NOT_IMPLEMENTED}; describe the tools in the messages instead"
+_CONSTRAINED = f"constrained output {f.NOT_IMPLEMENTED}; only type 'text' is"
 _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "response_format": (({"type": "text"},), _CONSTRAINED),
     "service_tier": (("auto", "default"), "there is one service tier here"),
-    "use_beam_search": ((False,), f"beam search {NOT_IMPLEMENTED}"),
-    "length_penalty": ((1, 1.0), f"beam search {NOT_IMPLEMENTED}"),
+    "use_beam_search": ((False,), f"beam search {f.NOT_IMPLEMENTED}"),
+    "length_penalty": ((1, 1.0), f"beam search {f.NOT_IMPLEMENTED}"),
     "skip_special_tokens": ((True,), "special tokens are always left out of the text"),
     "spaces_between_special_tokens": ((True,), "special tokens are always left out of the text"),
     "include_stop_str_in_output": ((False,), "a matched stop string is always cut off"),
     "no_stop_trim": ((False,), "a matched stop string is always cut off"),
-    "priority": ((0,), f"a priority {NOT_IMPLEMENTED}"),
+    "priority": ((0,), f"a priority {f.NOT_IMPLEMENTED}"),
     "regex": ((), _CONSTRAINED),
     "ebnf": ((), _CONSTRAINED),
     "guided_json": ((), _CONSTRAINED),
@@ -53,29 +34,21 @@ _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-class StreamOptions(RequestModel):
+class StreamOptions(f.RequestModel):
     unsupported = {
-        "include_obfuscation": ((False,), f"obfuscation of streams {NOT_IMPLEMENTED}"),
-        "continuous_usage_stats": ((False,), f"usage in each chunk {NOT_IMPLEMENTED}; include_usage gives it once, at the end"),
+        "include_obfuscation": ((False,), f"obfuscation of streams {f.NOT_IMPLEMENTED}"),
+        "continuous_usage_stats": ((False,), f"usage in each chunk {f.NOT_IMPLEMENTED}; include_usage gives it once, at the end"),
     }
     include_usage: bool = False
 
 
-class OpenAIRequest(RequestModel):
+class OpenAIRequest(f.SamplingFields):
     """What both endpoints share. `model` None = the base model."""
 
     model: str | None = None
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
-    n: Samples = 1
-    stop: StopStrings = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    logit_bias: LogitBias = {}
-    seed: Seed | None = None
-    max_tokens: NewTokens | None = None
+    max_tokens: f.NewTokens | None = None
     # taken and without effect on the answer, as OpenAI defines them
     user: str | None = None
     safety_identifier: str | None = None
@@ -83,13 +56,8 @@ class OpenAIRequest(RequestModel):
     store: bool | None = None
     metadata: dict[str, str] | None = None
     # SGLang's and vLLM's extras
-    top_k: TopK = -1
-    min_p: MinP = 0.0
-    repetition_penalty: Repetition = 1.0
-    min_tokens: NewTokens = 0
-    stop_token_ids: TokenIds = []
-    ignore_eos: bool = False
-    rid: RequestId | None = None
+    min_tokens: f.NewTokens = 0
+    rid: f.RequestId | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> OpenAIRequest:
@@ -97,39 +65,21 @@ class OpenAIRequest(RequestModel):
             raise RequestError("stream_options: only allowed with stream=true", param="stream_options", code="invalid_value")
         return self
 
-    def sampling(self, max_new_tokens: int) -> SamplingParams:
-        """These fields as the engine's sampling parameters."""
-        return SamplingParams(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k or -1,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
-            logit_bias=dict(self.logit_bias),
-            stop_token_ids=list(self.stop_token_ids),
-            ignore_eos=self.ignore_eos,
-        )
-
 
 class CompletionRequest(OpenAIRequest):
     """POST /v1/completions. `lora_path` names an adapter for all prompts, or one (or null) per prompt."""
 
-    unsupported = _COMMON_UNSUPPORTED | {"suffix": (("",), f"filling in before a suffix {NOT_IMPLEMENTED}")}
+    unsupported = _COMMON_UNSUPPORTED | {"suffix": (("",), f"filling in before a suffix {f.NOT_IMPLEMENTED}")}
     prompt: Any
     best_of: int | None = None
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | None = None
     lora_path: str | list[str | None] | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != self.n:
-            message = f"best_of: choosing among more samples {NOT_IMPLEMENTED}; it must equal n ({self.n})"
+            message = f"best_of: choosing among more samples {f.NOT_IMPLEMENTED}; it must equal n ({self.n})"
             raise RequestError(message, param="best_of", code="unsupported_parameter")
         return self
 
@@ -138,16 +88,16 @@ class CompletionRequest(OpenAIRequest):
         return split_prompts(self.prompt, "prompt")
 
 
-class ChatMessage(RequestModel):
+class ChatMessage(f.RequestModel):
     """One message; what replies of this server hold (`refusal`: null, ...) may be sent back as it is."""
 
     unsupported: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {
         "tool_calls": (([],), _TOOLS),
         "tool_call_id": ((), _TOOLS),
         "function_call": ((), _TOOLS),
-        "refusal": ((), NOT_IMPLEMENTED),
-        "audio": ((), NOT_IMPLEMENTED),
-        "annotations": (([],), NOT_IMPLEMENTED),
+        "refusal": ((), f.NOT_IMPLEMENTED),
+        "audio": ((), f.NOT_IMPLEMENTED),
+        "annotations": (([],), f.NOT_IMPLEMENTED),
     }
     role: Literal["system", "developer", "user", "assistant"]
     content: Any = None  # a text, or a list of parts; `plain` checks it, with better sentences than a union gives
@@ -163,9 +113,9 @@ class ChatMessage(RequestModel):
             content = "\n".join(_part_text(part, f"{param}.{i}") for i, part in enumerate(content))
         if not isinstance(content, str):
             raise RequestError(f"{param}: must be a text or a list of content parts, got {content!r}", param=param, code="invalid_value")
-        message = {"role": self.role, "content": check_text(content, param)}
+        message = {"role": self.role, "content": f.check_text(content, param)}
         extras = {"name": self.name, "reasoning_content": self.reasoning_content}
-        return message | {key: check_text(value, f"{where}.{key}") for key, value in extras.items() if value is not None}
+        return message | {key: f.check_text(value, f"{where}.{key}") for key, value in extras.items() if value is not None}
 
 
 def _part_text(part: Any, where: str) -> str:
@@ -173,7 +123,7 @@ def _part_text(part: Any, where: str) -> str:
     if kind is None:
         raise RequestError(f"{where}: a content part is an object with a type, got {part!r}", param=where, code="invalid_value")
     if kind != "text":
-        raise RequestError(f"{where}: a content part of type {kind!r} {NOT_IMPLEMENTED}; only type 'text' is", param=where, code="unsupported_parameter")
+        raise RequestError(f"{where}: a content part of type {kind!r} {f.NOT_IMPLEMENTED}; only type 'text' is", param=where, code="unsupported_parameter")
     if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
         raise RequestError(f"{where}: a text part has the fields type and text, got {part!r}", param=where, code="invalid_value")
     return str(part["text"])
@@ -190,15 +140,15 @@ class ChatRequest(OpenAIRequest):
         "function_call": (("none", "auto"), _TOOLS),
         "modalities": ((["text"],), "this server answers in text only"),
         "audio": ((), "this server answers in text only"),
-        "prediction": ((), f"a predicted output {NOT_IMPLEMENTED}"),
-        "web_search_options": ((), f"a web search {NOT_IMPLEMENTED}"),
-        "verbosity": (("medium",), NOT_IMPLEMENTED),
-        "best_of": ((1,), f"choosing among more samples {NOT_IMPLEMENTED}"),
+        "prediction": ((), f"a predicted output {f.NOT_IMPLEMENTED}"),
+        "web_search_options": ((), f"a web search {f.NOT_IMPLEMENTED}"),
+        "verbosity": (("medium",), f.NOT_IMPLEMENTED),
+        "best_of": ((1,), f"choosing among more samples {f.NOT_IMPLEMENTED}"),
     }
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: NewTokens | None = None
+    max_completion_tokens: f.NewTokens | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | None = None
     reasoning_effort: str | None = None
     lora_path: str | None = None
     add_generation_prompt: bool = True
@@ -219,14 +169,14 @@ class ChatRequest(OpenAIRequest):
 def split_prompts(value: Any, param: str) -> list[Prompt]:
     """str | [int] | [str] | [[int]] as a list of prompts; anything else, mixtures included, is refused."""
     if isinstance(value, str):
-        return [check_text(value, param)]
+        return [f.check_text(value, param)]
     if not isinstance(value, list) or not value:
         raise RequestError(f"{param}: must be a text, a list of token ids, or a list of either that is not empty", param=param, code="invalid_value")
     if all(isinstance(item, str) for item in value):
-        return [check_text(item, param) for item in value]
+        return [f.check_text(item, param) for item in value]
     if all(isinstance(item, list) for item in value):
-        return [check_ids(item, param) for item in value]
+        return [f.check_ids(item, param) for item in value]
     kinds = sorted({type(item).__name__ for item in value})
     if "str" in kinds or "list" in kinds:
         raise RequestError(f"{param}: all prompts of a batch must be of one type, got a mixture of {' and '.join(kinds)}", param=param, code="invalid_value")
-    return [check_ids(value, param)]
+    return [f.check_ids(value, param)]

@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from sglang_lora_moe.core import LogprobOptions
 from sglang_lora_moe.engine.front import GenerateRequest
-from sglang_lora_moe.server.fields import check_text, spread
+from sglang_lora_moe.engine.validate import spread
+from sglang_lora_moe.server.fields import check_text
 from sglang_lora_moe.server.openai_format import ChatFormat, CompletionFormat
 from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest
 from sglang_lora_moe.server.samples import Job
@@ -54,7 +55,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
     rid = body.rid or f"chatcmpl-{new_id()}"
     generate = GenerateRequest(
         input_ids=ids,
-        sampling=body.sampling(limit),
+        sampling=body.engine_params(limit, body.min_tokens),
         stop=[check_text(stop, "stop") for stop in body.stop],
         n=body.n,
         adapter=adapter,
@@ -84,7 +85,7 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
         GenerateRequest(
             prompt=prompt if isinstance(prompt, str) else None,
             input_ids=None if isinstance(prompt, str) else prompt,
-            sampling=body.sampling(limit),
+            sampling=body.engine_params(limit, body.min_tokens),
             stop=[check_text(stop, "stop") for stop in body.stop],
             n=body.n,
             adapter=await service.names.choose(body.model, paths[i]),
