@@ -19,8 +19,7 @@ import torch
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, GetStats, LoadAdapter, LogprobOptions, Reply, RequestError, SamplingParams, UnloadAdapter
 from sglang_lora_moe.engine.build import build_engine
-from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
-from sglang_lora_moe.engine.samples import Sample, native_result
+from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest, native_result
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
 from sglang_lora_moe.engine.validate import refuse, spread
 from sglang_lora_moe.lora.registry import LORA_DISABLED
@@ -79,21 +78,21 @@ class Engine:
 
     def _collect(self, requests: list[GenerateRequest], is_batch: bool) -> Any:
         begin = time.perf_counter()
-        samples = [[Sample() for _ in range(request.n)] for request in requests]
+        samples = [[Chunk(request.rid, k) for k in range(request.n)] for request in requests]
         for place, chunk in self.run(requests):
             samples[place][chunk.index].add(chunk)
         seconds = time.perf_counter() - begin
-        results = [native_result(request, k, sample, seconds) for request, of in zip(requests, samples, strict=True) for k, sample in enumerate(of)]
+        results = [native_result(request, sample, seconds) for request, of in zip(requests, samples, strict=True) for sample in of]
         return results if is_batch or requests[0].n > 1 else results[0]
 
     def _stream(self, requests: list[GenerateRequest]) -> Iterator[dict[str, Any]]:
         begin = time.perf_counter()
-        samples = [[Sample() for _ in range(request.n)] for request in requests]
+        samples = [[Chunk(request.rid, k) for k in range(request.n)] for request in requests]
         first = [sum(request.n for request in requests[:i]) for i in range(len(requests))]
         for place, chunk in self.run(requests):
             sample = samples[place][chunk.index]
             sample.add(chunk)
-            yield native_result(requests[place], chunk.index, sample, time.perf_counter() - begin) | {"index": first[place] + chunk.index}
+            yield native_result(requests[place], sample, time.perf_counter() - begin) | {"index": first[place] + chunk.index}
 
     def run(self, requests: list[GenerateRequest]) -> Iterator[tuple[int, Chunk]]:
         """Run requests together; (place of the request, chunk) as they come. The first refusal ends all of them.

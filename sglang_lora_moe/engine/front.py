@@ -7,7 +7,7 @@ synchronous code without a thread or a socket: the in-process `Engine` and the s
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_de
 from sglang_lora_moe.engine.seeds import derive_seed
 from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse
 
+Triple = tuple[float | None, int, str | None]  # SGLang's (logprob, token id, text or None)
+
 
 @dataclass(slots=True)
 class GenerateRequest:
@@ -45,7 +47,7 @@ class GenerateRequest:
 
 @dataclass(slots=True)
 class Chunk:
-    """What is new of sample `index` of request `rid`. Text and ids are deltas, counts are totals so far.
+    """What is new of sample `index` of request `rid`, or with `add` all of it so far. Text and ids are deltas, counts are totals so far.
 
     While streaming, ids wait until some text can be said with them. `matched_stop` is the stop string or the stop id that
     ended the sample; neither is part of the text.
@@ -60,8 +62,17 @@ class Chunk:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
-    logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def add(self, new: Chunk) -> None:
+        """Append what came after this."""
+        self.text += new.text
+        self.token_ids += new.token_ids
+        self.logprobs += new.logprobs
+        self.prompt_logprobs += new.prompt_logprobs
+        self.finish_reason, self.matched_stop = new.finish_reason, new.matched_stop
+        self.prompt_tokens, self.completion_tokens, self.cached_tokens = new.prompt_tokens, new.completion_tokens, new.cached_tokens
 
 
 @dataclass(slots=True)
@@ -90,10 +101,8 @@ class _Sample:
         chunk.token_ids += output.token_ids
         self.completion_tokens += len(output.token_ids)
         chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens = output.prompt_tokens, output.cached_tokens, self.completion_tokens
-        if output.logprobs is not None:
-            chunk.logprobs = (chunk.logprobs or []) + output.logprobs
-        if output.prompt_logprobs is not None:
-            chunk.prompt_logprobs = output.prompt_logprobs
+        chunk.logprobs += output.logprobs or ()
+        chunk.prompt_logprobs += output.prompt_logprobs or ()
         chunk.finish_reason = output.finish_reason
         self.unread += output.token_ids
         if output.stop_token_id is not None:
@@ -224,3 +233,35 @@ class Front:
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt: not valid Unicode text ({error.reason})", param="prompt") from error
         return list(self.tokenizer.encode(request.prompt))
+
+
+# ---- SGLang's result object, the same in-process and over HTTP --------------------------------------------------------
+def native_result(
+    request: GenerateRequest, sample: Chunk, seconds: float, triple: Callable[[float | None, int], Triple] = lambda logprob, token_id: (logprob, token_id, None)
+) -> dict[str, Any]:
+    """SGLang's {text, output_ids, meta_info} of a sample so far, `seconds` after the request came; `triple` writes one log-probability."""
+    meta: dict[str, Any] = {
+        "id": request.rid if request.n == 1 else f"{request.rid}-{sample.index}",
+        "finish_reason": _finish(sample),
+        "prompt_tokens": sample.prompt_tokens,
+        "completion_tokens": sample.completion_tokens,
+        "cached_tokens": sample.cached_tokens,
+        "lora_path": request.adapter,
+        "e2e_latency": seconds,
+    }
+    if request.logprobs is not None:
+        for side, entries in (("input", sample.prompt_logprobs), ("output", sample.logprobs)):
+            meta[f"{side}_token_logprobs"] = [triple(entry.logprob, entry.token_id) for entry in entries]
+            if request.logprobs.top:
+                meta[f"{side}_top_logprobs"] = [[triple(value, i) for i, value in entry.top] if entry.logprob is not None else None for entry in entries]
+    return {"text": sample.text, "output_ids": list(sample.token_ids), "meta_info": meta}
+
+
+def _finish(sample: Chunk) -> dict[str, Any] | None:
+    if sample.finish_reason is None:
+        return None
+    if sample.finish_reason == "stop":
+        return {"type": "stop", "matched": sample.matched_stop}
+    if sample.finish_reason == "length":
+        return {"type": "length", "length": sample.completion_tokens}
+    return {"type": sample.finish_reason, "message": "aborted"}

@@ -11,8 +11,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams
-from sglang_lora_moe.engine.front import Chunk, GenerateRequest
-from sglang_lora_moe.engine.samples import Triple, native_result
+from sglang_lora_moe.engine.front import Chunk, GenerateRequest, Triple, native_result
 from sglang_lora_moe.engine.validate import spread
 from sglang_lora_moe.server import fields as f
 from sglang_lora_moe.server.errors import validate
@@ -115,7 +114,7 @@ class NativeFormat(ResponseFormat):
             yield self._output(prompt, chunk.index) | index
 
     def _output(self, prompt: int, k: int) -> dict[str, Any]:
-        return native_result(self._requests[prompt], k, self.samples[prompt][k], time.perf_counter() - self._begin, self._triple)
+        return native_result(self._requests[prompt], self.samples[prompt][k], time.perf_counter() - self._begin, self._triple)
 
     def _triple(self, logprob: float | None, token_id: int) -> Triple:
         return finite(logprob), token_id, self._tokens.text(token_id) if self._with_text else None

@@ -9,7 +9,6 @@ from typing import Any
 
 from sglang_lora_moe.core import TokenLogprob
 from sglang_lora_moe.engine.front import Chunk
-from sglang_lora_moe.engine.samples import Sample
 from sglang_lora_moe.server.logprobs import CompletionLogprobs, TokenText, chat_logprobs
 from sglang_lora_moe.server.samples import ResponseFormat
 
@@ -38,7 +37,7 @@ class OpenAIFormat(ResponseFormat):
         return self._head | {"object": self.event_object, "choices": [choice]} | usage
 
     @abstractmethod
-    def choice(self, index: int, sample: Sample) -> dict[str, Any]:
+    def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
         """One entry of `choices` of a whole answer."""
 
 
@@ -53,7 +52,7 @@ class ChatFormat(OpenAIFormat):
         self._wants_logprobs = wants_logprobs
         self._begun: set[int] = set()
 
-    def choice(self, index: int, sample: Sample) -> dict[str, Any]:
+    def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": sample.text, "refusal": None},
@@ -68,7 +67,7 @@ class ChatFormat(OpenAIFormat):
             self._begun.add(chunk.index)
             yield self._delta(chunk.index, {"role": "assistant", "content": ""})
         if chunk.text or chunk.logprobs:
-            yield self._delta(chunk.index, {"content": chunk.text}, self._logprobs(chunk.logprobs or []))
+            yield self._delta(chunk.index, {"content": chunk.text}, self._logprobs(chunk.logprobs))
         if chunk.finish_reason is not None:
             yield self._delta(chunk.index, {}, None, chunk)
 
@@ -93,7 +92,7 @@ class CompletionFormat(OpenAIFormat):
             self._logprobs = [[CompletionLogprobs(self._tokens, top_logprobs > 0) for _ in range(self.n)] for _ in echoes]
         self._begun: set[int] = set()
 
-    def choice(self, index: int, sample: Sample) -> dict[str, Any]:
+    def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
         prompt, k = divmod(index, self.n)
         return {
             "index": index,
@@ -109,7 +108,7 @@ class CompletionFormat(OpenAIFormat):
         if index not in self._begun:
             self._begun.add(index)
             text = self._echoes[prompt] + text
-        entries = (chunk.prompt_logprobs or []) + (chunk.logprobs or [])
+        entries = chunk.prompt_logprobs + chunk.logprobs
         if text or entries or chunk.token_ids or chunk.finish_reason is not None:  # ids without text: a model without a tokenizer
             logprobs = self._piece(prompt, chunk.index, entries)
             yield self.event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason, "matched_stop": chunk.matched_stop})

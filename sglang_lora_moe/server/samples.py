@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest
-from sglang_lora_moe.engine.samples import Sample
 
 
 class ResponseFormat(ABC):
@@ -16,12 +15,10 @@ class ResponseFormat(ABC):
 
     def __init__(self, num_prompts: int, n: int) -> None:
         self.n = n
-        self.samples = [[Sample() for _ in range(n)] for _ in range(num_prompts)]
+        self.samples = [[Chunk("", k) for k in range(n)] for _ in range(num_prompts)]
 
-    def add(self, prompt: int, chunk: Chunk) -> Sample:
-        sample = self.samples[prompt][chunk.index]
-        sample.add(chunk)
-        return sample
+    def add(self, prompt: int, chunk: Chunk) -> None:
+        self.samples[prompt][chunk.index].add(chunk)
 
     @abstractmethod
     def whole(self) -> Any:

@@ -144,7 +144,7 @@ def test_prompt_logprobs_come_with_the_first_chunk() -> None:
     first = f.on_message(TokenOutput(submit.rid, [40], 3, logprobs=[TokenLogprob(40, -1.0)], prompt_logprobs=[TokenLogprob(1, None)]))[0]
     second = f.on_message(TokenOutput(submit.rid, [41], 3, logprobs=[TokenLogprob(41, -2.0)], finish_reason="length"))[0]
     assert isinstance(first, Chunk) and first.prompt_logprobs == [TokenLogprob(1, None)] and first.logprobs == [TokenLogprob(40, -1.0)]
-    assert isinstance(second, Chunk) and second.prompt_logprobs is None and second.logprobs == [TokenLogprob(41, -2.0)]
+    assert isinstance(second, Chunk) and second.prompt_logprobs == [] and second.logprobs == [TokenLogprob(41, -2.0)]
 
 
 def test_the_tokenizers_end_of_sequence_counts_too() -> None:

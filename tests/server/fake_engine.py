@@ -82,7 +82,7 @@ class FakeEngine:
 
     def _sample(self, request: GenerateRequest, ids: list[int], k: int, number: int) -> Any:
         """Chunks of one token each."""
-        sampling, text, prompt_logprobs = request.sampling, "", None
+        sampling, text, prompt_logprobs = request.sampling, "", []
         echo = [i for i in ids if i >= FIRST_CHARACTER] or [FIRST_CHARACTER]
         shift = number + (k + (sampling.seed or 0) if sampling.temperature > 0 else 0)
         if request.logprobs is not None and request.logprobs.prompt_start is not None:
@@ -102,10 +102,10 @@ class FakeEngine:
                 matched, piece = token, ""
             if self.break_after is not None and j >= self.break_after:
                 raise RuntimeError("the fake engine broke")
-            logprobs = None if request.logprobs is None else [TokenLogprob(token, -(j + 1) / 10, self._top(request, token, 1))]
+            logprobs = [] if request.logprobs is None else [TokenLogprob(token, -(j + 1) / 10, self._top(request, token, 1))]
             reason = "stop" if matched is not None else "length" if j + 1 == sampling.max_new_tokens else None
             yield Chunk(request.rid, k, piece, [token], reason, matched, len(ids), j + 1, len(ids) // 2, logprobs, prompt_logprobs)
-            prompt_logprobs = None
+            prompt_logprobs = []
 
     def _top(self, request: GenerateRequest, token: int, position: int) -> list[tuple[int, float]]:
         count = request.logprobs.top if request.logprobs else 0
