@@ -8,6 +8,7 @@ the constants below; `small_cases()` varies one axis at a time around a default,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -220,3 +221,13 @@ def small_cases(**overrides: Any) -> Iterator[dict[str, Any]]:
     yield {"top_k": 1, "router_weight_on": "input"} | overrides
     yield {"active": 1, "slots": 1, "ranks": (64,), "base_share": 0.0} | overrides
     yield {"experts": 33, "top_k": 5, "hidden": 72, "inter": 40, "m": 19} | overrides
+
+
+def full_grid(**overrides: Any) -> Iterator[dict[str, Any]]:
+    """Arguments of `make_case` at one number of tokens: popularity by routing, layouts by rank, and 1 to 64 slots, all of them taken."""
+    for popularity, routing in itertools.product(POPULARITIES, ROUTINGS):
+        yield {"popularity": popularity, "routing": routing, "ranks": (16,), "layouts": ("split",), "active": 3, "slots": 4} | overrides
+    for layout, rank in itertools.product(LAYOUTS, (1, 16, 64)):
+        yield {"layouts": (layout,), "ranks": (rank,)} | overrides
+    for slots in (1, 2, 16, 64):
+        yield {"active": slots, "slots": slots, "ranks": (4, 16, 8), "popularity": "distinct", "base_share": 0.0} | overrides

@@ -14,6 +14,7 @@ import torch
 from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import merged_reference_model, write_adapter
 from tests.engine.models import ADAPTERS, adapter_path, make_engine, model_path, other_adapter_path, reference_greedy
+from tests.quantized_checkpoints import GENUINE, genuine, write_reference
 from tests.tiny_models import make_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -53,28 +54,43 @@ def test_swaps_between_replays_equal_solo_runs() -> None:
     engine.core.check()
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3"])
-def test_base_steps_are_bit_identical_with_adapters_enabled(arch: str, tmp_path: Path) -> None:
-    """In graph replay, and while an adapter is resident."""
-    path = make_tiny_model(arch, tmp_path)
-    adapter = write_adapter("experts_and_attention", path, tmp_path / "adapter")
-    found = []
-    for config in ({}, {"enable_lora": True, "lora_paths": [f"one={adapter}"]}):
-        engine = engine_on("cuda", path, dtype="bfloat16", **config)
-        graphs, logits = engine.core.runner.graphs, []
-        replay = graphs.replay
+def keep_replays(runner: Any) -> list[tuple[str, torch.Tensor]]:
+    """What every later replay of this runner returns: ("decode" or "prefill", logits)."""
+    kept: list[tuple[str, torch.Tensor]] = []
 
-        def recorded(size: int, active: bool, replay: Any = replay, logits: Any = logits) -> Any:
-            out = replay(size, active)
-            logits.append(out[0].clone())
+    def wrap(kind: str, call: Any) -> Any:
+        def recorded(size: Any, active: bool) -> Any:
+            assert not active, "a step without adapters ran a graph with them"
+            out = call(size, active)
+            kept.append((kind, (out[0] if kind == "decode" else out).clone()))
             return out
 
-        graphs.replay = recorded
+        return recorded
+
+    runner.graphs.replay = wrap("decode", runner.graphs.replay)
+    if runner.prefill_graphs is not None:
+        runner.prefill_graphs.logits = wrap("prefill", runner.prefill_graphs.logits)
+    return kept
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen2_moe", "deepseek_v3", "qwen3_moe-w4a16"])
+def test_base_steps_are_bit_identical_with_adapters_enabled(name: str, tmp_path: Path) -> None:
+    """In graph replay, prefill where it has graphs, and while an adapter is resident; the last one on the marlin backend."""
+    path = genuine(name, tmp_path) if name in GENUINE else make_tiny_model(name, tmp_path)
+    adapter = write_adapter("experts_and_attention", write_reference(path, tmp_path / "reference") if name in GENUINE else path, tmp_path / "adapter")
+    found = []
+    for config in ({}, {"enable_lora": True, "lora_paths": [f"one={adapter}"]}):
+        engine = engine_on("cuda", path, dtype="bfloat16", chunked_prefill_size=130, **config)
+        assert engine.model_info["moe_runner_backend"] == ("marlin" if name in GENUINE else "triton")
+        if config:
+            engine.generate(input_ids=PROMPTS, lora_path="one", sampling_params=GREEDY)
+        replays = keep_replays(engine.core.runner)
         engine.generate(input_ids=PROMPTS, sampling_params=GREEDY | {"max_new_tokens": 8})
-        found.append(logits)
+        found.append(replays)
+        assert {kind for kind, _ in replays} == {"decode"} | ({"prefill"} if engine.core.runner.prefill_graphs is not None else set())
     assert len(found[0]) == len(found[1]) > 4
-    for step, (base, with_lora) in enumerate(zip(*found, strict=True)):
-        assert torch.equal(base[: len(PROMPTS)], with_lora[: len(PROMPTS)]), f"step {step}"
+    for step, ((kind, base), (_, with_lora)) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(base[: len(PROMPTS)], with_lora[: len(PROMPTS)]), f"step {step}, {kind}"
 
 
 def test_graphs_are_captured_again_when_an_adapter_first_touches_a_rare_layer(tmp_path: Path) -> None:

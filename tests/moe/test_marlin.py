@@ -19,7 +19,8 @@ from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation,
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize
 from sglang_lora_moe.quantization.wna16_method import WNA16Method, WNA16QuantInfo
-from tests.moe_cases import LAYOUTS, MoECase, make_case
+from tests.moe.test_triton import Poisoned
+from tests.moe_cases import LAYOUTS, MoECase, full_grid, make_case
 from tests.quantize import quantize
 from tests.references import assert_near, keep_error, ref_moe, relative_error
 
@@ -89,38 +90,69 @@ def test_plans_fit_their_tiles() -> None:
                 assert hopper or max(plan.gate_up, plan.down) < EVERYWHERE
 
 
+# ---- the GPU: eager, two runs, and from a captured graph --------------------------------------------------------------
+
+
+def check_on_gpu(lora: bool = True, bits: int = 4, symmetric: bool = True, group: int = 32, **arguments: Any) -> None:
+    """Against the reference, on poisoned scratch; a second run and three replays equal the first bit for bit."""
+    case, quant = quantized(make_case(**({"dtype": torch.bfloat16, "device": "cuda"} | arguments)), bits, group, symmetric)
+    core, workspace = MarlinRunnerCore(), Workspace("cuda")
+    info = core.quant_info(quant, SimpleNamespace())  # type: ignore[arg-type]
+    found = run(case, info, core, lora, Poisoned("cuda"))
+    kernel, exact = f"marlin layer, {'adapters' if lora else 'base'}", ref_moe(case, lora).out
+    if lora and core.make_routing(case.runner_input(Workspace("cuda"))).rows == "sorted":
+        keep_error(f"{kernel}, nothing rounded in the reference, {str(found.dtype).removeprefix('torch.')}", relative_error(found, exact))
+        exact = ref_moe(case, lora, ("s", "act", "down") if fuses_activation(case.spec) else ("s", "gate_up", "act", "down")).out
+    assert_near(found, exact, kernel, case.name)
+    assert torch.equal(found, run(case, info, core, lora, workspace)), f"two runs differ: {case.name}"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(case, info, core, lora, workspace)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, found), f"a replay differs from the eager run: {case.name}"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [SPEC, BIASED, UNGATED], ids=["silu", "clamped with bias", "ungated"])
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gpu_layer_equals_reference(spec: MoESpec, lora: bool, dtype: torch.dtype) -> None:
     for tokens, bits, symmetric in ((1, 4, True), (3, 8, False), (17, 4, False), (64, 8, True), (300, 4, True), (1000, 4, False), (4097, 4, True)):
-        case, quant = quantized(make_case(spec=spec, m=tokens, dtype=dtype, device="cuda", layouts=LAYOUTS, active=5, routing="partial"), bits, 32, symmetric)
-        core = MarlinRunnerCore()
-        info = core.quant_info(quant, SimpleNamespace())  # type: ignore[arg-type]
-        found = run(case, info, core, lora)
-        kernel, exact = f"marlin layer, {'adapters' if lora else 'base'}", ref_moe(case, lora).out
-        if lora and core.make_routing(case.runner_input(Workspace("cuda"))).rows == "sorted":
-            keep_error(f"{kernel}, nothing rounded in the reference, {str(dtype).removeprefix('torch.')}", relative_error(found, exact))
-            exact = ref_moe(case, lora, ("s", "act", "down") if fuses_activation(spec) else ("s", "gate_up", "act", "down")).out
-        assert_near(found, exact, kernel, case.name)
-        assert torch.equal(found, run(case, info, core, lora)), "two runs differ"
+        check_on_gpu(lora, bits, symmetric, spec=spec, m=tokens, dtype=dtype, layouts=LAYOUTS, active=5, routing="partial")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4, 17, 64, 700])
+def test_gpu_axes(tokens: int) -> None:
+    """Popularity by routing, layouts by rank, slots from 1 to 64: one shape of tiles after the other."""
+    for arguments in full_grid(spec=MoESpec(32, 4, 1024, 512), m=tokens):
+        check_on_gpu(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024, 4097])
+@pytest.mark.parametrize("shape", [(128, 2048, 768, 8), (8, 4096, 14336, 2), (256, 7168, 256, 8), (32, 2880, 2880, 4)], ids=str)
+def test_gpu_real_shapes(shape: tuple[int, ...], tokens: int) -> None:
+    experts, hidden, inter, top_k = shape
+    for lora in (False, True):
+        adapters: dict[str, Any] = {"ranks": (16, 0, 64), "layouts": ("split",), "active": 3, "slots": 3}
+        check_on_gpu(lora, group=32 if hidden % 128 else 128, spec=MoESpec(experts, top_k, hidden, inter), m=tokens, **adapters)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 4, 33, 500])
-def test_gpu_graph_replay_equals_eager(tokens: int) -> None:
+def test_gpu_graph_replay_follows_its_inputs(tokens: int) -> None:
     case, quant = quantized(make_case(spec=SPEC, m=tokens, dtype=torch.bfloat16, device="cuda", ranks=(4, 16)))
     core, workspace = MarlinRunnerCore(), Workspace("cuda")
     info = core.quant_info(quant, SimpleNamespace())  # type: ignore[arg-type]
-    eager = run(case, info, core, workspace=workspace).clone()
+    run(case, info, core, workspace=workspace)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run(case, info, core, workspace=workspace)
-    for _ in range(3):
-        found.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(found, eager)
-    case.topk_ids.copy_(case.topk_ids.roll(1, 0))
+    other = make_case(spec=SPEC, m=tokens, dtype=torch.bfloat16, device="cuda", ranks=(4, 16), popularity="zipf", routing="zipf", seed=1)
+    for name in ("x", "topk_ids", "topk_weights", "token_slots"):
+        getattr(case, name).copy_(getattr(other, name))
     graph.replay()
-    assert torch.equal(found, run(case, info, core, workspace=workspace))
+    assert torch.equal(found, run(case, info, core, workspace=Workspace("cuda")))

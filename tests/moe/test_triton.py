@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
-from tests.moe_cases import LAYOUTS, POPULARITIES, ROUTINGS, MoECase, make_case
+from tests.moe_cases import LAYOUTS, POPULARITIES, MoECase, full_grid, make_case
 from tests.references import assert_near, keep_error, ref_moe, relative_error
 
 SMALL = {"experts": 8, "top_k": 2, "hidden": 64, "inter": 48}
@@ -63,7 +62,7 @@ def check(case: MoECase, tiles: LayerTiles | None = None, ops: Any = triton_lora
     kernel = f"triton layer, {'adapters' if lora else 'base'}{'' if ops is triton_lora else ', separate'}"
     if lora and Core(tiles).make_routing(case.runner_input(Workspace(case.x.device))).rows == "sorted":
         keep_error(f"{kernel}, nothing rounded in the reference, {str(found.dtype).removeprefix('torch.')}", relative_error(found, exact))
-        exact = ref_moe(case, lora, ("s", "act") if ops is triton_lora else ("s", "gate_up", "act", "down")).out
+        exact = ref_moe(case, lora, ("s", "act") if ops is triton_lora else ("s", "base gate_up", "gate_up", "act", "base down", "down")).out
     assert_near(found, exact, kernel, case.name)
     assert torch.equal(found, run(case, tiles, ops, lora=lora)), f"two runs differ: {case.name}"
     return found
@@ -137,16 +136,16 @@ MEDIUM = MoESpec(32, 4, 1024, 512)
 BY_PAIR = 4  # up to here no alignment is needed
 
 
-def check_on_gpu(lora: bool = True, **arguments: Any) -> None:
+def check_on_gpu(lora: bool = True, tiles: LayerTiles | None = None, **arguments: Any) -> None:
     """`check`, then the same layer captured: three replays equal the eager run bit for bit."""
     case = make_case(**({"dtype": torch.bfloat16, "device": "cuda"} | arguments))
-    found, workspace = check(case, lora=lora), Workspace("cuda")
+    found, workspace = check(case, tiles, lora=lora), Workspace("cuda")
     if not has_cuda_align() and case.x.shape[0] > BY_PAIR:
         return
-    run(case, workspace=workspace, lora=lora)
+    run(case, tiles, workspace=workspace, lora=lora)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(case, workspace=workspace, lora=lora)
+        out = run(case, tiles, workspace=workspace, lora=lora)
     for _ in range(3):
         out.fill_(float("nan"))
         graph.replay()
@@ -182,14 +181,8 @@ def test_every_measured_tile(shape: tuple[int, ...], load: str, tokens: int) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 17, 64, 700])
 def test_axes(tokens: int, dtype: torch.dtype) -> None:
-    """Popularity by routing, layouts by rank, slots from 1 to 64, and the formulas."""
-    common: dict[str, Any] = {"spec": MEDIUM, "m": tokens, "dtype": dtype}
-    for popularity, routing in itertools.product(POPULARITIES, ROUTINGS):
-        check_on_gpu(**common, popularity=popularity, routing=routing, ranks=(16,), layouts=("split",), active=3, slots=4)
-    for layout, rank in itertools.product(LAYOUTS, (1, 16, 64)):
-        check_on_gpu(**common, layouts=(layout,), ranks=(rank,))
-    for slots in (1, 2, 16, 64):
-        check_on_gpu(**common, active=slots, slots=slots, ranks=(4, 16, 8), popularity="distinct", base_share=0.0)
+    for arguments in full_grid(spec=MEDIUM, m=tokens, dtype=dtype):
+        check_on_gpu(**arguments)
 
 
 @pytest.mark.gpu

@@ -140,6 +140,12 @@ def test_emulated_gemm_adds_adapters(driver: Path, config: int) -> None:
     check(driver, cases)
 
 
+@pytest.mark.parametrize("config", range(op.EVERYWHERE))
+def test_emulated_gemm_of_4097_tokens(driver: Path, config: int) -> None:
+    base = Case(4097, top_k=1, experts=3, rows=32, k=32, config=config, routing="zipf")
+    check(driver, [base, replace(base, ranks=(16, 3))])
+
+
 def weights_case(config: int, sizes: float) -> Case:
     """Its output is the weights of its one expert, one column a token."""
     return Case(128, top_k=1, experts=1, k=128, rows=128, group=32, config=config, x_is_identity=True, sizes=sizes)

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops.moe_lora_align import moe_lora_align_block_size
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
-from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
-from tests.moe.test_triton import check
-from tests.moe_cases import LAYOUTS, POPULARITIES, make_case
+from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
+from tests.moe.test_triton import check, check_on_gpu
+from tests.moe_cases import LAYOUTS, POPULARITIES, full_grid, generator, make_case, make_topk_ids
 from tests.ops.cpp import compile_for_emulator
+from tests.references import assert_near
 
 SMALL = {"experts": 5, "top_k": 2, "hidden": 72, "inter": 136}
 GPU = torch.cuda.is_available()
@@ -107,6 +109,20 @@ def test_many_adapters_in_a_tile(device: torch.device) -> None:
     check(make_case(**common, m=90, ranks=(4, 8), layouts=("split",), active=40, slots=40, popularity="distinct"), tiles(1))
 
 
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_4097_tokens(device: torch.device, cluster: int) -> None:
+    """The operator alone: gathered rows in sorted order, an expert of few tokens, an odd tail."""
+    g, tile = generator(0, device), WgmmaTile(2, cluster)
+    x, w = (torch.randn(*shape, generator=g, device=device).half() for shape in ((4097, 72), (3, 40, 72)))
+    ids = make_topk_ids("zipf", 4097, 1, 3, g)
+    align = moe_lora_align_block_size(ids, None, 3, 0, tile.m, 16)
+    out = torch.full((4097, 40), float("nan"), dtype=torch.float16, device=device)
+    wgmma_gemm(x, w, None, align, out, tile, top_k=1, gather=True, scatter=False)
+    order = align.sorted_pairs.long()
+    expected = torch.einsum("mk,mnk->mn", x[order].float(), w.float()[ids[order, 0].long()])
+    assert_near(out, expected, "moe_wgmma_gemm")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cluster", CLUSTERS)
 @pytest.mark.parametrize("tokens", [64, 1024, 4097])
@@ -117,3 +133,12 @@ def test_real_shapes(device: torch.device, load: str, tokens: int, cluster: int)
         adapters: dict[str, Any] = {"ranks": (16, 0, 1, 100, 8, 64), "layouts": LAYOUTS, "active": 6, "slots": 6, "routing": "partial"}
         case = make_case(spec=spec, m=tokens, dtype=torch.bfloat16, device=device, **(adapters if load == "mixed" else {"popularity": "none", "slots": 1}))
         check(case, tiles(cluster), lora=load == "mixed")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("tokens", [3, 64, 700])
+def test_gpu_axes(tokens: int, cluster: int) -> None:
+    """Popularity by routing, layouts by rank, slots from 1 to 64, in graphs too."""
+    for arguments in full_grid(spec=MoESpec(32, 4, 1024, 512), m=tokens):
+        check_on_gpu(tiles=tiles(cluster), **arguments)

@@ -20,6 +20,7 @@ from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import write_adapter
 from tests.quantized_checkpoints import genuine, write_reference
 from tests.server.test_end_to_end import Server
+from tests.server.test_quantized import CHECKPOINTS
 from tests.tiny_models import make_tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -56,9 +57,10 @@ def compare(path: Path, adapters: dict[str, Path], **flags: Any) -> dict[str, in
     return dict(info["memory"])
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe-w4a16", "qwen3_moe-w4a16-asym-g32", "mixtral-w8a16-g64"])
+@pytest.mark.parametrize("name", ["qwen3_moe-w4a16", "qwen3_moe-w4a16-asym-g32", "mixtral-w8a16-g64", "gptq", "awq"])
 def test_tiny_checkpoints(name: str, tmp_path: Path) -> None:
-    path = genuine(name, tmp_path)
+    """llmcompressor's files, and GPTQ and AWQ by their layouts; that these logits are right is test_quantized_logits.py's."""
+    path = CHECKPOINTS[name](tmp_path) if name in CHECKPOINTS else genuine(name, tmp_path)
     reference = write_reference(path, tmp_path / "reference")
     adapters = {key: write_adapter(layout, reference, tmp_path / key, rank=rank) for key, (layout, rank) in LAYOUTS.items()}
     compare(path, adapters, dtype="bfloat16", page_size=4, max_total_tokens=2048)
