@@ -31,7 +31,7 @@ class Runner(Protocol):
 class EngineCore:
     """Scheduler, runner and adapters of one model. `lora` None = a server without adapters.
 
-    With `overlap` a decode step is launched before the tokens of the one before have come to the host; what ends by such a
+    With `overlap` a step is launched before the tokens of the one before have come to the host; what ends by such a
     token has then taken part in one step too many, whose token is dropped.
     """
 

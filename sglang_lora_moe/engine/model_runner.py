@@ -84,15 +84,15 @@ class ModelRunner:
         ends = zip(batch.requests, batch.query_lens, strict=True)
         sampled = [b for b, (request, count) in enumerate(ends) if request.num_computed + count == len(request.tokens)]
         result = StepResult(sampled, [])
+        ctx, rows = self.model.ctx, self.model.ctx.logit_rows[: len(sampled)]
         if sum(map(len, wanted)) > len(sampled):
             sample_rows = self._score_prompts(logits, batch, wanted, result)
-            logits, best = logits[sample_rows], None
+            logits, best, rows = logits[sample_rows], None, ctx.logit_rows[sample_rows]
         if not sampled:
             return Launched(result, None, None, False)
         requests = [batch.requests[b] for b in sampled]
         logits = logits[: len(sampled)]
-        ctx = self.model.ctx
-        inputs = functools.partial(torch.index_select, ctx.input_ids, 0, ctx.logit_rows[: len(sampled)])  # rows are tokens whenever tokens are pending
+        inputs = functools.partial(torch.index_select, ctx.input_ids, 0, rows)
         chosen = self.sampler.choose(logits, requests, None if best is None else best[: len(sampled)], inputs)
         return self._send_tokens(chosen, result, self.sampler.logprobs(logits, requests, chosen))
 

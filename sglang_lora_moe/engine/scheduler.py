@@ -124,10 +124,8 @@ class Scheduler:
         return Batch(requests, query_lens, sum(query_lens), any(request.slot >= 0 for request in requests))
 
     def can_run_ahead(self) -> bool:
-        """Whether the next step is known before the tokens of the last one are: all decode, and nobody comes or is retracted."""
-        nobody = not self.waiting or len(self.running) >= self.limits.max_running or not self._scan_is_due(self._pass + 1)
-        decoding = all(request.num_output > 0 and request.num_computed == len(request.tokens) - 1 for request in self.running)
-        return nobody and decoding and self.cache.available >= len(self.running)
+        """Whether the next step can be chosen before the tokens of the last one are known: whoever is retracted must know its tokens."""
+        return self.cache.available >= len(self.running)
 
     def advance(self, batch: Batch, sampled: list[int]) -> None:
         """A step was launched: count it as computed, with PENDING for the tokens that it samples. `update` fills them in."""
@@ -211,7 +209,7 @@ class Scheduler:
 
     def _admit(self, take: Callable[[Request], bool]) -> None:
         """Admit waiting requests until a budget is used up; note who was passed over."""
-        if not self._scan_is_due(self._pass):
+        if not (self._dirty or self._pass % RESCAN_STEPS == 0):
             return
         admitted = 0
         blocked: list[tuple[Request, int]] = []  # with the number admitted before
@@ -241,10 +239,6 @@ class Scheduler:
             self.waiting = [request for request in self.waiting if not request.running]
         if self.slots is not None:
             self._drain(self.slots, [revision for revision, overdue in no_slot.items() if overdue])
-
-    def _scan_is_due(self, number: int) -> bool:
-        """Whether pass `number` looks at the waiting requests."""
-        return self._dirty or number % RESCAN_STEPS == 0
 
     def _overdue(self, request: Request) -> bool:
         if request.blocked_since < 0:

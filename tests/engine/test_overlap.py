@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sglang_lora_moe.core import Abort, SamplingParams, Submit, TokenOutput
+from sglang_lora_moe.core import Abort, LogprobOptions, SamplingParams, Submit, TokenOutput
 from sglang_lora_moe.engine.engine_core import EngineCore
 from tests.engine.models import make_engine
 
@@ -66,3 +66,52 @@ def test_abort_while_a_step_runs() -> None:
     tokens, ends = run(engine.core, True, False, abort="r6")
     assert ends["r6"] == "abort" and tokens["r6"] == expected["r6"][: len(tokens["r6"])]
     assert {rid: found for rid, found in tokens.items() if rid != "r6"} == {rid: found for rid, found in expected.items() if rid != "r6"}
+
+
+def test_arrivals_do_not_stop_the_overlap() -> None:
+    """A request every other step, prompts in chunks, some that end at once: only the first step finds nothing in flight."""
+    core = make_engine(max_total_tokens=2048, chunked_prefill_size=24).core
+    core.overlap = True
+    core.handle(Submit("long", [1, 20, 30], SamplingParams(temperature=0.0, max_new_tokens=100, ignore_eos=True)))
+    alone, mixed, launch = [], 0, core.runner.launch
+
+    def counted(batch: Any) -> Any:
+        nonlocal mixed
+        mixed += batch.num_tokens > len(batch.requests)
+        if core._in_flight is None:
+            alone.append(core.num_steps)
+        return launch(batch)
+
+    core.runner.launch = counted  # type: ignore[method-assign]
+    for step in range(60):
+        if step % 2:
+            count = 1 + 7 * step % 60
+            core.handle(
+                Submit(f"r{step}", [1, *range(10, 10 + count)], SamplingParams(temperature=0.0, max_new_tokens=1 + step % 9), "r8" if step % 3 else None)
+            )
+        core.step()
+        core.check()
+    assert alone == [1], f"steps that were not launched beside another: {alone}"
+    assert mixed > 20, "hardly any step had a prompt"
+
+
+def test_inputs_of_pending_tokens_beside_a_scored_prompt() -> None:
+    """The older request waits for a slot; when it comes, the rows that it wants scored lie before those of the running one."""
+    core = make_engine(max_total_tokens=512, max_loras_per_batch=1).core
+    core.overlap = True
+    taken: list[tuple[Any, int, int]] = []
+    sampler: Any = core.runner.sampler  # type: ignore[attr-defined]
+    choose = sampler.choose
+
+    def recorded(logits: Any, requests: list[Any], best: Any, inputs: Any) -> Any:
+        ends = zip(requests, inputs().tolist(), strict=True)
+        taken.extend((request, len(request.tokens) - 1, token) for request, token in ends)
+        return choose(logits, requests, best, inputs)
+
+    sampler.choose = recorded
+    for rid, adapter, logprobs in (("other", "r4", None), ("scored", "r8", LogprobOptions(prompt_start=0)), ("running", None, None)):
+        limits = SamplingParams(temperature=0.0, max_new_tokens=40 if adapter is None else 6, ignore_eos=True)
+        core.handle(Submit(rid, [1, *range(11, 39)], limits, adapter, logprobs))
+    while core.has_work:
+        core.step()
+    assert len(taken) == 52 and all(request.tokens[position] == token for request, position, token in taken)
