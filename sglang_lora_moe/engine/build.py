@@ -18,7 +18,6 @@ from sglang_lora_moe.engine.memory import MemoryBudget
 from sglang_lora_moe.engine.model_runner import ModelRunner
 from sglang_lora_moe.engine.resolve import resolve
 from sglang_lora_moe.engine.scheduler import Limits, Scheduler
-from sglang_lora_moe.engine.warm_up import run_largest_step
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.adapter import AdapterRules
 from sglang_lora_moe.lora.manager import LoRAManager
@@ -54,7 +53,7 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     if config.device == "cuda":
         with budget.guard("running the largest step", "a smaller --chunked-prefill-size", "a smaller --max-running-requests"):
             model.allocate_kv(1)
-            run_largest_step(model, config.enable_lora)
+            _run_largest_step(model, config.enable_lora)
     budget.measure_workspace()
     tokens = budget.plan_kv_cache(model.kv_bytes_per_token())
     config = replace(config, max_total_tokens=tokens)
@@ -109,6 +108,29 @@ def _kv_dtype(config: Config, model: ServedModel) -> torch.dtype:
             raise ValueError("--kv-cache-dtype fp8_e4m3 needs a GPU of compute capability 8.9 or newer")
         return torch.float8_e4m3fn
     return torch.bfloat16 if config.kv_cache_dtype == "bfloat16" else model.dtype
+
+
+@torch.inference_mode()
+def _run_largest_step(model: ServedModel, with_adapters: bool) -> None:
+    """One step of `ctx.max_tokens` tokens over all requests, for each family, so that scratch memory has its final size afterwards.
+
+    Every token is padding: it is written to the dump page and reads no expert.
+    """
+    ctx = model.ctx
+    requests = ctx.max_requests
+    length = min(ctx.max_tokens // requests, ctx.page_table.shape[1] * ctx.page_size)
+    first = min(ctx.max_tokens - length * (requests - 1), ctx.page_table.shape[1] * ctx.page_size)
+    lens = [first] + [length] * (requests - 1)
+    ctx.inputs.copy_(ctx.make_inputs(ctx.device)[0])
+    ctx.num_tokens, ctx.num_requests, ctx.num_logits = sum(lens), requests, requests
+    ctx.query_lens = ctx.seq_lens_host = lens
+    sizes = torch.tensor(lens, dtype=torch.int32, device=ctx.device)
+    ctx.seq_lens.copy_(sizes)
+    ctx.query_starts[1:].copy_(sizes.cumsum(0))
+    for ctx.lora_active in (False, True) if with_adapters else (False,):
+        model.forward_logits()
+    ctx.lora_active = False
+    torch.cuda.synchronize()
 
 
 def _make_manager(config: Config, model: ServedModel, budget: MemoryBudget) -> LoRAManager:

@@ -14,13 +14,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from sglang_lora_moe.engine.model_runner import Model
 from sglang_lora_moe.engine.request import Batch
+
+if TYPE_CHECKING:
+    from sglang_lora_moe.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
 FEW_REQUESTS = 16
@@ -42,19 +44,12 @@ def prefill_ladder(max_tokens: int, max_requests: int) -> list[tuple[int, int]]:
     return [(tokens, requests) for tokens, requests in few + many if tokens <= max_tokens]
 
 
-class SplitModel(Model, Protocol):
-    """What `PrefillGraphs` needs of `models.build.ServedModel`."""
-
-    def forward_hidden(self) -> torch.Tensor: ...  # [num_tokens, H], normed
-    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor: ...  # [num_logits, V] of its wanted rows
-
-
 class _Graphs(Generic[Size]):
     """Captured steps of one model by size and family. `families`: (False,) without adapters, (False, True) with."""
 
     what = "steps"
 
-    def __init__(self, model: Model, families: Sequence[bool], sizes: Sequence[Size]) -> None:
+    def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[Size]) -> None:
         self.model, self.families = model, tuple(families)
         self.sizes: list[Size] = sorted(sizes)
         self._graphs: dict[tuple[Size, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -121,7 +116,7 @@ class DecodeGraphs(_Graphs[int]):
 
     what = "decode steps"
 
-    def __init__(self, model: Model, families: Sequence[bool], sizes: Sequence[int]) -> None:
+    def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[int]) -> None:
         super().__init__(model, families, sizes)
         self._by_count = [0, *(next(size for size in self.sizes if size >= n) for n in range(1, self.sizes[-1] + 1))]
 
@@ -154,7 +149,6 @@ class DecodeGraphs(_Graphs[int]):
 class PrefillGraphs(_Graphs[tuple[int, int]]):
     """Steps with prompt tokens, up to the last norm. A size is (tokens, requests)."""
 
-    model: SplitModel
     what = "prefill steps"
 
     def padded_size(self, batch: Batch) -> tuple[int, int]:

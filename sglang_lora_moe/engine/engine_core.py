@@ -9,23 +9,16 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, FrontMessage, GetStats, LoadAdapter, Reply, RequestError, Submit, UnloadAdapter
-from sglang_lora_moe.engine.model_runner import Launched
-from sglang_lora_moe.engine.request import Batch, Request, StepResult
+from sglang_lora_moe.engine.model_runner import Launched, ModelRunner
+from sglang_lora_moe.engine.request import Batch, Request
 from sglang_lora_moe.engine.scheduler import Scheduler
 from sglang_lora_moe.lora.manager import LoRAManager
 from sglang_lora_moe.lora.registry import LORA_DISABLED, AdapterEntry
 
 logger = logging.getLogger(__name__)
-
-
-class Runner(Protocol):
-    """What the core needs of `engine.model_runner.ModelRunner`."""
-
-    def launch(self, batch: Batch) -> Launched: ...
-    def collect(self, launched: Launched) -> StepResult: ...
 
 
 class EngineCore:
@@ -36,7 +29,7 @@ class EngineCore:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, lora: LoRAManager | None, *, vocab_size: int, eos_ids: list[int], seed: int = 0, overlap: bool = False
+        self, scheduler: Scheduler, runner: ModelRunner, lora: LoRAManager | None, *, vocab_size: int, eos_ids: list[int], seed: int = 0, overlap: bool = False
     ) -> None:
         self.scheduler, self.runner, self.lora = scheduler, runner, lora
         self.overlap = overlap

@@ -8,38 +8,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from sglang_lora_moe.core import TokenLogprob
+from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, PrefillGraphs
 from sglang_lora_moe.engine.request import Batch, StepResult
 from sglang_lora_moe.engine.sampler import Logprobs, Sampler, token_logprobs
 from sglang_lora_moe.engine.step_inputs import StepInputs
-from sglang_lora_moe.layers.step import StepContext
 
-
-class Model(Protocol):
-    """What the runner needs of `models.build.ServedModel`."""
-
-    ctx: StepContext
-    vocab_size: int
-
-    def forward_logits(self) -> torch.Tensor: ...  # [num_logits, V] in the model's dtype
-
-
-class Graphs(Protocol):
-    """What the runner needs of `engine.cuda_graph.DecodeGraphs`."""
-
-    def padded_size(self, batch: Batch) -> int: ...  # 0 = no graph for this batch
-    def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-class OtherGraphs(Protocol):
-    """What the runner needs of `engine.cuda_graph.PrefillGraphs`."""
-
-    def padded_size(self, batch: Batch) -> tuple[int, int]: ...  # tokens and requests, 0 = no graph for this batch
-    def logits(self, size: tuple[int, int], lora_active: bool) -> torch.Tensor: ...
+if TYPE_CHECKING:
+    from sglang_lora_moe.models.served import ServedModel
 
 
 @dataclass
@@ -56,7 +36,7 @@ class Launched:
 class ModelRunner:
     """One model on one device. `graphs` None = decode steps are eager, `prefill_graphs` None = so are the others."""
 
-    def __init__(self, model: Model, graphs: Graphs | None = None, prefill_graphs: OtherGraphs | None = None) -> None:
+    def __init__(self, model: ServedModel, graphs: DecodeGraphs | None = None, prefill_graphs: PrefillGraphs | None = None) -> None:
         self.model, self.graphs, self.prefill_graphs = model, graphs, prefill_graphs
         self.inputs = StepInputs(model.ctx)
         self.sampler = Sampler(model.vocab_size, model.ctx.device)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,7 +25,10 @@ from sglang_lora_moe.lora.reader import AdapterReader
 from sglang_lora_moe.lora.registry import AdapterEntry, LoRARegistry
 from sglang_lora_moe.lora.slot_loader import SlotLoader
 from sglang_lora_moe.lora.slots import SlotTable
-from sglang_lora_moe.lora.wrap import Model, wrap_layers
+from sglang_lora_moe.lora.wrap import wrap_layers
+
+if TYPE_CHECKING:
+    from sglang_lora_moe.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class LoRAManager:
 
     def __init__(
         self,
-        model: Model,
+        model: ServedModel,
         reader: AdapterReader,
         pool: LoRAMemoryPool,
         *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -16,13 +16,6 @@ from sglang_lora_moe.lora.hooks import FusedMoEWithLoRA
 from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
-
-
-class Model(Protocol):
-    """What adapters need of `models.build.ServedModel`."""
-
-    hf: Any
-    ctx: StepContext
 
 
 def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext, backend: str) -> dict[str, LinearWithLoRA | EmbeddingWithLoRA]:
