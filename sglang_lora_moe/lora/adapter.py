@@ -20,21 +20,7 @@ from sglang_lora_moe.lora.adapter_config import AdapterConfig, parse_config, rea
 from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterFile, AdapterMemory, AdapterTensors
 from sglang_lora_moe.lora.adapter_layouts import INNER, OUTER, PROJECTIONS, AdapterSource, ExpertKey, missing_half, read_experts
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
-from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA, LoadReport, ModuleLoRA
-
-__all__ = [
-    "AdapterConfig",
-    "AdapterError",
-    "AdapterRules",
-    "AdapterWeights",
-    "EmbeddingLoRA",
-    "ExpertLoRA",
-    "LinearLoRA",
-    "LoadReport",
-    "ModuleLoRA",
-    "read_adapter",
-    "read_tensors",
-]
+from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModuleLoRA
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -250,7 +236,7 @@ class _Names:
 
 
 # ---- linears and embeddings -------------------------------------------------------------------------------------------
-def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> LinearLoRA | EmbeddingLoRA:
+def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> LinearLoRA:
     """A [R, in] and B [out, R] of a linear, or A [R, V] and B [H, R] of an embedding."""
     for half in "AB":
         if half not in pair.halves:

@@ -17,28 +17,13 @@ class LinearLoRA:
     b: Tensor  # [out, R]
     scaling: float
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
     def tensors(self) -> list[Tensor]:
         return [self.a, self.b]
 
 
 @dataclass(frozen=True)
-class EmbeddingLoRA:
-    """e(t) += scaling * b a[:, t]."""
-
-    a: Tensor  # [R, V]
-    b: Tensor  # [H, R]
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.a, self.b]
+class EmbeddingLoRA(LinearLoRA):
+    """e(t) += scaling * b a[:, t]; a [R, V], b [H, R]."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +42,11 @@ class ExpertLoRA:
     b2: Tensor | None = None  # [E or 1, H, R]
     scaling2: float = 0.0
 
-    @property
-    def rank(self) -> int:
-        """The larger R of the two halves, which have ranks of their own."""
-        return max(b.shape[2] for b in (self.b13, self.b2) if b is not None)
-
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.a13, self.b13, self.a2, self.b2) if tensor is not None]
 
 
-ModuleLoRA = LinearLoRA | EmbeddingLoRA | ExpertLoRA
+ModuleLoRA = LinearLoRA | ExpertLoRA
 
 
 @dataclass
@@ -87,11 +67,3 @@ class AdapterWeights:
     config: AdapterConfig
     modules: dict[str, ModuleLoRA]  # by target name
     report: LoadReport
-
-    @property
-    def rank(self) -> int:
-        return max(module.rank for module in self.modules.values())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for module in self.modules.values() for tensor in module.tensors())

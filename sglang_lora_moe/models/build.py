@@ -111,7 +111,7 @@ def _build_on_meta(path: Path, dtype: torch.dtype) -> Any:
             if _ATTENTION not in str(error):
                 raise
             raise recognise.UnsupportedModelError(f"{path}: attention of model_type {config.model_type!r} cannot be replaced in transformers") from error
-    plan = recognise.dtype_plan(hf, dtype)
+    plan = {pattern.replace("*", ".*"): kept for pattern, kept in hf._get_dtype_plan(dtype).items()}  # what transformers keeps in another dtype
     for module_path, module in hf.named_modules():
         for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             planned = next((kept for pattern, kept in plan.items() if re.search(pattern, f"{module_path}.{leaf}")), None)
@@ -180,7 +180,7 @@ class _Swap:
         if latent:
             self._replace(path, self._make_latent(path, module, paged))
             self.refused_adapter_modules["kv_b_proj"] = KV_B_REASON
-        elif recognise.is_replaceable(module):
+        elif recognise.is_standard(module):
             self._replace(path, self._make_attention(path, module, paged))
         else:
             module.paged_attention = paged  # its own forward stays and calls `_paged_attention`

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import nn
 
 from sglang_lora_moe.layers.attention import AttentionSpec, KVLayerSpec
@@ -50,7 +49,7 @@ def find_attention(hf: nn.Module) -> dict[str, nn.Module]:
     users = {path: module for path, module in hf.named_modules() if _takes_cache(module)}
     leaves = {path: module for path, module in users.items() if not any(other.startswith(f"{path}.") for other in users) and path}
     for path, module in leaves.items():
-        if not (_is_standard(module) or type(module).__name__ in LATENT_ATTENTION or _is_generic(module)):
+        if not (is_standard(module) or type(module).__name__ in LATENT_ATTENTION or _is_generic(module)):
             raise UnsupportedModelError(
                 f"{path} is a {type(module).__name__}, which keeps earlier tokens in a way that is not supported; "
                 "only attention with q_proj, k_proj, v_proj and o_proj, or known latent attention, is"
@@ -104,7 +103,8 @@ def _has_projections(module: nn.Module) -> bool:
     return all(type(getattr(module, name, None)) is nn.Linear for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
-def _is_standard(module: nn.Module) -> bool:
+def is_standard(module: nn.Module) -> bool:
+    """Whether the whole attention module can be replaced by `layers.attention.Attention`."""
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
     extra = {name for name, _ in module.named_children()} - known
     clipped = getattr(getattr(module, "config", None), "clip_qkv", None) is not None
@@ -115,11 +115,6 @@ def _is_generic(module: nn.Module) -> bool:
     """Attention that keeps its forward and calls the registered attention function with rotated q, k and v."""
     flat = all(not any(True for _ in child.children()) for child in module.children())
     return _has_projections(module) and flat and hasattr(module, "head_dim") and hasattr(module, "scaling") and hasattr(module, "layer_idx")
-
-
-def is_replaceable(module: nn.Module) -> bool:
-    """True if the whole attention module can be replaced by `layers.attention.Attention`."""
-    return _is_standard(module)
 
 
 # ---- specs ----------------------------------------------------------------------------------------------------------
@@ -205,8 +200,3 @@ def _top_k(config: Any) -> int:
         if value:
             return int(max(value)) if isinstance(value, list | tuple) else int(value)
     raise UnsupportedModelError(f"{config.model_type}: cannot tell how many experts a token uses")
-
-
-def dtype_plan(hf: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Name patterns (regular expressions) of tensors that transformers keeps in another dtype."""
-    return {pattern.replace("*", ".*"): planned for pattern, planned in hf._get_dtype_plan(dtype).items()}

@@ -104,12 +104,18 @@ def dequantize(weight: WNA16Weight, dtype: torch.dtype) -> torch.Tensor:
     return values
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+_WORDS = (torch.int32,)
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _take(name: str, leaf: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+    """The tensor `leaf` of the linear `name`, if it is there and as expected."""
+    if leaf not in tensors:
+        raise QuantizationError(f"{name}.{leaf} is missing from the checkpoint")
+    tensor = tensors[leaf]
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        raise QuantizationError(f"{name}: expected {shape} of {' or '.join(map(str, dtypes))}, found {tuple(tensor.shape)} of {tensor.dtype}")
-
-
-_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+        raise QuantizationError(f"{name}.{leaf}: expected {shape} of {' or '.join(map(str, dtypes))}, found {tuple(tensor.shape)} of {tensor.dtype}")
+    return tensor
 
 
 def num_groups(name: str, in_features: int, group_size: int, bits: int) -> int:
@@ -133,22 +139,19 @@ def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: 
     out, inn = shape
     group = inn if group_size == -1 else group_size
     groups = num_groups(name, inn, group_size, bits)
-    for key in ("weight_packed", "weight_scale") + (() if symmetric else ("weight_zero_point",)):
-        if key not in tensors:
-            raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
     if symmetric and "weight_zero_point" in tensors:
         raise QuantizationError(f"{name}.weight_zero_point is present, but the quantization config declares symmetric weights")
-    _expect(f"{name}.weight_packed", tensors["weight_packed"], (out, inn * bits // 32), (torch.int32,))
-    _expect(f"{name}.weight_scale", tensors["weight_scale"], (out, groups), _SCALE_DTYPES)
+    packed = _take(name, "weight_packed", tensors, (out, inn * bits // 32), _WORDS)
+    scales = _take(name, "weight_scale", tensors, (out, groups), _SCALES)
     if "weight_shape" in tensors and tuple(tensors["weight_shape"].tolist()) != shape:
         raise QuantizationError(f"{name}.weight_shape: expected {shape}, found {tuple(tensors['weight_shape'].tolist())}")
     if "weight_g_idx" in tensors:
         _check_group_index(name, tensors["weight_g_idx"], inn, group)
     zeros = None
     if not symmetric:
-        _expect(f"{name}.weight_zero_point", tensors["weight_zero_point"], (-(-out * bits // 32), groups), (torch.int32,))
-        zeros = unpack(tensors["weight_zero_point"].t(), bits)[:, :out].t().contiguous()
-    return WNA16Weight(tensors["weight_packed"].contiguous(), tensors["weight_scale"].contiguous(), zeros, bits, group)
+        words = _take(name, "weight_zero_point", tensors, (-(-out * bits // 32), groups), _WORDS)
+        zeros = unpack(words.t(), bits)[:, :out].t().contiguous()
+    return WNA16Weight(packed.contiguous(), scales.contiguous(), zeros, bits, group)
 
 
 def _check_group_index(name: str, index: torch.Tensor, inn: int, group: int) -> None:
@@ -172,15 +175,12 @@ def from_gptq(
     out, inn = shape
     group = inn if group_size == -1 else group_size
     groups = num_groups(name, inn, group_size, bits)
-    for key in ("qweight", "scales", "qzeros"):
-        if key not in tensors:
-            raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
-    _expect(f"{name}.qweight", tensors["qweight"], (inn * bits // 32, out), (torch.int32,))
-    _expect(f"{name}.scales", tensors["scales"], (groups, out), _SCALE_DTYPES)
-    _expect(f"{name}.qzeros", tensors["qzeros"], (groups, out * bits // 32), (torch.int32,))
+    packed = _take(name, "qweight", tensors, (inn * bits // 32, out), _WORDS).t().contiguous()
+    scales = _take(name, "scales", tensors, (groups, out), _SCALES).t().contiguous()
+    words = _take(name, "qzeros", tensors, (groups, out * bits // 32), _WORDS)
     if "g_idx" in tensors:
         _check_group_index(name, tensors["g_idx"], inn, group)
-    stored = (unpack(tensors["qzeros"], bits).to(torch.int16) + zero_offset) & ((1 << bits) - 1 if symmetric else 0xFFFF)
+    stored = (unpack(words, bits).to(torch.int16) + zero_offset) & ((1 << bits) - 1 if symmetric else 0xFFFF)
     zeros: torch.Tensor | None = stored.t()
     middle = 1 << (bits - 1)
     if bool((stored == middle).all()):
@@ -191,26 +191,18 @@ def from_gptq(
         )
     elif int(stored.max()) > 255:
         raise QuantizationError(f"{name}.qzeros holds a zero point of {int(stored.max())}, which does not fit {bits} bits")
-    return WNA16Weight(
-        tensors["qweight"].t().contiguous(), tensors["scales"].t().contiguous(), None if zeros is None else zeros.to(torch.uint8).contiguous(), bits, group
-    )
+    return WNA16Weight(packed, scales, None if zeros is None else zeros.to(torch.uint8).contiguous(), bits, group)
 
 
 def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int) -> WNA16Weight:
     """AWQ gemm tensors (qweight [I, O/8], qzeros [G, O/8], scales [G, O]) -> canonical."""
     out, inn = shape
-    if bits != 4:
-        raise QuantizationError(f"{name}: AWQ with {bits} bits; its gemm layout has 4")
     group = inn if group_size == -1 else group_size
     groups = num_groups(name, inn, group_size, bits)
-    for key in ("qweight", "scales", "qzeros"):
-        if key not in tensors:
-            raise QuantizationError(f"{name}.{key} is missing from the checkpoint")
-    _expect(f"{name}.qweight", tensors["qweight"], (inn, out // 8), (torch.int32,))
-    _expect(f"{name}.scales", tensors["scales"], (groups, out), _SCALE_DTYPES)
-    _expect(f"{name}.qzeros", tensors["qzeros"], (groups, out // 8), (torch.int32,))
-    zeros = _awq_columns(tensors["qzeros"]).contiguous()
-    return WNA16Weight(pack(_awq_columns(tensors["qweight"]), 4), tensors["scales"].t().contiguous(), zeros, bits, group)
+    packed = _take(name, "qweight", tensors, (inn, out // 8), _WORDS)
+    scales = _take(name, "scales", tensors, (groups, out), _SCALES)
+    zeros = _awq_columns(_take(name, "qzeros", tensors, (groups, out // 8), _WORDS)).contiguous()
+    return WNA16Weight(pack(_awq_columns(packed), 4), scales.t().contiguous(), zeros, bits, group)
 
 
 def _awq_columns(words: torch.Tensor) -> torch.Tensor:

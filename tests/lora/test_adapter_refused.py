@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sglang_lora_moe.lora.adapter import AdapterError, AdapterRules, AdapterWeights, read_adapter
+from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter
+from sglang_lora_moe.lora.adapter_file import AdapterError
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
+from sglang_lora_moe.lora.weights import AdapterWeights
 
 Tensors = dict[str, Tensor]
 Config = dict[str, Any]
