@@ -1,7 +1,7 @@
 """Reads adapters from their files in a process of its own, so that no step waits for the interpreter while one is read.
 
 An adapter may have tens of thousands of tensors, and checking them is Python. The child reads, checks and packs; the packed
-image comes back as anonymous shared memory, the rest as a pickle, over a socket pair. One child serves all engines of a
+image comes back as anonymous shared memory, the rest as a pickle, over a pipe. One child serves all engines of a
 process; it is started when it is first needed, and again if it has died. Where the system has no anonymous shared memory
 (not Linux) adapters are read in the calling thread.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import torch
 from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter, read_tensors
 from sglang_lora_moe.lora.packed import PackedAdapter, PoolLayout
 
-_LENGTH = struct.Struct("!Q")
 _NICENESS = 5  # steps come first where cores are few
 
 
@@ -61,7 +61,7 @@ class _Child:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._connection: Connection | None = None
 
     def ensure(self) -> None:
         with self._lock:
@@ -71,12 +71,12 @@ class _Child:
         with self._lock:
             connection = self._connect()
             try:
-                _send(connection, rules_and_layout)
-                _send(connection, path.encode())
-                answer = pickle.loads(_receive(connection))
+                connection.send_bytes(rules_and_layout)
+                connection.send_bytes(path.encode())
+                answer = pickle.loads(connection.recv_bytes())
                 if isinstance(answer, Exception):
                     raise answer
-                _, (fd, *_), _, _ = socket.recv_fds(connection, 1, 1)
+                fd = recv_handle(connection)
             except (EOFError, ConnectionError) as error:
                 status = self._end()
                 raise RuntimeError(f"the process that reads adapters ended with status {status} while it read {path} (-9: memory ran out)") from error
@@ -86,27 +86,27 @@ class _Child:
         finally:
             os.close(fd)
 
-    def _connect(self) -> socket.socket:
-        if self._socket is not None and self._process is not None and self._process.poll() is not None:
+    def _connect(self) -> Connection:
+        if self._connection is not None and self._process is not None and self._process.poll() is not None:
             self._end()
-        if self._socket is None:
-            ours, theirs = socket.socketpair()
+        if self._connection is None:
+            ours, theirs = Pipe()
             root = str(Path(__file__).parents[2])
             path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
             command = [sys.executable, "-c", f"from sglang_lora_moe.lora.reader import run_child; run_child({theirs.fileno()})"]
-            # its own session: a Ctrl-C in the terminal ends the parent, and the socket's end then ends the child
+            # its own session: a Ctrl-C in the terminal ends the parent, and the pipe's end then ends the child
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
             )
             theirs.close()
-            self._socket = ours
-        return self._socket
+            self._connection = ours
+        return self._connection
 
     def _end(self) -> int | None:
         """Forget the child; its exit status."""
-        assert self._socket is not None and self._process is not None
-        self._socket.close()
-        self._socket = None
+        assert self._connection is not None and self._process is not None
+        self._connection.close()
+        self._connection = None
         return self._process.wait()
 
 
@@ -118,11 +118,11 @@ def run_child(fd: int) -> None:
     """Main function of the child: answer until the parent has gone."""
     os.nice(_NICENESS)
     torch.set_num_threads(1)  # its tensors are small, and the cores belong to the steps
-    connection = socket.socket(fileno=fd)
+    connection = Connection(fd)
     while True:
         try:
-            rules, layout = pickle.loads(_receive(connection))
-            path = _receive(connection).decode()
+            rules, layout = pickle.loads(connection.recv_bytes())
+            path = connection.recv_bytes().decode()
         except (EOFError, ConnectionError):
             return
         memory = _Shared(layout.dtype)
@@ -134,9 +134,9 @@ def run_child(fd: int) -> None:
             answer = error
         except Exception as error:  # whatever is in a file, the server goes on and says what happened
             answer = RuntimeError(f"{type(error).__name__}: {error}")
-        _send(connection, pickle.dumps(answer))
+        connection.send_bytes(pickle.dumps(answer))
         if not isinstance(answer, Exception):
-            socket.send_fds(connection, [b"\0"], [memory.fd])
+            send_handle(connection, memory.fd, os.getppid())
         memory.close()
 
 
@@ -160,22 +160,3 @@ class _Shared:
 def _map(fd: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
     """The shared memory of `fd` as a tensor; it lives as long as a tensor on it, and keeps no descriptor open."""
     return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=elements, dtype=dtype)
-
-
-def _send(connection: socket.socket, frame: bytes) -> None:
-    connection.sendall(_LENGTH.pack(len(frame)) + frame)
-
-
-def _receive(connection: socket.socket) -> bytes:
-    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
-    return _exactly(connection, length)
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < count:
-        part = connection.recv(min(count - len(parts), 1 << 20))
-        if not part:
-            raise EOFError
-        parts += part
-    return bytes(parts)
