@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.lora.slot_runs import slot_runs
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
-from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta
+from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta, slot_runs
 
 BACKENDS = ("torch_native", "triton", "csgmv")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.host_views import add_expand, slot_views
-from sglang_lora_moe.lora.slot_runs import SlotRuns
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, LinearStacks
 
 Part = tuple[LinearStacks, int, int]  # stacks, first row of the layer's output, rows
@@ -54,3 +55,46 @@ def _accumulate(y: torch.Tensor, source: torch.Tensor, runs: SlotRuns, add: Call
         total = y.float()
         add(total, source)
         y.copy_(total)
+
+
+# ---- which rows of a step belong to which slot -----------------------------------------------------------------------
+@dataclass(frozen=True)
+class SlotRuns:
+    """Runs (slot, start, rows) over rows in `order`; `order` None = over the rows as they are. Base rows are in no run."""
+
+    order: torch.Tensor | None  # int64 [rows with an adapter]
+    runs: list[tuple[int, int, int]]
+
+
+def compute_slot_runs(slots: torch.Tensor) -> SlotRuns:
+    """slots int32 [M], -1 = base. Rows are gathered by slot only where that makes clearly fewer runs."""
+    runs = _runs(slots)
+    if len(runs) <= 2 * len({slot for slot, _, _ in runs}):
+        return SlotRuns(None, runs)
+    order = slots.argsort(stable=True)
+    order = order[slots.shape[0] - int((slots >= 0).sum()) :]  # base rows come first
+    return SlotRuns(order, _runs(slots[order]))
+
+
+def _runs(slots: torch.Tensor) -> list[tuple[int, int, int]]:
+    found, sizes = torch.unique_consecutive(slots, return_counts=True)
+    runs, start = [], 0
+    for slot, size in zip(found.tolist(), sizes.tolist(), strict=True):
+        if slot >= 0:
+            runs.append((slot, start, size))
+        start += size
+    return runs
+
+
+def slot_runs(ctx: StepContext, slot_source: str, rows: int) -> SlotRuns:
+    """The runs of the step's tokens ("tokens") or wanted logit rows ("logits").
+
+    Computed once per step and kept with the step context: a step is recognised by the content of its slots, so nobody has to announce a new one.
+    """
+    slots = (ctx.logit_slots if slot_source == "logits" else ctx.token_slots)[:rows]
+    cached: tuple[torch.Tensor, SlotRuns] | None = ctx.host_cache.get(slot_source)
+    if cached is not None and torch.equal(cached[0], slots):
+        return cached[1]
+    runs = compute_slot_runs(slots)
+    ctx.host_cache[slot_source] = (slots.clone(), runs)
+    return runs
