@@ -48,7 +48,7 @@ class WeightFormats:
 
     def make_linear(self, modules: dict[str, nn.Linear], *, device: torch.device | str, slot_source: str = "tokens") -> Linear:
         """The layer for one linear or several fused ones. One that is only partly quantized is built in 16 bit and dequantized at load."""
-        schemes = {name: self._linear_scheme(name, module) for name, module in modules.items()}
+        schemes = {name: self._scheme((f"{name}.weight", None), name) for name in modules}
         distinct: dict[WNA16Scheme, str] = {}
         for name, scheme in schemes.items():
             if scheme is not None:
@@ -78,12 +78,10 @@ class WeightFormats:
             "quantize them alike, or except all experts of the layer"
         )
 
-    def _linear_scheme(self, name: str, module: nn.Linear) -> WNA16Scheme | None:
-        return None if self.config is None else self._scheme((f"{name}.weight", None), name)
-
     def _scheme(self, place: tuple[str, Piece | None], name: str) -> WNA16Scheme | None:
-        """The scheme of the linear that belongs at `place` and that the model calls `name`."""
-        assert self.config is not None
+        """The scheme of the linear that belongs at `place` and that the model calls `name`; None = 16 bit."""
+        if self.config is None:
+            return None
         if not self._by_files:
             return self.config.scheme_for(name) if self.config.covers_by_default(name) else None
         in_files = self._names.get(place)

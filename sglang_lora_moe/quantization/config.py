@@ -18,8 +18,6 @@ SERVED = "compressed-tensors (pack-quantized), gptq and awq with int4 or int8 we
 class QuantizationConfig(Protocol):
     """What a parsed `quantization_config` answers."""
 
-    method: str
-
     def scheme_for(self, *names: str) -> WNA16Scheme | None:
         """The scheme of the linear known by `names`; None = the rules except it."""
         ...
@@ -40,8 +38,6 @@ def parse_quantization_config(config: dict[str, Any]) -> QuantizationConfig:
 
 class CompressedTensorsConfig:
     """Groups of targets (module names, "re:" patterns, class names), each with a scheme, and a list of ignored modules."""
-
-    method = "compressed-tensors"
 
     def __init__(self, config: dict[str, Any]) -> None:
         if config.get("kv_cache_scheme"):
@@ -105,8 +101,6 @@ class GPTQConfig:
     configuration says nothing: the files show it.
     """
 
-    method = "gptq"
-
     def __init__(self, config: dict[str, Any]) -> None:
         checkpoint_format = config.get("checkpoint_format") or config.get("format") or "gptq"
         if config.get("is_marlin_format"):
@@ -138,8 +132,6 @@ class GPTQConfig:
 
 class AWQConfig:
     """One scheme, always with zero points, and names of modules that stay in 16 bit."""
-
-    method = "awq"
 
     def __init__(self, config: dict[str, Any]) -> None:
         version = str(config.get("version") or config.get("format") or "gemm").lower()
