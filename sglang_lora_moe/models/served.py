@@ -49,13 +49,8 @@ class ServedModel:
         return self._names.rename_module
 
     @torch.inference_mode()
-    def forward(self) -> torch.Tensor:
-        """Run the step that `ctx` describes; logits float32 [num_logits, V]."""
-        return self.forward_logits().float()
-
-    @torch.inference_mode()
     def forward_logits(self) -> torch.Tensor:
-        """`forward` before the conversion: logits [num_logits, V] in the model's dtype."""
+        """Run the step that `ctx` describes; logits [num_logits, V] in the model's dtype."""
         ctx = self.ctx
         if self._decoder is not None:
             logits = self.logits_of(self.forward_hidden())

@@ -53,7 +53,7 @@ class Driver:
         ctx.num_logits = start
         ctx.logit_rows[:start] = torch.arange(start)
         ctx.logit_slots[:start] = ctx.token_slots[:start]
-        logits = self.model.forward()
+        logits = self.model.forward_logits().float()
         return list(logits.split(ctx.query_lens))
 
     def run(self, seq: Sequence, n: int) -> torch.Tensor:

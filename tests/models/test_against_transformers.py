@@ -157,7 +157,7 @@ def test_no_logits_wanted(tmp_path: Path) -> None:
     driver = Driver(build(make_tiny_model("qwen3_moe", tmp_path)))
     driver.run(Sequence(random_tokens(0, 5)), 5)
     driver.ctx.num_logits = 0
-    assert driver.model.forward().shape == (0, 128)
+    assert driver.model.forward_logits().shape == (0, 128)
 
 
 def test_adapter_names_of_older_files(tmp_path: Path) -> None:
