@@ -65,9 +65,9 @@ class ModelNames:
 
     async def card(self, model: str) -> dict[str, Any]:
         name = await self.resolve(model) or self.base
-        return next((card for card in await self.cards() if card["id"] == name), None) or self._raise(model)
-
-    def _raise(self, model: str) -> dict[str, Any]:
+        for card in await self.cards():
+            if card["id"] == name:
+                return card
         raise self.not_found(model, "model")
 
     def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
