@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -34,26 +33,13 @@ _ENGINE_GAUGES = {
 }
 
 
-@dataclass(slots=True)
-class _ModelSeries:
-    """The series of one model. After its removal from the registry an old object counts on unseen."""
-
-    requests: Counter
-    prompt_tokens: Counter
-    cached_tokens: Counter
-    generated_tokens: Counter
-    ttft: Histogram
-    inter_token: Histogram
-    latency: Histogram
-
-
 class Metrics:
     """Observes streams of chunks; adds what the engine's books say when scraped."""
 
     def __init__(self, base_name: str) -> None:
         self.registry = CollectorRegistry()
         self._base = base_name
-        self._series: dict[str, _ModelSeries] = {}
+        self._names: set[str] = set()  # of the models that have series; what comes after an adapter's unloading is not counted
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ("model_name",)) -> Counter:
             return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
@@ -77,38 +63,39 @@ class Metrics:
 
     async def observe(self, request: GenerateRequest, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
         """Pass `chunks` on, counting them."""
-        begin, series = time.perf_counter(), None
+        begin, name, is_first = time.perf_counter(), request.adapter or self._base, True
         last: dict[int, float] = {}  # sample -> when its last tokens came
         open_samples = set(range(request.n))
         try:
             async with aclosing(chunks) as items:
                 async for chunk in items:
                     now = time.perf_counter()
-                    if series is None:
-                        series = self._begin(request.adapter or self._base, chunk)
+                    if is_first:
+                        is_first = False
+                        self._begin(name, chunk)
                         if request.stream or chunk.finish_reason is None:  # else the tokens were held back until the end
-                            series.ttft.observe(now - begin)
+                            self._ttft.labels(name).observe(now - begin)
                     if chunk.token_ids:
-                        self._count_tokens(series, chunk, now, last)
+                        self._count_tokens(name, chunk, now, last)
                     if chunk.finish_reason:
                         open_samples.discard(chunk.index)
-                        self._end(series, request, chunk.finish_reason, now - begin)
+                        self._end(name, chunk.finish_reason, now - begin)
                     yield chunk
         except RequestError as error:
             self._refused.labels(str(error.status)).inc()
             raise
         finally:
-            if series is not None:
+            if not is_first:
                 for _ in open_samples:  # the client went away, or something failed
-                    self._end(series, request, "abort", time.perf_counter() - begin)
+                    self._end(name, "abort", time.perf_counter() - begin)
 
     def forget(self, adapter: str) -> None:
         """Drop the series of an unloaded adapter."""
-        if self._series.pop(adapter, None) is None:
+        if adapter not in self._names:
             return
-        for metric in (self._prompt, self._cached, self._generated, self._ttft, self._inter, self._latency):
-            metric.remove(adapter)
-        self._requests.remove_by_labels({"model_name": adapter})
+        self._names.remove(adapter)
+        for metric in (self._requests, self._prompt, self._cached, self._generated, self._ttft, self._inter, self._latency):
+            metric.remove_by_labels({"model_name": adapter})
 
     def render(self, stats: dict[str, Any], adapters: dict[str, dict[str, Any]]) -> bytes:
         """The text of /metrics, given the engine's books."""
@@ -123,26 +110,22 @@ class Metrics:
             self._resident.labels(name).set(bool(record["resident"]))
         return generate_latest(self.registry)
 
-    def _begin(self, name: str, chunk: Chunk) -> _ModelSeries:
-        series = self._series.get(name)
-        if series is None:
-            counters = self._prompt.labels(name), self._cached.labels(name), self._generated.labels(name)
-            timings = self._ttft.labels(name), self._inter.labels(name), self._latency.labels(name)
-            series = self._series[name] = _ModelSeries(self._requests, *counters, *timings)
-        series.prompt_tokens.inc(chunk.prompt_tokens)
-        series.cached_tokens.inc(chunk.cached_tokens)
-        return series
+    def _begin(self, name: str, chunk: Chunk) -> None:
+        self._names.add(name)
+        self._prompt.labels(name).inc(chunk.prompt_tokens)
+        self._cached.labels(name).inc(chunk.cached_tokens)
 
-    def _count_tokens(self, series: _ModelSeries, chunk: Chunk, now: float, last: dict[int, float]) -> None:
+    def _count_tokens(self, name: str, chunk: Chunk, now: float, last: dict[int, float]) -> None:
+        if name not in self._names:
+            return
         count, previous = len(chunk.token_ids), last.get(chunk.index)
-        series.generated_tokens.inc(count)
+        self._generated.labels(name).inc(count)
         last[chunk.index] = now
         if previous is not None:
             for _ in range(count):
-                series.inter_token.observe((now - previous) / count)
+                self._inter.labels(name).observe((now - previous) / count)
 
-    def _end(self, series: _ModelSeries, request: GenerateRequest, reason: str, seconds: float) -> None:
-        name = request.adapter or self._base
-        if self._series.get(name) is series:
-            series.requests.labels(name, reason).inc()
-        series.latency.observe(seconds)
+    def _end(self, name: str, reason: str, seconds: float) -> None:
+        if name in self._names:
+            self._requests.labels(name, reason).inc()
+            self._latency.labels(name).observe(seconds)
