@@ -44,11 +44,7 @@ class FusedMoE(nn.Module):
         """Derive the backend's form of the weights. Call after loading; the first forward does it otherwise."""
         self._quant_info = self.runner.core.quant_info(self.quant_method, self)
 
-    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """x [M, H], topk_ids int [M, K] (-1 = none here), topk_weights float [M, K] -> [M, H] in x's dtype."""
-        return self.run(x, topk_ids, topk_weights)
-
-    def run(
+    def forward(
         self,
         x: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -57,7 +53,10 @@ class FusedMoE(nn.Module):
         token_slots: torch.Tensor | None = None,
         num_slots: int = 0,
     ) -> torch.Tensor:
-        """`forward` with adapters: `hooks` and token_slots int32 [M] come together."""
+        """x [M, H], topk_ids int [M, K] (-1 = none here), topk_weights float [M, K] -> [M, H] in x's dtype.
+
+        With adapters: `hooks`, token_slots int32 [M] and `num_slots` S come together. ValueError for shapes that are not the layer's.
+        """
         if x.shape != (topk_ids.shape[0], self.spec.hidden_size) or topk_ids.shape != topk_weights.shape or topk_ids.shape[1] != self.spec.top_k:
             raise ValueError(
                 f"{self.name}: expected x [M, {self.spec.hidden_size}] and topk_ids, topk_weights [M, {self.spec.top_k}], "

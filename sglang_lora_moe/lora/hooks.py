@@ -98,4 +98,4 @@ class FusedMoEWithLoRA(nn.Module):
         """As FusedMoE: x [M, H], topk_ids int [M, K], topk_weights float [M, K] -> [M, H]."""
         if not self.ctx.lora_active:
             return self.base.forward(x, topk_ids, topk_weights)
-        return self.base.run(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots)
+        return self.base.forward(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots)
