@@ -90,10 +90,7 @@ class Config:
     def validate(self) -> None:
         """Raise ValueError, naming the flag, for values that can never work."""
         positive = ("max_loras_per_batch", "max_running_requests", "max_queued_requests", "page_size", "chunked_prefill_size")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_lora_rank", "max_loaded_loras", "max_total_tokens", "context_length"):
+        for name in (*positive, "max_lora_rank", "max_loaded_loras", "max_total_tokens", "context_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

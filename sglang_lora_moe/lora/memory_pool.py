@@ -33,16 +33,6 @@ class LoRAMemoryPool:
         self._rank, self._split_a, self._scaling = table(torch.int32), table(torch.int32), table(torch.float32)
         self._stacks = {target.name: self._make_stacks(target) for target in targets}
 
-    @property
-    def bytes_per_slot(self) -> int:
-        return self.layout.slot_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole pool, tables included."""
-        tables = (self._offset, self._expert_stride, self._rank, self._split_a, self._scaling)
-        return self.num_slots * self.bytes_per_slot + sum(t.numel() * t.element_size() for t in tables)
-
     def region_bytes_used(self, slot: int) -> int:
         return self._used[slot] * self.dtype.itemsize
 

@@ -72,10 +72,6 @@ class Routing:
     def sorted_pairs(self) -> torch.Tensor:  # int32 [P]
         return self.alignment.sorted_pairs
 
-    @property
-    def counts(self) -> torch.Tensor:  # int32 [4] = valid pairs, base tiles, lora tiles, lora groups
-        return self.alignment.counts
-
     @cached_property
     def _sorted(self) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
         """(order of the valid pairs int64, groups)."""

@@ -19,11 +19,11 @@ _ALIGN = 256  # bytes; enough for any vector load and for tensor descriptors
 class Workspace:
     """Named scratch of one device. On a CPU every `get` is a fresh allocation, which is what the allocator is good at."""
 
-    def __init__(self, device: torch.device | str = "cpu", *, side_stream: bool = True) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._buffers: dict[str, torch.Tensor] = {}
         self._cuda = self.device.type == "cuda"
-        self._side: torch.cuda.Stream | None = torch.cuda.Stream(self.device) if self._cuda and side_stream else None
+        self._side: torch.cuda.Stream | None = torch.cuda.Stream(self.device) if self._cuda else None
         if self._side is not None:
             self._forked, self._done = torch.cuda.Event(), torch.cuda.Event()
         self._pending = False  # side work that the main stream has not waited for

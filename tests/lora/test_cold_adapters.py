@@ -338,7 +338,7 @@ def test_target_modules(tmp_path: Path) -> None:
     path = write_adapter("target_parameters_3d", model_path(), tmp_path / "x", rank=4, seed=3)
     with make_engine(adapters=(), max_lora_rank=4, lora_target_modules=["experts"]) as engine, make_engine(adapters=(), max_lora_rank=4) as whole:
         assert engine.core.lora is not None and whole.core.lora is not None
-        assert engine.core.lora.pool.nbytes < whole.core.lora.pool.nbytes
+        assert engine.core.lora.pool.pool.nbytes < whole.core.lora.pool.pool.nbytes
         engine.load_lora_adapter("x", str(path))
         whole.load_lora_adapter("x", str(path))
         answers = [one.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="x")["output_ids"] for one in (engine, whole)]

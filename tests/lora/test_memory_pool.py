@@ -78,7 +78,7 @@ def test_write_and_read_back(layout: str, dtype: torch.dtype) -> None:
     adapters = {0: make_adapter(8, layout), 1: make_adapter(3, layout), 2: make_adapter(1, layout, only=("experts", "lm_head"))}
     for slot, adapter in adapters.items():
         written = pool.write(slot, adapter)
-        assert written == pool.region_bytes_used(slot) <= pool.bytes_per_slot
+        assert written == pool.region_bytes_used(slot) <= pool.layout.slot_bytes
     for slot, adapter in adapters.items():
         assert_holds(pool, slot, adapter)
         for target in TARGETS:
@@ -89,9 +89,9 @@ def test_write_and_read_back(layout: str, dtype: torch.dtype) -> None:
 
 def test_largest_adapter_fills_the_region_exactly() -> None:
     pool = make_pool()
-    assert pool.write(1, make_adapter(8, "split")) == pool.bytes_per_slot
-    assert pool.write(1, make_adapter(8, "shared_outer")) < pool.bytes_per_slot
-    assert pool.nbytes == LoRAMemoryPool(TARGETS, 3, 8, torch.float32, "meta").nbytes > 3 * pool.bytes_per_slot
+    assert pool.write(1, make_adapter(8, "split")) == pool.layout.slot_bytes
+    assert pool.write(1, make_adapter(8, "shared_outer")) < pool.layout.slot_bytes
+    assert pool.pool.nbytes == 3 * pool.layout.slot_bytes
 
 
 def test_overwrite_leaves_no_residue_and_no_trace_elsewhere() -> None:
