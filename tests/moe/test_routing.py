@@ -40,7 +40,7 @@ def test_sorts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["sort"] and view.gather(case.x) is first
     monkeypatch.setattr(moe_lora_align, "sort_pairs", real_sort)
     monkeypatch.setattr(moe_lora_align, "moe_lora_align_block_size", lambda *a, **k: calls.append("align") or real_align(*a, **k))
-    _ = view.alignment, view.sorted_pairs, view.counts
+    _ = view.alignment, view.sorted_pairs
     assert calls == ["sort", "align"]
 
 
@@ -48,4 +48,4 @@ def test_without_slots_there_are_no_lora_groups() -> None:
     case = make_case(m=9, hidden=8, inter=8, ranks=(1,))
     view = Routing(case.topk_ids, None, 8, case.num_slots)
     assert view.num_slots == 0 and all(slot == -1 for _, slot, _ in view.groups)
-    assert view.counts[2:].tolist() == [0, 0]
+    assert view.alignment.counts[2:].tolist() == [0, 0]
