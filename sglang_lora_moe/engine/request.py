@@ -18,12 +18,6 @@ class Request:
     wait again; its tokens stay, and are computed anew as if they were a prompt.
     """
 
-    __slots__ = (
-        "rid", "tokens", "prompt_len", "sampling", "seed", "stop_ids", "max_len", "logprobs", "adapter", "revision", "root",
-        "order", "running", "finish_reason", "slot", "pages", "page_keys", "num_computed", "num_committed", "num_cached",
-        "first_scheduled", "blocked_since", "bypassed", "prompt_logprobs", "sampled_row",
-    )  # fmt: skip
-
     def __init__(self, rid: str, input_ids: list[int], sampling: SamplingParams, *, eos_ids: frozenset[int] = frozenset(), seed: int = 0) -> None:
         self.rid = rid
         self.tokens = list(input_ids)
