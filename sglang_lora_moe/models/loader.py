@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,44 +72,41 @@ def _linearised(name: str, places: dict[str, Any]) -> tuple[str, Piece | None]:
     return name, None
 
 
-def list_files(path: Path) -> dict[str, list[str] | None]:
-    """Files to read and, from an index file, the tensors promised in each (None = all that the file has)."""
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise LoadError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def list_files(path: Path) -> dict[str, list[str]]:
+    """Files to read, and the tensors to read from each: those that an index promises there, without an index all."""
     index = path / INDEX
     if index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError) as error:
             raise LoadError(f"{index} is not an index of safetensors files: {error!r}") from error
-        files: dict[str, list[str] | None] = {}
-        for key, file in weight_map.items():
-            files.setdefault(file, []).append(key)  # type: ignore[union-attr]
-        absent = [file for file in files if not (path / file).is_file()]
+        promised: dict[str, list[str]] = {}
+        for key, name in weight_map.items():
+            promised.setdefault(name, []).append(key)
+        absent = [name for name in promised if not (path / name).is_file()]
         if absent:
             raise LoadError(f"{index} names files that do not exist: {', '.join(sorted(absent)[:5])}")
-        return dict(sorted(files.items()))
-    if (path / "model.safetensors").is_file():
-        return {"model.safetensors": None}
-    found = sorted(file.name for file in path.glob("*.safetensors"))
+        return dict(sorted(promised.items()))
+    whole = path / "model.safetensors"
+    found = [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
     if not found:
         pickles = sorted(file.name for file in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
         hint = f"; {pickles[0]} is a pickle file, which is refused because it can run code: convert it to safetensors" if pickles else ""
         raise LoadError(f"{path} has no *.safetensors files{hint}")
-    return dict.fromkeys(found)
-
-
-def list_tensors(path: Path) -> list[str]:
-    """Names of all tensors of the checkpoint."""
-    names: list[str] = []
-    for file, promised in list_files(path).items():
-        if promised is not None:
-            names += promised
-            continue
-        try:
-            with safe_open(path / file, framework="pt") as opened:
-                names += opened.keys()
-        except SafetensorError as error:
-            raise LoadError(f"{path / file} is not a complete safetensors file: {error}") from error
-    return names
+    files = {}
+    for file in found:
+        with _open(file) as opened:
+            files[file.name] = sorted(opened.keys())
+    return files
 
 
 def load_weights(hf: Any, path: Path, table: NameTable, formats: WeightFormats, show_progress: bool) -> None:
@@ -119,11 +117,8 @@ def load_weights(hf: Any, path: Path, table: NameTable, formats: WeightFormats, 
     files = list_files(path)
     with tqdm(total=sum((path / file).stat().st_size for file in files), unit="B", unit_scale=True, desc="Loading weights", disable=not show_progress) as bar:
         for file, promised in files.items():
-            try:
-                with safe_open(path / file, framework="pt") as opened:
-                    _load_file(opened, path / file, promised, places, table, formats, ignorable, unused)
-            except SafetensorError as error:
-                raise LoadError(f"{path / file} is not a complete safetensors file: {error}") from error
+            with _open(path / file) as opened:
+                _load_file(opened, path / file, promised, places, table, formats, ignorable, unused)
             bar.update((path / file).stat().st_size)
     if unused:
         raise LoadError(f"{path}: {len(unused)} tensors have no place in {type(hf).__name__}: {', '.join(unused[:8])}")
@@ -137,7 +132,7 @@ def load_weights(hf: Any, path: Path, table: NameTable, formats: WeightFormats, 
 def _load_file(
     opened: Any,
     file: Path,
-    promised: list[str] | None,
+    promised: list[str],
     places: dict[str, Place],
     table: NameTable,
     formats: WeightFormats,
@@ -145,7 +140,7 @@ def _load_file(
     unused: list[str],
 ) -> None:
     present = set(opened.keys())
-    for key in sorted(present) if promised is None else promised:
+    for key in promised:
         if key not in present:
             raise LoadError(f"{file} lacks tensor {key}, which {INDEX} promises there")
         try:
