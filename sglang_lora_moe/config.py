@@ -89,6 +89,9 @@ class Config:
 
     def validate(self) -> None:
         """Raise ValueError, naming the flag, for values that can never work."""
+        for f in dataclasses.fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                raise ValueError(f"--{f.name.replace('_', '-')} must be one of {', '.join(f.metadata['choices'])}, got {getattr(self, f.name)!r}")
         positive = ("max_loras_per_batch", "max_running_requests", "max_queued_requests", "page_size", "chunked_prefill_size")
         for name in (*positive, "max_lora_rank", "max_loaded_loras", "max_total_tokens", "context_length"):
             value = getattr(self, name)

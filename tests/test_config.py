@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sglang_lora_moe.config import parse_config
+from sglang_lora_moe.config import Config, parse_config
 
 MODEL = ["--model-path", "/m"]
 
@@ -48,3 +48,8 @@ def test_refusals_say_what_to_use(flags: list[str], sentence: str, capsys: pytes
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2
     assert re.search(sentence, error), error
+
+
+def test_a_value_that_is_no_choice_is_refused_without_the_command_line_too() -> None:
+    with pytest.raises(ValueError, match="--dtype must be one of auto, float32, bfloat16, float16, got 'int4'"):
+        Config(model_path="/m", dtype="int4").validate()

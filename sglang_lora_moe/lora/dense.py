@@ -11,8 +11,6 @@ from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta, slot_runs
 
-BACKENDS = ("torch_native", "triton", "csgmv")
-
 
 class DenseDelta(Protocol):
     """Adds in place what a step's adapters add to a layer's output; the slots of the rows are the step context's."""
@@ -61,11 +59,9 @@ class TorchDense:
 
 
 def make_dense_delta(backend: str, ctx: StepContext) -> DenseDelta:
-    """The one of `backend`, shared by all layers of a model."""
+    """The one of `backend` ("torch_native", "triton" or "csgmv"), shared by all layers of a model."""
     if backend == "torch_native":
         return TorchDense(ctx)
-    if backend in ("triton", "csgmv"):
-        from sglang_lora_moe.lora.triton_dense import TritonDense
+    from sglang_lora_moe.lora.triton_dense import TritonDense
 
-        return TritonDense(ctx, grouped=backend == "csgmv")
-    raise ValueError(f"unknown LoRA backend {backend!r}; known: {', '.join(BACKENDS)}")
+    return TritonDense(ctx, grouped=backend == "csgmv")

@@ -25,7 +25,7 @@ from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec
 from sglang_lora_moe.models import recognise
 from sglang_lora_moe.models.dummy import fill_dummy
-from sglang_lora_moe.models.loader import NameTable, list_tensors, load_weights
+from sglang_lora_moe.models.loader import NameTable, list_files, load_weights
 from sglang_lora_moe.models.overrides.mla import KV_B_REASON, AbsorbedMLA
 from sglang_lora_moe.models.quantized import ExpertsScheme, WeightFormats
 from sglang_lora_moe.models.served import ServedModel
@@ -127,7 +127,8 @@ def _weight_formats(hf: Any, path: Path | None) -> WeightFormats:
         return WeightFormats(None, None, lambda key: (key, None))
     config = parse_quantization_config(quantization if isinstance(quantization, dict) else quantization.to_dict())
     table, names = NameTable(hf), dict([*hf.named_parameters(), *hf.named_buffers()])
-    return WeightFormats(config, None if path is None else list_tensors(path), lambda key: table.place_of(key, names))
+    tensors = None if path is None else [key for keys in list_files(path).values() for key in keys]
+    return WeightFormats(config, tensors, lambda key: table.place_of(key, names))
 
 
 class _Swap:
@@ -140,8 +141,6 @@ class _Swap:
         self.config = hf.config.get_text_config()
         self.attention: dict[str, PagedAttention] = {}
         self.refused_adapter_modules: dict[str, str] = {}
-        if attention_backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"unknown attention backend {attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}")
         self._backend = ATTENTION_BACKENDS[attention_backend](ctx)
         self.moe_backends: set[str] = set()
         self._methods: dict[ExpertsScheme | None, tuple[QuantMethod, MoeRunner]] = {}

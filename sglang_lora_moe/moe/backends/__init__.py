@@ -48,11 +48,9 @@ def make_core(name: str) -> MoeRunnerCore:
         from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
 
         return TritonRunnerCore()
-    if name == "marlin":
-        from sglang_lora_moe.moe.backends.marlin import MarlinRunnerCore
+    from sglang_lora_moe.moe.backends.marlin import MarlinRunnerCore
 
-        return MarlinRunnerCore()
-    raise ValueError(f"unknown MoE backend {name!r}; known: {', '.join(BACKENDS)}")
+    return MarlinRunnerCore()
 
 
 def make_lora_ops(name: str) -> ExpertLoRAOps:
