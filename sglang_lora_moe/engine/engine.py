@@ -77,12 +77,8 @@ class Engine:
         return self._stream(requests) if stream else self._collect(requests, is_batch)
 
     def _collect(self, requests: list[GenerateRequest], is_batch: bool) -> Any:
-        begin = time.perf_counter()
-        samples = [[Chunk(request.rid, k) for k in range(request.n)] for request in requests]
-        for place, chunk in self.run(requests):
-            samples[place][chunk.index].add(chunk)
-        seconds = time.perf_counter() - begin
-        results = [native_result(request, sample, seconds) for request, of in zip(requests, samples, strict=True) for sample in of]
+        found = {result.pop("index"): result for result in self._stream(requests)}  # one of each sample, at its end
+        results = [found[i] for i in range(len(found))]
         return results if is_batch or requests[0].n > 1 else results[0]
 
     def _stream(self, requests: list[GenerateRequest]) -> Iterator[dict[str, Any]]:
