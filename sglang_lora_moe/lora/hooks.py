@@ -86,7 +86,10 @@ def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
 
 
 class FusedMoEWithLoRA(nn.Module):
-    """Experts with adapters. Refuses, when built, a backend that cannot apply them."""
+    """The experts of `base` with the adapters in `stacks`, for the slots of the step that `ctx` describes.
+
+    ValueError, when built, for stacks of another layer, and for a backend that cannot apply adapters.
+    """
 
     def __init__(self, base: FusedMoE, stacks: ExpertStacks, ctx: StepContext) -> None:
         super().__init__()

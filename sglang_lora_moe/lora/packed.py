@@ -7,7 +7,7 @@ on a 16-byte boundary at its true rank, so an image is as long as the adapter ne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,18 +46,6 @@ class PackedAdapter:
         return self.image.numel() * self.image.element_size()
 
 
-@dataclass(frozen=True)
-class _MatrixSet:
-    """Matrices [n, rows, cols] of one stack before they have a place."""
-
-    stack: int
-    matrices: torch.Tensor
-    rank: int
-    scaling: float
-    split_a: bool
-    shared: bool  # one matrix for all experts
-
-
 class PoolLayout:
     """Where the matrices of adapters up to `max_rank` on `targets` go. Host only; it may be sent to another process."""
 
@@ -88,17 +76,16 @@ class PoolLayout:
         """(image, stacks) of `modules` by target name. `allocate(elements)` makes the flat image, by default where the weights are."""
         sets = [one for name, module in modules.items() for one in self._sets(name, module)]
         places, cursor = [], 0
-        for one in sets:
-            count, stride = one.matrices.shape[0], self._padded(one.matrices[0].numel())
-            places.append(PackedStack(one.stack, cursor, 0 if one.shared else stride, one.rank, one.scaling, one.split_a))
-            cursor += count * stride
+        for stack, matrices in sets:
+            places.append(replace(stack, offset=cursor))
+            cursor += matrices.shape[0] * self._padded(matrices[0].numel())
         if cursor > self.slot_elements:
             raise ValueError(f"adapter needs {cursor * self.dtype.itemsize} bytes, a slot holds {self.slot_bytes}: rank above {self.max_rank}")
-        device = sets[0].matrices.device if sets else "cpu"
+        device = sets[0][1].device if sets else "cpu"
         image = allocate(cursor) if allocate is not None else torch.zeros(cursor, dtype=self.dtype, device=device)
-        for one, place in zip(sets, places, strict=True):
-            count, rows, cols = one.matrices.shape
-            image.as_strided((count, rows, cols), (self._padded(rows * cols), cols, 1), place.offset).copy_(one.matrices)
+        for (_, matrices), place in zip(sets, places, strict=True):
+            count, rows, cols = matrices.shape
+            image.as_strided((count, rows, cols), (self._padded(rows * cols), cols, 1), place.offset).copy_(matrices)
         return image, tuple(places)
 
     def _padded(self, elements: int) -> int:
@@ -115,8 +102,8 @@ class PoolLayout:
         sizes = (a13, target.w13_rows * r, r * target.intermediate, target.hidden * r)
         return target.num_experts * sum(self._padded(size) for size in sizes)
 
-    def _sets(self, name: str, module: ModuleLoRA) -> list[_MatrixSet]:
-        """The matrix sets of one module, checked against the target."""
+    def _sets(self, name: str, module: ModuleLoRA) -> list[tuple[PackedStack, torch.Tensor]]:
+        """The matrices [n, rows, cols] of each stack of one module, checked against the target; they have no offset yet."""
         target = self.targets.get(name)
         if target is None:
             raise ValueError(f"adapter has weights for {name}, which is not a target of this pool")
@@ -130,9 +117,9 @@ class PoolLayout:
         self._check(f"{name} A", a, (rank, inputs), rank)
         self._check(f"{name} B", b, (outputs, rank), rank)
         a = a.t() if isinstance(target, EmbeddingTarget) else a
-        return [_MatrixSet(first + i, matrix.unsqueeze(0), rank, module.scaling, False, True) for i, matrix in enumerate((a, b))]
+        return [(PackedStack(first + i, 0, 0, rank, module.scaling, False), matrix.unsqueeze(0)) for i, matrix in enumerate((a, b))]
 
-    def _expert_sets(self, first: int, target: ExpertTarget, module: ExpertLoRA) -> list[_MatrixSet]:
+    def _expert_sets(self, first: int, target: ExpertTarget, module: ExpertLoRA) -> list[tuple[PackedStack, torch.Tensor]]:
         halves = (
             ("13", module.a13, module.b13, target.hidden, target.w13_rows, module.scaling13, module.split_a),
             ("2", module.a2, module.b2, target.intermediate, target.hidden, module.scaling2, False),
@@ -148,7 +135,8 @@ class PoolLayout:
             for j, (side, matrices, shape) in enumerate(shapes):
                 count = 1 if matrices.shape[0] == 1 else target.num_experts
                 self._check(f"{target.name} {side}{half}", matrices, (count, *shape), rank)
-                sets.append(_MatrixSet(first + 2 * i + j, matrices, rank, scaling, split_a, count == 1))
+                stride = 0 if count == 1 else self._padded(matrices[0].numel())
+                sets.append((PackedStack(first + 2 * i + j, 0, stride, rank, scaling, split_a), matrices))
         return sets
 
     def _check(self, name: str, matrix: torch.Tensor, shape: tuple[int, ...], rank: int) -> None:
