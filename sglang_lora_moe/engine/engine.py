@@ -28,7 +28,10 @@ _SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
 
 
 class Engine:
-    """Built from a `Config`, or from its fields as keywords."""
+    """Built from a `Config`, or from its fields as keywords. ValueError for what of them, the model or the adapters cannot be served.
+
+    What is asked of it later and cannot be done is a `RequestError`, whose `param` names the argument.
+    """
 
     def __init__(self, config: Config | None = None, **fields: Any) -> None:
         if (config is None) == (not fields):

@@ -33,8 +33,10 @@ class RunnerInput:
 
 @dataclass(frozen=True)
 class LoRAHooks:
-    """Built once per layer by `lora/hooks.py`. `post_gate_up` returns the activation, `post_down` the layer output.
+    """Built once per layer by `lora/hooks.py`, called with the layer's input and the intermediates of `MoeRunnerCore`.
 
+    `pre_gate_up(inp, routing)` and `pre_down(inp, act, routing)` may start work beside the GEMM that follows and return None. Then
+    `post_gate_up(inp, gate_up, routing)` returns the activation [P, I], `post_down(inp, act, down, routing)` the layer's output [M, H].
     A `pre_*` hook may instead return a low-rank addend in the backend's own form: the core then adds it before its store,
     activates and combines as it does without adapters, and the matching `post_*` hook is not called.
     """
@@ -76,13 +78,13 @@ class MoeRunnerCore(Protocol):
 
 
 class MoeRunner:
-    """Runs one layer's experts through a core, with or without hooks."""
+    """Runs experts through a core, with or without hooks. One runner serves all layers whose weights have one form."""
 
     def __init__(self, core: MoeRunnerCore) -> None:
         self.core = core
 
     def run(self, inp: RunnerInput, quant_info: Any, hooks: LoRAHooks | None = None) -> torch.Tensor:
-        """Return the layer's output [M, H] (this rank's partial sum) in x's dtype."""
+        """The layer's output [M, H] (this rank's partial sum) in x's dtype; `quant_info` is what `core.quant_info` gave for the layer."""
         core = self.core
         if inp.spec.router_weight_on == "input":
             inp = _weight_input(inp)

@@ -76,7 +76,8 @@ def moe_lora_align_block_size(
     """Sort and tile one layer's pairs, as the module's first lines say.
 
     topk_ids int32 or int64 [M, K]; token_slots int32 [M], or None for a step without adapters (then S is taken as 0).
-    `buffers` and `workspace` (int32, at least `workspace_elements`) are allocated where they are not given.
+    `buffers` and `workspace` (int32, at least `workspace_elements`) are allocated where they are not given. Returns the buffers, filled,
+    without a look at them on the host. ValueError for what does not fit, such as more than 1,024 experts or 256 slots.
     """
     num_slots = 0 if token_slots is None else num_slots
     _check(topk_ids, token_slots, num_experts, num_slots, base_block, lora_block)
