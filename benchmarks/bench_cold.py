@@ -33,6 +33,7 @@ from sglang_lora_moe.core import LoadAdapter, Reply, SamplingParams, Submit, Tok
 from sglang_lora_moe.engine.build import build_engine
 from sglang_lora_moe.engine.engine_core import EngineCore
 from sglang_lora_moe.lora.targets import ExpertTarget, LinearTarget, Target
+from tests.books import check_core
 
 KEYS = ("phase", "adapters", "slots", "rank")
 COLUMNS = ("phase", "adapters", "slots", "mean_itl_ms", "median_itl_ms", "p99_itl_ms", "ratio", "loads", "mean_ttft_ms", "p99_ttft_ms", "output_throughput")
@@ -237,7 +238,7 @@ def main() -> None:
         print(f"wrote an adapter's files in {time.monotonic() - begin:.1f} s", flush=True)
         bench.decode_while_loading(add, files)
         bench.serve_zipf(add)
-        bench.core.check()
+        check_core(bench.core)
         bench.core.close()
     print(timing.format_table(results.rows, COLUMNS))
 

@@ -2,6 +2,7 @@
 
     ./run bench serving --max-concurrency 32                                          against the embedded demo, started and stopped here
     ./run bench serving --base-url http://127.0.0.1:8000 --model NAME --lora-name A B against a running server, any OpenAI-compatible one
+    ./run bench serving --base-url ... --max-concurrency 1 16 64 --retention           one row each, of the base model and of the adapters
     ./run bench serving --serve "--model-path DIR --lora-paths a=DIR b=DIR"           starts our server with these flags
 
 Options and figures have the names of SGLang's and vLLM's bench_serving. Prompts are random token ids of fixed length, answers have
@@ -21,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 from tqdm import tqdm
@@ -33,26 +35,31 @@ KEYS = ("label", "model", "adapters", "popularity", "input", "output", "max_conc
 DEMO_VOCAB, OTHER_VOCAB = 90, 1000  # ids that every tokenizer has
 
 
-async def ask(client: httpx.AsyncClient, model: str, one: Planned, extra: dict[str, Any]) -> Record:
-    """One streamed completion."""
+async def ask(url: SplitResult, model: str, one: Planned, headers: dict[str, str], extra: dict[str, Any]) -> Record:
+    """One streamed completion, on a connection of its own. Not with httpx, which takes longer for an event than the server does."""
     body = {
         "model": one.adapter or model, "prompt": one.input_ids, "max_tokens": one.output_len, "temperature": 0.0, "stream": True,
         "stream_options": {"include_usage": True}, **extra,
     }  # fmt: skip
-    record, begin = Record(one.adapter, len(one.input_ids)), time.perf_counter()
+    content, record, begin = json.dumps(body).encode(), Record(one.adapter, len(one.input_ids)), time.perf_counter()
+    head = [f"POST {url.path}/v1/completions HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), f"Content-Length: {len(content)}", "", ""]
     usage: dict[str, Any] | None = None
+    reader, writer = await asyncio.open_connection(url.hostname, url.port or {"https": 443}.get(url.scheme, 80), ssl=url.scheme == "https" or None)
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                record.error = f"status {response.status_code}: {(await response.aread()).decode(errors='replace')[:200]}"
-                return record
-            async for event in events(response):
-                if event.get("choices"):
-                    record.arrived(time.perf_counter() - begin)
-                usage = event.get("usage") or usage
-                record.error = str(event["error"])[:200] if event.get("error") else record.error
-    except httpx.HTTPError as error:
-        record.error = f"{type(error).__name__}: {error}"
+        writer.write("\r\n".join(head).encode() + content)
+        status = (await reader.readline()).split()[1].decode()
+        fields = [line.lower() async for line in until_empty(reader)]
+        pieces = chunks(reader) if any(line.startswith(b"transfer-encoding:") and b"chunked" in line for line in fields) else whole(reader)
+        if status != "200":
+            record.error = f"status {status}: {b''.join([piece async for piece in pieces]).decode(errors='replace')[:200]}"
+            return record
+        async for event in events(pieces):
+            if event.get("choices"):
+                record.arrived(time.perf_counter() - begin)
+            usage = event.get("usage") or usage
+            record.error = str(event["error"])[:200] if event.get("error") else record.error
+    finally:
+        writer.close()
     if record.error is None and (usage is None or not record.ttft):
         record.error = "the stream ended without tokens or without its usage"
     if record.error is None and usage is not None:
@@ -60,10 +67,28 @@ async def ask(client: httpx.AsyncClient, model: str, one: Planned, extra: dict[s
     return record
 
 
-async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def until_empty(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of a head."""
+    while line := (await reader.readline()).strip():
+        yield line
+
+
+async def chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The pieces of a body in HTTP's chunked form."""
+    while size := int((await reader.readline()).partition(b";")[0], 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+
+
+async def whole(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The pieces of a body that ends with its connection."""
+    while piece := await reader.read(1 << 16):
+        yield piece
+
+
+async def events(pieces: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
     """The JSON of each server-sent event."""
     rest = b""
-    async for piece in response.aiter_raw():
+    async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data: {"):
@@ -82,24 +107,30 @@ async def keep_loading(client: httpx.AsyncClient, adapter: str) -> int:
     return loads
 
 
-async def run_load(url: str, model: str, load: list[Planned], args: argparse.Namespace, quiet: bool = False) -> tuple[list[Record], float, int]:
+async def run_load(
+    url: str, model: str, load: list[Planned], args: argparse.Namespace, concurrency: int | None, quiet: bool = False
+) -> tuple[list[Record], float, int]:
     """All requests of `load`, the seconds that they took together, and how often an adapter was loaded meanwhile."""
     extra = {} if args.disable_ignore_eos else {"ignore_eos": True}
     extra |= json.loads(args.extra_request_body)
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    room = asyncio.Semaphore(args.max_concurrency or len(load))
+    key = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    parts = urlsplit(url)
+    headers = {"Host": parts.netloc, "Content-Type": "application/json", "Connection": "close"} | key
+    room = asyncio.Semaphore(concurrency or len(load))
     bar = tqdm(total=len(load), desc="requests", disable=quiet or args.disable_tqdm)
     begin = time.perf_counter()
 
     async def one(planned: Planned) -> Record:
         await asyncio.sleep(max(begin + planned.at - time.perf_counter(), 0.0))
         async with room:
-            record = await ask(client, model, planned, extra)
+            try:
+                record = await asyncio.wait_for(ask(parts, model, planned, headers, extra), args.timeout)
+            except (OSError, ValueError, LookupError, EOFError, asyncio.TimeoutError) as error:  # no connection, or an answer that is not HTTP
+                record = Record(planned.adapter, len(planned.input_ids), error=f"{type(error).__name__}: {error}")
         bar.update()
         return record
 
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=args.max_concurrency or len(load))
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=args.timeout, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, headers=key, timeout=args.timeout) as client:
         loading = asyncio.ensure_future(keep_loading(client, args.load_meanwhile)) if args.load_meanwhile and not quiet else None
         await asyncio.sleep(0)
         records = await asyncio.gather(*(one(planned) for planned in load))
@@ -122,27 +153,34 @@ def served_models(url: str, args: argparse.Namespace) -> tuple[str, list[str]]:
     return base, [card["id"] for card in cards if card.get("parent")]
 
 
-def measure(url: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Warm up and run the load; its row for the results file, and what went wrong."""
+def measure(url: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Warm up, then run a load for each of --max-concurrency: rows for the results file, and what went wrong in each."""
     model, loaded = served_models(url, args)
     model = args.model or model
     names: list[str | None] = list(loaded) if args.lora_name == ["all"] else list(args.lora_name)
     names = [None if name in ("none", model) else name for name in names]
     rng = random.Random(args.seed)
-    adapters = assign_adapters(args.num_prompts, names, args.lora_request_distribution, args.lora_zipf_alpha, rng)
     lengths = args.random_input_len, args.random_output_len, args.vocab_size
     if args.warmup_requests:
-        warm = make_load([(names or [None])[i % max(len(names), 1)] for i in range(args.warmup_requests)], *lengths, rng)
-        asyncio.run(run_load(url, model, warm, args, quiet=True))
-    load = make_load(adapters, *lengths, rng, rate=args.request_rate, range_ratio=args.random_range_ratio)
-    records, seconds, loads = asyncio.run(run_load(url, model, load, args))
-    row = {
-        "label": args.label, "model": model, "adapters": len(names), "popularity": args.lora_request_distribution if names else "none",
-        "input": args.random_input_len, "output": args.random_output_len, "max_concurrency": args.max_concurrency,
-        "request_rate": "inf" if args.request_rate == float("inf") else args.request_rate, "loads_meanwhile": loads,
-        **summarize(records, seconds, parse_goodput(args.goodput)),
-    }  # fmt: skip
-    return row, [record.error for record in records if record.error is not None]
+        warm = make_load([(names or [None])[i % max(len(names), 1)] for i in range(args.warmup_requests)], *lengths, random.Random(args.seed))
+        asyncio.run(run_load(url, model, warm, args, args.warmup_requests, quiet=True))
+    for concurrency in args.max_concurrency:
+        count = args.num_prompts if args.prompts_per_slot is None or concurrency is None else args.prompts_per_slot * concurrency
+        throughput = None
+        for some in [[], names] if args.retention else [names]:
+            adapters = assign_adapters(count, some, args.lora_request_distribution, args.lora_zipf_alpha, rng)
+            load = make_load(adapters, *lengths, rng, rate=args.request_rate, range_ratio=args.random_range_ratio)
+            records, seconds, loads = asyncio.run(run_load(url, model, load, args, concurrency))
+            row = {
+                "label": args.label, "model": model, "adapters": len(some), "popularity": args.lora_request_distribution if some else "none",
+                "input": args.random_input_len, "output": args.random_output_len, "max_concurrency": concurrency,
+                "request_rate": "inf" if args.request_rate == float("inf") else args.request_rate, "loads_meanwhile": loads,
+                **summarize(records, seconds, parse_goodput(args.goodput)),
+            }  # fmt: skip
+            if args.retention:
+                throughput = throughput or row["output_throughput"]
+                row["retention"] = row["output_throughput"] / throughput
+            yield row, [record.error for record in records if record.error is not None]
 
 
 @contextlib.contextmanager
@@ -167,7 +205,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--random-output-len", type=int, default=64)
     parser.add_argument("--random-range-ratio", type=float, default=1.0, help="lengths are drawn between this share of the above and these; 1 = fixed")
     parser.add_argument("--request-rate", type=float, default=float("inf"), help="requests a second (Poisson); inf = as many as may run")
-    parser.add_argument("--max-concurrency", type=int, help="most requests at a time; no limit if not given")
+    parser.add_argument("--max-concurrency", type=int, nargs="+", default=[None], help="most requests at a time, one run for each; no limit if not given")
+    parser.add_argument("--prompts-per-slot", type=int, help="instead of --num-prompts: so many times --max-concurrency")
+    parser.add_argument("--retention", action="store_true", help="run each load for the base model first: the share of its throughput that adapters keep")
     parser.add_argument("--lora-name", nargs="*", default=["all"], help="adapters to ask for; 'none' is the base model, 'all' (default) what /v1/models lists")
     parser.add_argument(
         "--lora-request-distribution", choices=DISTRIBUTIONS, default="uniform", help="zipf: the k-th name with weight k^-alpha; distinct: in turn"
@@ -180,7 +220,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--extra-request-body", default="{}", metavar="JSON", help="fields to add to every request")
     parser.add_argument("--vocab-size", type=int, help="prompts are ids below this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds without a sign of life after which a request has failed")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a request has failed")
     parser.add_argument("--output-file", type=Path, help="add the figures as a row to this JSON file")
     parser.add_argument("--label", default="", help="what the row is called in it")
     parser.add_argument("--disable-tqdm", action="store_true")
@@ -195,16 +235,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    settings = {"warmup": args.warmup_requests, "seed": args.seed, "goodput": args.goodput}
+    results = Results(args.output_file, "serving", KEYS, settings) if args.output_file is not None else None
+    completed = True
     with server(args) as url:
-        row, errors = measure(url, args)
-    print(format_summary(row))
-    for error in errors[:5]:
-        print(f"failed: {error}")
-    if args.output_file is not None:
-        results = Results(args.output_file, "serving", KEYS, {"warmup": args.warmup_requests, "seed": args.seed, "goodput": args.goodput})
-        results.add(row)
-    print(json.dumps({"bench": "serving"} | {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}))
-    return 0 if row["completed"] else 1
+        for row, errors in measure(url, args):
+            print(format_summary(row))
+            for error in errors[:5]:
+                print(f"failed: {error}")
+            if results is not None:
+                results.add(row)
+            rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+            print(json.dumps({"bench": "serving"} | rounded), flush=True)
+            completed &= row["completed"] > 0
+    return 0 if completed else 1
 
 
 if __name__ == "__main__":

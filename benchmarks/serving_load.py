@@ -125,12 +125,14 @@ def parse_goodput(entries: Sequence[str]) -> dict[str, float]:
 
 def format_summary(result: dict[str, Any]) -> str:
     """The figures as the peers print them."""
-    lines = [f"{'requests completed / failed':32} {result['completed']} / {result['failed']} in {result['duration']:.2f} s"]
+    lines = [f"{'concurrency, adapters':32} {result.get('max_concurrency')}, {result.get('adapters')}"]
+    lines += [f"{'requests completed / failed':32} {result['completed']} / {result['failed']} in {result['duration']:.2f} s"]
     rates = {
         "requests/s": "request_throughput",
         "goodput requests/s": "request_goodput",
         "output tokens/s": "output_throughput",
         "all tokens/s": "total_throughput",
+        "share of the base's output": "retention",
     }
     lines += [f"{label:32} {result[key]:.2f}" for label, key in rates.items() if key in result]
     for name in ("ttft", "tpot", "itl", "e2e_latency"):

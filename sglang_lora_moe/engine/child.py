@@ -21,6 +21,7 @@ import zmq.asyncio
 
 from sglang_lora_moe.config import Config
 
+ENTRY = "from sglang_lora_moe.engine.process import run_engine_process as run"
 _END_SECONDS = 5.0  # for the child to end when it is told to
 
 
@@ -81,7 +82,7 @@ async def _spawn(config: Config, address: str) -> asyncio.subprocess.Process:
     """Start the child. A new interpreter, not a fork: it takes over no thread, socket or signal handler of the server."""
     root = str(Path(__file__).parents[2])  # so that the package is found however the parent found it
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", "import sys; from sglang_lora_moe.engine.process import run_engine_process as run; sys.exit(run())"]
+    command = [sys.executable, "-c", f"import sys; {ENTRY}; sys.exit(run())"]
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of a step that spin at its many small barriers stall on a busy machine; the user's own choice wins
     environment = {**waiting, **os.environ, "PYTHONPATH": path}
     # its own session: a Ctrl-C in the terminal would else hit it before it has a handler
