@@ -121,15 +121,6 @@ class EngineCore:
             "adapters": self.lora.adapters() if self.lora else [],
         }
 
-    def check(self) -> None:
-        """Assert all books."""
-        self.scheduler.check()
-        assert set(self._entries) == {request for request in self.scheduler.requests.values() if request.revision is not None}
-        if self.lora is not None:
-            self.lora.check()
-            for entry in self.lora.registry.entries():
-                assert entry.users == sum(e is entry for e in self._entries.values()), f"{entry.name}: {entry.users} users"
-
     def close(self) -> None:
         if self.lora is not None:
             self.lora.close()

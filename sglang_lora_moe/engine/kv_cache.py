@@ -142,16 +142,5 @@ class PrefixCache:
         self._key_of.clear()
         return known
 
-    def check(self) -> None:
-        """Assert the books. Cheap enough for tests, not for every step."""
-        free, idle = set(self.pool.free), set(self._idle)
-        assert len(free) == len(self.pool.free), "a page is free twice"
-        assert not free & idle and 0 not in free | idle, f"pages both free and cached: {sorted(free & idle)}"
-        held = {page for page, refs in enumerate(self.pool.refs) if refs > 0}
-        assert not held & (free | idle), f"pages held and not in use: {sorted(held & (free | idle))}"
-        assert len(free) + len(idle) + len(held) == self.pool.total, f"{len(free)} free + {len(idle)} cached + {len(held)} in use != {self.pool.total}"
-        assert idle <= set(self._key_of), "a cached page has no key"
-        assert {page: key for key, page in self._page_of.items()} == self._key_of, "keys and pages of the prefix cache disagree"
-
     def _forget(self, page: int) -> None:
         del self._page_of[self._key_of.pop(page)]

@@ -42,7 +42,6 @@ class Request:
         self.num_cached = 0  # prompt tokens that came from the prefix cache at the first admission
         self.first_scheduled = True
         self.blocked_since = -1  # scheduling pass in which it was first passed over, -1 = not blocked
-        self.bypassed = 0  # admissions of younger requests while it was blocked
         self.prompt_logprobs: list[TokenLogprob] = []
         self.sampled_row = -1  # where on the device the last token is while `tokens` ends with PENDING
 

@@ -2,12 +2,12 @@
 
 `schedule()` chooses the next step, `update()` takes in its result. Every running request that is decoding takes part in
 every step; what is left of `prefill_budget` goes to prompts, oldest first, in chunks, so that a long prompt never stops
-the others' decoding. Admission is first come, first served with bounded bypass:
+the others' decoding. Admission is first come, first served, but nobody waits for what he does not need:
 
 * A request that does not fit (pages, or no slot for its adapter) is passed over; younger ones that fit may go ahead.
-* A request passed over `bypass_limit` times, or for `patience` steps, is overdue. If it waits for pages, nothing younger
-  is admitted until it fits. If it waits for a slot, the resident adapter closest to finished takes no new requests
-  ("drains") until its slot is free. So with more adapters than slots every adapter gets its turn.
+* A request passed over for `patience` steps is overdue. If it waits for pages, nothing younger is admitted until it
+  fits. If it waits for a slot, the resident adapter closest to finished takes no new requests ("drains") until its
+  slot is free. So with more adapters than slots every adapter gets its turn.
 * A request whose adapter is on its way, from a file or to a slot, waits for it; all others go on.
 * A prompt whose pages another request is computing right now waits for them instead of computing them twice.
 
@@ -38,7 +38,6 @@ class Limits:
     max_queued: int
     prefill_budget: int  # prompt tokens per step
     max_model_len: int
-    bypass_limit: int = 32
     patience: int = 64  # steps
     prompt_logit_rows: int = 256  # prompt rows per step whose logits are computed (each is a whole vocabulary)
 
@@ -160,23 +159,6 @@ class Scheduler:
             outputs.append(output)
         return outputs
 
-    def check(self) -> None:
-        """Assert that pages and slots agree with the requests that hold them."""
-        self.cache.check()
-        held = Counter(page for request in self.running for page in request.pages)
-        refs = {page: refs for page, refs in enumerate(self.cache.pool.refs) if refs}
-        assert held == refs, f"requests hold {dict(held)}, the pool counts {refs}"
-        assert all(not request.pages and request.slot < 0 for request in self.waiting), "a waiting request holds pages or a slot"
-        assert len(self.requests) == len(self.waiting) + len(self.running)
-        if self.slots is not None:
-            self.slots.check()
-            users = Counter(request.slot for request in self.running if request.slot >= 0)
-            assert users == Counter({slot: n for slot, n in enumerate(self.slots.users) if n}), f"slots in use {self.slots.users}, by requests {users}"
-            for request in self.running:
-                assert request.slot < 0 or self.slots.revision_of[request.slot] == request.revision
-        if not self.running:
-            assert not self._pending_keys, "page keys pending without a running request"
-
     # ---- parts ------------------------------------------------------------------------------------------------------
     def _refuse(self, request: Request) -> None:
         if request.rid in self.requests:
@@ -208,11 +190,10 @@ class Scheduler:
             index += 1
 
     def _admit(self, take: Callable[[Request], bool]) -> None:
-        """Admit waiting requests until a budget is used up; note who was passed over."""
+        """Admit waiting requests until a budget is used up."""
         if not (self._dirty or self._pass % RESCAN_STEPS == 0):
             return
-        admitted = 0
-        blocked: list[tuple[Request, int]] = []  # with the number admitted before
+        admitted = False
         no_slot: dict[str, bool] = {}  # revision -> someone waiting for it is overdue
         self._dirty = False
         for request in self.waiting:
@@ -220,20 +201,17 @@ class Scheduler:
                 break
             reason = "slot" if request.revision in no_slot else self._try_start(request)
             if reason is None:
-                admitted += 1
+                admitted = True
                 if not take(request):
                     self._dirty = True
                     break
             elif reason not in ("prefix", "loading"):
-                blocked.append((request, admitted))
                 overdue = self._overdue(request)
                 if reason == "slot":
                     assert request.revision is not None
                     no_slot[request.revision] = no_slot.get(request.revision, False) or overdue
                 elif overdue:
                     break
-        for request, before in blocked:
-            request.bypassed += admitted - before
         if admitted:
             self._dirty = True
             self.waiting = [request for request in self.waiting if not request.running]
@@ -243,7 +221,7 @@ class Scheduler:
     def _overdue(self, request: Request) -> bool:
         if request.blocked_since < 0:
             request.blocked_since = self._pass
-        return request.bypassed >= self.limits.bypass_limit or self._pass - request.blocked_since >= self.limits.patience
+        return self._pass - request.blocked_since >= self.limits.patience
 
     def _try_start(self, request: Request) -> str | None:
         """Make a waiting request running, or say what it has to wait for: "pages", "slot", "loading" (of its adapter) or "prefix"."""
@@ -279,7 +257,7 @@ class Scheduler:
             request.first_scheduled, request.num_cached = False, request.num_computed
             self.totals["prompt_tokens"] += request.prompt_len
             self.totals["cached_tokens"] += request.num_cached
-        request.running, request.blocked_since, request.bypassed = True, -1, 0
+        request.running, request.blocked_since = True, -1
         insort(self.running, request, key=lambda r: r.order)
         return None
 

@@ -186,19 +186,6 @@ class LoRAManager:
         replies, self.replies = self.replies, []
         return replies
 
-    def check(self) -> None:
-        """Assert that slots, pool, host memory and registry agree."""
-        self.slots.check()
-        known = {entry.revision for entry in self.registry.entries()}
-        for slot, revision in enumerate(self.slots.revision_of):
-            used = self.pool.region_bytes_used(slot)
-            assert revision is None or revision in known, f"slot {slot} holds {revision}, which is not loaded"
-            assert revision is not None or used == 0, f"slot {slot} is free and holds {used} bytes"
-        assert all(entry.in_use for entry in self.registry.leaving), "an adapter that nobody uses has not gone"
-        assert {revision for revision in known if revision not in self.host} == self.slots.absent, "absent revisions differ from host memory"
-        for entry in self.registry.entries():
-            assert entry.fills == sum(fill.entry is entry for fill in self._fills.values()), f"{entry.name}: {entry.fills} fills"
-
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._loader.close()

@@ -126,17 +126,6 @@ class SlotTable:
         """Slots in use that could be drained for another adapter."""
         return [slot for slot, users in enumerate(self.users) if users > 0 and slot not in self.draining and self.revision_of[slot] not in self.pinned]
 
-    def check(self) -> None:
-        """Assert the books: free + filling + idle + in use == num_slots."""
-        in_use = {slot for slot, users in enumerate(self.users) if users > 0}
-        parts = (set(self._free), self._filling, set(self._idle), in_use)
-        assert sum(map(len, parts)) == len(set().union(*parts)) == self.num_slots, (
-            f"free {parts[0]}, filling {parts[1]}, idle {parts[2]}, in use {parts[3]} of {self.num_slots}"
-        )
-        assert {slot: revision for revision, slot in self._slot_of.items()} == {s: r for s, r in enumerate(self.revision_of) if r is not None}
-        assert all(self.revision_of[slot] is None for slot in self._free), "a free slot has a revision"
-        assert set(self._wanted) <= self.absent, "a revision is wanted that is not absent"
-
     def _evict(self) -> int | None:
         candidates = [slot for slot in self._idle if self.revision_of[slot] not in self.pinned]
         if not candidates:

@@ -14,6 +14,7 @@ from sglang_lora_moe.engine.kv_cache import PagePool, PrefixCache
 from sglang_lora_moe.engine.request import Batch, Request, StepResult
 from sglang_lora_moe.engine.scheduler import Limits, Scheduler
 from sglang_lora_moe.lora.slots import SlotTable
+from tests.books import check_scheduler
 
 VOCAB = 50
 EOS = 0
@@ -105,7 +106,7 @@ class Harness:
                 if output.finish_reason:
                     self.finished[output.rid] = output.finish_reason
                     self.finished_at[output.rid] = self.num_steps
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         return batch
 
     def fill_slots(self) -> None:

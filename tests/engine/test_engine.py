@@ -15,6 +15,7 @@ import torch
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.engine import Engine
+from tests.books import check_core
 from tests.engine.models import ADAPTERS, make_engine, model_path, reference_greedy, reference_logprobs
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 16}
@@ -29,7 +30,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def engine() -> Iterator[Engine]:
     with make_engine() as made:
         yield made
-        made.core.check()
+        check_core(made.core)
 
 
 def logprobs_of(result: dict[str, Any]) -> list[float]:
@@ -92,7 +93,7 @@ def test_chunk_and_page_sizes_do_not_change_tokens(chunk: int, page: int) -> Non
         for adapter in (None, "r8"):
             results = sized.generate(input_ids=prompts, sampling_params=GREEDY, lora_path=adapter)
             assert [result["output_ids"] for result in results] == [reference_greedy(adapter, ids, 16) for ids in prompts]
-        sized.core.check()
+        check_core(sized.core)
 
 
 def test_retraction_leaves_answers_unchanged() -> None:
@@ -103,7 +104,7 @@ def test_retraction_leaves_answers_unchanged() -> None:
         assert small.get_server_info()["retractions"] > 0
         for ids, adapter, result in zip(prompts, adapters, results, strict=True):
             assert result["output_ids"] == reference_greedy(adapter, ids, 30, ignore_eos=True)
-        small.core.check()
+        check_core(small.core)
 
 
 def test_prompt_logprobs_equal_transformers(engine: Engine) -> None:
@@ -160,7 +161,7 @@ def test_text_stop_strings_and_streams(engine: Engine) -> None:
     parts = list(engine.generate("hello", params, stream=True))
     assert parts[-1]["text"] == decoded and parts[-1]["output_ids"] == full["output_ids"] and len(parts) > 20
     assert all(parts[-1]["text"].startswith(part["text"]) for part in parts)
-    engine.core.check()
+    check_core(engine.core)
     assert not engine.core.has_work
 
 
@@ -170,7 +171,7 @@ def test_closing_a_stream_aborts(engine: Engine) -> None:
     assert engine.core.scheduler.running
     stream.close()
     assert not engine.core.has_work and engine.core.scheduler.cache.num_in_use == 0
-    engine.core.check()
+    check_core(engine.core)
 
 
 def test_abort_request_ends_a_stream(engine: Engine) -> None:
@@ -186,7 +187,7 @@ def test_refusals(engine: Engine) -> None:
     def refused(**call: Any) -> RequestError:
         with pytest.raises(RequestError) as error:
             engine.generate(**call)
-        engine.core.check()
+        check_core(engine.core)
         assert not engine.core.has_work and not engine.front.unfinished()
         return error.value
 
@@ -223,7 +224,7 @@ def test_more_adapters_than_slots() -> None:
         results = small.generate(input_ids=prompts, sampling_params=GREEDY, lora_path=adapters)
         for ids, adapter, result in zip(prompts, adapters, results, strict=True):
             assert result["output_ids"] == reference_greedy(adapter, ids, 16)
-        small.core.check()
+        check_core(small.core)
 
 
 def test_a_long_list_waits_for_room_in_the_queue() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import merged_reference_model, write_adapter
+from tests.books import check_core
 from tests.engine.models import ADAPTERS, adapter_path, make_engine, model_path, other_adapter_path, reference_greedy
 from tests.quantized_checkpoints import GENUINE, genuine, write_reference
 from tests.tiny_models import make_tiny_model
@@ -51,7 +52,7 @@ def test_swaps_between_replays_equal_solo_runs() -> None:
     engine.flush_cache()
     found = ids(engine.generate(input_ids=[prompt for prompt, _ in work], lora_path=[name for _, name in work], sampling_params=GREEDY))
     assert found == [solo[tuple(prompt), name] for prompt, name in work]
-    engine.core.check()
+    check_core(engine.core)
 
 
 def keep_replays(runner: Any) -> list[tuple[str, torch.Tensor]]:

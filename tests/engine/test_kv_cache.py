@@ -5,6 +5,7 @@ import random
 import pytest
 
 from sglang_lora_moe.engine.kv_cache import PagePool, PrefixCache, page_key, root_key
+from tests.books import check_cache
 
 
 def chain(tokens: list[int], page_size: int, revision: str | None = None) -> list[bytes]:
@@ -47,7 +48,7 @@ def test_shared_pages_are_counted_and_kept() -> None:
     cache.release(pages[:2])
     assert cache.num_in_use == 2
     cache.release(pages[:2])
-    cache.check()
+    check_cache(cache)
     assert cache.num_in_use == 0
 
 
@@ -64,7 +65,7 @@ def test_eviction_takes_the_least_recently_used_tail_first() -> None:
     cache.release(held)
     cache.allocate(2)
     assert len(cache.match(first)) == 3 and len(cache.match(second)) == 1
-    cache.check()
+    check_cache(cache)
 
 
 def test_equal_content_twice_keeps_the_second_page_private() -> None:
@@ -76,7 +77,7 @@ def test_equal_content_twice_keeps_the_second_page_private() -> None:
     cache.release([two])
     cache.release([one])
     assert (cache.num_cached, len(cache.pool.free)) == (1, 3)
-    cache.check()
+    check_cache(cache)
 
 
 def test_flush_keeps_pages_in_use() -> None:
@@ -88,7 +89,7 @@ def test_flush_keeps_pages_in_use() -> None:
     cache.release(pages[1:])
     assert cache.flush() == 2
     assert (cache.num_cached, cache.num_in_use) == (0, 1) and cache.match(keys) == []
-    cache.check()
+    check_cache(cache)
     cache.release(pages[:1])
     assert len(cache.pool.free) == 4
 
@@ -122,8 +123,8 @@ def test_books_hold_under_random_use() -> None:
             held.append(pages)
         if rng.random() < 0.01:
             cache.flush()
-        cache.check()
+        check_cache(cache)
     for pages in held:
         cache.release(pages)
-    cache.check()
+    check_cache(cache)
     assert cache.num_in_use == 0

@@ -8,6 +8,7 @@ import pytest
 
 from sglang_lora_moe.core import Abort, LogprobOptions, SamplingParams, Submit, TokenOutput
 from sglang_lora_moe.engine.engine_core import EngineCore
+from tests.books import check_core
 from tests.engine.models import make_engine
 
 
@@ -36,7 +37,7 @@ def run(core: EngineCore, overlap: bool, late: bool, abort: str | None = None) -
             tokens[message.rid] += message.token_ids
             if message.finish_reason:
                 ends[message.rid] = message.finish_reason
-        core.check()
+        check_core(core)
     return tokens, ends
 
 
@@ -90,7 +91,7 @@ def test_arrivals_do_not_stop_the_overlap() -> None:
                 Submit(f"r{step}", [1, *range(10, 10 + count)], SamplingParams(temperature=0.0, max_new_tokens=1 + step % 9), "r8" if step % 3 else None)
             )
         core.step()
-        core.check()
+        check_core(core)
     assert alone == [1], f"steps that were not launched beside another: {alone}"
     assert mixed > 20, "hardly any step had a prompt"
 

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from sglang_lora_moe.core import LogprobOptions, RequestError
+from tests.books import check_scheduler
 from tests.engine.fake_runner import EOS, Harness, expected_output
 
 
@@ -167,7 +168,7 @@ def test_prompt_logprobs_bound_the_shared_prefix_and_survive_retraction() -> Non
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_more_adapters_than_slots_all_make_progress(slots: int) -> None:
     """Steady arrivals for the resident adapters must not keep the others out."""
-    h = Harness(num_slots=slots, num_pages=513, bypass_limit=8, patience=20, max_running=8)
+    h = Harness(num_slots=slots, num_pages=513, patience=20, max_running=8)
     adapters = [f"A{i}" for i in range(6)]
     waited: dict[str, int] = {}
     count = 0
@@ -192,7 +193,7 @@ def test_more_adapters_than_slots_all_make_progress(slots: int) -> None:
 
 
 def test_a_late_adapter_gets_a_slot_although_the_resident_one_never_pauses() -> None:
-    h = Harness(num_slots=1, num_pages=513, bypass_limit=10, patience=30)
+    h = Harness(num_slots=1, num_pages=513, patience=30)
     for i in range(4):
         h.submit(f"a{i}", prompt_of(4, i), 10 + 3 * i, "A", ignore_eos=True)
     h.step()
@@ -211,7 +212,7 @@ def test_a_late_adapter_gets_a_slot_although_the_resident_one_never_pauses() -> 
 @pytest.mark.parametrize("places", [1, 4])
 def test_slots_change_hands_when_all_places_are_taken(places: int) -> None:
     """With every running place taken all the time, an overdue adapter must still get its slot."""
-    h = Harness(num_slots=1, num_pages=513, max_running=places, bypass_limit=4, patience=20)
+    h = Harness(num_slots=1, num_pages=513, max_running=places, patience=20)
     for i in range(60):
         h.submit(f"a{i}", prompt_of(4, i), 5, "A", ignore_eos=True)
         if i == 20:
@@ -223,7 +224,7 @@ def test_slots_change_hands_when_all_places_are_taken(places: int) -> None:
 
 
 def test_draining_stops_when_nobody_waits_for_it() -> None:
-    h = Harness(num_slots=1, num_pages=513, bypass_limit=1, patience=3)
+    h = Harness(num_slots=1, num_pages=513, patience=3)
     assert h.slots is not None
     h.submit("a", prompt_of(4), 12, "A", ignore_eos=True)
     h.submit("b", prompt_of(4), 12, "B", ignore_eos=True)
@@ -237,7 +238,7 @@ def test_draining_stops_when_nobody_waits_for_it() -> None:
 
 
 def test_drain_picks_the_adapter_closest_to_finished_and_never_a_pinned_one() -> None:
-    h = Harness(num_slots=3, num_pages=513, max_running=30, bypass_limit=1, patience=3)
+    h = Harness(num_slots=3, num_pages=513, max_running=30, patience=3)
     assert h.slots is not None
     h.slots.pinned.add("P")
     h.submit("p", prompt_of(4), 5, "P", ignore_eos=True)
@@ -266,7 +267,7 @@ def test_slots_are_reused_least_recently_used_first() -> None:
 
 
 def test_a_large_request_is_not_starved_of_pages_by_small_ones() -> None:
-    h = Harness(num_pages=17, page_size=4, bypass_limit=5, patience=1000)
+    h = Harness(num_pages=17, page_size=4, patience=8)
     for i in range(6):
         h.submit(f"s{i}", prompt_of(4, i), 8, ignore_eos=True)
     h.step()
@@ -291,7 +292,7 @@ def test_abort_in_every_state() -> None:
         output = h.scheduler.abort(rid)
         assert output is not None and output.finish_reason == "abort" and output.token_ids == []
         assert h.scheduler.abort(rid) is None  # twice does no harm
-        h.scheduler.check()
+        check_scheduler(h.scheduler)
     assert h.scheduler.abort("never seen") is None
     assert not h.scheduler.has_work and h.cache.num_in_use == 0
     assert h.step() is None
@@ -329,7 +330,6 @@ def test_random_schedules_keep_the_books_and_every_answer(seed: int) -> None:
         prefix_cache=rng.random() < 0.8,
         prefill_budget=rng.choice([3, 8, 32]),
         max_running=rng.choice([2, 8, 16]),
-        bypass_limit=rng.choice([2, 10]),
         patience=rng.choice([4, 40]),
     )
     longest = min(40, h.scheduler.capacity - 1)

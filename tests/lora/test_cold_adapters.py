@@ -20,6 +20,7 @@ from sglang_lora_moe.engine.engine import Engine
 from sglang_lora_moe.lora import reader as reader_module
 from sglang_lora_moe.lora.adapter_config import CONFIG_FILE
 from tests.adapter_files import edit_adapter, write_adapter
+from tests.books import check_core
 from tests.engine.models import make_engine, model_path, other_adapter_path
 
 PROMPT = [1, 5, 9, 20, 21, 22, 23, 24, 25, 26]
@@ -38,7 +39,7 @@ def cold_engine(limit: int = 1, slots: int = 1, count: int = 3, **config: Any) -
 def cold() -> Iterator[Engine]:
     with cold_engine() as engine:
         yield engine
-        engine.core.check()
+        check_core(engine.core)
 
 
 def expected(seed: int | None, count: int = 10) -> list[int]:
@@ -79,7 +80,7 @@ def drive(engine: Engine, until: Callable[[list[EngineMessage]], bool] | None = 
         if until(said) if until else not (engine.core.has_work or engine.core.is_loading):
             return said
         said += engine.core.step()
-        engine.core.check()
+        check_core(engine.core)
     raise AssertionError(f"no end: {engine.core.stats()}")
 
 
@@ -198,7 +199,7 @@ def test_a_failed_read_answers_those_who_wait(tmp_path: Path, damage: str, text:
         else:
             edit_adapter(path, lambda tensors, config: config.update(lora_alpha=8))
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="x")["output_ids"] == expected(6)
-        engine.core.check()
+        check_core(engine.core)
 
 
 # ---- on the way into a slot -----------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_abort_and_unload_while_a_slot_is_filled(cold: Engine, copying: Gate) ->
     drive(cold, lambda now: copying.calls == 1)
     said = send(cold, Abort("new"), UnloadAdapter("u", "a2"))
     assert reply(said, "u") is None and cold.core.stats()["adapters_unloading"] == ["a2"]
-    cold.core.check()
+    check_core(cold.core)
     copying.open.set()
     unloaded = reply(drive(cold), "u")
     assert unloaded is not None and unloaded.data["freed_device_bytes"] > 0
@@ -257,7 +258,7 @@ def test_new_weights_in_place_while_requests_run() -> None:
         loaded = reply(said, "l")
         assert loaded is not None and loaded.data["already_loaded"] is False and record["revision"] == loaded.data["revision"] != first
         assert engine.core.stats()["slots_used"] == 1 and engine.core.stats()["adapters_unloading"] == []
-        engine.core.check()
+        check_core(engine.core)
 
 
 def test_the_prefix_cache_never_mixes_revisions_of_a_name() -> None:
@@ -299,7 +300,7 @@ def test_weights_from_tensors() -> None:
             with pytest.raises(RequestError, match=text):
                 engine.load_lora_adapter_from_tensors("bad", tensors, config)
         assert set(states(engine)) == {"t", "file"}
-        engine.core.check()
+        check_core(engine.core)
 
 
 def test_weights_from_tensors_stay_in_host_memory() -> None:
@@ -313,7 +314,7 @@ def test_weights_from_tensors_stay_in_host_memory() -> None:
             engine.load_lora_adapter_from_tensors("u", {name: tensor * 2 for name, tensor in tensors.items()}, config)
         engine.unload_lora_adapter("t")
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="file")["output_ids"] == expected(0)
-        engine.core.check()
+        check_core(engine.core)
 
 
 # ---- the child that reads -------------------------------------------------------------------------------------------

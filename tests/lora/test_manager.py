@@ -12,6 +12,7 @@ import pytest
 from sglang_lora_moe.core import Abort, EngineMessage, LoadAdapter, Reply, RequestError, SamplingParams, Submit, TokenOutput, UnloadAdapter
 from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import edit_adapter, write_adapter
+from tests.books import check_core
 from tests.engine.models import adapter_path, make_engine, model_path, other_adapter_path, reference_greedy
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
@@ -21,7 +22,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
 def engine() -> Iterator[Engine]:
     with make_engine(adapters=(), max_loras_per_batch=2, max_lora_rank=16) as made:
         yield made
-        made.core.check()
+        check_core(made.core)
 
 
 def submit(rid: str, adapter: str | None, count: int = 10) -> Submit:
@@ -33,7 +34,7 @@ def drive(engine: Engine, messages: list[Any], steps: int = 10_000) -> list[Engi
     said = [answer for message in messages for answer in engine.core.handle(message)]
     while steps and (engine.core.has_work or engine.core.is_loading):
         said += engine.core.step()
-        engine.core.check()
+        check_core(engine.core)
         steps -= 1
     return said
 
@@ -212,10 +213,10 @@ def test_soak() -> None:
                 aborts += 1
                 take(e.core.handle(Abort(rng.choice(list(e.core.scheduler.requests)))))
             take(e.core.step())
-            e.core.check()
+            check_core(e.core)
         while e.core.has_work:
             take(e.core.step())
-        e.core.check()
+        check_core(e.core)
         stats = e.core.stats()
         assert stats["kv_pages_used"] == 0 and stats["slots_running"] == 0 and stats["adapters_unloading"] == [] and stats["retractions"] > 0
         assert len(ended) == number > 150 and aborts > 20

@@ -12,6 +12,7 @@ from sglang_lora_moe.lora.host_cache import HostCache
 from sglang_lora_moe.lora.packed import PackedAdapter
 from sglang_lora_moe.lora.registry import LoRARegistry
 from sglang_lora_moe.lora.slots import SlotTable
+from tests.books import check_slots
 
 
 def packed(revision: str, path: str = "/a") -> PackedAdapter:
@@ -136,7 +137,7 @@ def test_slots_are_given_and_reused() -> None:
     slots.release(a)
     assert slots.acquire("C") is None and slots.is_coming("C") and slots.slot_of("A") is None
     assert arrive(slots) == [(a, "C")] and slots.acquire("C") == a
-    slots.check()
+    check_slots(slots)
 
 
 def test_absent_weights_are_asked_for_before_a_slot_is_taken() -> None:
@@ -148,7 +149,7 @@ def test_absent_weights_are_asked_for_before_a_slot_is_taken() -> None:
     assert slots.wanted == ["A"] and take(slots, "B") == 0
     slots.give_up("A")
     assert slots.wanted == [] and slots.absent == {"A"} and not slots.is_coming("A")
-    slots.check()
+    check_slots(slots)
 
 
 def test_pinned_slots_are_not_evicted() -> None:
@@ -194,7 +195,7 @@ def test_dropping() -> None:
     slot = slots.reserve("A")
     arrive(slots)
     assert slots.drop("A") == slot and slots.drop("A") is None
-    slots.check()
+    check_slots(slots)
 
 
 def test_slot_books_hold_under_random_use() -> None:
@@ -211,5 +212,5 @@ def test_slot_books_hold_under_random_use() -> None:
             slot = slots.acquire(revision)
             if slot is not None:
                 held.append((slot, revision))
-        slots.check()
+        check_slots(slots)
         assert all(slots.revision_of[slot] == revision for slot, revision in held)
