@@ -38,7 +38,7 @@ class Engine:
             raise TypeError("give either a Config or its fields as keywords")
         self.core, self.config, self.model_info = build_engine(config if config is not None else Config(**fields))
         self.tokenizer = load_tokenizer(self.config)
-        self.front = Front(self.tokenizer, self.core.vocab_size, self.model_info["eos_token_ids"])
+        self.front = Front(self.tokenizer, self.core.vocab_size, self.model_info["eos_token_ids"], self.model_info["max_model_len"])
         self._events: dict[str, list[Chunk | Failure]] = {}  # by request: the list of the call that runs it
         self._replies: dict[str, Reply] = {}
         self._calls = 0

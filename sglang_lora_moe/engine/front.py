@@ -28,6 +28,7 @@ from sglang_lora_moe.engine.seeds import derive_seed
 from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse
 
 Triple = tuple[float | None, int, str | None]  # SGLang's (logprob, token id, text or None)
+LONG_TEXT = 20_000  # characters; what is longer the server tokenizes in a thread, so that no stream waits for it
 
 
 @dataclass(slots=True)
@@ -134,10 +135,10 @@ class _Sample:
 
 
 class Front:
-    """All requests of one engine that have not ended. `tokenizer` None: ids only, texts are empty."""
+    """All requests of one engine that have not ended. `tokenizer` None: ids only, texts are empty. `capacity`: most tokens of a request."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int]) -> None:
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int], capacity: int | None = None) -> None:
+        self.tokenizer, self.vocab_size, self.capacity = tokenizer, vocab_size, capacity
         eos = getattr(tokenizer, "eos_token_id", None)
         self._more_eos: list[Any] = [eos] if is_int(eos) and eos not in eos_ids else []  # chat models often end with another id than their config's
         self._decode = make_decode(tokenizer) if tokenizer is not None else None
@@ -145,8 +146,8 @@ class Front:
         self._requests: dict[str, list[str]] = {}  # request -> ids of its samples that have not ended
         self._serial = 0
 
-    def submit(self, request: GenerateRequest) -> list[Submit]:
-        """Check and register a request, giving it an id if it has none. The messages go to the engine, in order."""
+    def submit(self, request: GenerateRequest, ids: list[int] | None = None) -> list[Submit]:
+        """Check and register a request, giving it an id if it has none. The messages go to the engine, in order. `ids`: what `tokenize` gave."""
         check_sampling(request.sampling, self.vocab_size)
         check_stops(request.stop)
         check_samples(request.n)
@@ -156,7 +157,7 @@ class Front:
         request.rid = request.rid or uuid.uuid4().hex
         if request.rid in self._requests:
             raise RequestError(f"rid: a request with the id {request.rid!r} is running already", param="rid")
-        ids = self._input_ids(request)
+        ids = self.tokenize(request) if ids is None else ids
         if request.stop and self._decode is None:
             raise RequestError("stop: this engine has no tokenizer, so it cannot look for texts; use stop_token_ids", param="stop")
         sampling = request.sampling
@@ -215,14 +216,22 @@ class Front:
             if output.finish_reason is None:  # a stop string: the engine goes on until it is told
                 yield Abort(output.rid)
 
+    def tokenize(self, request: GenerateRequest) -> list[int]:
+        """The token ids of the prompt, checked. Changes nothing, so that any thread may do it."""
+        ids = self._input_ids(request)
+        if self.capacity is not None and len(ids) >= self.capacity:
+            text = f"the prompt has {len(ids)} tokens; with one for the answer it exceeds the {self.capacity} that a request may have here"
+            raise RequestError(f"{text} (context length, KV cache)", 400, "prompt" if request.input_ids is None else "input_ids", "context_length_exceeded")
+        if not all(map(is_int, ids)):
+            raise refuse("input_ids", "a list of token ids", ids)
+        return ids
+
     def _input_ids(self, request: GenerateRequest) -> list[int]:
         if (request.prompt is None) == (request.input_ids is None):
             raise RequestError("prompt: exactly one of prompt and input_ids must be given", param="prompt")
         if request.input_ids is not None:
-            if not isinstance(request.input_ids, list) or not all(map(is_int, request.input_ids)):
-                raise refuse("input_ids", "a list of token ids", request.input_ids)
-            if not request.input_ids:
-                raise RequestError("input_ids: the prompt is empty", param="input_ids")
+            if not isinstance(request.input_ids, list) or not request.input_ids:
+                raise refuse("input_ids", "a list of token ids that is not empty", request.input_ids)
             return request.input_ids
         if not isinstance(request.prompt, str):
             raise refuse("prompt", "a text", request.prompt)

@@ -37,7 +37,7 @@ from sglang_lora_moe.core import (
     UnloadAdapter,
 )
 from sglang_lora_moe.engine.child import EngineProcess, end_with_parent
-from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
+from sglang_lora_moe.engine.front import LONG_TEXT, Chunk, Failure, Front, GenerateRequest
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class AsyncEngine:
     def __init__(self, child: EngineProcess, config: Config, model_info: dict[str, Any], tokenizer: Any) -> None:
         self.config, self.model_info, self.tokenizer = config, model_info, tokenizer
         self.child = child
-        self._front = Front(tokenizer, model_info["vocab_size"], model_info["eos_token_ids"])
+        self._front = Front(tokenizer, model_info["vocab_size"], model_info["eos_token_ids"], model_info["max_model_len"])
         self._queues: dict[str, asyncio.Queue[Chunk | Failure]] = {}
         self._replies: dict[str, asyncio.Future[Reply]] = {}
         self._outbox: asyncio.Queue[msgspec.Raw] = asyncio.Queue()
@@ -180,7 +180,8 @@ class AsyncEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Chunks of all `request.n` samples as they come; closing the iterator aborts the request."""
         self._check_alive()
-        messages = self._front.submit(request)
+        is_long = len(request.prompt or "") > LONG_TEXT
+        messages = self._front.submit(request, await asyncio.to_thread(self._front.tokenize, request) if is_long else None)
         queue: asyncio.Queue[Chunk | Failure] = asyncio.Queue()
         self._queues[request.rid] = queue
         left = request.n

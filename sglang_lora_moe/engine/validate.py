@@ -13,9 +13,14 @@ MAX_STOPS = 64
 MAX_BIAS = 100.0
 
 
+def shown(value: object) -> str:
+    """`value` as an error quotes it, cut short."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def refuse(param: str, expected: str, found: object) -> RequestError:
-    shown = repr(found)
-    return RequestError(f"{param}: expected {expected}, got {shown if len(shown) <= 80 else shown[:77] + '...'}", param=param, code="invalid_value")
+    return RequestError(f"{param}: expected {expected}, got {shown(found)}", param=param, code="invalid_value")
 
 
 def spread(value: Any, count: int, param: str) -> list[Any]:

@@ -22,14 +22,14 @@ class LoadAdapterRequest(RequestModel):
         "is_3d_lora_weight": ((True, False), "the file's layout is read from its tensors"),
     }
     lora_name: str
-    lora_path: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1, max_length=4096)
     pinned: bool = False
     load_inplace: bool = False
 
 
 class UnloadAdapterRequest(RequestModel):
     unsupported = {"lora_int_id": ((), "adapters are known by their names")}
-    lora_name: str
+    lora_name: str = Field(max_length=256)
 
 
 def adapter_routes(service: Service) -> APIRouter:

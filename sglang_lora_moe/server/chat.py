@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.front import LONG_TEXT
 from sglang_lora_moe.server.openai_protocol import ChatRequest
 
 
@@ -27,9 +30,14 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, template: str | None) -> None:
         self._tokenizer = tokenizer
         self._template = template if template is not None else getattr(tokenizer, "chat_template", None)
+        self._taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} if tokenizer is not None else set()
 
-    def render(self, request: ChatRequest) -> list[int]:
+    async def render(self, request: ChatRequest) -> list[int]:
         """The token ids of the conversation, ready for the answer; RequestError 400 if the template cannot."""
+        is_long = sum(len(str(message.content)) for message in request.messages) > LONG_TEXT
+        return await asyncio.to_thread(self._render, request) if is_long else self._render(request)
+
+    def _render(self, request: ChatRequest) -> list[int]:
         if self._tokenizer is None:
             raise RequestError("messages: this model has no tokenizer; send token ids to /v1/completions or /generate", param="messages", code="no_tokenizer")
         if self._template is None:
@@ -61,7 +69,7 @@ class ChatRenderer:
             variables["reasoning_effort"] = request.reasoning_effort
         text = self._template if isinstance(self._template, str) else "".join((self._template or {}).values())
         for name in variables:
-            if name not in text:
+            if name not in text or name in self._taken:
                 param = "reasoning_effort" if name == "reasoning_effort" else f"chat_template_kwargs.{name}"
-                raise RequestError(f"{param}: the chat template of this model does not read it", param=param, code="unsupported_parameter")
+                raise RequestError(f"{param}: the chat template of this model does not read it, or not from here", param=param, code="unsupported_parameter")
         return variables

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.validate import shown
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
@@ -32,6 +33,7 @@ class ClientGone(Exception):
 def error_object(message: str, status: int = 400, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object, without the envelope."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    code = code or ("invalid_value" if status == 400 and param else None)
     return {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}
 
 
@@ -67,9 +69,7 @@ def validation_error(errors: list[Any]) -> RequestError:
         return RequestError(f"unknown field {field!r}", param=field, code="unknown_parameter")
     if kind == "missing":
         return RequestError(f"the field {field!r} is required", param=field, code="missing_required_parameter")
-    shown = repr(first.get("input"))
-    got = f" (got {shown if len(shown) <= 80 else shown[:77] + '...'})"
-    return RequestError(f"{field}: {message.removeprefix('Value error, ')}{got}", param=field, code="invalid_value")
+    return RequestError(f"{field}: {message.removeprefix('Value error, ')} (got {shown(first.get('input'))})", param=field, code="invalid_value")
 
 
 def validate(model: type[M], data: Any, where: str) -> M:
@@ -98,6 +98,8 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Any) -> Response:
         message = str(error.detail)
+        if error.status_code == 400:  # FastAPI's word for a body that it cannot read
+            return error_response(RequestError("the body is not valid JSON in UTF-8", code="invalid_json"))
         if error.status_code == 404:
             message = f"there is no {request.url.path} here; see /docs for the endpoints of this server"
         elif error.status_code == 405:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sglang_lora_moe.core import RequestError, SamplingParams
-from sglang_lora_moe.engine.validate import MAX_SAMPLES, MAX_STOPS
+from sglang_lora_moe.engine.validate import MAX_SAMPLES, MAX_STOPS, shown
 
 NOT_IMPLEMENTED = "is not implemented by this server"
 MAX_TOP_LOGPROBS = 20
@@ -55,7 +55,7 @@ def check_ids(ids: list[Any], param: str) -> list[int]:
     """`ids` if they are integers >= 0 (the engine knows how many there are)."""
     for i, value in enumerate(ids):
         if type(value) is not int or value < 0:
-            raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {value!r}", param=param, code="invalid_value")
+            raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {shown(value)}", param=param, code="invalid_value")
     return ids
 
 
@@ -73,7 +73,7 @@ def _bias(value: Any) -> Any:
     biases = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit()):
-            raise ValueError(f"keys must be token ids, got {key!r}")
+            raise ValueError(f"keys must be token ids, got {shown(key)}")
         biases[int(key)] = bias
     return biases
 
@@ -81,7 +81,7 @@ def _bias(value: Any) -> Any:
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
-NewTokens = Annotated[int, Field(ge=0)]
+NewTokens = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class SamplingFields(RequestModel):
@@ -89,7 +89,7 @@ class SamplingFields(RequestModel):
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1  # -1 and 0 = all
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = -1  # -1 and 0 = all
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
     presence_penalty: Penalty = 0.0

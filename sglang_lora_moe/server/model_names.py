@@ -13,6 +13,7 @@ from typing import Any
 from sglang_lora_moe import __name__ as OWNER
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.process import AsyncEngine
+from sglang_lora_moe.engine.validate import shown
 
 
 class ModelNames:
@@ -54,7 +55,7 @@ class ModelNames:
 
     def not_found(self, model: str, param: str) -> RequestError:
         hint = "" if self._engine.config.enable_lora else " (adapters need --enable-lora or --lora-paths at the start of the server)"
-        return RequestError(f"{model!r} is not loaded; loaded are: {', '.join([self.base, *sorted(self.adapters)])}{hint}", 404, param, "model_not_found")
+        return RequestError(f"{shown(model)} is not loaded; loaded are: {', '.join([self.base, *sorted(self.adapters)])}{hint}", 404, param, "model_not_found")
 
     async def cards(self) -> list[dict[str, Any]]:
         """The model cards of /v1/models: base first, then adapters by name."""
@@ -92,5 +93,5 @@ def check_adapter_name(name: str, base: str) -> str:
     elif name == base:
         reason = "is the name of the base model"
     if reason:
-        raise RequestError(f"lora_name: {name!r} {reason}", param="lora_name", code="invalid_value")
+        raise RequestError(f"lora_name: {shown(name)} {reason}", param="lora_name", code="invalid_value")
     return name

@@ -143,7 +143,7 @@ async def native_job(service: Service, body: NativeRequest) -> Job:
         )
         for i, prompt in enumerate(prompts)
     ]
-    names = {"prompt": "text", "input_ids": "text" if body.input_ids is None else "input_ids", "model": "lora_path"}
+    names = {"n": "sampling_params.n", "prompt": "text", "input_ids": "text" if body.input_ids is None else "input_ids", "model": "lora_path"}
     answer = NativeFormat(requests, is_batch, service.tokens, body.return_text_in_logprobs)
     return Job(base_rid, requests, answer, body.stream, names)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.validate import shown
 from sglang_lora_moe.server import fields as f
 
 Prompt = str | list[int]
@@ -112,7 +113,7 @@ class ChatMessage(f.RequestModel):
         if isinstance(content, list):
             content = "\n".join(_part_text(part, f"{param}.{i}") for i, part in enumerate(content))
         if not isinstance(content, str):
-            raise RequestError(f"{param}: must be a text or a list of content parts, got {content!r}", param=param, code="invalid_value")
+            raise RequestError(f"{param}: must be a text or a list of content parts, got {shown(content)}", param=param, code="invalid_value")
         message = {"role": self.role, "content": f.check_text(content, param)}
         extras = {"name": self.name, "reasoning_content": self.reasoning_content}
         return message | {key: f.check_text(value, f"{where}.{key}") for key, value in extras.items() if value is not None}
@@ -121,11 +122,11 @@ class ChatMessage(f.RequestModel):
 def _part_text(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind is None:
-        raise RequestError(f"{where}: a content part is an object with a type, got {part!r}", param=where, code="invalid_value")
+        raise RequestError(f"{where}: a content part is an object with a type, got {shown(part)}", param=where, code="invalid_value")
     if kind != "text":
-        raise RequestError(f"{where}: a content part of type {kind!r} {f.NOT_IMPLEMENTED}; only type 'text' is", param=where, code="unsupported_parameter")
+        raise RequestError(f"{where}: a content part of type {shown(kind)} {f.NOT_IMPLEMENTED}; only type 'text' is", param=where, code="unsupported_parameter")
     if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-        raise RequestError(f"{where}: a text part has the fields type and text, got {part!r}", param=where, code="invalid_value")
+        raise RequestError(f"{where}: a text part has the fields type and text, got {shown(part)}", param=where, code="invalid_value")
     return str(part["text"])
 
 

@@ -48,7 +48,7 @@ def openai_routes(service: Service) -> APIRouter:
 async def chat_job(service: Service, body: ChatRequest) -> Job:
     """One engine request of `n` samples over the rendered conversation."""
     adapter = await service.names.choose(body.model, body.lora_path)
-    ids = service.chat.render(body)
+    ids = await service.chat.render(body)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if limit is None:
         limit = max(service.engine.model_info["max_model_len"] - len(ids), 1)

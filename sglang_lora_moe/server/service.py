@@ -33,15 +33,21 @@ class Service:
 
     async def respond(self, request: Request, job: Job) -> Response:
         """Run `job` and answer it; the job ends when the client goes away."""
+        config, count = self.engine.config, sum(one.n for one in job.requests)
         chunks = self._chunks(job)
         try:
+            if count > config.max_queued_requests + config.max_running_requests:  # refused before any work is done for them
+                raise RequestError(f"n: {count} samples of one request are more than --max-queued-requests lets wait", param="n")
             if job.stream:
                 first = await until_disconnect(request.receive, _next(chunks))
                 return EventStream(first, chunks, job.format)
             await until_disconnect(request.receive, _collect(job, chunks))
             return JSONResponse(job.format.whole())
         except RequestError as error:
-            error.param = job.fields.get(error.param or "", error.param)
+            inner = error.param or ""
+            error.param = job.fields.get(inner, error.param)
+            if error.message.startswith(f"{inner}:"):
+                error.message = f"{error.param}{error.message.removeprefix(inner)}"
             raise
 
     async def abort(self, rid: str) -> None:

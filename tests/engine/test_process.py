@@ -109,6 +109,29 @@ def test_answers_equal_transformers(session: Session) -> None:
         assert chunks[-1].finish_reason == "length" and (len(chunks) > 1) == (i % 2 == 0)
 
 
+def test_a_long_prompt_stops_nobody(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that takes the tokenizer long is tokenized beside the event loop, and refused there if it is too long."""
+
+    def encode(text: str) -> list[int]:
+        time.sleep(0.5)
+        return [1] * len(text)
+
+    async def longest_pause() -> float:
+        refused = asyncio.ensure_future(session.collect(prompt="a" * 30_000, input_ids=None))
+        pause = 0.0
+        while not refused.done():
+            begin = time.perf_counter()
+            await asyncio.sleep(0.001)
+            pause = max(pause, time.perf_counter() - begin)
+        with pytest.raises(RequestError, match="the prompt has 30000 tokens; .* exceeds the 512 ") as error:
+            refused.result()
+        assert error.value.code == "context_length_exceeded"
+        return pause
+
+    monkeypatch.setattr(session.engine._front.tokenizer, "encode", encode)
+    assert session.run(longest_pause()) < 0.4
+
+
 def test_facts_of_the_model(session: Session) -> None:
     engine = session.engine
     assert engine.healthy and engine.tokenizer.encode("a")
@@ -151,7 +174,7 @@ def test_values_without_an_encoding_are_refused(session: Session) -> None:
 
 
 def test_refusals_come_before_the_first_chunk(session: Session) -> None:
-    for fields, param in (({"sampling": SamplingParams(top_p=2.0)}, "top_p"), ({"input_ids": [1] * 600}, "prompt"), ({"input_ids": [500]}, "input_ids")):
+    for fields, param in (({"sampling": SamplingParams(top_p=2.0)}, "top_p"), ({"input_ids": [1] * 600}, "input_ids"), ({"input_ids": [500]}, "input_ids")):
         with pytest.raises(RequestError) as error:
             session.run(session.collect(**fields))
         assert (error.value.status, error.value.param) == (400, param)

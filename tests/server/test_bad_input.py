@@ -52,6 +52,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"n": 1.5}, "n"),
     ("/v1/completions", {"n": 10**6}, "n"),
     ("/v1/completions", {"max_tokens": -1}, "max_tokens"),
+    ("/v1/completions", {"max_tokens": 10**30}, "max_tokens"),
+    ("/v1/completions", {"prompt": ["a"] * 50, "n": 128}, "n"),
+    ("/generate", {"text": ["a"] * 50, "sampling_params": {"n": 128}}, "sampling_params.n"),
     ("/v1/completions", {"seed": 2**63}, "seed"),
     ("/v1/completions", {"logprobs": 21}, "logprobs"),
     ("/v1/completions", {"logprobs": True}, "logprobs"),
@@ -104,6 +107,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
     ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
     ("/v1/chat/completions", {"chat_template_kwargs": {"surprise": 1}}, "chat_template_kwargs.surprise"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
     ("/v1/completions", {"suffix": "x"}, "suffix"),
     ("/v1/completions", {"best_of": 2}, "best_of"),
     ("/v1/completions", {"use_beam_search": True}, "use_beam_search"),
@@ -138,8 +143,8 @@ def test_missing_field(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-@pytest.mark.parametrize("body", ["{broken", "[1]", '"text"', "", "nul"])
-def test_malformed_body(client: TestClient, path: str, body: str) -> None:
+@pytest.mark.parametrize("body", ["{broken", "[1]", '"text"', "", "nul", b'{"prompt": "\xe9"}', "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
+def test_malformed_body(client: TestClient, path: str, body: str | bytes) -> None:
     error = error_of(client.post(path, content=body, headers={"content-type": "application/json"}))
     assert error["code"] == "invalid_json"
 
