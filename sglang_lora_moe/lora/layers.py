@@ -1,5 +1,6 @@
-"""Wrappers that add adapters to linears and the embedding. A step without an active adapter runs exactly the wrapped layer's code.
+"""Wrappers that add adapters to linears and the embedding, and their way into a model.
 
+A step without an active adapter runs exactly the wrapped layer's code.
 Nothing is defined or looked up per step that could be made when the wrapper is built; the step's slots come from the
 shared `StepContext`.
 """
@@ -13,10 +14,14 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.layers.embedding import Embedding
+from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.lora.dense import DenseDelta, TorchDense
-from sglang_lora_moe.lora.stacks import EmbeddingStacks, LinearStacks, check_dims
+from sglang_lora_moe.layers.topk import Router
+from sglang_lora_moe.lora.dense import DenseDelta, TorchDense, make_dense_delta
+from sglang_lora_moe.lora.hooks import FusedMoEWithLoRA
+from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks, check_dims
 from sglang_lora_moe.lora.torch_linear import Part
 
 
@@ -72,3 +77,32 @@ class EmbeddingWithLoRA(nn.Module):
             flat = input_ids.reshape(-1)
             self.delta.add_embedding(y.view(flat.shape[0], -1), flat, self.stacks)
         return y
+
+
+def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext, backend: str) -> dict[str, LinearWithLoRA | EmbeddingWithLoRA]:
+    """Replace each layer of `hf` that is a target of `pool` by its wrapper. `backend` computes linears and embeddings.
+
+    Returns, by target, the layers that few adapters touch: routers, the embedding, the language-model head.
+    """
+    delta = make_dense_delta(backend, ctx)
+    served = pool.layout.targets
+    rare: dict[str, LinearWithLoRA | EmbeddingWithLoRA] = {}
+    for path, module in list(hf.named_modules()):
+        parent, _, leaf = path.rpartition(".")
+        if isinstance(module, FusedMoE) and module.name in served:
+            setattr(hf.get_submodule(parent), leaf, FusedMoEWithLoRA(module, _stacks(pool, module.name, ExpertStacks), ctx))
+        elif isinstance(module, Linear) and module.parts[0][0] in served:
+            linear = LinearWithLoRA(module, [_stacks(pool, name, LinearStacks) for name, _ in module.parts], ctx, delta)
+            if module.slot_source == "logits" or isinstance(hf.get_submodule(parent), Router):
+                rare |= {name: linear for name, _ in module.parts}
+            setattr(hf.get_submodule(parent), leaf, linear)
+        elif isinstance(module, Embedding) and module.name in served:
+            rare[module.name] = EmbeddingWithLoRA(module, _stacks(pool, module.name, EmbeddingStacks), ctx, delta)
+            setattr(hf.get_submodule(parent), leaf, rare[module.name])
+    return rare
+
+
+def _stacks(pool: LoRAMemoryPool, name: str, kind: type[Any]) -> Any:
+    stacks = pool.stacks_for(name)
+    assert isinstance(stacks, kind), f"{name}: the pool has {type(stacks).__name__}, its layer needs {kind.__name__}"
+    return stacks

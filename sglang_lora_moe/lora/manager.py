@@ -19,13 +19,13 @@ import torch
 
 from sglang_lora_moe.core import LoadAdapter, Reply, RequestError, UnloadAdapter
 from sglang_lora_moe.lora.host_cache import HostCache
+from sglang_lora_moe.lora.layers import wrap_layers
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.packed import PackedAdapter
 from sglang_lora_moe.lora.reader import AdapterReader
 from sglang_lora_moe.lora.registry import AdapterEntry, LoRARegistry
 from sglang_lora_moe.lora.slot_loader import SlotLoader
 from sglang_lora_moe.lora.slots import SlotTable
-from sglang_lora_moe.lora.wrap import wrap_layers
 
 if TYPE_CHECKING:
     from sglang_lora_moe.models.served import ServedModel

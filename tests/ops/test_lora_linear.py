@@ -11,12 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 from sglang_lora_moe.layers.embedding import Embedding
-from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA
+from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA, wrap_layers
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, collect_targets
 from sglang_lora_moe.lora.triton_dense import TritonDense
 from sglang_lora_moe.lora.weights import EmbeddingLoRA, LinearLoRA
-from sglang_lora_moe.lora.wrap import wrap_layers
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.served import ServedModel
 from sglang_lora_moe.ops import lora_linear
