@@ -10,6 +10,7 @@ from typing import Any
 from sglang_lora_moe.core import TokenLogprob
 from sglang_lora_moe.engine.front import Chunk
 from sglang_lora_moe.server.logprobs import CompletionLogprobs, TokenText, chat_logprobs
+from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest
 from sglang_lora_moe.server.samples import ResponseFormat
 
 
@@ -19,10 +20,11 @@ class OpenAIFormat(ResponseFormat):
     whole_object = ""
     event_object = ""
 
-    def __init__(self, num_prompts: int, n: int, *, rid: str, model: str, tokens: TokenText, include_usage: bool) -> None:
-        super().__init__(num_prompts, n)
-        self._head = {"id": rid, "created": int(time.time()), "model": model}
-        self._tokens, self._include_usage = tokens, include_usage
+    def __init__(self, num_prompts: int, body: OpenAIRequest, rid: str, base: str, tokens: TokenText) -> None:
+        super().__init__(num_prompts, body.n)
+        self._head = {"id": rid, "created": int(time.time()), "model": body.model or base}
+        self._tokens = tokens
+        self._include_usage = body.stream_options is not None and body.stream_options.include_usage
 
     def whole(self) -> dict[str, Any]:
         choices = [self.choice(i * self.n + k, sample) for i, samples in enumerate(self.samples) for k, sample in enumerate(samples)]
@@ -47,9 +49,9 @@ class ChatFormat(OpenAIFormat):
     whole_object = "chat.completion"
     event_object = "chat.completion.chunk"
 
-    def __init__(self, *args: Any, wants_logprobs: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._wants_logprobs = wants_logprobs
+    def __init__(self, body: ChatRequest, rid: str, base: str, tokens: TokenText) -> None:
+        super().__init__(1, body, rid, base, tokens)
+        self._wants_logprobs = body.logprobs
         self._begun: set[int] = set()
 
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
@@ -84,12 +86,12 @@ class CompletionFormat(OpenAIFormat):
 
     whole_object = event_object = "text_completion"
 
-    def __init__(self, *args: Any, echoes: list[str], top_logprobs: int | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, body: CompletionRequest, rid: str, base: str, tokens: TokenText, echoes: list[str]) -> None:
+        super().__init__(len(echoes), body, rid, base, tokens)
         self._echoes = echoes
         self._logprobs = None
-        if top_logprobs is not None:
-            self._logprobs = [[CompletionLogprobs(self._tokens, top_logprobs > 0) for _ in range(self.n)] for _ in echoes]
+        if body.logprobs is not None:
+            self._logprobs = [[CompletionLogprobs(tokens, body.logprobs > 0) for _ in range(self.n)] for _ in echoes]
         self._begun: set[int] = set()
 
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:

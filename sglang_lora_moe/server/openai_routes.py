@@ -63,16 +63,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
         stream=body.stream,
         rid=rid,
     )
-    answer = ChatFormat(
-        1,
-        body.n,
-        rid=rid,
-        model=body.model or service.names.base,
-        tokens=service.tokens,
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
-        wants_logprobs=body.logprobs,
-    )
-    return Job(rid, [generate], answer, body.stream, _CHAT_FIELDS)
+    return Job(rid, [generate], ChatFormat(body, rid, service.names.base, service.tokens), body.stream, _CHAT_FIELDS)
 
 
 async def completion_job(service: Service, body: CompletionRequest) -> Job:
@@ -95,14 +86,5 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
         )
         for i, prompt in enumerate(prompts)
     ]
-    answer = CompletionFormat(
-        len(prompts),
-        body.n,
-        rid=rid,
-        model=body.model or service.names.base,
-        tokens=service.tokens,
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
-        echoes=[(prompt if isinstance(prompt, str) else service.tokens.decode(prompt)) if body.echo else "" for prompt in prompts],
-        top_logprobs=body.logprobs,
-    )
-    return Job(rid, requests, answer, body.stream, _COMPLETION_FIELDS)
+    echoes = [(prompt if isinstance(prompt, str) else service.tokens.decode(prompt)) if body.echo else "" for prompt in prompts]
+    return Job(rid, requests, CompletionFormat(body, rid, service.names.base, service.tokens, echoes), body.stream, _COMPLETION_FIELDS)
