@@ -1,11 +1,21 @@
-"""The fixed facts of one MoE layer. gate/up weights are always stored as halves (gate rows, then up rows)."""
+"""The fixed facts of one MoE layer, and its activation. gate/up weights are always stored as halves (gate rows, then up rows)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-UNGATED_ACTIVATIONS = (*GATED_ACTIVATIONS, "relu2")
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class MoESpec:
     router_weight_on: str = "output"  # "input" (Llama 4, K = 1 only): x is scaled before gate_up, combine uses weight 1
 
     def __post_init__(self) -> None:
-        known = GATED_ACTIVATIONS if self.gated else UNGATED_ACTIVATIONS
+        known = GATED_ACTIVATIONS if self.gated else tuple(ACTIVATIONS)
         if self.activation not in known:
             kind = "gated" if self.gated else "ungated"
             raise ValueError(f"experts with the {kind} activation {self.activation!r} are not supported; known: {', '.join(known)}")
@@ -47,3 +57,16 @@ class MoESpec:
     @property
     def w13_rows(self) -> int:
         return self.intermediate_size * (2 if self.gated else 1)
+
+
+def apply_activation(gate_up: torch.Tensor, spec: MoESpec) -> torch.Tensor:
+    """act(gate_up [.., 2I or I]) -> [.., I] in gate_up's dtype; give float32 to keep the sum of base and delta exact."""
+    if not spec.gated:
+        return ACTIVATIONS[spec.activation](gate_up)
+    gate, up = gate_up.split(spec.intermediate_size, dim=-1)
+    if spec.swiglu_limit is None and spec.swiglu_alpha is None:
+        return ACTIVATIONS[spec.activation](gate).mul_(up)
+    if spec.swiglu_limit is not None:
+        gate, up = gate.clamp(max=spec.swiglu_limit), up.clamp(-spec.swiglu_limit, spec.swiglu_limit)
+    alpha = 1.0 if spec.swiglu_alpha is None else spec.swiglu_alpha
+    return torch.sigmoid(gate * alpha).mul_(gate).mul_(up + 1)

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang_lora_moe.moe.activation import apply_activation
-from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.moe.spec import MoESpec, apply_activation
 from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack, unpack

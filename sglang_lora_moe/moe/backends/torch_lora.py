@@ -13,10 +13,10 @@ import torch
 
 from sglang_lora_moe.lora.host_views import add_expand, slot_views
 from sglang_lora_moe.lora.stacks import Stack
-from sglang_lora_moe.moe.activation import apply_activation
 from sglang_lora_moe.moe.backends.torch_native import combine
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
+from sglang_lora_moe.moe.spec import apply_activation
 
 addend: Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None = None  # the torch_native core adds nothing inside its matmuls
 RankSpace = list[torch.Tensor | None]  # per group of routing.groups: float32 [rows, c * rank]

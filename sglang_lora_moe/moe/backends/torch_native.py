@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sglang_lora_moe.moe.activation import apply_activation
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
+from sglang_lora_moe.moe.spec import apply_activation
 from sglang_lora_moe.quantization.base import ExpertMatrices, QuantMethod, TorchQuantInfo
 
 
