@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.lora.stacks import EmbeddingStacks
-from sglang_lora_moe.lora.torch_linear import Part, add_embedding_delta, add_linear_delta, slot_runs
+from sglang_lora_moe.lora.host_views import add_expand, slot_views
+from sglang_lora_moe.lora.stacks import EmbeddingStacks, LinearStacks
+
+Part = tuple[LinearStacks, int, int]  # stacks, first row of the layer's output, rows
 
 
 class DenseDelta(Protocol):
@@ -37,7 +41,7 @@ class DenseDelta(Protocol):
 
 
 class TorchDense:
-    """Plain torch: one pair of matmuls per run of equal slots, which it finds on the host."""
+    """Plain torch in float32: one pair of matmuls per part and run of equal slots, which it finds on the host."""
 
     def __init__(self, ctx: StepContext) -> None:
         self.ctx = ctx
@@ -52,10 +56,29 @@ class TorchDense:
         return None
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
-        add_linear_delta(y, x, parts, slot_runs(self.ctx, slot_source, x.shape[0]))
+        runs = slot_runs(self.ctx, slot_source, x.shape[0])
+
+        def add(total: torch.Tensor, source: torch.Tensor) -> None:
+            for slot, start, rows in runs.runs:
+                inputs, outputs = source[start : start + rows], total[start : start + rows]
+                for stacks, first, width in parts:
+                    a = slot_views(stacks.a, slot)
+                    if a.rank:
+                        add_expand(outputs[:, first : first + width], torch.mm(inputs, a.a_t()), slot_views(stacks.b, slot))
+
+        _accumulate(y, x if runs.order is None else x.index_select(0, runs.order), runs, add)
 
     def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
-        add_embedding_delta(y, ids, stacks, slot_runs(self.ctx, "tokens", ids.shape[0]))
+        runs = slot_runs(self.ctx, "tokens", ids.shape[0])
+
+        def add(total: torch.Tensor, source: torch.Tensor) -> None:
+            for slot, start, rows in runs.runs:
+                a = slot_views(stacks.a, slot)
+                if a.rank:
+                    low = F.embedding(source[start : start + rows], a.rows())
+                    add_expand(total[start : start + rows], low.float(), slot_views(stacks.b, slot))
+
+        _accumulate(y, ids if runs.order is None else ids.index_select(0, runs.order), runs, add)
 
 
 def make_dense_delta(backend: str, ctx: StepContext) -> DenseDelta:
@@ -65,3 +88,61 @@ def make_dense_delta(backend: str, ctx: StepContext) -> DenseDelta:
     from sglang_lora_moe.lora.triton_dense import TritonDense
 
     return TritonDense(ctx, grouped=backend == "csgmv")
+
+
+# ---- plain torch: sums in float32, and which rows of a step belong to which slot ----------------------------------------
+def _accumulate(y: torch.Tensor, source: torch.Tensor, runs: SlotRuns, add: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    """Let `add` work in float32 on rows in the order of the runs, and put the sums back into y."""
+    source = source.float() if source.is_floating_point() else source
+    if runs.order is not None:
+        total = y.index_select(0, runs.order).float()
+        add(total, source)
+        y.index_copy_(0, runs.order, total.to(y.dtype))
+    elif y.dtype == torch.float32:
+        add(y, source)
+    else:
+        total = y.float()
+        add(total, source)
+        y.copy_(total)
+
+
+@dataclass(frozen=True)
+class SlotRuns:
+    """Runs (slot, start, rows) over rows in `order`; `order` None = over the rows as they are. Base rows are in no run."""
+
+    order: torch.Tensor | None  # int64 [rows with an adapter]
+    runs: list[tuple[int, int, int]]
+
+
+def compute_slot_runs(slots: torch.Tensor) -> SlotRuns:
+    """slots int32 [M], -1 = base. Rows are gathered by slot only where that makes clearly fewer runs."""
+    runs = _runs(slots)
+    if len(runs) <= 2 * len({slot for slot, _, _ in runs}):
+        return SlotRuns(None, runs)
+    order = slots.argsort(stable=True)
+    order = order[slots.shape[0] - int((slots >= 0).sum()) :]  # base rows come first
+    return SlotRuns(order, _runs(slots[order]))
+
+
+def _runs(slots: torch.Tensor) -> list[tuple[int, int, int]]:
+    found, sizes = torch.unique_consecutive(slots, return_counts=True)
+    runs, start = [], 0
+    for slot, size in zip(found.tolist(), sizes.tolist(), strict=True):
+        if slot >= 0:
+            runs.append((slot, start, size))
+        start += size
+    return runs
+
+
+def slot_runs(ctx: StepContext, slot_source: str, rows: int) -> SlotRuns:
+    """The runs of the step's tokens ("tokens") or wanted logit rows ("logits").
+
+    Computed once per step and kept with the step context: a step is recognised by the content of its slots, so nobody has to announce a new one.
+    """
+    slots = (ctx.logit_slots if slot_source == "logits" else ctx.token_slots)[:rows]
+    cached: tuple[torch.Tensor, SlotRuns] | None = ctx.host_cache.get(slot_source)
+    if cached is not None and torch.equal(cached[0], slots):
+        return cached[1]
+    runs = compute_slot_runs(slots)
+    ctx.host_cache[slot_source] = (slots.clone(), runs)
+    return runs

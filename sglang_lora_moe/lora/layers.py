@@ -18,11 +18,10 @@ from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router
-from sglang_lora_moe.lora.dense import DenseDelta, TorchDense, make_dense_delta
+from sglang_lora_moe.lora.dense import DenseDelta, Part, TorchDense, make_dense_delta
 from sglang_lora_moe.lora.hooks import FusedMoEWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks, check_dims
-from sglang_lora_moe.lora.torch_linear import Part
 
 
 class LinearWithLoRA(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.dense import Part
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
-from sglang_lora_moe.lora.torch_linear import Part
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
 

@@ -10,10 +10,10 @@ import torch
 from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.dense import compute_slot_runs, slot_runs
 from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import EmbeddingTarget, LinearTarget
-from sglang_lora_moe.lora.torch_linear import compute_slot_runs, slot_runs
 from sglang_lora_moe.lora.weights import EmbeddingLoRA, LinearLoRA
 from tests.references import ref_linear, relative_error
 
