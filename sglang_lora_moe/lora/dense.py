@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,44 +17,35 @@ from sglang_lora_moe.lora.stacks import EmbeddingStacks, LinearStacks
 Part = tuple[LinearStacks, int, int]  # stacks, first row of the layer's output, rows
 
 
-class DenseDelta(Protocol):
+class DenseDelta(ABC):
     """Adds in place what a step's adapters add to a layer's output; the slots of the rows are the step context's."""
 
-    def prepare(self, parts: Sequence[Part]) -> None:
-        """Announce a linear's parts, once, when the linear is built."""
-        ...
-
+    @abstractmethod
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
         """y [M, rows] += scaling * B (A x) for each part; x [M, in]; `slot_source` "tokens" or "logits"."""
-        ...
 
+    @abstractmethod
     def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
         """y [M, H] += scaling * B A[:, ids]; ids int [M]."""
-        ...
+
+    # What only some can do
+    def prepare(self, parts: Sequence[Part]) -> None:  # noqa: B027
+        """Announce a linear's parts, once, when the linear is built."""
 
     def plan(self, parts: Sequence[Part], tokens: int, splits: int | None) -> Any:
         """What the kernels before and after a linear of so many tokens share to do all of this themselves; None where they cannot."""
-        ...
+        return None
 
     def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> Any:
         """What the kernel after a linear over x [M, in] needs to add the rest; None where it cannot."""
-        ...
+        return None
 
 
-class TorchDense:
+class TorchDense(DenseDelta):
     """Plain torch in float32: one pair of matmuls per part and run of equal slots, which it finds on the host."""
 
     def __init__(self, ctx: StepContext) -> None:
         self.ctx = ctx
-
-    def prepare(self, parts: Sequence[Part]) -> None:
-        """Nothing to prepare."""
-
-    def plan(self, parts: Sequence[Part], tokens: int, splits: int | None) -> None:
-        return None
-
-    def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> None:
-        return None
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
         runs = slot_runs(self.ctx, slot_source, x.shape[0])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.lora.dense import Part
+from sglang_lora_moe.lora.dense import DenseDelta, Part
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
@@ -15,7 +15,7 @@ from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, 
 NORM_MAX = 256  # tokens up to which a norm begins what adapters add to the linear after it; beyond, a launch of its own is faster
 
 
-class TritonDense:
+class TritonDense(DenseDelta):
     """Shared by all layers of a model; the rank-space vectors of a linear lie in scratch until its output is complete.
 
     `grouped`: kernels own tiles of tokens of one slot even where there are few tokens.
