@@ -264,6 +264,11 @@ struct Multiplier {
 
   DEVICE bool arrived() const { return uniform(barrier_passed(&shared.full[step % kStages], step / kStages & 1)); }
   DEVICE void wait() { barrier_wait(&shared.full[step % kStages], step / kStages & 1); }
+  // A field of the stage's note, read by the lane that gives the stage back to this block alone, so that its arrival comes after all reads.
+  DEVICE int told(int32_t Note::*field) const {
+    const int owner = CLUSTER == 2 ? cluster_rank() : 0;
+    return (int)shuffle(lane_index() == owner ? (uint32_t)(shared.notes[step % kStages].*field) : 0u, owner);
+  }
   DEVICE void release(uint32_t of) {
     if (CLUSTER == 1) {
       if (lane_index() == 0) barrier_arrive(&shared.empty[of % kStages]);
@@ -312,8 +317,8 @@ DEVICE void multiply_tile(float (&d)[2][72], Multiplier<HALVES, CLUSTER>& m, int
   for (bool last = !addend; !last; m.step++) {
     m.wait();
     see_copies();
-    const int products = uniform(m.shared.notes[m.step % kStages].products);
-    last = uniform(m.shared.notes[m.step % kStages].last);
+    const int products = m.told(&Note::products);
+    last = m.told(&Note::last);
     wgmma_begin();
     if constexpr (NT > 0) {
       for (int i = 0; i < products; i++) multiply_sixteen<T, NT>(d, m, i, HALVES * i, HALVES - 1, true);
@@ -398,8 +403,8 @@ DEVICE void multiply(const MoeWgmmaGemm& a, const Shared& shared) {
   float d[2][72];
   while (true) {
     m.wait();
-    const Note note = shared.notes[m.step % kStages];
-    if (uniform(note.expert) < 0) break;
+    const Note note = {m.told(&Note::expert), m.told(&Note::start), m.told(&Note::rows), m.told(&Note::n0), 0, 0};
+    if (note.expert < 0) break;
     int row[2];  // asked for before the products, needed after
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -407,7 +412,7 @@ DEVICE void multiply(const MoeWgmmaGemm& a, const Shared& shared) {
       row[i] = note.start + token;
       if (a.scatter && token < note.rows) row[i] = a.sorted_pairs[row[i]];
     }
-    switch (uniform(divide_up(note.rows, 8))) {
+    switch (divide_up(note.rows, 8)) {
 #define CASE(NT) \
   case NT: multiply_tile<T, NT>(d, m, steps, addend); break;
       CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
