@@ -21,6 +21,8 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the references run on the CPU: processes that each take all cores stand in each other's way
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

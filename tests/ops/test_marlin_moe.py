@@ -246,3 +246,27 @@ def test_gpu_gemm_up_to_4097_tokens(config: int) -> None:
         check_on_gpu(replace(base, routing=routing, halves=halves, spec=SILU if halves == 2 else None))
     for tokens in (1, 2, 127, 257, 2049):
         check_on_gpu(replace(base, tokens=tokens))
+
+
+@pytest.mark.gpu
+def test_gpu_refusals_name_expected_and_actual() -> None:
+    case = Case(3, by_pair=True, config=0)
+    x, ids, _ = (None if t is None else t.cuda() for t in case.inputs())
+    weight, scratch = op.marlin_moe_repack(on("cuda", case.weight()), 1), op.GemmScratch.allocate(132, torch.device("cuda"))
+    assert x is not None and ids is not None
+    out = torch.empty(ids.numel(), case.rows, dtype=case.dtype, device="cuda")
+    good = {"x": x, "weight": weight, "ids": ids, "out": out, "scratch": scratch, "config": 0}
+    wrong = [
+        ({"x": x.float()}, "bfloat16 or float16, got Float"),
+        ({"x": x.t().contiguous().t()}, "x to be contiguous .* not contiguous"),
+        ({"x": x[:2]}, "a row of x for each pair, got 2 rows"),
+        ({"weight": replace(weight, scales=weight.scales.half())}, "scales to be contiguous BFloat16 .* got Half"),
+        ({"weight": replace(weight, packed=weight.packed.cpu())}, "packed to be .* not on a GPU"),
+        ({"out": out[:, :64].contiguous()}, r"expected out \[6, 128\], got width 64"),
+        ({"scratch": replace(scratch, partials=scratch.partials[:8])}, r"partials to be .* got Float \[8\]"),
+        ({"config": 99}, "no shape of tiles 99"),
+    ]
+    for changed, message in wrong:
+        a: dict[str, Any] = good | changed
+        with pytest.raises(RuntimeError, match=message):
+            op.marlin_moe_gemm(a["x"], a["weight"], None, a["ids"], a["out"], a["scratch"], config=a["config"], sms=132, gather=False, scatter=True)

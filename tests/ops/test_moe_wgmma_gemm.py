@@ -142,3 +142,20 @@ def test_gpu_axes(tokens: int, cluster: int) -> None:
     """Popularity by routing, layouts by rank, slots from 1 to 64, in graphs too."""
     for arguments in full_grid(spec=MoESpec(32, 4, 1024, 512), m=tokens):
         check_on_gpu(tiles=tiles(cluster), **arguments)
+
+
+@pytest.mark.gpu
+def test_gpu_refusals_name_expected_and_actual(device: torch.device) -> None:
+    x, w, out = (torch.zeros(*shape, dtype=torch.float16, device=device) for shape in ((9, 72), (3, 40, 72), (9, 40)))
+    align = moe_lora_align_block_size(torch.zeros(9, 1, dtype=torch.int32, device=device), None, 3, 0, WgmmaTile().m, 16)
+    wrong = [
+        ((x.float(), w, out), "bfloat16 or float16, got Float"),
+        ((torch.zeros(72, 9, dtype=torch.float16, device=device).t(), w, out), r"x to be contiguous .*Half \[9, 72\], not contiguous, on cuda:0"),
+        ((x, w[:, :32].contiguous(), out), r"expected w \[E, 40, 72\] .* got \[3, 32, 72\]"),
+        ((x, w.bfloat16(), out), r"w to be contiguous Half .* got BFloat16 \[3, 40, 72\]"),
+        ((x, w.cpu(), out), "w to be .* not on a GPU"),
+        ((x, w, out[:4]), r"out to be .* at least 360 elements .* got Half \[4, 40\]"),
+    ]
+    for (a, b, c), message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            wgmma_gemm(a, b, None, align, c, WgmmaTile(), top_k=1, gather=True, scatter=False)
