@@ -149,6 +149,16 @@ def test_a_library_in_the_wheel_is_used_where_it_fits(checkout: Path, monkeypatc
     assert build.library_path(("90a",)) != shipped
 
 
+def test_architectures_are_those_of_the_gpus_and_old_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(9, 0), (8, 6)]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(found))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda i: found[i])
+    assert build.device_architectures() == ("86", "90a")
+    found.append((7, 5))
+    with pytest.raises(build.BuildError, match=r"compute capability 8\.0 \(Ampere\) or newer, this GPU has 7\.5"):
+        build.device_architectures()
+
+
 def test_missing_compilers_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
