@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.compile_ahead import SHARED_LIMIT
+from tests.ops import ahead
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def waits_for(item: pytest.Item) -> ahead.Command:
+    return ahead.gates("decoder_gates")
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    done = subprocess.run([sys.executable, "-m", "tests.ops.decoder_gates"], cwd=ROOT, env=env, capture_output=True, text=True)
+def kernels() -> list[dict]:
+    done = ahead.finished(ahead.gates("decoder_gates"))
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

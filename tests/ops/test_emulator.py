@@ -10,18 +10,16 @@ import pytest
 import torch
 
 from tests.moe_cases import generator
-from tests.ops.cpp import compile_for_emulator
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+DRIVER = Path(__file__).parent / "emulator_cases.cu"
 
 
 @pytest.fixture(scope="module")
-def emulate(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    program = compile_for_emulator(Path(__file__).parent / "emulator_cases.cu", tmp_path_factory.mktemp("emulator"))
-
+def emulate(driver: Path) -> Run:
     def run(name: str, data: torch.Tensor | None, out_bytes: int, order: int = 0) -> subprocess.CompletedProcess[bytes]:
         blob = b"" if data is None else data.contiguous().view(torch.uint8).numpy().tobytes()
-        return subprocess.run([program, name, str(len(blob)), str(out_bytes), str(order)], input=blob, capture_output=True)
+        return subprocess.run([driver, name, str(len(blob)), str(out_bytes), str(order)], input=blob, capture_output=True)
 
     return run
 

@@ -15,19 +15,13 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack
 from tests.moe_cases import generator
-from tests.ops.cpp import compile_for_emulator
 from tests.ops.marlin_cases import Case, emulate, encode_gemm, encode_repack, unpack_weight
 from tests.references import keep_error, relative_error
 
-HERE = Path(__file__).parent
+DRIVER = Path(__file__).parent / "marlin_driver.cpp"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 WIDTHS = ((128, 128), (64, 32), (80, 40), (192, 160), (16, 384))
 SILU, CLAMPED = MoESpec(4, 2, 128, 64), MoESpec(4, 2, 128, 64, swiglu_alpha=1.702, swiglu_limit=0.7)
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_for_emulator(HERE / "marlin_driver.cpp", tmp_path_factory.mktemp("marlin"))
 
 
 def random_weight(experts: int, rows: int, k: int, bits: int, group: int, zeros: bool, dtype: torch.dtype) -> WNA16Weight:

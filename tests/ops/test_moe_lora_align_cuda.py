@@ -18,9 +18,8 @@ import torch
 from sglang_lora_moe.ops import moe_lora_align as op
 from tests.moe_cases import POPULARITIES, ROUTINGS, generator, make_token_slots, make_topk_ids
 from tests.ops.align_plans import Plan, align_with_plan
-from tests.ops.cpp import compile_for_emulator
 
-HERE = Path(__file__).parent
+DRIVER = Path(__file__).parent / "align_driver.cpp"
 # one_block_pairs, pairs_per_block, overlap
 DEFAULT, THREE_LAUNCHES, TINY_BLOCKS = (1024, 0, 1), (-1, 64, 1), (-1, 3, 0)
 
@@ -62,11 +61,6 @@ def assert_same(found: op.Alignment, expected: op.Alignment, case: Case) -> None
 
 
 # ---- the emulator --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_for_emulator(HERE / "align_driver.cpp", tmp_path_factory.mktemp("align"))
 
 
 def encode(case: Case) -> bytes:

@@ -18,9 +18,10 @@ from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
 from tests.moe.test_triton import check, check_on_gpu
 from tests.moe_cases import LAYOUTS, POPULARITIES, full_grid, generator, make_case, make_topk_ids
-from tests.ops.cpp import compile_for_emulator
+from tests.ops import ahead
 from tests.references import assert_near
 
+DRIVER = Path(__file__).parent / "wgmma_driver.cpp"
 SMALL = {"experts": 5, "top_k": 2, "hidden": 72, "inter": 136}
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -28,13 +29,12 @@ CLUSTERS = [1, 2] if GPU else [1]
 pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
 
 
+def waits_for(item: pytest.Item) -> ahead.Command | None:
+    return None if GPU else ahead.emulated(DRIVER)
+
+
 def tiles(cluster: int) -> LayerTiles:
     return LayerTiles(WgmmaTile(2, cluster), WgmmaTile(3, cluster), lora_block=16)
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_for_emulator(Path(__file__).parent / "wgmma_driver.cpp", tmp_path_factory.mktemp("wgmma"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,66 @@
+"""Programs whose end tests wait for, compilers above all: begun when tests are collected, they run beside other tests.
+
+A module's `waits_for(item)` says which program one of its tests needs, `finished` waits for it. Tests that wait run last.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+Command = tuple[str, ...]
+Finished = subprocess.CompletedProcess[str]
+
+_folder = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")  # removed at exit
+FOLDER = Path(_folder.name)
+_one_by_one = ThreadPoolExecutor(1)
+_begun: dict[Command, Future[Finished]] = {}
+_running: set[subprocess.Popen[str]] = set()
+
+
+def command(*words: str | Path) -> Command:
+    return tuple(map(str, words))
+
+
+def emulated(driver: Path) -> Command:
+    """`driver` as a program with sanitizers, with the kernels it includes running on csrc/emulator."""
+    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-cast-function-type", *SANITIZERS]
+    return command("g++", *flags, f"-I{ROOT / 'csrc'}", "-x", "c++", driver, "-o", FOLDER / driver.stem)
+
+
+def gates(module: str) -> Command:
+    """A module that compiles Triton kernels ahead of time, which the interpreter in the tests' own process does not allow."""
+    return command(sys.executable, "-m", f"tests.ops.{module}")
+
+
+def begin(what: Command) -> Future[Finished]:
+    """Run it after those before it, and once however often it is asked for."""
+    if what not in _begun:
+        _begun[what] = _one_by_one.submit(_run, what)
+    return _begun[what]
+
+
+def finished(what: Command) -> Finished:
+    return begin(what).result()
+
+
+def stop() -> None:
+    """End what runs and forget the rest."""
+    _one_by_one.shutdown(wait=False, cancel_futures=True)
+    for process in list(_running):
+        process.kill()
+
+
+def _run(what: Command) -> Finished:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(FOLDER / "triton")}
+    process = subprocess.Popen(["nice", "-n", "5", *what], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _running.add(process)
+    out, err = process.communicate()
+    _running.discard(process)
+    return Finished(what, process.returncode, out, err)

@@ -1,0 +1,44 @@
+"""Begins the compilations that collected tests wait for, and lets these tests run last."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.ops import ahead
+
+
+def waits_for(item: pytest.Item) -> ahead.Command | None:
+    module = getattr(item, "module", None)
+    if "driver" in getattr(item, "fixturenames", ()) and shutil.which("g++"):
+        return ahead.emulated(module.DRIVER)  # type: ignore[union-attr]
+    return module.waits_for(item) if hasattr(module, "waits_for") else None  # type: ignore[union-attr]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: waits_for(item) is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):  # processes of pytest-xdist would compile everything each
+        return
+    for item in session.items:
+        if (command := waits_for(item)) is not None:
+            ahead.begin(command)
+
+
+def pytest_sessionfinish() -> None:
+    ahead.stop()
+
+
+@pytest.fixture(scope="module")
+def driver(request: pytest.FixtureRequest) -> Path:
+    """The module's DRIVER, compiled for the emulator."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine")
+    compiled = ahead.finished(ahead.emulated(request.module.DRIVER))
+    assert compiled.returncode == 0, compiled.stderr
+    return ahead.FOLDER / request.module.DRIVER.stem
