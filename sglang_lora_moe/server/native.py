@@ -15,9 +15,9 @@ from sglang_lora_moe.engine.front import Chunk, GenerateRequest, Triple, native_
 from sglang_lora_moe.engine.validate import spread
 from sglang_lora_moe.server import fields as f
 from sglang_lora_moe.server.errors import validate
+from sglang_lora_moe.server.job import Job, ResponseFormat
 from sglang_lora_moe.server.logprobs import TokenText, finite
 from sglang_lora_moe.server.openai_protocol import Prompt, split_prompts
-from sglang_lora_moe.server.samples import Job, ResponseFormat
 from sglang_lora_moe.server.service import Service, new_id
 
 _CONSTRAINED = f"constrained output {f.NOT_IMPLEMENTED}"

@@ -9,9 +9,9 @@ from typing import Any
 
 from sglang_lora_moe.core import TokenLogprob
 from sglang_lora_moe.engine.front import Chunk
+from sglang_lora_moe.server.job import ResponseFormat
 from sglang_lora_moe.server.logprobs import CompletionLogprobs, TokenText, chat_logprobs
 from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest
-from sglang_lora_moe.server.samples import ResponseFormat
 
 
 class OpenAIFormat(ResponseFormat):

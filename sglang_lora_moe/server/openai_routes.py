@@ -11,9 +11,9 @@ from sglang_lora_moe.core import LogprobOptions
 from sglang_lora_moe.engine.front import GenerateRequest
 from sglang_lora_moe.engine.validate import spread
 from sglang_lora_moe.server.fields import check_text
+from sglang_lora_moe.server.job import Job
 from sglang_lora_moe.server.openai_format import ChatFormat, CompletionFormat
 from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest
-from sglang_lora_moe.server.samples import Job
 from sglang_lora_moe.server.service import Service, new_id
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on until the context is full

@@ -13,10 +13,10 @@ from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.front import Chunk
 from sglang_lora_moe.engine.process import AsyncEngine
 from sglang_lora_moe.server.chat import ChatRenderer, read_template
+from sglang_lora_moe.server.job import Job
 from sglang_lora_moe.server.logprobs import TokenText
 from sglang_lora_moe.server.metrics import Metrics
 from sglang_lora_moe.server.model_names import ModelNames
-from sglang_lora_moe.server.samples import Job
 from sglang_lora_moe.server.streaming import EventStream, merge, until_disconnect
 
 

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.front import Chunk
 from sglang_lora_moe.server.errors import ClientGone, error_object, logger
-from sglang_lora_moe.server.samples import ResponseFormat
+from sglang_lora_moe.server.job import ResponseFormat
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
