@@ -52,15 +52,13 @@ def _attend_blocks(
 
     Without MASKED every row sees all of these keys, and they are whole blocks.
     """
-    dims, v_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+    dims, v_dims, keys = tl.arange(0, D_PAD), tl.arange(0, DV_PAD), tl.arange(0, BLOCK_N)
+    page = tl.load(pages_ptr + (first_key + keys) // PAGE, mask=first_key + keys < last_key, other=0)
     for start in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
-        key = start + tl.arange(0, BLOCK_N)
+        key = start + keys
         in_range = key < last_key
-        if MASKED:
-            page = tl.load(pages_ptr + key // PAGE, mask=in_range, other=0)
-        else:
-            page = tl.load(pages_ptr + key // PAGE)
         row = page.to(tl.int64) * PAGE + key % PAGE
+        page = tl.load(pages_ptr + (key + BLOCK_N) // PAGE, mask=key + BLOCK_N < last_key, other=0)  # a block ahead: keys and values need not wait for it
         k_ptrs = k_ptr + row[None, :] * k_row_stride + kv_head * k_head_stride + dims[:, None]
         v_ptrs = v_ptr + row[:, None] * v_row_stride + kv_head * v_head_stride + v_dims[None, :]
         if MASKED or D != D_PAD or DV != DV_PAD:
@@ -69,17 +67,17 @@ def _attend_blocks(
         else:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         k, v = k.to(q.dtype), v.to(q.dtype)  # the cache may be narrower
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = tl.dot(q, k, input_precision="ieee")  # times `scale`, which becomes part of the subtraction below
         if SOFTCAP:
-            scores = softcap * LOG2E * (2 * tl.sigmoid(2 * scores / (softcap * LOG2E)) - 1)
+            scores = (2 * tl.sigmoid(2 * (scores * scale) / (softcap * LOG2E)) - 1) * (softcap * LOG2E) / scale
         if MASKED:
             seen = in_range[None, :] & (key[None, :] <= position[:, None])
             if WINDOW:
                 seen &= key[None, :] > position[:, None] - window
             scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
         safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum  # rows that saw no key yet
-        p = tl.exp2(scores - safe[:, None])
+        p = tl.exp2(scores * scale - safe[:, None])
         decay = tl.exp2(maximum - safe)
         total = total * decay + tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
