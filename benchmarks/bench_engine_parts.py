@@ -7,6 +7,7 @@ Base = the graphs without adapters of the same engine, whose kernels are those o
 in the buffers of a running batch (prompts of 32, eight tokens later). `dense_us` and `experts_us` are what a layer takes more with
 one kind alone, `rest_us` what it takes more with both than these two. `error` compares the step's logits with those of plain torch
 for the linears: median over rows of the relative norm. Prefill is the wall time of prompts of equal length until their first tokens.
+`arrivals`: steps while requests keep coming, and `idle_us`, for how long of each the GPU has nothing to do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,9 +34,13 @@ from sglang_lora_moe.lora.hooks import FusedMoEWithLoRA
 from sglang_lora_moe.lora.layers import LinearWithLoRA
 
 KEYS = ("shape", "weights", "phase", "batch", "input", "rank", "active")
-COLUMNS = (*KEYS[1:], "step_us", "base_step_us", "retention", "dense_us", "experts_us", "rest_us", "error")
+COLUMNS = (*KEYS[1:], "step_us", "base_step_us", "retention", "dense_us", "experts_us", "rest_us", "idle_us", "base_idle_us", "error")
 PREFILLS = ((1, 300), (1, 2048), (4, 2048))
 STATE = ("num_tokens", "num_requests", "num_logits", "query_lens", "seq_lens_host", "lora_active")
+
+
+def _graphs(bench: Bench, which: str = "graphs") -> Any:
+    return getattr(bench.core.runner, which)
 
 
 def linears_of(bench: Bench) -> list[LinearWithLoRA]:
@@ -62,7 +68,7 @@ class Parts:
 
     def __init__(self, bench: Bench, batch: int) -> None:
         self.bench, self.model, self.batch = bench, bench.model, batch
-        self.ctx, self.graphs = self.model.ctx, bench.core.runner.graphs  # type: ignore[attr-defined]
+        self.ctx, self.graphs = self.model.ctx, _graphs(bench)
         self.linears = linears_of(bench)
         self.saved = self.ctx.sampled.clone(), self.ctx.inputs.clone(), {name: getattr(self.ctx, name) for name in STATE}
 
@@ -116,7 +122,7 @@ def decode_row(bench: Bench, batch: int, active: int) -> dict[str, Any]:
 
 
 def prefill_row(bench: Bench, count: int, tokens: int, active: int) -> dict[str, Any]:
-    graphs: Any = bench.core.runner.prefill_graphs  # type: ignore[attr-defined]
+    graphs = _graphs(bench, "prefill_graphs")
     linears, size = linears_of(bench), next((size for size in graphs.sizes if size[0] >= count * tokens), None)
 
     def timed(dense: bool, experts: bool) -> float:
@@ -128,6 +134,42 @@ def prefill_row(bench: Bench, count: int, tokens: int, active: int) -> dict[str,
     base = prefill_us(bench, count, tokens, 0)
     found = times(base, timed(True, False), timed(False, True), timed(True, True), bench.model.config.num_hidden_layers)
     return {"phase": "prefill", "batch": count, "input": tokens, "error": None} | found
+
+
+def arrivals_row(bench: Bench, batch: int, active: int) -> dict[str, Any]:
+    """Steps of `batch` decoding requests while every second step a request of 32 tokens arrives, and without (`base_step_us`)."""
+    core: Any = bench.core
+    bench.submit(batch, 32, 200, assign(batch, active, "uniform"))
+    while len(core.scheduler.running) < batch or min(request.num_output for request in core.scheduler.running) < 8:
+        core.step()
+    (base, base_idle), (step, idle) = (_steps(bench, active if arrive else None) for arrive in (False, True))
+    bench.drain()
+    return {"phase": "arrivals", "batch": batch, "input": 32, "step_us": step, "base_step_us": base, "idle_us": idle, "base_idle_us": base_idle}
+
+
+def _steps(bench: Bench, active: int | None, count: int = 60) -> tuple[float, float]:
+    """(wall us, us between the last kernel of a step and the first of the next), each per step. `active` None: nobody arrives."""
+    core: Any = bench.core
+    launch, marks = core.runner.launch, []
+
+    def marked(batch: Any) -> Any:
+        marks.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        marks[-1][0].record()
+        launched = launch(batch)
+        marks[-1][1].record()
+        return launched
+
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    with mock.patch.object(core.runner, "launch", marked):
+        for step in range(count):
+            if active is not None and step % 2:
+                bench.submit(1, 32, 1, assign(1, active, "uniform"))
+            core.step()
+    wall = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    idle = sum(before[1].elapsed_time(after[0]) for before, after in itertools.pairwise(marks))
+    return wall * 1e6 / count, idle * 1e3 / (count - 1)
 
 
 def prefill_us(bench: Bench, count: int, tokens: int, active: int) -> float:
@@ -156,7 +198,9 @@ def main() -> None:
     overrides: dict[str, Any] = {"num_hidden_layers": args.layers} if args.layers else {}
     results = timing.Results(args.out, "engine_parts", KEYS, {"prompt": 32, **overrides}, commit=args.commit)
     options = argparse.Namespace(**vars(args), eager=False, no_overlap=False, profile=False)
-    few = mock.patch.multiple(build, ladder=lambda most: args.batches, prefill_ladder=lambda tokens, requests: [(512, 16), (2048, 16)])
+    few = mock.patch.multiple(
+        build, ladder=lambda most: sorted({*args.batches, 32}), prefill_ladder=lambda tokens, requests: [(256, 255), (512, 16), (2048, 16)]
+    )
     with tempfile.TemporaryDirectory() as folder, few:
         bench = Bench(options, write_config(args.shape, Path(folder) / args.shape, **QUANTIZATIONS[args.weights], **overrides), args.rank, max(args.active))
     for active in args.active:
@@ -164,6 +208,8 @@ def main() -> None:
         for batch in args.batches:
             results.add(common | decode_row(bench, batch, active))
             print(timing.format_table(results.rows[-1:], COLUMNS), flush=True)
+        results.add(common | arrivals_row(bench, 32, active))
+        print(timing.format_table(results.rows[-1:], COLUMNS), flush=True)
         for count, tokens in PREFILLS:
             results.add(common | prefill_row(bench, count, tokens, active))
             print(timing.format_table(results.rows[-1:], COLUMNS), flush=True)

@@ -40,7 +40,7 @@ def prefill_ladder(max_tokens: int, max_requests: int) -> list[tuple[int, int]]:
     GPU busy without graphs. For more requests, of which padding costs attention some programs, a few sizes. Never as many requests as
     tokens, which would be a decode step."""
     few = [(size, min(max_requests, FEW_REQUESTS)) for size in (128, *range(256, 2561, 256))]
-    many = [(size, min(max_requests, size - 1)) for size in range(512, 2561, 512)] if max_requests > FEW_REQUESTS else []
+    many = [(size, min(max_requests, size - 1)) for size in (256, *range(512, 2561, 512))] if max_requests > FEW_REQUESTS else []
     return [(tokens, requests) for tokens, requests in few + many if tokens <= max_tokens]
 
 

@@ -38,7 +38,7 @@ def tokens_of(engine: Any, adapters: list[str | None], count: int = len(PROMPTS)
 
 def test_ladder() -> None:
     assert prefill_ladder(100, 4) == [] and prefill_ladder(600, 4) == [(128, 4), (256, 4), (512, 4)]
-    assert prefill_ladder(700, 900) == [(128, 16), (256, 16), (512, 16), (512, 511)]
+    assert prefill_ladder(700, 900) == [(128, 16), (256, 16), (512, 16), (256, 255), (512, 511)]
     assert prefill_ladder(9000, 256)[-1] == (2560, 256)
 
 
