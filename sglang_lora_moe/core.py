@@ -7,14 +7,9 @@ Everything here is a plain dataclass of plain values, so that `engine/process.py
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
-
-class FinishReason(str, Enum):
-    STOP = "stop"  # end-of-sequence or stop id, or (decided by the front) a stop string
-    LENGTH = "length"
-    ABORT = "abort"
+FinishReason = Literal["stop", "length", "abort"]  # stop: an end-of-sequence or stop id, or (decided by the front) a stop string
 
 
 class RequestError(Exception):
@@ -111,7 +106,7 @@ class TokenOutput:
     token_ids: list[int]
     prompt_tokens: int
     cached_tokens: int = 0
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the id that ended the request, when one did (it is the last of token_ids)
     logprobs: list[TokenLogprob] | None = None  # one per token_ids
     prompt_logprobs: list[TokenLogprob] | None = None  # whole list, once, with the first output

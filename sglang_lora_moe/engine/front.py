@@ -14,7 +14,6 @@ from typing import Any
 from sglang_lora_moe.core import (
     Abort,
     EngineMessage,
-    FinishReason,
     LogprobOptions,
     Reply,
     RequestError,
@@ -128,7 +127,7 @@ class _Sample:
             text += detokenizer.finish()
         said, stop = self.stops.push(text)
         if stop is not None:
-            chunk.finish_reason, chunk.matched_stop = FinishReason.STOP.value, stop
+            chunk.finish_reason, chunk.matched_stop = "stop", stop
         elif last:
             said += self.stops.finish()
         chunk.text += said

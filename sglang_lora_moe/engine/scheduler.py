@@ -82,8 +82,8 @@ class Scheduler:
         request = self.requests.get(rid)
         if request is None:
             return None
-        self._end(request, FinishReason.ABORT)
-        return TokenOutput(rid, [], request.prompt_len, request.num_cached, FinishReason.ABORT.value)
+        self._end(request, "abort")
+        return TokenOutput(rid, [], request.prompt_len, request.num_cached, "abort")
 
     def wake(self) -> None:
         """Something outside (a slot) became available."""
@@ -300,12 +300,12 @@ class Scheduler:
             output.token_ids.append(token)
             self.totals["generated_tokens"] += 1
         if token in request.stop_ids and output.token_ids:
-            output.finish_reason, output.stop_token_id = FinishReason.STOP.value, token
+            output.finish_reason, output.stop_token_id = "stop", token
             del request.tokens[position + 1 :]  # what runs ahead of the end
-            self._end(request, FinishReason.STOP)
+            self._end(request, "stop")
         elif position + len(output.token_ids) >= request.max_len:
-            output.finish_reason = FinishReason.LENGTH.value
-            self._end(request, FinishReason.LENGTH)
+            output.finish_reason = "length"
+            self._end(request, "length")
         return output
 
     def _retract(self, request: Request) -> None:
@@ -320,9 +320,9 @@ class Scheduler:
         else:
             self.waiting.remove(request)
             self._dirty = True
-        request.finish_reason = reason.value
+        request.finish_reason = reason
         del self.requests[request.rid]
-        self.totals["finished_" + reason.value] += 1
+        self.totals["finished_" + reason] += 1
         self.on_release(request)
 
     def _stop(self, request: Request) -> None:
