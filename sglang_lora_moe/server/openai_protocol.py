@@ -19,6 +19,7 @@ _CONSTRAINED = f"constrained output {f.NOT_IMPLEMENTED}; only type 'text' is"
 _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "response_format": (({"type": "text"},), _CONSTRAINED),
     "service_tier": (("auto", "default"), "there is one service tier here"),
+    "store": ((False,), f"storing answers {f.NOT_IMPLEMENTED}"),
     "use_beam_search": ((False,), f"beam search {f.NOT_IMPLEMENTED}"),
     "length_penalty": ((1, 1.0), f"beam search {f.NOT_IMPLEMENTED}"),
     "skip_special_tokens": ((True,), "special tokens are always left out of the text"),
@@ -54,7 +55,6 @@ class OpenAIRequest(f.SamplingFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    store: bool | None = None
     metadata: dict[str, str] | None = None
     # SGLang's and vLLM's extras
     min_tokens: f.NewTokens = 0

@@ -112,6 +112,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"suffix": "x"}, "suffix"),
     ("/v1/completions", {"best_of": 2}, "best_of"),
     ("/v1/completions", {"use_beam_search": True}, "use_beam_search"),
+    ("/v1/chat/completions", user("x") | {"store": True}, "store"),
     ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("/generate", {"return_hidden_states": True}, "return_hidden_states"),
     ("/generate", {"sampling_params": {"regex": "a"}}, "sampling_params.regex"),

@@ -51,7 +51,7 @@ def test_default_lengths(client: TestClient, engine: FakeEngine) -> None:
 
 def test_sampling_fields_reach_the_engine(client: TestClient, engine: FakeEngine) -> None:
     given = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": -0.3}
-    complete(client, **given, seed=7, logit_bias={"5": 10, "6": -100}, stop_token_ids=[9], ignore_eos=True, min_tokens=2, stop="zz", user="me", store=True)
+    complete(client, **given, seed=7, logit_bias={"5": 10, "6": -100}, stop_token_ids=[9], ignore_eos=True, min_tokens=2, stop="zz", user="me", store=False)
     request = engine.requests[0]
     assert {name: getattr(request.sampling, name) for name in given} == given
     assert (request.sampling.seed, request.sampling.logit_bias, request.sampling.stop_token_ids) == (7, {5: 10.0, 6: -100.0}, [9])
