@@ -19,7 +19,7 @@ from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
-from tests.moe_cases import LAYOUTS, POPULARITIES, MoECase, full_grid, make_case
+from tests.moe_cases import LAYOUTS, POPULARITIES, MoECase, full_grid, make_case, small_cases
 from tests.references import assert_near, keep_error, ref_moe, relative_error
 
 SMALL = {"experts": 8, "top_k": 2, "hidden": 64, "inter": 48}
@@ -122,6 +122,12 @@ def test_many_tokens(device, load) -> None:
     tiles = LayerTiles(GemmTile(128, 16, 16, 4, 2, 1, 2, tail=True), GemmTile(128, 32, 16, 4, 2, 1, 3, tail=True), lora_block=64)
     case = make_case(spec=MoESpec(3, 1, 16, 16), m=4097, device=device, ranks=(4, 8), active=2, slots=2, popularity="zipf")
     assert_near(run(case, tiles, lora=load != "base"), ref_moe(case, load != "base").out, "triton layer")
+
+
+@pytest.mark.parametrize("arguments", list(small_cases()), ids=lambda a: " ".join(f"{k}={v}" for k, v in a.items()))
+def test_every_axis(device, arguments: dict[str, Any]) -> None:
+    """Tokens up to 133, popularities, layouts, routings, formulas, a rank above one rank block, odd widths: one axis at a time."""
+    check(make_case(device=device, **arguments))
 
 
 def test_no_tma(device) -> None:

@@ -54,6 +54,11 @@ def test_not_gated(device, rows) -> None:
     check(make_case(spec=MoESpec(4, 2, 32, 32, activation="relu2", gated=False), m=5, ranks=(8, 0), active=2, device=device), rows=rows, half="13")
 
 
+def test_many_tokens(device) -> None:
+    case = make_case(spec=MoESpec(3, 1, 16, 16), m=4097, device=device, ranks=(4, 8), active=2, slots=2, popularity="zipf", routing="zipf")
+    check(case, rows="sorted", half="13")
+
+
 def test_refuses_wrong_rows(device) -> None:
     case = make_case(spec=MoESpec(4, 2, 32, 32), m=3, ranks=(8,), active=1, slots=1, device=device)
     made = Routing(case.topk_ids, case.token_slots, 4, 1, rows="pair")

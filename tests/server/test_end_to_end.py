@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import shutil
@@ -38,7 +39,10 @@ class Server:
     def __init__(self, *flags: str) -> None:
         command = [sys.executable, "-m", "sglang_lora_moe.launch_server", "--port", "0", "--log-level", "warning", *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which the tests' own process ignores where a script runs it with &
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+        )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
         found = re.search(r"http://\S+", self.line)
@@ -70,7 +74,11 @@ class Server:
             os.killpg(self.process.pid, number)
         elif number is not None:
             self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=30)
+        try:
+            _, err = self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # nothing of a failed test goes on beside the others
+            raise
         return self.process.returncode, err
 
 
