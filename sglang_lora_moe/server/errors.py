@@ -14,16 +14,38 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.validate import shown
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
+MAX_BODY = 64 << 20  # bytes; the ids of a million tokens take 7 MB
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
 # Names that pydantic puts into an error's location for the member of a union it tried; they name no field of the request.
 _UNION_MEMBERS = {"str", "int", "float", "bool", "dict", "constrained-str", "constrained-int", "function-after", "function-before"}
+
+
+class BodyLimit:
+    """Middleware: a body that is too large is read no further, and answered 413."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = MAX_BODY
+
+        async def limited() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413)
+            return message
+
+        await self.app(scope, limited, send)
 
 
 class ClientGone(Exception):
@@ -104,6 +126,8 @@ def install_error_handlers(app: FastAPI) -> None:
             message = f"there is no {request.url.path} here; see /docs for the endpoints of this server"
         elif error.status_code == 405:
             message = f"{request.method} is not allowed for {request.url.path}"
+        elif error.status_code == 413:
+            message = f"the body is larger than {MAX_BODY} bytes"
         response = error_response(RequestError(message, error.status_code))
         response.headers.update(error.headers or {})
         return response

@@ -150,6 +150,14 @@ def test_malformed_body(client: TestClient, path: str, body: str | bytes) -> Non
     assert error["code"] == "invalid_json"
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_that_is_too_large(client: TestClient, chunked: bool) -> None:
+    pieces = [b'{"prompt": "x", "user": "', *[b"a" * (1 << 20)] * 64, b'"}']
+    body = iter(pieces) if chunked else b"".join(pieces)
+    error = error_of(client.post("/v1/completions", content=body, headers={"content-type": "application/json"}), 413)
+    assert error["type"] == "invalid_request_error" and "67108864 bytes" in error["message"]
+
+
 def test_body_of_another_type_says_what_to_send(client: TestClient) -> None:
     error = error_of(client.post("/v1/completions", data={"prompt": "x"}))
     assert "application/json" in error["message"]
