@@ -2,7 +2,8 @@
 
 Buffers are named: two names never overlap, so work on the main and on the side stream stays apart as long as it uses
 different names. A buffer grows to the largest size asked for; the model runner makes one step of the largest size before
-it measures free memory and before it captures graphs, after which nothing grows.
+it measures free memory and before it captures graphs. What still grows later (a kernel of small steps alone) leaves its
+old memory to the graphs that were captured with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Workspace:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._buffers: dict[str, torch.Tensor] = {}
+        self._outgrown: list[torch.Tensor] = []  # graphs may replay into them
         self._cuda = self.device.type == "cuda"
         self._side: torch.cuda.Stream | None = torch.cuda.Stream(self.device) if self._cuda else None
         if self._side is not None:
@@ -38,6 +40,8 @@ class Workspace:
             if torch.cuda.is_current_stream_capturing():
                 have = 0 if buffer is None else buffer.numel()
                 raise RuntimeError(f"workspace buffer {name!r} has {have} bytes but {nbytes} are needed during graph capture: run the largest step first")
+            if buffer is not None:
+                self._outgrown.append(buffer)
             buffer = self._buffers[name] = torch.empty(-(-nbytes // _ALIGN) * _ALIGN, dtype=torch.uint8, device=self.device)
         return buffer[:nbytes].view(dtype).view(shape)
 

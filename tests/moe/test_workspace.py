@@ -32,6 +32,20 @@ def test_gpu_scratch_is_reused_and_grows() -> None:
 
 
 @pytest.mark.gpu
+def test_gpu_graphs_keep_what_a_buffer_has_outgrown() -> None:
+    """A graph captured before a buffer grew must not write to memory that has another owner since."""
+    workspace = Workspace("cuda")
+    workspace.get("a", (1 << 20,), torch.float32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        workspace.get("a", (1 << 20,), torch.float32).fill_(1.0)
+    workspace.get("a", (1 << 22,), torch.float32)
+    others = [torch.zeros(1 << 20, device="cuda") for _ in range(4)]
+    graph.replay()
+    assert not any(bool(other.any()) for other in others)
+
+
+@pytest.mark.gpu
 def test_gpu_side_stream_is_joined() -> None:
     workspace = Workspace("cuda")
     x = torch.zeros(1 << 22, device="cuda")
