@@ -34,6 +34,10 @@ class SlotTable:
         return bool(self._free)
 
     @property
+    def is_filling(self) -> bool:
+        return bool(self._filling)
+
+    @property
     def num_resident(self) -> int:
         """Slots that hold an adapter or wait for its weights."""
         return len(self._slot_of)

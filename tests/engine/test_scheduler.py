@@ -237,6 +237,31 @@ def test_draining_stops_when_nobody_waits_for_it() -> None:
     assert not h.slots.draining and len(h.finished) == 7
 
 
+def test_nothing_is_drained_while_a_copy_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies come one after the other: a slot that was emptied meanwhile would only wait, and its adapter be missed."""
+    h = Harness(num_slots=2, num_pages=513, patience=3)
+    assert h.slots is not None
+    h.submit("a", prompt_of(4), 80, "A", ignore_eos=True)
+    h.step()
+    copies: list[tuple[int, str]] = []
+    slots = h.slots
+    monkeypatch.setattr(h, "fill_slots", lambda: copies.extend(slots.take_writes()))
+    h.submit("b", prompt_of(4), 80, "B", ignore_eos=True)
+    h.submit("c", prompt_of(4), 4, "C", ignore_eos=True)
+    for i in range(10):
+        h.submit(f"a{i}", prompt_of(4, i), 4, "A", ignore_eos=True)
+        h.step()
+    assert [revision for _, revision in copies] == ["B"] and not slots.draining
+    monkeypatch.undo()
+    h.runner.write_slots(copies)
+    slots.filled(copies[0][0])
+    h.scheduler.wake()
+    h.step()
+    assert list(slots.draining.values()) == ["C"]
+    h.run()
+    h.check_outputs()
+
+
 def test_drain_picks_the_adapter_closest_to_finished_and_never_a_pinned_one() -> None:
     h = Harness(num_slots=3, num_pages=513, max_running=30, patience=3)
     assert h.slots is not None
