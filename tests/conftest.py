@@ -59,6 +59,8 @@ def _keep_largest_errors(request: pytest.FixtureRequest) -> Iterator[None]:
     largest_errors.clear()
     yield
     request.node.user_properties.extend(largest_errors.items())
+    if GPU and torch.cuda.memory_reserved() > 1 << 30:  # other processes' tests share the GPU
+        torch.cuda.empty_cache()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -100,9 +100,11 @@ def check_on_gpu(lora: bool = True, bits: int = 4, symmetric: bool = True, group
     info = core.quant_info(quant, SimpleNamespace())  # type: ignore[arg-type]
     found = run(case, info, core, lora, Poisoned("cuda"))
     kernel, exact = f"marlin layer, {'adapters' if lora else 'base'}", ref_moe(case, lora).out
-    if lora and core.make_routing(case.runner_input(Workspace("cuda"))).rows == "sorted":
+    if lora:
         keep_error(f"{kernel}, nothing rounded in the reference, {str(found.dtype).removeprefix('torch.')}", relative_error(found, exact))
-        exact = ref_moe(case, lora, ("s", "act", "down") if fuses_activation(case.spec) else ("s", "gate_up", "act", "down")).out
+        by_pair = core.make_routing(case.runner_input(Workspace("cuda"))).rows == "pair"  # adapters are added to what the GEMMs have stored
+        stored = ("base gate_up", "act", "base down") if by_pair else ("s", "act", "down") if fuses_activation(case.spec) else ("s", "gate_up", "act", "down")
+        exact = ref_moe(case, lora, stored).out
     assert_near(found, exact, kernel, case.name)
     assert torch.equal(found, run(case, info, core, lora, workspace)), f"two runs differ: {case.name}"
     graph = torch.cuda.CUDAGraph()
@@ -133,8 +135,9 @@ def test_gpu_axes(tokens: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 4, 16, 64, 256, 1024, 4097])
-@pytest.mark.parametrize("shape", [(128, 2048, 768, 8), (8, 4096, 14336, 2), (256, 7168, 256, 8), (32, 2880, 2880, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(128, 2048, 768, 8), (2, 4096, 14336, 1), (256, 7168, 256, 8), (32, 2880, 2880, 4)], ids=str)
 def test_gpu_real_shapes(shape: tuple[int, ...], tokens: int) -> None:
+    """Of Mixtral two experts, which is enough float32 to quantize for processes that share a GPU."""
     experts, hidden, inter, top_k = shape
     for lora in (False, True):
         adapters: dict[str, Any] = {"ranks": (16, 0, 64), "layouts": ("split",), "active": 3, "slots": 3}

@@ -150,7 +150,7 @@ def test_gpu_refusals_name_expected_and_actual(device: torch.device) -> None:
     align = moe_lora_align_block_size(torch.zeros(9, 1, dtype=torch.int32, device=device), None, 3, 0, WgmmaTile().m, 16)
     wrong = [
         ((x.float(), w, out), "bfloat16 or float16, got Float"),
-        ((torch.zeros(72, 9, dtype=torch.float16, device=device).t(), w, out), r"x to be contiguous .*Half \[9, 72\], not contiguous, on cuda:0"),
+        ((torch.zeros(72, 9, dtype=torch.float16, device=device).t(), w, out), r"x to be contiguous .*Half \[9, 72\], not contiguous on cuda:0"),
         ((x, w[:, :32].contiguous(), out), r"expected w \[E, 40, 72\] .* got \[3, 32, 72\]"),
         ((x, w.bfloat16(), out), r"w to be contiguous Half .* got BFloat16 \[3, 40, 72\]"),
         ((x, w.cpu(), out), "w to be .* not on a GPU"),
