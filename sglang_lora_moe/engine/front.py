@@ -24,7 +24,7 @@ from sglang_lora_moe.core import (
 )
 from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
 from sglang_lora_moe.engine.seeds import derive_seed
-from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse
+from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse, too_long
 
 Triple = tuple[float | None, int, str | None]  # SGLang's (logprob, token id, text or None)
 LONG_TEXT = 20_000  # characters; what is longer the server tokenizes in a thread, so that no stream waits for it
@@ -219,8 +219,7 @@ class Front:
         """The token ids of the prompt, checked. Changes nothing, so that any thread may do it."""
         ids = self._input_ids(request)
         if self.capacity is not None and len(ids) >= self.capacity:
-            text = f"the prompt has {len(ids)} tokens; with one for the answer it exceeds the {self.capacity} that a request may have here"
-            raise RequestError(f"{text} (context length, KV cache)", 400, "prompt" if request.input_ids is None else "input_ids", "context_length_exceeded")
+            raise too_long(len(ids), self.capacity, "prompt" if request.input_ids is None else "input_ids")
         if not all(map(is_int, ids)):
             raise refuse("input_ids", "a list of token ids", ids)
         return ids

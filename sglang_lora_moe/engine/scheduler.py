@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from sglang_lora_moe.core import FinishReason, RequestError, TokenOutput
 from sglang_lora_moe.engine.kv_cache import PrefixCache
 from sglang_lora_moe.engine.request import PENDING, Batch, Request, StepResult
+from sglang_lora_moe.engine.validate import too_long
 from sglang_lora_moe.lora.slots import SlotTable
 
 RESCAN_STEPS = 16  # a queue in which nothing could be admitted is looked at again this often, or when something is released
@@ -166,12 +167,7 @@ class Scheduler:
         if not request.prompt_len:
             raise RequestError("the prompt is empty", param="prompt")
         if request.prompt_len >= self.capacity:
-            limit = f"the context length of {self.limits.max_model_len} tokens"
-            if self.capacity < self.limits.max_model_len:
-                limit = f"the {self.capacity} tokens of the KV cache (--max-total-tokens)"
-            raise RequestError(
-                f"the prompt has {request.prompt_len} tokens; with one for the answer it exceeds {limit}", 400, "prompt", "context_length_exceeded"
-            )
+            raise too_long(request.prompt_len, self.capacity, "prompt")
         if len(self.waiting) - (self.limits.max_running - len(self.running)) >= self.limits.max_queued:
             raise RequestError(f"the queue is full ({len(self.waiting)} requests wait, --max-queued-requests {self.limits.max_queued})", 503, retry_after=1)
 

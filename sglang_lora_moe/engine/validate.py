@@ -33,6 +33,11 @@ def spread(value: Any, count: int, param: str) -> list[Any]:
     return value
 
 
+def too_long(tokens: int, capacity: int, param: str) -> RequestError:
+    text = f"the prompt has {tokens} tokens; with one for the answer it exceeds the {capacity} of a request (--context-length, --max-total-tokens)"
+    return RequestError(text, 400, param, "context_length_exceeded")
+
+
 def is_int(value: object) -> bool:
     """An integer that fits 64 bits, as messages need."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

@@ -82,14 +82,14 @@ def test_retraction_takes_the_youngest() -> None:
 
 def test_a_prompt_that_never_fits_is_refused() -> None:
     h = Harness(num_pages=6, page_size=4, max_model_len=100)
-    with pytest.raises(RequestError, match="has 20 tokens; .* the 20 tokens of the KV cache .--max-total-tokens.") as error:
+    with pytest.raises(RequestError, match="has 20 tokens; .* exceeds the 20 of a request") as error:
         h.submit("a", prompt_of(20), 1)
     assert (error.value.status, error.value.param) == (400, "prompt")
     h.submit("b", prompt_of(19), 50, ignore_eos=True)
     h.run()
     assert h.finished["b"] == "length" and len(h.outputs["b"]) == 1
     h = Harness(max_model_len=12)
-    with pytest.raises(RequestError, match="exceeds the context length of 12 tokens"):
+    with pytest.raises(RequestError, match="exceeds the 12 of a request"):
         h.submit("a", prompt_of(12), 1)
     with pytest.raises(RequestError, match="the prompt is empty"):
         h.submit("a", [], 1)
