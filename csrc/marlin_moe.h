@@ -32,7 +32,7 @@ struct MarlinMoeGemm {
   const void* low;             // s [sorted pairs, low_width] of the activation type; with two A the up half's begin at low_max_rank
   const void* low_pool;        // B of all adapters, of the activation type
   const int64_t* low_records;  // [.., 5] first sorted row, rows, rank, whether gate and up have their own A, place of B in 16 bytes
-  const int32_t* low_ranges;   // [tiles, 2] records that meet each tile
+  const int32_t* low_ranges;   // [tiles, 2] records that meet each tile; without tiles each pair is one
   int32_t low_width, low_max_rank;
   int32_t experts, pairs, top_k;
   int32_t rows, k;              // logical widths of a weight: rows = 2I or H

@@ -46,7 +46,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) >= pairs && out.size(1) == width, "marlin_moe_gemm: expected out [", pairs, ", ", width, "], got width ", out.size(out.dim() - 1));
   STD_TORCH_CHECK(!activation || halves == 2, "marlin_moe_gemm: an activation needs halves 2, got ", halves);
   STD_TORCH_CHECK(tiles.has_value() == counts.has_value() && tiles.has_value() == sorted_pairs.has_value(), "marlin_moe_gemm: tiles, counts and sorted_pairs come together");
-  STD_TORCH_CHECK(!low || (tiles && low_pool && low_records && low_ranges), "marlin_moe_gemm: adapters need tiles, and low, low_pool, low_records and low_ranges together");
+  STD_TORCH_CHECK(!low || (low_pool && low_records && low_ranges), "marlin_moe_gemm: adapters need low, low_pool, low_records and low_ranges together");
   STD_TORCH_CHECK(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, "marlin_moe_gemm: expected groups of 32, 64, 128 or 0 (one), got ", group_size);
   check_packed(packed, rows, k, bits, halves);
   const int64_t experts = packed.size(0), row_units = packed.size(1), groups = group_size ? packed.size(2) * 32 / group_size : 1, scale_elements = experts * row_units * groups * 32;
@@ -64,7 +64,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.out = checked<void>("marlin_moe", out, "out", type, device, 0);
   a.partials = checked<float>("marlin_moe", partials, "partials", ScalarType::Float, device, marlin_moe_partials(plan));
   a.arrivals = checked<uint32_t>("marlin_moe", arrivals, "arrivals", ScalarType::Int, device, marlin_moe_blocks(plan));
-  const int64_t most = tiles ? tiles->numel() / 3 : 0;
+  const int64_t most = tiles ? tiles->numel() / 3 : pairs;
   a.low = low ? checked<void>("marlin_moe", *low, "low", type, device, pairs) : nullptr;
   a.low_pool = low ? checked<void>("marlin_moe", *low_pool, "low_pool", type, device, 0) : nullptr;
   a.low_records = low ? checked<const int64_t>("marlin_moe", *low_records, "low_records", ScalarType::Long, device, 0) : nullptr;

@@ -29,7 +29,8 @@ DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, 
 template <class S>
 KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, Derived d) {
   SMEM_DECL;
-  if (!a.early) wait_for_previous_kernel(), allow_next_kernel();
+  if (!a.early) wait_for_previous_kernel();
+  if (!a.early || (a.early == 2 && !a.tiles)) allow_next_kernel();  // by pair the next is the second shrink, which reads nothing of the first one's
   const Shared s = carve<S>(d, smem_);
   const Work w = share_work(a, d, S::kWarpgroup);
   const int block = (int)blockIdx.x;

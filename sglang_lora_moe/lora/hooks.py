@@ -3,13 +3,12 @@
     post_gate_up   act(gate_up + scaling * B13 (A13 x))
     post_down      sum over k of weight_k * (down + scaling * B2 (A2 act))
 
-The products A x (`shrink`) start before each base GEMM, on the workspace's side stream where there is one, and are
-joined before they are read. The functions themselves belong to the backend (`ExpertLoRAOps`); this file knows no kernel.
+The products A x (`shrink`) start before each base GEMM, which adds B s itself where the backend can (`AddendOps`). The functions
+belong to the backend; this file knows no kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -26,16 +25,19 @@ from sglang_lora_moe.moe.runner import LoRAHooks, RunnerInput
 RankSpace = Any
 
 
-class ExpertLoRAOps(Protocol):
-    """A backend's LoRA functions on the pairs of one layer. Pairs of slot -1 and slots of rank 0 get no delta."""
+class AddendOps(Protocol):
+    """LoRA functions of a backend whose GEMMs add B s themselves. Pairs of slot -1 and slots of rank 0 get no delta."""
 
-    @property
-    def addend(self) -> Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None:
-        """(inp, rows, stack_a, stack_b, routing, rows_from) -> what the backend's core adds before its store; None where it takes nothing."""
+    def addend(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> Any:
+        """What the backend's core adds before its store. rows_from "tokens": rows [M, in] by token; "pairs": [P, in] in routing order."""
         ...
 
+
+class SeparateOps(Protocol):
+    """LoRA functions of a backend whose GEMMs know no adapters."""
+
     def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> RankSpace:
-        """A x of every pair with an adapter, float32. rows_from "tokens": rows [M, in] by token; "pairs": [P, in] in routing order."""
+        """A x of every pair with an adapter, float32; rows as above."""
         ...
 
     def act_with_delta(self, inp: RunnerInput, gate_up: torch.Tensor, s: RankSpace, stack_b: Stack, routing: Routing) -> torch.Tensor:
@@ -47,42 +49,41 @@ class ExpertLoRAOps(Protocol):
         ...
 
 
-class _ExpertLoRA:
+ExpertLoRAOps = AddendOps | SeparateOps
+
+
+class _Separate:
     """One layer's adapters and the rank-space vectors between a pre hook and its post hook."""
 
-    def __init__(self, stacks: ExpertStacks, ops: ExpertLoRAOps) -> None:
+    def __init__(self, stacks: ExpertStacks, ops: SeparateOps) -> None:
         self.stacks, self.ops = stacks, ops
         self.s: RankSpace = None
 
-    def pre_gate_up(self, inp: RunnerInput, routing: Routing) -> Any:
-        if self.ops.addend is not None:
-            return self.ops.addend(inp, inp.x, self.stacks.a13, self.stacks.b13, routing, "tokens")
-        with inp.workspace.side():
-            self.s = self.ops.shrink(inp, inp.x, self.stacks.a13, self.stacks.b13, routing, "tokens")
-        return None
+    def pre_gate_up(self, inp: RunnerInput, routing: Routing) -> None:
+        self.s = self.ops.shrink(inp, inp.x, self.stacks.a13, self.stacks.b13, routing, "tokens")
 
     def post_gate_up(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
-        inp.workspace.join()
         s, self.s = self.s, None
         return self.ops.act_with_delta(inp, gate_up, s, self.stacks.b13, routing)
 
-    def pre_down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing) -> Any:
-        if self.ops.addend is not None:
-            return self.ops.addend(inp, act, self.stacks.a2, self.stacks.b2, routing, "pairs")
-        with inp.workspace.side():
-            self.s = self.ops.shrink(inp, act, self.stacks.a2, self.stacks.b2, routing, "pairs")
-        return None
+    def pre_down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing) -> None:
+        self.s = self.ops.shrink(inp, act, self.stacks.a2, self.stacks.b2, routing, "pairs")
 
     def post_down(self, inp: RunnerInput, act: torch.Tensor, down: torch.Tensor, routing: Routing) -> torch.Tensor:
-        inp.workspace.join()
         s, self.s = self.s, None
         return self.ops.combine_with_delta(inp, down, s, self.stacks.b2, routing)
 
 
 def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
     """Hooks for one layer; `ops` from `moe.backends.make_lora_ops`, which refuses backends that cannot serve adapters."""
-    layer = _ExpertLoRA(stacks, ops)
-    return LoRAHooks(layer.pre_gate_up, layer.post_gate_up, layer.pre_down, layer.post_down)
+    if hasattr(ops, "addend"):
+        addend = ops.addend
+        return LoRAHooks(
+            lambda inp, routing: addend(inp, inp.x, stacks.a13, stacks.b13, routing, "tokens"),
+            lambda inp, act, routing: addend(inp, act, stacks.a2, stacks.b2, routing, "pairs"),
+        )
+    layer = _Separate(stacks, ops)
+    return LoRAHooks(layer.pre_gate_up, layer.pre_down, layer.post_gate_up, layer.post_down)
 
 
 class FusedMoEWithLoRA(nn.Module):

@@ -35,16 +35,16 @@ class RunnerInput:
 class LoRAHooks:
     """Built once per layer by `lora/hooks.py`, called with the layer's input and the intermediates of `MoeRunnerCore`.
 
-    `pre_gate_up(inp, routing)` and `pre_down(inp, act, routing)` may start work beside the GEMM that follows and return None. Then
+    `pre_gate_up(inp, routing)` and `pre_down(inp, act, routing)` come before the GEMMs;
     `post_gate_up(inp, gate_up, routing)` returns the activation [P, I], `post_down(inp, act, down, routing)` the layer's output [M, H].
-    A `pre_*` hook may instead return a low-rank addend in the backend's own form: the core then adds it before its store,
-    activates and combines as it does without adapters, and the matching `post_*` hook is not called.
+    Without `post_*` hooks the `pre_*` hooks return a low-rank addend in the backend's own form: the core then adds it before its
+    store, and activates and combines as it does without adapters.
     """
 
     pre_gate_up: Callable[[RunnerInput, Routing], Any]
-    post_gate_up: Callable[[RunnerInput, torch.Tensor, Routing], torch.Tensor]
     pre_down: Callable[[RunnerInput, torch.Tensor, Routing], Any]
-    post_down: Callable[[RunnerInput, torch.Tensor, torch.Tensor, Routing], torch.Tensor]
+    post_gate_up: Callable[[RunnerInput, torch.Tensor, Routing], torch.Tensor] | None = None
+    post_down: Callable[[RunnerInput, torch.Tensor, torch.Tensor, Routing], torch.Tensor] | None = None
 
 
 class MoeRunnerCore(Protocol):
@@ -92,12 +92,12 @@ class MoeRunner:
         if hooks is None:
             return core.down_combine(inp, core.gate_up_activation(inp, routing, quant_info), routing, quant_info)
         addend = hooks.pre_gate_up(inp, routing)
-        if addend is None:
+        if hooks.post_gate_up is not None:
             act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), routing)
         else:
             act = core.gate_up_activation(inp, routing, quant_info, addend)
         addend = hooks.pre_down(inp, act, routing)
-        if addend is None:
+        if hooks.post_down is not None:
             return hooks.post_down(inp, act, core.down(inp, act, routing, quant_info), routing)
         return core.down_combine(inp, act, routing, quant_info, addend)
 

@@ -1,16 +1,13 @@
-"""Scratch memory of one device, and its side stream. Nothing in it outlives the layer that asked for it.
+"""Scratch memory of one device. Nothing in it outlives the layer that asked for it.
 
-Buffers are named: two names never overlap, so work on the main and on the side stream stays apart as long as it uses
-different names. A buffer grows to the largest size asked for; the model runner makes one step of the largest size before
-it measures free memory and before it captures graphs. What still grows later (a kernel of small steps alone) leaves its
-old memory to the graphs that were captured with it.
+Buffers are named: two names never overlap. A buffer grows to the largest size asked for; the model runner makes one step of
+the largest size before it measures free memory and before it captures graphs. What still grows later (a kernel of small steps
+alone) leaves its old memory to the graphs that were captured with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -25,10 +22,6 @@ class Workspace:
         self._buffers: dict[str, torch.Tensor] = {}
         self._outgrown: list[torch.Tensor] = []  # graphs may replay into them
         self._cuda = self.device.type == "cuda"
-        self._side: torch.cuda.Stream | None = torch.cuda.Stream(self.device) if self._cuda else None
-        if self._side is not None:
-            self._forked, self._done = torch.cuda.Event(), torch.cuda.Event()
-        self._pending = False  # side work that the main stream has not waited for
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised contiguous tensor; a later `get` of the same name returns the same memory."""
@@ -49,22 +42,3 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes held now."""
         return sum(buffer.numel() for buffer in self._buffers.values())
-
-    def side(self) -> AbstractContextManager[None]:
-        """Run what is launched inside on the side stream, after everything launched on the main stream so far."""
-        return nullcontext() if self._side is None else self._fork(self._side)
-
-    @contextmanager
-    def _fork(self, side: torch.cuda.Stream) -> Iterator[None]:
-        self._forked.record()
-        side.wait_event(self._forked)
-        with torch.cuda.stream(side):
-            yield
-            self._done.record()
-        self._pending = True
-
-    def join(self) -> None:
-        """Make the main stream wait for the side work, before it reads a result of it. Free where there is none."""
-        if self._pending:
-            torch.cuda.current_stream(self.device).wait_event(self._done)
-            self._pending = False

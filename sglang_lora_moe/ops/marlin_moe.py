@@ -200,7 +200,7 @@ def marlin_moe_gemm(
 
     out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens; without
     an alignment every pair is a tile of its own, in pair order. Rows of pairs without an expert are not written.
-    `addend`: of a grouped shrink over the same alignment; B s is added before the activation.
+    `addend`: of a shrink over the same alignment, or for tensor cores per pair; B s is added before the activation.
     With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
     written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone.
     """
@@ -216,7 +216,7 @@ def marlin_moe_gemm(
 def _addend_args(addend: LowRank | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
     if addend is None:
         return None, None, None, None, 0
-    assert addend.records is not None and addend.s.shape[0] == 1, "the grouped GEMM needs the addend of a grouped shrink"
+    assert addend.records is not None, "the GEMM needs an addend with records"
     return addend.s, addend.b.pool, addend.records, addend.ranges, addend.b.max_rank
 
 

@@ -1,6 +1,6 @@
-"""Activations of an expert, and the kernel that applies them to gate_up, with or without a low-rank delta.
+"""Activations of an expert, and the kernel that applies them to gate_up.
 
-    act[row] = f(gate) * up        gate, up = halves of gate_up[row] (+ scaling * B13 s[row]), in float32
+    act[row] = f(gate) * up        gate, up = halves of gate_up[row], in float32
 
 `activate` is the one device function of all activations; the GEMM's epilogue uses it too.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import pdl_wait
 
 SILU, GELU, GELU_TANH, RELU, RELU2, CLAMPED_SWIGLU = (tl.constexpr(i) for i in range(1, 7))
 _CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
@@ -56,10 +56,9 @@ def activate(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constex
 @triton.jit
 def _activation_kernel(
     gate_up_ptr, out_ptr, topk_ids_ptr, sorted_pairs_ptr,
-    slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
-    N, num_pairs, num_experts,
+    N, num_experts,
     TOP_K: tl.constexpr, BY_PAIR: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, blocks of N): one row of gate_up."""
     pdl_wait(PDL)
@@ -74,29 +73,20 @@ def _activation_kernel(
         up = gate
         if GATED:
             up = tl.load(ptrs + N, mask=rn < N, other=0.0).to(tl.float32)
-        if ADDEND:
-            slot = tl.load(slots_ptr + pair // TOP_K)
-            if slot >= 0:
-                rank = tl.load(rank_ptr + slot)
-                b_place = (tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot)) // ALIGN
-                gate += row_delta(s_ptr, num_pairs, s_width, row, 0, pool_ptr, b_place, rn, N, rank, 0, SPLITS, RANK_BLOCK, ALIGN)
-                if GATED:
-                    column = tl.load(split_ptr + slot) * MAX_RANK
-                    up += row_delta(s_ptr, num_pairs, s_width, row, column, pool_ptr, b_place, N + rn, 2 * N, rank, 0, SPLITS, RANK_BLOCK, ALIGN)
         value = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
         tl.store(out_ptr + row.to(tl.int64) * N + rn, value.to(out_ptr.dtype.element_ty), mask=rn < N)
 
 
-def moe_activation(gate_up: torch.Tensor, spec: MoESpec, routing: Routing, out: torch.Tensor, *, addend: LowRank | None = None) -> torch.Tensor:
+def moe_activation(gate_up: torch.Tensor, spec: MoESpec, routing: Routing, out: torch.Tensor) -> torch.Tensor:
     """gate_up [P, 2I or I] -> out [P, I], which it returns, both in routing order; rows of pairs without an expert stay as they are."""
     pairs, n = out.shape
     launch.expect("moe_activation: gate_up", gate_up, (pairs, spec.w13_rows), out.dtype, out.device)
     by_pair = routing.rows == "pair"
-    block = min(64 if addend is not None else 1024, launch.next_power_of_2(n))
+    block = min(1024, launch.next_power_of_2(n))
     _activation_kernel[(pairs, triton.cdiv(n, block))](
-        gate_up, out, routing.topk_ids, None if by_pair else routing.sorted_pairs, *(NO_PAIR_ARGS if addend is None else addend.pair_args()),
-        n, pairs, spec.num_experts,
+        gate_up, out, routing.topk_ids, None if by_pair else routing.sorted_pairs,
+        n, spec.num_experts,
         TOP_K=routing.top_k, BY_PAIR=by_pair, GATED=spec.gated, ACT=activation_code(spec), ALPHA=spec.swiglu_alpha or 0.0, LIMIT=spec.swiglu_limit or 0.0,
-        **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()), BN=block, num_warps=4, **launch.options(out.device),
+        BN=block, num_warps=4, **launch.options(out.device),
     )  # fmt: skip
     return out

@@ -43,28 +43,21 @@ class Core(TritonRunnerCore):
         return routing
 
 
-class SeparateOps:
-    """The LoRA functions without the addend: shrink, B13 in the activation kernel, B2 in the combine or an expand."""
-
-    addend = None
-    shrink, act_with_delta, combine_with_delta = (staticmethod(getattr(triton_lora, n)) for n in ("shrink", "act_with_delta", "combine_with_delta"))
-
-
-def run(case: MoECase, tiles: LayerTiles | None = None, ops: Any = triton_lora, workspace: Workspace | None = None, lora: bool = True) -> torch.Tensor:
-    hooks = build_lora_hooks(case.stacks, ops) if lora else None
+def run(case: MoECase, tiles: LayerTiles | None = None, workspace: Workspace | None = None, lora: bool = True) -> torch.Tensor:
+    hooks = build_lora_hooks(case.stacks, triton_lora) if lora else None
     inp = case.runner_input(workspace or Poisoned(case.x.device), lora)
     return MoeRunner(Core(tiles)).run(inp, TritonQuantInfo(case.w13, case.w2, case.b13, case.b2), hooks)
 
 
-def check(case: MoECase, tiles: LayerTiles | None = None, ops: Any = triton_lora, lora: bool = True) -> torch.Tensor:
+def check(case: MoECase, tiles: LayerTiles | None = None, lora: bool = True) -> torch.Tensor:
     """Against the reference, and a second run against the first."""
-    found, exact = run(case, tiles, ops, lora=lora), ref_moe(case, lora).out
-    kernel = f"triton layer, {'adapters' if lora else 'base'}{'' if ops is triton_lora else ', separate'}"
+    found, exact = run(case, tiles, lora=lora), ref_moe(case, lora).out
+    kernel = f"triton layer, {'adapters' if lora else 'base'}"
     if lora and Core(tiles).make_routing(case.runner_input(Workspace(case.x.device))).rows == "sorted":
         keep_error(f"{kernel}, nothing rounded in the reference, {str(found.dtype).removeprefix('torch.')}", relative_error(found, exact))
-        exact = ref_moe(case, lora, ("s", "act") if ops is triton_lora else ("s", "base gate_up", "gate_up", "act", "base down", "down")).out
+        exact = ref_moe(case, lora, ("s", "act")).out
     assert_near(found, exact, kernel, case.name)
-    assert torch.equal(found, run(case, tiles, ops, lora=lora)), f"two runs differ: {case.name}"
+    assert torch.equal(found, run(case, tiles, lora=lora)), f"two runs differ: {case.name}"
     return found
 
 
@@ -95,19 +88,17 @@ def test_formulas(device, spec, tokens, lora) -> None:
     check(make_case(spec=spec, m=tokens, device=device, ranks=(8, 4), active=2), lora=lora)
 
 
-@pytest.mark.parametrize("ops", [triton_lora, SeparateOps], ids=["addend", "separate"])
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("tokens", [2, 13])
-def test_adapters_by_popularity(device, ops, popularity, tokens) -> None:
-    check(make_case(**SMALL, m=tokens, device=device, ranks=(4, 0, 20, 16), layouts=("split",), routing="partial", popularity=popularity), ops=ops)
+def test_adapters_by_popularity(device, popularity, tokens) -> None:
+    check(make_case(**SMALL, m=tokens, device=device, ranks=(4, 0, 20, 16), layouts=("split",), routing="partial", popularity=popularity))
 
 
-@pytest.mark.parametrize("ops", [triton_lora, SeparateOps], ids=["addend", "separate"])
 @pytest.mark.parametrize("tokens", [2, 13])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_mixed_layouts(device, ops, tokens, dtype) -> None:
+def test_mixed_layouts(device, tokens, dtype) -> None:
     """Split and shared A, shared-outer experts, one half alone and a rank above one rank block in the same batch."""
-    check(make_case(**SMALL, m=tokens, dtype=dtype, device=device, ranks=(40, 8, 1), layouts=LAYOUTS, active=6, slots=7), ops=ops)
+    check(make_case(**SMALL, m=tokens, dtype=dtype, device=device, ranks=(40, 8, 1), layouts=LAYOUTS, active=6, slots=7))
 
 
 @pytest.mark.parametrize("routing", ["one_expert", "few_experts", "edges", "some_invalid", "all_invalid"])

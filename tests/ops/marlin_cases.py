@@ -20,12 +20,12 @@ from tests.quantize import quantize
 
 @dataclass(frozen=True)
 class Adapters:
-    """What a grouped shrink leaves for the GEMM, as `LowRank` of ops/low_rank.py has it."""
+    """What a shrink leaves for the GEMM, as `LowRank` of ops/low_rank.py has it."""
 
-    s: torch.Tensor  # [P, width] in sorted order
+    s: torch.Tensor  # [P, width] in sorted order, or pair order
     pool: torch.Tensor
     records: torch.Tensor  # int64 [.., 5]
-    ranges: torch.Tensor  # int32 [tiles, 2]
+    ranges: torch.Tensor  # int32 [tiles, 2], or [P, 2]
     max_rank: int
 
     def addend(self) -> SimpleNamespace:
@@ -76,11 +76,14 @@ class Case:
         return None if self.by_pair else moe_lora_align_block_size(self.inputs()[1], None, self.experts, 0, op.SHAPES[self.config].block_tokens, 16)
 
     def adapters(self) -> Adapters | None:
-        """Runs of 5 rows of one adapter, cut where an expert ends; every second one has an A of its own for up."""
+        """Runs of 5 rows of one adapter, cut where an expert ends, or single pairs; every second one has an A of its own for up."""
         align = self.alignment()
-        if align is None or not self.ranks:
+        if not self.ranks:
             return None
-        g, ids, most = generator(self.tokens), self.inputs()[1].flatten()[align.sorted_pairs.long()], max(self.ranks)
+        g, ids, most = generator(self.tokens), self.inputs()[1].flatten(), max(self.ranks)
+        if align is None:
+            return self._adapters_by_pair(ids.tolist(), g)
+        ids = ids[align.sorted_pairs.long()]
         tiles = [t if i < int(align.counts[1]) else (0, 0, 0) for i, t in enumerate(align.base_tiles.tolist())]
         records, place, row, valid = [], 0, 1, int(align.counts[0])
         while row < valid:
@@ -93,6 +96,17 @@ class Case:
         ranges = [(sum(r[0] + r[1] <= t[1] for r in records), sum(r[0] < t[1] + t[2] for r in records)) for t in tiles]
         table = torch.tensor(records, dtype=torch.int64).view(-1, 5)
         return Adapters(s.to(self.dtype), pool.to(self.dtype), table, torch.tensor(ranges, dtype=torch.int32).view(-1, 2), most)
+
+    def _adapters_by_pair(self, ids: list[int], g: torch.Generator) -> Adapters:
+        """A record for every pair; rank 0 for every third and where there is no expert."""
+        records, place, most = [], 0, max(self.ranks)
+        for pair, expert in enumerate(ids):
+            rank = self.ranks[pair % len(self.ranks)] if pair % 3 and 0 <= expert < self.experts else 0
+            records.append((pair, 1, rank, pair % 2 * (self.halves == 2), place // 8))
+            place += -(-self.rows * rank // 8) * 8
+        s, pool = torch.randn(len(ids), most * self.halves, generator=g), torch.randn(place + 8, generator=g) * 0.1
+        ranges = torch.arange(len(ids), dtype=torch.int32)[:, None] + torch.tensor([0, 1], dtype=torch.int32)
+        return Adapters(s.to(self.dtype), pool.to(self.dtype), torch.tensor(records, dtype=torch.int64), ranges, most)
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 output and which of its rows are written."""
@@ -145,7 +159,7 @@ def encode_gemm(case: Case) -> bytes:
     head += [ids.numel(), case.top_k, x.shape[0], ids.numel(), columns, active, case.halves == 2, case.halves == 1, sorted_pairs.numel()]
     adapters = case.adapters()
     head += [0, 0, 0, 0] if adapters is None else [adapters.s.shape[1], adapters.max_rank, adapters.pool.numel(), len(adapters.records)]
-    low = () if adapters is None or tiles is None else (adapters.s, adapters.pool, adapters.records, adapters.ranges[: len(tiles)])
+    low = () if adapters is None else (adapters.s, adapters.pool, adapters.records, adapters.ranges if tiles is None else adapters.ranges[: len(tiles)])
     tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, sorted_pairs, ids, *low)
     blobs = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None and t.numel())
     return struct.pack("31i4f", *map(int, head), *formula) + blobs

@@ -49,7 +49,7 @@ int run_gemm(const Case& c) {
   const auto low = read<uint16_t>((int64_t)c.pairs * c.low_width);
   const auto low_pool = read<uint16_t>(c.low_pool);
   const auto low_records = read<int64_t>(5 * c.low_records);
-  const auto low_ranges = read<int32_t>(c.low_width ? 2 * c.tiles : 0);
+  const auto low_ranges = read<int32_t>(c.low_width ? 2 * (c.has_tiles ? c.tiles : c.pairs) : 0);
   const std::vector<int32_t> counts = {0, c.tiles, 0, 0};
   const MarlinMoePlan plan = {c.config, c.sms, 0};
   std::vector<uint16_t> out((int64_t)c.out_rows * c.out_columns, 0xCDCD);

@@ -125,6 +125,12 @@ def test_emulated_gemm_bias_and_activation(driver: Path) -> None:
 RANKS = (16, 1, 7, 40)
 
 
+def test_emulated_gemm_adds_adapters_by_pair(driver: Path) -> None:
+    base = Case(3, config=0, by_pair=True, k=256, ranks=RANKS, rows=80)
+    cases = [replace(base, halves=h, dtype=d, spec=spec, config=c) for d in op.DTYPES for h, spec, c in ((1, None, 0), (2, None, 1), (2, SILU, 0))]
+    check(driver, [*cases, replace(base, routing="some_invalid", halves=2), replace(base, tokens=1, k=1024, sms=7), replace(base, ranks=(2,), bias=True)])
+
+
 @pytest.mark.parametrize("config", range(op.EVERYWHERE))
 def test_emulated_gemm_adds_adapters(driver: Path, config: int) -> None:
     """Odd ranks and more than 16, with and without an A of its own for up; where blocks share a tile the last one adds."""

@@ -2,7 +2,7 @@
 
 Everything around them is the triton backend's: its alignment, activation, combine and LoRA functions. Up to
 `MAX_PAIR_TOKENS` tokens nothing is sorted and every pair is a tile of its own, beyond that rows lie sorted by expert.
-A gated activation is part of the first GEMM, sorted adapters of both; down always scatters to pair order.
+A gated activation is part of the first GEMM, adapters of both; down always scatters to pair order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from sglang_lora_moe.moe.backends.triton_lora import act_with_delta, combine_with_delta
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
@@ -49,12 +48,12 @@ class MarlinQuantInfo:
 
 
 @lru_cache(maxsize=64)
-def choose_plan(spec: MoESpec, tokens: int, hopper: bool, adapters: bool = False) -> MarlinPlan:
+def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
     """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma."""
     pairs = tokens * spec.top_k
     rows = pairs / spec.num_experts
-    if tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts and not adapters):
-        # per pair where two pairs rarely meet in an expert, whose weights would be read twice; the GEMMs add adapters only to sorted rows
+    if tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts):
+        # per pair where two pairs rarely meet in an expert, whose weights would be read twice
         return MarlinPlan(_few_rows(pairs, spec.w13_rows), _few_rows(pairs, spec.hidden_size), by_pair=True)
     if rows <= 12:
         return MarlinPlan(1, 1)
@@ -101,13 +100,10 @@ class MarlinRunnerCore(MoeRunnerCore):
 
     def make_routing(self, inp: RunnerInput) -> Routing:
         plan = self._plan(inp)
-        routing = Routing(
+        return Routing(
             inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots,
             base_block=plan.base_block, lora_block=plan.lora_block, rows="pair" if plan.by_pair else "sorted", workspace=inp.workspace,
         )  # fmt: skip
-        if not plan.by_pair:
-            routing.alignment  # noqa: B018  # on the main stream: a shrink that asks for it first is on the side stream, which the GEMM does not wait for
-        return routing
 
     def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         out = inp.workspace.get("moe.gate_up", (routing.num_pairs, inp.spec.w13_rows), inp.x.dtype)
@@ -117,8 +113,6 @@ class MarlinRunnerCore(MoeRunnerCore):
         return moe_activation(gate_up, inp.spec, routing, self._act(inp, routing))
 
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
-        if routing.rows == "pair" and addend is not None:
-            return act_with_delta(inp, self.gate_up(inp, routing, quant_info), addend, addend.b, routing)
         if not fuses_activation(inp.spec):
             return self.activation(inp, self.gate_up(inp, routing, quant_info, addend), routing)
         return self._gemm(inp, inp.x, quant_info.w13, routing, self._act(inp, routing), addend, gather=True, activation=inp.spec)
@@ -132,8 +126,6 @@ class MarlinRunnerCore(MoeRunnerCore):
         return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
 
     def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
-        if routing.rows == "pair" and addend is not None:
-            return combine_with_delta(inp, self.down(inp, act, routing, quant_info), addend, addend.b, routing)
         return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
 
     def _act(self, inp: RunnerInput, routing: Routing) -> torch.Tensor:
@@ -152,7 +144,8 @@ class MarlinRunnerCore(MoeRunnerCore):
         activation: MoESpec | None = None,
     ) -> torch.Tensor:
         plan = self._plan(inp)
-        early = 2 if addend is not None else 0 if gather else 1  # a shrink, the alignment or the router, or gate_up comes before
+        # what comes before: a shrink that others are done before, the alignment or the router, gate_up, or the second shrink and gate_up beside it
+        early = 1 if not gather and (addend is None or routing.rows == "pair") else 2 if addend is not None else 0
         return marlin_moe_gemm(
             x, weight, None if routing.rows == "pair" else routing.alignment, routing.topk_ids, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,
@@ -160,4 +153,4 @@ class MarlinRunnerCore(MoeRunnerCore):
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:
-        return self.plan or choose_plan(inp.spec, inp.x.shape[0], _hopper(inp.x.device), inp.num_slots > 0)
+        return self.plan or choose_plan(inp.spec, inp.x.shape[0], _hopper(inp.x.device))

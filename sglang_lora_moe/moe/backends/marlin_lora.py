@@ -1,9 +1,20 @@
-"""LoRA functions of the marlin backend (`lora.hooks.ExpertLoRAOps`): the triton backend's.
+"""LoRA functions of the marlin backend (`lora.hooks.AddendOps`): grouped the triton backend's, per pair as tensor cores take them."""
 
-Grouped, the CUDA GEMMs add B s before their store. Per pair they know no adapters: the core adds B13 with the activation
-and B2 with the combine.
-"""
+from __future__ import annotations
 
-from sglang_lora_moe.moe.backends.triton_lora import act_with_delta, addend, combine_with_delta, shrink
+import torch
 
-__all__ = ["act_with_delta", "addend", "combine_with_delta", "shrink"]
+from sglang_lora_moe.lora.stacks import Stack
+from sglang_lora_moe.moe.backends import triton_lora
+from sglang_lora_moe.moe.routing import Routing
+from sglang_lora_moe.moe.runner import RunnerInput
+from sglang_lora_moe.ops.fused_moe_lora import pair_shrink_for_mma
+from sglang_lora_moe.ops.low_rank import LowRank
+
+
+def addend(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> LowRank:
+    """What the GEMM adds before its store. NOTE: it must be the very next launch."""
+    if routing.rows != "pair":
+        return triton_lora.addend(inp, rows, stack_a, stack_b, routing, rows_from)
+    gather = rows_from == "tokens"
+    return pair_shrink_for_mma(rows, stack_a, stack_b, routing, inp.workspace, gather=gather, name="lora.13" if gather else "lora.2")

@@ -1,13 +1,10 @@
-"""LoRA functions of the torch_native backend (`lora.hooks.ExpertLoRAOps`): one small matmul per group and projection.
+"""LoRA functions of the torch_native backend (`lora.hooks.SeparateOps`): one small matmul per group and projection.
 
 Rows are gathered once into sorted order, which the base GEMM shares; each group multiplies its own rows with matrices at
 their true rank, in float32. The rank-space vectors are a list with one entry per group, None where there is no delta.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -18,7 +15,6 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.moe.spec import apply_activation
 
-addend: Callable[[RunnerInput, torch.Tensor, Stack, Stack, Routing, str], Any] | None = None  # the torch_native core adds nothing inside its matmuls
 RankSpace = list[torch.Tensor | None]  # per group of routing.groups: float32 [rows, c * rank]
 
 
