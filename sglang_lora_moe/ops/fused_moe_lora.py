@@ -206,11 +206,11 @@ def _shrink_group_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y_ptr, s_ptr, pool_ptr, counts_ptr, sorted_pairs_ptr, records_ptr, N, width,
-    SCATTER: tl.constexpr, HALVES: tl.constexpr, ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    y_ptr, s_ptr, pool_ptr, counts_ptr, records_ptr, N, width,
+    HALVES: tl.constexpr, ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     SEVERAL: tl.constexpr, AHEAD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (LoRA tiles or persistent programs, blocks of N). y [P, HALVES * N] in the order of s, or with SCATTER in pair order."""
+    """Grid (LoRA tiles or persistent programs, blocks of N). y [P, HALVES * N] in the order of s."""
     pdl_wait(PDL)
     rm = tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -218,8 +218,7 @@ def _expand_kernel(
         start, rows, rank, split, b_place, whole = load_records(records_ptr, t, t + 1, RANK_BLOCK, 1, ALIGN)
         place = start + rm
         live = rm < rows
-        row = tl.load(sorted_pairs_ptr + place, mask=live, other=0) if SCATTER else place
-        y_ptrs = y_ptr + row.to(tl.int64)[:, None] * (HALVES * N) + rn[None, :]
+        y_ptrs = y_ptr + place.to(tl.int64)[:, None] * (HALVES * N) + rn[None, :]
         mask = live[:, None] & (rn < N)[None, :]
         y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
         y_up = y
@@ -351,11 +350,8 @@ def _launch_group_shrink(
     )  # fmt: skip
 
 
-def moe_expand(y: torch.Tensor, low: LowRank, routing: Routing, *, pair_order: bool = False) -> torch.Tensor:
-    """y [P, out] += B s in place; returns y, in routing order or with `pair_order` row m * K + k.
-
-    s lies in routing order. Rows without an adapter are not touched.
-    """
+def moe_expand(y: torch.Tensor, low: LowRank, routing: Routing) -> torch.Tensor:
+    """y [P, out] += B s in place, both in routing order; returns y. Rows without an adapter are not touched."""
     stack, pairs = low.b, routing.num_pairs
     launch.expect("moe_expand: y", y, (pairs, stack.dim), stack.pool.dtype, stack.pool.device)
     halves = 2 if stack.may_split else 1
@@ -370,8 +366,8 @@ def moe_expand(y: torch.Tensor, low: LowRank, routing: Routing, *, pair_order: b
     align = routing.alignment
     programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(y.device) * 8))
     _expand_kernel[(programs, triton.cdiv(n, 64))](
-        y, low.s, stack.pool, align.counts, align.sorted_pairs, low.records, n, low.s.shape[2],
-        SCATTER=pair_order, HALVES=halves, **low.tile_options(routing.lora_block * 64 * halves // 128), BM=routing.lora_block, BN=64,
+        y, low.s, stack.pool, align.counts, low.records, n, low.s.shape[2],
+        HALVES=halves, **low.tile_options(routing.lora_block * 64 * halves // 128), BM=routing.lora_block, BN=64,
         PRECISION=launch.dot_precision(y.dtype), num_warps=4, **launch.options(y.device),
     )  # fmt: skip
     return y
@@ -382,7 +378,8 @@ def fused_moe_lora(
 ) -> torch.Tensor:
     """y [P, out] += scaling * B (A x) for every pair with an adapter, in place; y and the result lie in `routing.rows` order.
 
-    rows [M, in] by token with `gather`, else [P, in] in routing order. One shrink and one expand launch, nothing zero-filled.
+    rows [M, in] by token with `gather`, else [P, in] in routing order; y and rows are contiguous and of the stacks' dtype, on their device,
+    else ValueError. One shrink and one expand launch, nothing zero-filled.
     """
     low = moe_shrink(rows, stack_a, stack_b, routing, workspace, gather=gather, name="fused_moe_lora")
     return moe_expand(y, low, routing)
