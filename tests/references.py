@@ -82,9 +82,9 @@ def ref_moe(case: Any, lora: bool = True, rounded: Container[str] = ()) -> RefMo
     """The layer of a tests.moe_cases.MoECase by loops over (expert, slot), on pairs sorted by both so that a GPU is never waited for.
 
     `rounded`: which intermediates are stored in x's dtype, of "s" (scaling * A x, which tensor cores take in that dtype), "gate_up", "act" and
-    "down", and of "base gate_up" and "base down" where a base GEMM stores its product before adapters are added to it. A chain of GEMMs must
-    store them, and at rank 1 the rounding of s is one common error of a whole row, which the adapter doubles in gate times up: up to 7e-3 of a
-    layer in bfloat16. Against a reference that rounds at the same places, what is left is what the kernels do otherwise.
+    "down", adapters included: GEMMs add them before they store. A chain of GEMMs must store them, and at rank 1 the rounding of s is one common
+    error of a whole row, which the adapter doubles in gate times up: up to 7e-3 of a layer in bfloat16. Against a reference that rounds at the
+    same places, what is left is what the kernels do otherwise.
     """
     spec, (m, top_k), dtype = case.spec, case.topk_ids.shape, case.x.dtype
     x, weights = case.x.float().repeat_interleave(top_k, dim=0), case.topk_weights.reshape(-1, 1)
@@ -100,12 +100,12 @@ def ref_moe(case: Any, lora: bool = True, rounded: Container[str] = ()) -> RefMo
     x = x[order]
     gate_up, act, down = (x.new_zeros(m * top_k, width) for width in (spec.w13_rows, spec.intermediate_size, spec.hidden_size))
     for expert, rows, groups in runs:
-        gate_up[rows] = stored("base gate_up", x[rows] @ case.w13[expert].float().T + (0.0 if case.b13 is None else case.b13[expert].float()))
+        gate_up[rows] = x[rows] @ case.w13[expert].float().T + (0.0 if case.b13 is None else case.b13[expert].float())
         for slot, some in groups if lora else ():
             gate_up[some] += ref_delta(x[some], a13, b13, slot, expert, low_dtype)
         gate_up[rows] = stored("gate_up", gate_up[rows])
         act[rows] = stored("act", ref_activation(gate_up[rows], spec))
-        down[rows] = stored("base down", act[rows] @ case.w2[expert].float().T + (0.0 if case.b2 is None else case.b2[expert].float()))
+        down[rows] = act[rows] @ case.w2[expert].float().T + (0.0 if case.b2 is None else case.b2[expert].float())
         for slot, some in groups if lora else ():
             down[some] += ref_delta(act[some], a2, b2, slot, expert, low_dtype)
         down[rows] = stored("down", down[rows])
