@@ -79,11 +79,12 @@ DEVICE void copy_bulk(void* target, const void* source, int bytes, Barrier* barr
                : "memory");
 #endif
 }
+constexpr uint64_t kKeep = 0x1000000000000000, kStream = 0x12F0000000000000;  // how L2 ranks what it reads, as createpolicy makes them: as usual; first to leave
 // A box of a three-dimensional tensor into shared memory, in 128-byte rows swizzled as wgmma wants them; its bytes count on `barrier`.
-DEVICE void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
+DEVICE void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t policy) {
 #if SM90
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(target)), "l"(map),
-               "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(target)),
+               "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
                : "memory");
 #endif
 }
@@ -101,11 +102,11 @@ DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-DEVICE void copy_box_to_both(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
+DEVICE void copy_box_to_both(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t policy) {
 #if SM90
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6, %7;" ::"r"(
                    shared_address(target)),
-               "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"((uint16_t)3)
+               "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"((uint16_t)3), "l"(policy)
                : "memory");
 #endif
 }
@@ -288,7 +289,8 @@ inline uint8_t* swizzled(uint8_t* address) {  // as if shared memory began at a 
   const int64_t offset = address - emu::block.shared.get();
   return emu::block.shared.get() + (offset ^ (offset >> 7 & 7) << 4);
 }
-inline void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
+constexpr uint64_t kKeep = 0, kStream = 1;
+inline void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t) {
   const TensorMap m = *map;
   uint8_t* out = (uint8_t*)target;
   std::memset(out, 0xCD, (size_t)m.box[0] * m.box[1] * 2);
@@ -311,7 +313,7 @@ inline void see_copies() {}
 // Blocks run one after another here: no clusters.
 inline int cluster_rank() { return 0; }
 inline void sync_cluster() { emu::fail("no clusters here"); }
-inline void copy_box_to_both(void*, const TensorMap*, Barrier*, int, int, int) { emu::fail("no clusters here"); }
+inline void copy_box_to_both(void*, const TensorMap*, Barrier*, int, int, int, uint64_t) { emu::fail("no clusters here"); }
 inline void barrier_arrive_at(Barrier*, int) { emu::fail("no clusters here"); }
 template <class... Params, class... Args>
 int launch_clusters(const Launch&, unsigned, void (*)(Params...), Args...) {

@@ -9,7 +9,7 @@ constexpr const char* kName = "moe_wgmma_gemm";
 
 void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor counts, Tensor sorted_pairs, std::optional<Tensor> s, std::optional<Tensor> pool,
           std::optional<Tensor> records, std::optional<Tensor> ranges, Tensor out, int64_t top_k, int64_t halves, int64_t max_rank, double alpha, double cubic, double limit,
-          double shift, bool gather, bool scatter, int64_t group, int64_t blocks, int64_t cluster, bool overlap) {
+          double shift, bool gather, bool scatter, int64_t group, int64_t blocks, int64_t cluster, bool stream, bool overlap) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kName, ": expected x of bfloat16 or float16, got ", torch::headeronly::toString(type));
@@ -43,7 +43,7 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
   a.experts = (int32_t)w.size(0), a.n = (int32_t)n, a.k = (int32_t)k, a.pairs = (int32_t)pairs, a.top_k = (int32_t)top_k;
   a.halves = (int32_t)halves, a.is_bf16 = type == ScalarType::BFloat16;
   a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift;
-  a.gather = gather, a.scatter = scatter, a.group = (int32_t)group, a.blocks = (int32_t)blocks, a.cluster = (int32_t)cluster, a.overlap = overlap;
+  a.gather = gather, a.scatter = scatter, a.group = (int32_t)group, a.blocks = (int32_t)blocks, a.cluster = (int32_t)cluster, a.stream = stream, a.overlap = overlap;
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = moe_wgmma_gemm(&a, current_stream(device));

@@ -94,7 +94,7 @@ struct Addend {
   int first = 0, next = 0, end = 0;                     // LoRA tiles
   int mine_start = 0, mine_rows = 0, mine_rank = 0, mine_split = 0;
   int64_t mine_place = 0;
-  int low = 0, high = 0, rank = 0, split = 0, r0 = 0;  // the run: rows within the tile; the sixteen
+  int low = 0, high = 0, rank = 0, split = 0, r0 = 0;  // the run: rows within this block's part of the tile; the sixteen
   int64_t place = 0;
   bool any = true;
 
@@ -110,69 +110,109 @@ struct Addend {
     const uint32_t top = shuffle((uint32_t)(mine_place >> 32), next - first);
     return (int64_t)((uint64_t)top << 32 | shuffle((uint32_t)mine_place, next - first));
   }
-  DEVICE void load(int start) {
+  DEVICE void load(const Note& part) {
     for (any = false; !any && next < end; next++) {
       place = next_place();
-      low = field(mine_start) - start, rank = field(mine_rank), split = field(mine_split), high = low + field(mine_rows);
-      any = rank > 0;
+      low = field(mine_start) - part.start, rank = field(mine_rank), split = field(mine_split), high = low + field(mine_rows);
+      any = rank > 0 && high > 0 && low < part.rows;
     }
-    for (; next < end && next_place() == place; next++) high = field(mine_start) + field(mine_rows) - start;
+    for (; next < end && next_place() == place; next++) high = field(mine_start) + field(mine_rows) - part.start;
     r0 = 0;
   }
-  DEVICE void advance(int start) {
-    if ((r0 += 16) >= rank) load(start);
+  DEVICE void advance(const Note& part, int sixteens) {
+    if ((r0 += 16 * sixteens) >= rank) load(part);
+  }
+  // Stages of `each` sixteens that the tile's rows before `middle` need, or those behind it, whichever are more.
+  DEVICE int stages(int middle, int each) {
+    int before = 0, behind = 0;
+    for (const int from = first;; ask(first + 32, end)) {
+      const bool live = first + lane_index() < end && mine_rank > 0;
+      const int stop = live ? mine_start + mine_rows : 0, last_stop = (int)shuffle_up((uint32_t)stop, 1);
+      const int64_t last_place = (int64_t)((uint64_t)shuffle_up((uint32_t)(mine_place >> 32), 1) << 32 | shuffle_up((uint32_t)mine_place, 1));
+      const bool same = lane_index() > 0 && last_stop > 0 && last_place == mine_place;  // one run with the LoRA tile before
+      const uint32_t units = live ? (uint32_t)divide_up(mine_rank, 16) : 0;
+      before += (int)warp_sum(mine_start < middle && !same ? units : 0);
+      behind += (int)warp_sum(stop > middle && !(same && last_stop > middle) ? units : 0);
+      if (end - first > 32) continue;
+      if (first != from) ask(from, end);
+      return divide_up(before > behind ? before : behind, each);
+    }
   }
   DEVICE bool b_aligned() const { return rank % 8 == 0; }
   DEVICE bool s_aligned() const { return (rank | a.s_width | a.max_rank) % 8 == 0; }
 };
 
-// The unit-th sixteen columns of B in this stage, and of s: those of gate and of up beside each other, or one.
-template <int HALVES>
-DEVICE void fetch_sixteen(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage, int unit, const Note& note) {
-  const int tid = thread_index();
-  const uint16_t* b = (const uint16_t*)a.pool + u.place * 8;
+// COUNT sixteens of the run's columns of B, from the unit-th of this stage on, and of s: those of gate and of up beside each other, or one.
+// One warp a scheduler does this, so that instructions count: addresses advance, and ranks that are no multiple of eight have their own loop.
+template <int HALVES, int COUNT, bool ALIGNED = true>
+DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage, int unit, const Note& note) {
+  constexpr int kOfB = 2 * COUNT, kOfS = 2 * COUNT * HALVES, kRowsB = kFetchers / kOfB, kRowsS = kFetchers / kOfS;  // pieces of a row, rows at once
+  const int tid = thread_index(), row0 = tid / kOfB, r = u.r0 + tid % kOfB * 8, inside = r < u.rank ? a.n - note.n0 - row0 : 0;
 #pragma unroll
-  for (int i = 0; i < kRows * 2 / kFetchers; i++) {
-    const int index = tid + i * kFetchers, row = index >> 1, r = u.r0 + (index & 1) * 8;
-    const int half = HALVES == 2 ? row >> 7 : 0, column = note.n0 + (HALVES == 2 ? row & 127 : row);
-    fetch_piece(piece_of(stage, row, 2 * unit + (index & 1)), b + ((int64_t)half * a.n + column) * u.rank + r, column < a.n ? u.rank - r : 0, u.b_aligned());
+  for (int half = 0; half < HALVES; half++) {
+    const uint16_t* source = (const uint16_t*)a.pool + u.place * 8 + ((int64_t)half * a.n + note.n0 + row0) * u.rank + r;
+    uint8_t* target = piece_of(stage + half * (kRows / 2) * 128, row0, 2 * unit + tid % kOfB);
+#pragma unroll(ALIGNED ? 8 : 1)
+    for (int row = 0; row < kRows / HALVES; row += kRowsB, source += kRowsB * u.rank, target += kRowsB * 128) {
+      if constexpr (ALIGNED) cp16(target, source, row < inside);
+      else fetch_piece(target, source, row < inside ? u.rank - r : 0, u.b_aligned());
+    }
   }
-  const uint16_t* s = (const uint16_t*)a.s + (int64_t)note.start * a.s_width;
-  for (int index = tid; index < note.rows * 2 * HALVES; index += kFetchers) {
-    const int row = index / (2 * HALVES), piece = index % (2 * HALVES), r = u.r0 + (piece & 1) * 8;
-    const bool mine = row >= u.low && row < u.high;
-    fetch_piece(piece_of(stage + kWeightBytes, row, 2 * HALVES * unit + piece), s + (int64_t)row * a.s_width + (piece >> 1) * u.split * a.max_rank + r, mine ? u.rank - r : 0,
-                u.s_aligned());
+  const int piece = tid % kOfS, half = piece / 2 % HALVES, s_r = u.r0 + piece / (2 * HALVES) * 16 + (piece & 1) * 8;
+  const int low = s_r < u.rank ? u.low : kTokens, high = u.high;
+  const uint16_t* source = (const uint16_t*)a.s + ((int64_t)note.start + tid / kOfS) * a.s_width + half * u.split * a.max_rank + s_r;
+  uint8_t* target = piece_of(stage + kWeightBytes, tid / kOfS, 2 * HALVES * unit + piece);
+#pragma unroll 1
+  for (int row = tid / kOfS; row < note.rows; row += kRowsS, source += kRowsS * a.s_width, target += kRowsS * 128) {
+    const bool mine = row >= low && row < high;
+    if constexpr (ALIGNED) cp16(target, source, mine);
+    else fetch_piece(target, source, mine ? u.rank - s_r : 0, false);
   }
 }
 
 template <int HALVES, int CLUSTER>
 DEVICE void fetch_addend(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, Addend& u, Note note) {
-  u.load(note.start);
+  constexpr int kEach = kK / 16 / HALVES;
+  int stages = 0;  // the blocks of a cluster keep step
+  if (CLUSTER == 2) stages = u.stages(note.start + (cluster_rank() == 0 ? divide_up(note.rows, 8) * 8 : 0), kEach);
+  u.load(note);
   do {
     uint8_t* const stage = f.begin();
     bool aligned = true;
-    for (note.products = 0; note.products < kK / 16 / HALVES && u.any; note.products++) {
-      fetch_sixteen<HALVES>(a, u, stage, note.products, note);
+    for (note.products = 0; note.products < kEach && u.any;) {
+      const int left = divide_up(u.rank - u.r0, 16), room = u.s_aligned() ? kEach - note.products : 1, count = left >= 3 && room >= 4 ? 4 : left >= 2 && room >= 2 ? 2 : 1;
       aligned = aligned && u.s_aligned();
-      u.advance(note.start);
+      if (!u.s_aligned()) fetch_columns<HALVES, 1, false>(a, u, stage, note.products, note);
+      else if (count == 1) fetch_columns<HALVES, 1>(a, u, stage, note.products, note);
+      else if (count == 2) fetch_columns<HALVES, 2>(a, u, stage, note.products, note);
+      else fetch_columns<HALVES, kEach>(a, u, stage, note.products, note);
+      note.products += count;
+      u.advance(note, count);
     }
-    note.last = !u.any;
+    note.last = --stages <= 0 && !u.any;
     f.note(note);
     if (thread_index() == 0) barrier_arrive(&f.shared.full[f.step % kStages]);  // in place of the engine's
     f.end(aligned);
-  } while (u.any);
+  } while (!note.last);
 }
 
 constexpr int kPasses = kTokens * 8 / kFetchers;  // rows of x that a fetching thread brings a sixteen-byte piece of
 
-// The t-th tile of the walk and this block's rows of it; with `rows` what the fetching thread gathers by, on its way meanwhile.
-template <int HALVES, int CLUSTER>
-DEVICE Note find_tile(const MoeWgmmaGemm& a, int64_t t, int tiles, int column_blocks, int& tile, int (&rows)[kPasses]) {
+struct Place {  // of the walk: the tile, its first column, and the tile's entry, on its way
+  int tile = 0, n0 = 0, expert = -1, start = 0, rows = 0;
+};
+
+template <int HALVES>
+DEVICE Place place_of(const MoeWgmmaGemm& a, int64_t t, int tiles, int column_blocks) {
   const int group = (int)(t / ((int64_t)a.group * column_blocks)), local = (int)(t - (int64_t)group * a.group * column_blocks);
-  const int members = tiles - group * a.group < a.group ? tiles - group * a.group : a.group;
-  tile = group * a.group + local % members;
-  Note note = {a.tiles[3 * tile], a.tiles[3 * tile + 1], a.tiles[3 * tile + 2], local / members * (kRows / HALVES), 0, 0};
+  const int members = tiles - group * a.group < a.group ? tiles - group * a.group : a.group, tile = group * a.group + local % members;
+  return {tile, local / members * (kRows / HALVES), a.tiles[3 * tile], a.tiles[3 * tile + 1], a.tiles[3 * tile + 2]};
+}
+
+// This block's rows of a tile, and what the fetching thread gathers by, on its way.
+template <int CLUSTER>
+DEVICE Note part_of(const MoeWgmmaGemm& a, const Place& place, int (&rows)[kPasses]) {
+  Note note = {place.expert, place.start, place.rows, place.n0, 0, 0};
   if (CLUSTER == 2) {  // each block has half of the rows, the first the odd ones
     const int share = divide_up(note.rows, 16) * 8;
     if (cluster_rank() == 0) note.rows = note.rows < share ? note.rows : share;
@@ -187,26 +227,32 @@ DEVICE Note find_tile(const MoeWgmmaGemm& a, int64_t t, int tiles, int column_bl
   return note;
 }
 
+// One thread: a step's weights, and with them the note.
 template <int HALVES, int CLUSTER>
-DEVICE void fetch_products(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Note& note, const int (&rows)[kPasses]) {
+DEVICE void ask_weights(const Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, const TensorMap& map, const Note& note, uint32_t step, int k) {
+  f.shared.notes[step % kStages] = note;
+  Barrier* const full = &f.shared.full[step % kStages];
+  barrier_expect(full, kWeightBytes);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    uint8_t* const target = stage_of(f.shared, step) + half * (kWeightBytes / 2);
+    const int row = HALVES == 2 ? note.n0 : note.n0 + half * 128, matrix = HALVES == 2 ? 2 * note.expert + half : note.expert;
+    const uint64_t policy = a.stream ? kStream : kKeep;
+    if (CLUSTER == 1) copy_box(target, &map, full, k, row, matrix, policy);
+    else if (half == cluster_rank()) copy_box_to_both(target, &map, full, k, row, matrix, policy);
+  }
+}
+
+// `asked`: steps whose weights are on their way already.
+template <int HALVES, int CLUSTER>
+DEVICE void fetch_products(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Note& note, const int (&rows)[kPasses], int asked) {
   const int piece = thread_index() & 7, row0 = thread_index() >> 3;
   uint32_t source[kPasses];  // in 16 bytes
 #pragma unroll
   for (int i = 0; i < kPasses; i++) source[i] = (uint32_t)(a.gather ? rows[i] / top_k : rows[i]) * (uint32_t)(a.k / 8) + piece;
   for (int k = 0; k < a.k; k += kK) {
     uint8_t* const stage = f.begin();
-    if (thread_index() == 0) {
-      f.note(note);
-      Barrier* const full = &f.shared.full[f.step % kStages];
-      barrier_expect(full, kWeightBytes);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        uint8_t* const target = stage + half * (kWeightBytes / 2);
-        const int row = HALVES == 2 ? note.n0 : note.n0 + half * 128, matrix = HALVES == 2 ? 2 * note.expert + half : note.expert;
-        if (CLUSTER == 1) copy_box(target, &map, full, k, row, matrix);
-        else if (half == cluster_rank()) copy_box_to_both(target, &map, full, k, row, matrix);
-      }
-    }
+    if (thread_index() == 0 && k >= asked * kK) ask_weights<HALVES>(f, a, map, note, f.step, k);
     const uint8_t* const x = (const uint8_t*)a.x + k * 2;
     const bool inside = k + piece * 8 < a.k;
 #pragma unroll
@@ -222,28 +268,37 @@ template <int HALVES, int CLUSTER>
 DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Shared& shared) {
   Fetcher<CLUSTER> f{a, shared};
   bool waits = true;  // for the kernel before, which made s
-  if (!a.s) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
+  if (!a.s && a.gather) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
   const int column_blocks = divide_up(a.n, kRows / HALVES), tiles = a.counts[1], stride = (int)gridDim.x / CLUSTER;
   const int64_t total = (int64_t)tiles * column_blocks;
-  int tile = 0, next_tile = 0, rows[kPasses], next_rows[kPasses];
-  Note note = {-1, 0, 0, 0, 0, 0}, next = note;
+  int rows[kPasses], next_rows[kPasses], asked = 0, range[2] = {0, 0};  // steps asked for early; the LoRA tiles of the next tile
   int64_t t = blockIdx.x / CLUSTER;
-  if (t < total) note = find_tile<HALVES, CLUSTER>(a, t, tiles, column_blocks, tile, rows);
+  Place place, next, after;
+  if (t < total) place = place_of<HALVES>(a, t, tiles, column_blocks);
+  if (t + stride < total) next = place_of<HALVES>(a, t + stride, tiles, column_blocks);
+  Note note = part_of<CLUSTER>(a, place, rows);
   Addend u{a};
-  int first = 0, end = 0;  // of the tile's LoRA tiles
-  for (; t < total; t += stride) {
-    if (a.s && !waits) u.ask(first, end);
-    if (t + stride < total) next = find_tile<HALVES, CLUSTER>(a, t + stride, tiles, column_blocks, next_tile, next_rows);
-    fetch_products<HALVES>(f, a, map, top_k, note, rows);
+  if (waits && !a.s) {  // rows that the kernel before made, over tiles that were there before it: weights need not wait
+    for (; t < total && asked < kStages && asked * kK < a.k; asked++)
+      if (thread_index() == 0) ask_weights<HALVES>(f, a, map, note, asked, asked * kK);
+    wait_for_previous_kernel(), allow_next_kernel(), waits = false;
+  }
+  for (; t < total; t += stride) {  // what the next tile begins with is asked for during this one, and its place during the one before
+    if (a.s && !waits) u.ask(range[0], range[1]);
+    if (t + 2 * stride < total) after = place_of<HALVES>(a, t + 2 * stride, tiles, column_blocks);
+    const Note next_note = part_of<CLUSTER>(a, next, next_rows);
+    if (a.s && !waits) range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
+    fetch_products<HALVES>(f, a, map, top_k, note, rows, asked);
+    asked = 0;
     if (a.s) {
       if (waits) {
         wait_for_previous_kernel(), allow_next_kernel(), waits = false;
-        u.ask(a.ranges[2 * tile], a.ranges[2 * tile + 1]);
+        u.ask(a.ranges[2 * place.tile], a.ranges[2 * place.tile + 1]);
+        range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
       }
-      first = a.ranges[2 * next_tile], end = a.ranges[2 * next_tile + 1];
       fetch_addend<HALVES>(f, a, u, note);
     }
-    note = next, tile = next_tile;
+    note = next_note, place = next, next = after;
 #pragma unroll
     for (int i = 0; i < kPasses; i++) rows[i] = next_rows[i];
   }
@@ -292,7 +347,7 @@ DEVICE void multiply_sixteen(float (&d)[2][72], const M& m, int i, int token_i, 
 template <class T, int NT, int HALVES, int CLUSTER>
 DEVICE void multiply_tile(float (&d)[2][72], Multiplier<HALVES, CLUSTER>& m, int steps, bool addend) {
   bool released = true;
-  for (int k = 0; k < steps; k++, m.step++) {
+  const auto begin = [&] {
     if (!m.arrived() && !released) {  // nothing to multiply yet: give back what is read
       wgmma_wait<0>();
       m.release(m.step - 1);
@@ -300,33 +355,36 @@ DEVICE void multiply_tile(float (&d)[2][72], Multiplier<HALVES, CLUSTER>& m, int
     }
     m.wait();
     see_copies();
-    wgmma_begin();
-    if constexpr (NT > 0) {
-#pragma unroll
-      for (int i = 0; i < kK / 16; i++) multiply_sixteen<T, NT>(d, m, i, i, 0, k + i > 0);
-    }
+  };
+  const auto end = [&] {
     wgmma_commit();
     if (!released) {
       wgmma_wait<1>();
       m.release(m.step - 1);
     }
     released = false;
+  };
+  for (int k = 0; k < steps; k++, m.step++) {
+    begin();
+    wgmma_begin();
+    if constexpr (NT > 0) {
+#pragma unroll
+      for (int i = 0; i < kK / 16; i++) multiply_sixteen<T, NT>(d, m, i, i, 0, k + i > 0);
+    }
+    end();
   }
-  wgmma_wait<0>();
-  m.release(m.step - 1);
   for (bool last = !addend; !last; m.step++) {
-    m.wait();
-    see_copies();
+    begin();
     const int products = m.told(&Note::products);
     last = m.told(&Note::last);
     wgmma_begin();
     if constexpr (NT > 0) {
       for (int i = 0; i < products; i++) multiply_sixteen<T, NT>(d, m, i, HALVES * i, HALVES - 1, true);
     }
-    wgmma_commit();
-    wgmma_wait<0>();
-    m.release(m.step);
+    end();
   }
+  wgmma_wait<0>();
+  m.release(m.step - 1);
 }
 
 DEVICE float activate(const MoeWgmmaGemm& a, float gate, float up) {

@@ -28,6 +28,7 @@ struct MoeWgmmaGemm {
   int32_t group;            // tiles that walk the columns together
   int32_t blocks;           // of the grid: multiprocessors, fewer where there are fewer tiles
   int32_t cluster;          // 2: two blocks share a tile of up to twice the tokens, and fetch each weight once
+  int32_t stream;           // weights leave L2 first: worth it where one tile of tokens reads them
   int32_t overlap;          // start beside the end of the kernel before
 };
 

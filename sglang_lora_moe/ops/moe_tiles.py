@@ -146,16 +146,16 @@ _MEASURED: dict[tuple[int, int, int], list[tuple[int, LayerTiles, LayerTiles]]] 
 }
 
 
-def _wgmma(group: int, cluster: int, lora_block: int = 64) -> LayerTiles:
-    return LayerTiles(WgmmaTile(group, cluster), WgmmaTile(group, cluster), lora_block)
+def _wgmma(group: int, cluster: int, lora_block: int = 64, stream: bool = False) -> LayerTiles:
+    return LayerTiles(WgmmaTile(group, cluster, stream), WgmmaTile(group, cluster, stream), lora_block)
 
 
 # (E, H, I of this rank) -> (from so many tokens, to so many, tiles without adapters, tiles with), None = the table above. Measured at 1,024, 2,048
 # (Qwen3) and 4,096 tokens against the table above, in one run; with adapters of rank 16 (1 and 4) and 64 (16).
 _MANY = 1 << 30
 _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, LayerTiles | None]]] = {
-    (128, 2048, 768): [(768, 1536, None, _wgmma(1, 1, 32)), (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)), (3073, _MANY, _wgmma(4, 2), _wgmma(2, 1))],
+    (128, 2048, 768): [(768, 1536, None, _wgmma(1, 1, 32, True)), (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)), (3073, _MANY, _wgmma(4, 2), _wgmma(4, 2))],
     (8, 4096, 14336): [(768, 1536, _wgmma(8, 2), _wgmma(8, 2))],
-    (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16)), (1537, _MANY, None, _wgmma(2, 1))],
+    (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16, True)), (1537, _MANY, None, _wgmma(2, 1))],
     (32, 2880, 2880): [(768, 1536, _wgmma(1, 1), _wgmma(1, 1)), (1537, _MANY, _wgmma(1, 2), _wgmma(4, 2, 128))],
 }

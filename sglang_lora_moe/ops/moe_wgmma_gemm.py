@@ -26,17 +26,18 @@ DTYPES = (torch.bfloat16, torch.float16)
 LIBRARY.define(
     "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
     "Tensor? ranges, Tensor(a!) out, int top_k, int halves, int max_rank, float alpha, float cubic, float limit, float shift, bool gather, bool scatter, "
-    "int group, int blocks, int cluster, bool overlap) -> ()"
+    "int group, int blocks, int cluster, bool stream, bool overlap) -> ()"
 )
 
 
 @dataclass(frozen=True)
 class WgmmaTile:
     """Launch shape: `group` tiles of tokens walk the columns together, so that they share w in L2. cluster 2: pairs of blocks
-    share a tile of twice the tokens and fetch w once."""
+    share a tile of twice the tokens and fetch w once. stream: w leaves L2 first, for experts of one tile."""
 
     group: int = 4
     cluster: int = 1
+    stream: bool = False
 
     @property
     def m(self) -> int:
@@ -60,7 +61,8 @@ def wgmma_gemm(
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
     a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K]; bias [E, N or 2N]. `activation` = the layer's spec
-    where the epilogue activates (gate_up), None for a plain product. The alignment's base_block must be `tile.m`.
+    where the epilogue activates (gate_up), None for a plain product. The alignment's base_block must be `tile.m`. Without `gather`
+    and addend the first weights are asked for while the kernel before this one still runs: the alignment must be older than that.
     """
     halves = 1 if activation is None else 2
     columns = triton.cdiv(out.shape[1], TILE_ROWS // halves)
@@ -72,13 +74,9 @@ def wgmma_gemm(
     low = (None,) * 4 if addend is None else (addend.s, addend.b.pool, addend.records, addend.ranges)
     torch.ops.sglang_lora_moe.moe_wgmma_gemm(
         a, w, bias, alignment.base_tiles, alignment.counts, alignment.sorted_pairs, *low, out, top_k, halves, 0 if addend is None else addend.b.max_rank,
-        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.cluster, True,
+        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.cluster, tile.stream, True,
     )  # fmt: skip
     return out
 
 
-def _nothing(*args: object) -> None:
-    """Only writes into the caller's buffers: nothing to infer."""
-
-
-torch.library.register_fake("sglang_lora_moe::moe_wgmma_gemm", _nothing, lib=LIBRARY)
+torch.library.register_fake("sglang_lora_moe::moe_wgmma_gemm", lambda *args: None, lib=LIBRARY)  # only writes into the caller's buffers

@@ -47,7 +47,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def gemm(
         x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges, out, top_k, halves, max_rank, alpha, cubic, limit, shift, gather, scatter,
-        group, blocks, cluster, overlap,
+        group, blocks, cluster, stream, overlap,
     ) -> None:  # fmt: skip
         nonlocal order
         order += 1

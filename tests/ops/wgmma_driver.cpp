@@ -38,7 +38,7 @@ int main() {
   std::vector<uint16_t> out((int64_t)c.pairs * c.n, 0xCDCD);
   MoeWgmmaGemm a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), tiles.data(), counts.data(), sorted.data(), c.has_addend ? s.data() : nullptr,
                     pool.data(), records.data(), ranges.data(), c.s_width, c.max_rank, c.experts, c.n, c.k, c.pairs, c.top_k, c.halves, c.is_bf16, c.halves == 2,
-                    c.alpha, c.cubic, c.limit, c.shift, c.gather, c.scatter, c.group, c.blocks, 1, 0};
+                    c.alpha, c.cubic, c.limit, c.shift, c.gather, c.scatter, c.group, c.blocks, 1, 0, 0};
   const int error = moe_wgmma_gemm(&a, nullptr);
   std::fwrite(out.data(), 2, out.size(), stdout);
   return error;
