@@ -61,12 +61,12 @@ def test_pair_shrink_for_mma(device, half, cols) -> None:
     assert low.records is not None and low.ranges is not None and low.ranges.tolist() == [[pair, pair + 1] for pair in range(10)]
     for pair, (first, rows, rank, split, place) in enumerate(low.records.tolist()):
         expert, slot = int(case.topk_ids.view(-1)[pair]), int(case.token_slots[pair // 2])
-        expected = ref_delta(x[pair // 2 if gather else pair][None].float().cpu(), on_host(a), on_host(b), slot, expert) if 0 <= expert < 4 else 0.0
+        expected = ref_delta(x[pair // 2 if gather else pair][None].float(), on_host(a), on_host(b), slot, expert) if 0 <= expert < 4 else 0.0
         assert (first, rows) == (pair, 1) and (rank > 0) == isinstance(expected, torch.Tensor)
         if isinstance(expected, torch.Tensor):
             matrix, s, n = b.pool[place * 4 :][: b.dim * rank].view(b.dim, rank), low.s[0, pair], b.dim // (2 if gather else 1)
             found = torch.cat([matrix[:n] @ s[:rank], matrix[n:] @ s[split * b.max_rank :][:rank]])
-            assert_near(found[None].cpu(), expected, "pair shrink for tensor cores", f"pair {pair}")
+            assert_near(found[None], expected, "pair shrink for tensor cores", f"pair {pair}")
 
 
 @pytest.mark.parametrize("rows", ["pair", "sorted"])
