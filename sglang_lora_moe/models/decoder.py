@@ -17,12 +17,13 @@ from torch import nn
 
 from sglang_lora_moe.layers.attention import Attention
 from sglang_lora_moe.layers.attention_triton import TritonAttention
+from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec, select_experts
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
-from sglang_lora_moe.ops.router_topk import router_topk
+from sglang_lora_moe.ops.router_topk import FEW_TOKENS, router_logits, router_topk
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss")
 _CAUSAL_MODELS = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
@@ -142,14 +143,22 @@ class FusedDecoder:
 
     def _route(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(topk_weights float32 [T, K], topk_ids int32 [T, K]); rows of padding get ids -1."""
-        spec, ctx = router.spec, self.ctx
-        logits = router.linear(x.float() if spec.float32_logits else x)
+        spec, ctx, linear = router.spec, self.ctx, _without_adapters(router.linear)
         if not _fits_kernel(spec):
-            return select_experts(logits, spec, router.e_score_correction_bias)
+            return select_experts(router.linear(x.float() if spec.float32_logits else x), spec, router.e_score_correction_bias)
+        if type(linear) is Linear and linear.weight.dtype == x.dtype and x.shape[0] <= FEW_TOKENS:
+            logits = router_logits(x, linear.weight, linear.bias)
+        else:
+            logits = router.linear(x.float() if spec.float32_logits else x)
         mode = "choice" if spec.score == "topk_softmax" else "softmax"
         return router_topk(
             logits, spec.top_k, mode=mode, renormalize=spec.renormalise, scale=spec.scale, kv_slots=ctx.kv_slots[: x.shape[0]], dump_rows=ctx.page_size
         )
+
+
+def _without_adapters(linear: Any) -> Any:
+    """The linear that computes the same in this step where no adapter touches it."""
+    return linear.base if hasattr(linear, "base") and not (linear.ctx.lora_active and linear.used) else linear
 
 
 def _fits_kernel(spec: RouterSpec) -> bool:

@@ -18,6 +18,7 @@ from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, 
 from sglang_lora_moe.ops.paged_attention import paged_attention
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
+from sglang_lora_moe.ops.router_topk import FEW_TOKENS, router_logits, router_topk
 
 H, HQ, HKV, D, META = 2048, 32, 4, 128, torch.device("meta")
 STEPS = ((1, 1), (16, 16), (64, 64), (256, 256), (2048, 1), (2048, 256))  # (tokens, requests)
@@ -56,6 +57,8 @@ def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
         linear_shrink(out.flatten(1), o)
         linear_expand(x, o)
     rms_norm(x, empty(H), 1e-6, empty(tokens, H), addend=o)
+    if tokens <= FEW_TOKENS:
+        router_topk(router_logits(x, empty(128, H), None), 8)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ def test_kernels_compile_for_both_caches_without_spills(kernels: list[dict]) -> 
         "_shrink_kernel",
         "_merge_kernel",
         "_attention_kernel",
+        "_router_logits_kernel",
     }
     assert {kernel["cache"] for kernel in kernels} == {"torch.bfloat16", "torch.float8_e4m3fn"}
     for kernel in kernels:

@@ -90,6 +90,24 @@ def test_router_topk(mode: str, renormalize: bool, experts: int, k: int) -> None
     assert_near(weights, want.float(), "router_topk")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("m", "h", "experts"), [(3, 300, 6), (17, 520, 60), pytest.param(250, 2048, 128, marks=pytest.mark.gpu)])
+def test_router_logits(m: int, h: int, experts: int, bias: bool, dtype: torch.dtype) -> None:
+    """Their sum over splits, and the same choice from them as from the sum."""
+    from sglang_lora_moe.ops.router_topk import router_logits, router_topk
+
+    torch.manual_seed(3)
+    x, w = torch.randn(m, h, device=DEVICE).to(dtype), torch.randn(experts, h, device=DEVICE).to(dtype)
+    b = torch.randn(experts, device=DEVICE).to(dtype) if bias else None
+    found = router_logits(x, w, b)
+    assert found.shape[0] > 1
+    want = x.double() @ w.double().T + (b.double() if b is not None else 0.0)
+    assert_near(found.sum(0), want.float(), "router_logits")
+    for one, other in zip(router_topk(found, 4), router_topk(found.sum(0), 4), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_router_topk_breaks_ties_towards_the_smaller_id() -> None:
     from sglang_lora_moe.ops.router_topk import router_topk
 
