@@ -21,6 +21,7 @@ from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec, select_experts
+from sglang_lora_moe.ops.lora_linear import linear_expand
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
 from sglang_lora_moe.ops.router_topk import FEW_TOKENS, router_logits, router_topk
@@ -100,7 +101,7 @@ class FusedDecoder:
     def _is_fusable(self, attention: Attention) -> bool:
         """Whether one kernel can do norm, rotation and cache write."""
         kv = attention.paged.spec.kv
-        return attention.norm_per_head and kv.k_dim == kv.v_dim and 2 * self.cos.shape[1] == kv.k_dim
+        return kv.k_dim == kv.v_dim and 2 * self.cos.shape[1] == kv.k_dim
 
     def _attention(self, attention: Attention, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
         """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None). `low`: of `_input_norm`."""
@@ -112,8 +113,11 @@ class FusedDecoder:
         weights: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
         if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
             weights = (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+        qkv = _plain(attention.qkv, low)(x)
+        if low is not None and not attention.norm_per_head:  # the norm needs all of a row
+            qkv, low = linear_expand(qkv, low), None
         q = qk_norm_rope(
-            _plain(attention.qkv, low)(x), paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
+            qkv, paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
             num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2], addend=low,
         )  # fmt: skip
         paged.calls += 1

@@ -67,14 +67,30 @@ def _head_delta(s, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stri
 
 
 @triton.jit
+def _normed(a, b, head, half, inside, q_weight_ptr, k_weight_ptr, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
+    """Both halves [HEADS, HALF_PAD] of heads times the norm's scale and weight, float32; values get weight 0."""
+    HALF: tl.constexpr = D // 2
+    is_query, is_key, squares = head < HQ, (head >= HQ) & (head < HQ + HKV), (tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D
+    column = half[None, :]
+    if WHOLE:
+        squares = tl.where(is_query, tl.sum(tl.where(is_query, squares, 0.0)) / HQ, tl.sum(tl.where(is_key, squares, 0.0)) / HKV)
+        column = tl.where(is_query, head, head - HQ)[:, None] * D + half[None, :]
+    scale = tl.rsqrt(squares + eps)[:, None]
+    q_mask, k_mask = is_query[:, None] & inside[None, :], is_key[:, None] & inside[None, :]
+    for_low = tl.load(q_weight_ptr + column, mask=q_mask, other=0.0) + tl.load(k_weight_ptr + column, mask=k_mask, other=0.0)
+    for_high = tl.load(q_weight_ptr + HALF + column, mask=q_mask, other=0.0) + tl.load(k_weight_ptr + HALF + column, mask=k_mask, other=0.0)
+    return a * scale * for_low.to(tl.float32), b * scale * for_high.to(tl.float32)
+
+
+@triton.jit
 def _qk_norm_rope_kernel(
     qkv_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, kv_slots_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
     eps, qkv_stride, cache_stride, cos_stride,
     s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width, num_slots,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr, WHOLE: tl.constexpr,
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, SLOTS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per (token, HEADS heads): heads [0, HQ) are queries, then HKV keys, then HKV values."""
+    """One program per (token, HEADS heads): heads [0, HQ) are queries, then HKV keys, then HKV values. WHOLE: norms over all heads, which one program has."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     HALF: tl.constexpr = D // 2
@@ -105,12 +121,7 @@ def _qk_norm_rope_kernel(
             first, second = (first.to(tl.float32) + low * scaling).to(first.dtype), (second.to(tl.float32) + high * scaling).to(first.dtype)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORM:
-        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
-        q_low, q_high = tl.load(q_weight_ptr + half, mask=inside, other=0.0), tl.load(q_weight_ptr + HALF + half, mask=inside, other=0.0)
-        k_low, k_high = tl.load(k_weight_ptr + half, mask=inside, other=0.0), tl.load(k_weight_ptr + HALF + half, mask=inside, other=0.0)
-        is_query = (head < HQ)[:, None]
-        a = a * scale * tl.where(is_query, q_low[None, :].to(tl.float32), k_low[None, :].to(tl.float32))
-        b = b * scale * tl.where(is_query, q_high[None, :].to(tl.float32), k_high[None, :].to(tl.float32))
+        a, b = _normed(a, b, head, half, inside, q_weight_ptr, k_weight_ptr, eps, HQ, HKV, D, WHOLE)
         a, b = a.to(first.dtype).to(tl.float32), b.to(first.dtype).to(tl.float32)  # transformers rounds between norm and rope
     cos = tl.load(cos_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -209,7 +220,7 @@ def qk_norm_rope(
     tables: tuple[torch.Tensor, torch.Tensor],  # cos and sin [positions, >= D/2], the first half is read
     *,
     num_heads: int,
-    q_weight: torch.Tensor | None = None,  # [D]; norm is skipped without
+    q_weight: torch.Tensor | None = None,  # [D], or [Hq * D]: then q is normalised over all heads together, and k too; None: not at all
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     addend: LinearAddend | None = None,
@@ -222,6 +233,9 @@ def qk_norm_rope(
         raise ValueError("qk_norm_rope: k_cache and v_cache must be contiguous and of one shape")
     if cos.shape != sin.shape or cos.stride() != sin.stride() or cos.shape[1] < d // 2:
         raise ValueError(f"qk_norm_rope: cos is {tuple(cos.shape)}, sin {tuple(sin.shape)}, expected [positions, at least {d // 2}]")
+    whole = q_weight is not None and q_weight.shape[0] > d
+    if whole and addend is not None:
+        raise ValueError("qk_norm_rope: norms over all heads take qkv with its adapters' part")
     q = qkv.new_empty(m, num_heads, d)
     common = (qkv, q, k_cache, v_cache, kv_slots, positions, cos, sin, q_weight, k_weight, eps, qkv.stride(0), hkv * d, cos.stride(0))
     meta = {"HQ": num_heads, "HKV": hkv, "D": d, "HALF_PAD": triton.next_power_of_2(d // 2), "NORM": q_weight is not None, **launch.options(qkv.device)}
@@ -233,9 +247,10 @@ def qk_norm_rope(
         )  # fmt: skip
         return q
     heads = (1 if m <= 16 else 4) if addend is not None else 4 if m <= 64 else 8
+    heads = triton.next_power_of_2(num_heads + 2 * hkv) if whole else heads
     extra = (*NO_LINEAR_ADDEND, 0, 1) if addend is None else (*addend.kernel_args(), addend.s.shape[3], addend.num_slots)
     _qk_norm_rope_kernel[(m, triton.cdiv(num_heads + 2 * hkv, heads))](
-        *common, *extra, HEADS=heads, num_warps=heads // 2 if addend is None else max(2, heads), ADDEND=addend is not None,
+        *common, *extra, HEADS=heads, num_warps=min(8, heads // 2 if addend is None else max(2, heads)), WHOLE=whole, ADDEND=addend is not None,
         SPLITS=1 if addend is None else addend.s.shape[0], RANK_BLOCK=16 if addend is None else addend.rank_block,
         SLOTS_PAD=triton.next_power_of_2(extra[-1]), **meta,
     )  # fmt: skip

@@ -30,8 +30,10 @@ def test_rms_norm(m: int, width: int, residual: bool, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("norm", "d"), [(True, 32), (False, 24), pytest.param(True, 128, marks=pytest.mark.gpu)])
-def test_qk_norm_rope(norm: bool, d: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("norm", "d"), [("head", 32), ("whole", 24), ("", 24), pytest.param("head", 128, marks=pytest.mark.gpu), pytest.param("whole", 128, marks=pytest.mark.gpu)]
+)
+def test_qk_norm_rope(norm: str, d: int, dtype: torch.dtype) -> None:
     from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 
     torch.manual_seed(1)
@@ -42,13 +44,15 @@ def test_qk_norm_rope(norm: bool, d: int, dtype: torch.dtype) -> None:
     table = torch.randn(11, d // 2, device=DEVICE)
     positions = torch.tensor([3, 10, 0], device=DEVICE)
     angle = table[positions].repeat(1, 2)
-    weights = [(torch.rand(d, device=DEVICE) + 0.5).to(dtype) for _ in range(2)] if norm else [None, None]
+    sizes = (hq * d, hkv * d) if norm == "whole" else (d, d)
+    weights = [(torch.rand(size, device=DEVICE) + 0.5).to(dtype) for size in sizes] if norm else [None, None]
     q = qk_norm_rope(qkv, k_cache, v_cache, slots, positions, (table.cos(), table.sin()), num_heads=hq, q_weight=weights[0], k_weight=weights[1])
 
     def want(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
         x = x.double()
         if w is not None:
-            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w.double()
+            dims = (-1, -2) if norm == "whole" else -1
+            x = x * torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + 1e-6) * (w.double().view(-1, d) if norm == "whole" else w.double())
         rotated = torch.cat([-x[..., d // 2 :], x[..., : d // 2]], -1)
         return x * angle.double().cos()[:, None] + rotated * angle.double().sin()[:, None]
 
