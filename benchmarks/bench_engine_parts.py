@@ -137,14 +137,14 @@ def prefill_row(bench: Bench, count: int, tokens: int, active: int) -> dict[str,
 
 
 def arrivals_row(bench: Bench, batch: int, active: int) -> dict[str, Any]:
-    """Steps of `batch` decoding requests while every second step a request of 32 tokens arrives, and without (`base_step_us`)."""
+    """Steps of `batch` decoding requests (prompts of 7) while every second step one of 32 tokens arrives, and without (`base_step_us`)."""
     core: Any = bench.core
-    bench.submit(batch, 32, 200, assign(batch, active, "uniform"))
+    bench.submit(batch, 7, 200, assign(batch, active, "uniform"))
     while len(core.scheduler.running) < batch or min(request.num_output for request in core.scheduler.running) < 8:
         core.step()
     (base, base_idle), (step, idle) = (_steps(bench, active if arrive else None) for arrive in (False, True))
     bench.drain()
-    return {"phase": "arrivals", "batch": batch, "input": 32, "step_us": step, "base_step_us": base, "idle_us": idle, "base_idle_us": base_idle}
+    return {"phase": "arrivals", "batch": batch, "input": 7, "step_us": step, "base_step_us": base, "idle_us": idle, "base_idle_us": base_idle}
 
 
 def _steps(bench: Bench, active: int | None, count: int = 60) -> tuple[float, float]:
