@@ -9,6 +9,8 @@ qkv may come with the adapters' part of it still to be added (`LinearAddend` of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,8 @@ from sglang_lora_moe.ops.lora_linear import (
     whole_pieces,
 )
 from sglang_lora_moe.ops.low_rank import pdl_wait
+
+FEW_TOKENS = 512  # up to which a tile's program owns one head; beyond, four share s, cos and sin
 
 
 @triton.jit
@@ -145,49 +149,56 @@ def _qk_norm_rope_tiles_kernel(
     qkv_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, kv_slots_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
     eps, qkv_stride, cache_stride, cos_stride, M,
     s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
     SPLITS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As `_qk_norm_rope_kernel` with an addend, one program per (block of tokens in the order of their slots, head)."""
+    """As `_qk_norm_rope_kernel` with an addend, one program per (block of tokens in the order of their slots, HEADS heads of one part)."""
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     HALF: tl.constexpr = D // 2
-    head = tl.program_id(1)
+    SHAPE: tl.constexpr = (BM, HEADS, HALF_PAD)
+    head = tl.program_id(1) * HEADS
+    part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
+    head_in_part = head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))
     half = tl.arange(0, HALF_PAD)
     inside = half < HALF
+    place = tl.arange(0, HEADS)[:, None] * D + half[None, :]  # of a column, from the first of these heads on
+    columns = tl.reshape(place, (HEADS * HALF_PAD,))
+    wanted = columns % D < HALF
     rm, slots, real = tile_rows(order_ptr, slots_ptr, M, tl.program_id(0), BM)
-    part = (head >= HQ).to(tl.int32) + (head >= HQ + HKV).to(tl.int32)
-    row = (head - tl.where(part == 0, 0, tl.where(part == 1, HQ, HQ + HKV))) * D + half
-    mask = real[:, None] & inside[None, :]
+    mask = real[:, None] & wanted[None, :]
     pdl_wait(PDL)
-    source = qkv_ptr + rm[:, None] * qkv_stride + head * D + half[None, :]
+    source = qkv_ptr + rm[:, None] * qkv_stride + head * D + columns[None, :]
     first, second = tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
     turn = (tl.load(positions_ptr + rm, mask=real, other=0) * cos_stride)[:, None] + half[None, :]
-    cache_row = (tl.load(kv_slots_ptr + rm, mask=real, other=0) * cache_stride)[:, None] + half[None, :]
+    cache_row = tl.load(kv_slots_ptr + rm, mask=real, other=0) * cache_stride + head_in_part * D
     a, b = _add_halves(
-        first.to(tl.float32), second.to(tl.float32), s_ptr, load_row_scale(row_scale_ptr, rm, slots), rm, slots, row, inside, part,
+        first.to(tl.float32), second.to(tl.float32), s_ptr, load_row_scale(row_scale_ptr, rm, slots), rm, slots, head_in_part * D + columns, wanted, part,
         pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width, HALF, SPLITS, BR, PRECISION, DTYPE,
     )  # fmt: skip
-    first, second = a.to(DTYPE), b.to(DTYPE)
+    first, second = tl.reshape(a.to(DTYPE), SHAPE), tl.reshape(b.to(DTYPE), SHAPE)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    mask = real[:, None, None] & inside[None, None, :]
     if part == 2:
-        v_target = v_cache_ptr + cache_row + (head - HQ - HKV) * D
+        v_target = v_cache_ptr + cache_row[:, None, None] + place[None, :, :]
         tl.store(v_target, first.to(v_cache_ptr.dtype.element_ty), mask=mask)
         tl.store(v_target + HALF, second.to(v_cache_ptr.dtype.element_ty), mask=mask)
     else:
-        a, b = first.to(tl.float32), second.to(tl.float32)
         if NORM:
-            scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / D + eps)[:, None]
+            scale = tl.rsqrt(tl.sum(a * a + b * b, axis=2) / D + eps)[:, :, None]
             weight_ptr = q_weight_ptr if part == 0 else k_weight_ptr
-            a = a * scale * tl.load(weight_ptr + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-            b = b * scale * tl.load(weight_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+            a = a * scale * tl.load(weight_ptr + half, mask=inside, other=0.0).to(tl.float32)[None, None, :]
+            b = b * scale * tl.load(weight_ptr + HALF + half, mask=inside, other=0.0).to(tl.float32)[None, None, :]
             a, b = a.to(DTYPE).to(tl.float32), b.to(DTYPE).to(tl.float32)  # transformers rounds between norm and rope
-        cos, sin = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32), tl.load(sin_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+        table_mask = real[:, None] & inside[None, :]
+        cos = tl.load(cos_ptr + turn, mask=table_mask, other=0.0).to(tl.float32)[:, None, :]
+        sin = tl.load(sin_ptr + turn, mask=table_mask, other=0.0).to(tl.float32)[:, None, :]
         low, high = (a * cos - b * sin).to(DTYPE), (b * cos + a * sin).to(DTYPE)
         if part == 0:
-            q_target = q_out_ptr + ((rm * HQ + head) * D)[:, None] + half[None, :]
+            q_target = q_out_ptr + ((rm * HQ + head) * D)[:, None, None] + place[None, :, :]
             tl.store(q_target, low, mask=mask)
             tl.store(q_target + HALF, high, mask=mask)
         else:
-            k_target = k_cache_ptr + cache_row + (head - HQ) * D
+            k_target = k_cache_ptr + cache_row[:, None, None] + place[None, :, :]
             tl.store(k_target, low.to(k_cache_ptr.dtype.element_ty), mask=mask)
             tl.store(k_target + HALF, high.to(k_cache_ptr.dtype.element_ty), mask=mask)
 
@@ -197,7 +208,7 @@ def _add_halves(
     a, b, s_ptr, row_scale, rm, slots, row, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
     HALF: tl.constexpr, SPLITS: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """As `lora_linear.add_tile` for both halves of a head, whose rows of B lie HALF apart."""
+    """As `lora_linear.add_tile` for both halves of heads, whose rows of B lie HALF apart."""
     slot = next_slot(slots, -1)
     while slot < NO_SLOT:
         entry = part * part_stride + slot
@@ -240,10 +251,10 @@ def qk_norm_rope(
     common = (qkv, q, k_cache, v_cache, kv_slots, positions, cos, sin, q_weight, k_weight, eps, qkv.stride(0), hkv * d, cos.stride(0))
     meta = {"HQ": num_heads, "HKV": hkv, "D": d, "HALF_PAD": triton.next_power_of_2(d // 2), "NORM": q_weight is not None, **launch.options(qkv.device)}
     if addend is not None and (addend.grouped or m > ROWS_MAX):
-        bm = 16 if m <= 512 else 32
-        _qk_norm_rope_tiles_kernel[(triton.cdiv(m, bm), num_heads + 2 * hkv)](
-            *common, m, *addend.tile_args(), addend.s.shape[3], SPLITS=addend.s.shape[0], BM=bm, BR=addend.tile_rank_block,
-            PRECISION=launch.dot_precision(qkv.dtype), num_warps=4 if bm > 16 else 2, **meta,
+        heads = 1 if m <= FEW_TOKENS else math.gcd(4, num_heads, hkv)
+        _qk_norm_rope_tiles_kernel[(triton.cdiv(m, 16), (num_heads + 2 * hkv) // heads)](
+            *common, m, *addend.tile_args(), addend.s.shape[3], SPLITS=addend.s.shape[0], BM=16, BR=addend.tile_rank_block, HEADS=heads,
+            PRECISION=launch.dot_precision(qkv.dtype), num_warps=2 if m <= FEW_TOKENS else 4, **meta,
         )  # fmt: skip
         return q
     heads = (1 if m <= 16 else 4) if addend is not None else 4 if m <= 64 else 8

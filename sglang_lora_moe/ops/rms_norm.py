@@ -193,7 +193,7 @@ def _add_norm_tiles(x: torch.Tensor, weight: torch.Tensor, eps: float, residual:
     (m, h), (splits, _, _, width) = x.shape, addend.s.shape
     out = torch.empty_like(x) if out is None else out
     _add_norm_tiles_kernel[(triton.cdiv(m, 16),)](
-        x, residual, weight, out, eps, h, m, *addend.tile_args(), width, SPLITS=splits, BM=16, BN=min(512, triton.next_power_of_2(h)),
+        x, residual, weight, out, eps, h, m, *addend.tile_args(), width, SPLITS=splits, BM=16, BN=min(1024, triton.next_power_of_2(h)),
         BR=addend.tile_rank_block, PRECISION=launch.dot_precision(x.dtype), num_warps=8, **launch.options(x.device),
     )  # fmt: skip
     return out

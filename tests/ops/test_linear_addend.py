@@ -48,6 +48,7 @@ class Case:
             self.dense.prepare(parts)
         for module, name in ((triton_dense, "ROWS_MAX"), (qk_norm_rope, "ROWS_MAX"), (rms_norm, "ADD_ROWS_MAX")):
             monkeypatch.setattr(module, name, 1000 if family in ("rows", "grouped") else 0)
+        monkeypatch.setattr(qk_norm_rope, "FEW_TOKENS", 0 if family == "launches" else 512)
         monkeypatch.setattr(triton_dense, "NORM_MAX", 0 if family == "launches" else 1000)
 
     def noise(self, *shape: int) -> torch.Tensor:
