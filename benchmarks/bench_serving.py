@@ -95,14 +95,19 @@ async def events(pieces: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
                 yield json.loads(line[6:])
 
 
-async def keep_loading(client: httpx.AsyncClient, adapter: str) -> int:
-    """Load and unload NAME=PATH again and again until cancelled; how often it was loaded."""
+async def reload(client: httpx.AsyncClient, adapter: str) -> None:
+    """Load and unload NAME=PATH."""
     name, _, path = adapter.partition("=")
+    for call, body in (("load", {"lora_name": name, "lora_path": path}), ("unload", {"lora_name": name})):
+        (await client.post(f"/v1/{call}_lora_adapter", json=body)).raise_for_status()
+
+
+async def keep_loading(client: httpx.AsyncClient, adapter: str) -> int:
+    """`reload` again and again until cancelled; how often."""
     loads = 0
     with contextlib.suppress(asyncio.CancelledError):
         while True:
-            for call, body in (("load", {"lora_name": name, "lora_path": path}), ("unload", {"lora_name": name})):
-                (await client.post(f"/v1/{call}_lora_adapter", json=body)).raise_for_status()
+            await reload(client, adapter)
             loads += 1
     return loads
 
@@ -118,7 +123,6 @@ async def run_load(
     headers = {"Host": parts.netloc, "Content-Type": "application/json", "Connection": "close"} | key
     room = asyncio.Semaphore(concurrency or len(load))
     bar = tqdm(total=len(load), desc="requests", disable=quiet or args.disable_tqdm)
-    begin = time.perf_counter()
 
     async def one(planned: Planned) -> Record:
         await asyncio.sleep(max(begin + planned.at - time.perf_counter(), 0.0))
@@ -131,8 +135,12 @@ async def run_load(
         return record
 
     async with httpx.AsyncClient(base_url=url, headers=key, timeout=args.timeout) as client:
-        loading = asyncio.ensure_future(keep_loading(client, args.load_meanwhile)) if args.load_meanwhile and not quiet else None
-        await asyncio.sleep(0)
+        loading = None
+        if args.load_meanwhile and not quiet:
+            await reload(client, args.load_meanwhile)  # the first starts the process that reads files
+            loading = asyncio.ensure_future(keep_loading(client, args.load_meanwhile))
+            await asyncio.sleep(0)
+        begin = time.perf_counter()
         records = await asyncio.gather(*(one(planned) for planned in load))
         seconds = time.perf_counter() - begin
         loads = 0
