@@ -70,3 +70,17 @@ def test_graphs_change_nothing() -> None:
     for (_, a), (_, b) in zip(want, got, strict=True):
         torch.testing.assert_close(torch.tensor([v for v, *_ in a[1:]]), torch.tensor([v for v, *_ in b[1:]]), rtol=0, atol=1e-3)
     assert {active for _, active in replayed} == {False, True} and len(replayed) >= 4
+
+
+@pytest.mark.gpu
+def test_decode_graphs_survive_prefill_graphs_with_more_scratch() -> None:
+    """Prefill graphs are captured after decode graphs; up to 256 tokens they need more scratch than decode of 40 requests."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "chunked_prefill_size": 300, "max_running_requests": 40}
+    plain, engine = (make_engine(disable_cuda_graph=disabled, **options) for disabled in (True, False))
+    graphs: Any = engine.core.runner.prefill_graphs
+    assert (256, 40) in graphs.sizes and engine.core.runner.graphs.sizes[-1] == 40
+    prompts = [[1, *range(20, 26 + i % 5), 7 + i] for i in range(40)]
+    adapters = [ADAPTERS[i % len(ADAPTERS)] for i in range(40)]
+    params = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+    want, got = ([result["output_ids"] for result in e.generate(input_ids=prompts, lora_path=adapters, sampling_params=params)] for e in (plain, engine))
+    assert got == want
