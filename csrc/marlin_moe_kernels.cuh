@@ -131,7 +131,8 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
     x += S::kK * 2;
     barrier_arrive_after_copies(full);
   }
-  // The multiplying warps begin one stage more than there is.
+  // The multiplying warps begin one stage more than there is. Of a block's four stages the first may still be on its way to the same place.
+  barrier_wait(stages.empty + stages.slot, stages.parity);
   if (thread == 0) barrier_arrive(stages.full + stages.slot);
   barrier_arrive(stages.full + stages.slot);
 }
