@@ -95,9 +95,9 @@ DEVICE void publish_to_wgmma() {
 }
 DEVICE uint64_t wgmma_matrix(const void* p) { return ((uint64_t)(shared_address(p) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 template <int NT>  // eights of columns; d may have more
-DEVICE void wgmma_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
+DEVICE void wgmma_bf16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 template <int NT>
-DEVICE void wgmma_fp16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
+DEVICE void wgmma_fp16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // Both for NT eights: COLUMNS = 8 NT, DS the registers of d in the text, AS those of a and B that of b behind them; the operands of d follow.
 #define WGMMA(NT, COLUMNS, DS, AS, B, ...) \
@@ -105,7 +105,7 @@ DEVICE void wgmma_fp16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
   WGMMA_TYPE(wgmma_fp16, "f16", NT, COLUMNS, DS, AS, B, __VA_ARGS__)
 #define WGMMA_TYPE(NAME, TYPE, NT, COLUMNS, DS, AS, B, ...) \
   template <> \
-  DEVICE void NAME<NT>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) { \
+  DEVICE void NAME<NT>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" DS "}, {" AS "}, " B ", 1, 1, 1, 0;" \
                  : __VA_ARGS__ \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
@@ -138,6 +138,13 @@ WGMMA(16, "128",
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
       "%64, %65, %66, %67", "%68", D16(0), D16(4), D16(8), D16(12))
+WGMMA(18, "144",
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71",
+      "%72, %73, %74, %75", "%76", D16(0), D16(4), D16(8), D16(12), D8(16))
 #undef D16
 #undef D8
 #undef D4
@@ -145,9 +152,9 @@ WGMMA(16, "128",
 #undef WGMMA
 #else
 template <int NT>
-DEVICE void wgmma_bf16(float (&)[16][4], const uint32_t (&)[4], uint64_t) {}
+DEVICE void wgmma_bf16(float (*)[4], const uint32_t (&)[4], uint64_t) {}
 template <int NT>
-DEVICE void wgmma_fp16(float (&)[16][4], const uint32_t (&)[4], uint64_t) {}
+DEVICE void wgmma_fp16(float (*)[4], const uint32_t (&)[4], uint64_t) {}
 #endif
 
 #else
@@ -191,6 +198,16 @@ inline uint32_t arrive(uint32_t* counter) { return (*counter)++; }
 
 #endif
 
+// Eight 16-bit values from any address that holds them, of which the first `count` count, the others become zero.
+DEVICE void load_piece(uint8_t* target, const uint16_t* source, int count, bool aligned) {
+  if (aligned || count <= 0) return cp16(target, source, count > 0);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) words[i] = (2 * i < count ? source[2 * i] : 0u) | (2 * i + 1 < count ? (uint32_t)source[2 * i + 1] << 16 : 0u);
+  store_words(target, words[0], words[1]);
+  store_words(target + 8, words[2], words[3]);
+}
+
 // The two activation types: packed pairs, and the bits under which an integer in the low bits of a half is itself plus a constant.
 struct BFloat16 {
   static constexpr bool kIsBf16 = true;
@@ -204,7 +221,7 @@ struct BFloat16 {
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); }
 #ifdef __CUDACC__
   template <int NT>
-  DEVICE static void wgmma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  DEVICE static void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
     wgmma_bf16<NT>(d, a, b);
   }
 #endif
@@ -221,7 +238,7 @@ struct Float16 {
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_fp16(d, a, b); }
 #ifdef __CUDACC__
   template <int NT>
-  DEVICE static void wgmma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  DEVICE static void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
     wgmma_fp16<NT>(d, a, b);
   }
 #endif

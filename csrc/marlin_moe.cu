@@ -5,8 +5,9 @@
 //     to arrive adds them in block order, so that results do not depend on timing. Nobody waits for anybody.
 //   * A ring of cp.async stages runs ahead across tiles; each warp loads its own weights, 32 rows, and dequantizes 32 k of them from one 16-byte
 //     load a lane (int4) to exactly the 16-bit value of (q - z) * s; tokens come by ldmatrix from rows swizzled as wgmma wants them too.
-//   * Many tokens on sm_90: by wgmma, 256 rows x 128 tokens a block, with a warpgroup that only copies (gemm_by_warpgroups).
-//   * Adapters, bias and activation are part of the end of a tile.
+//   * Many tokens on sm_90: by wgmma, 256 rows x 144 tokens a block, with a warpgroup that only copies (gemm_by_warpgroups).
+//   * Adapters are more k of the same product, in 16 bit: stages of the same ring behind a tile's weights (load_adapters). Bias and activation are
+//     part of the end of a tile.
 //   * Tiles of one expert are neighbours with the row tile outermost: several token tiles read the same weights one after another, from L2.
 #include "marlin_moe_kernels.cuh"
 

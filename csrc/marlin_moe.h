@@ -28,7 +28,7 @@ struct MarlinMoeGemm {
   void* out;                    // [.., out_columns]
   float* partials;              // marlin_moe_partials() floats
   uint32_t* arrivals;           // [blocks], zero before and after
-  // Adapters, or null: out gets B s more before its activation. As LowRank of sglang_lora_moe/ops/low_rank.py has them.
+  // Adapters, or null: out gets B s more before its activation, B's places below 2^32. As LowRank of sglang_lora_moe/ops/low_rank.py has them.
   const void* low;             // s [sorted pairs, low_width] of the activation type; with two A the up half's begin at low_max_rank
   const void* low_pool;        // B of all adapters, of the activation type
   const int64_t* low_records;  // [.., 5] first sorted row, rows, rank, whether gate and up have their own A, place of B in 16 bytes

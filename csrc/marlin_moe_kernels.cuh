@@ -4,26 +4,45 @@
 
 namespace {
 
-// The next stage's weights, x or both; the caller commits.
-template <class S, bool WEIGHTS, bool X>
-DEVICE void load_stage(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l, int slot) {
-  if (l.unit >= l.end) return;
+// The next stage of adapters of the tile whose weights are loaded, if there is one.
+template <class S>
+DEVICE bool load_more(const MarlinMoeGemm& a, const Shared& s, Loader<S>& l, int slot) {
+  sync_block();  // the tile's record is there
+  const Tile tile = s.tiles[(l.entered - 1) % kQueue];
+  if (l.adapters.last < 0) {
+    if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
+    l.adapters.ask(a, tile.index);
+  }
+  if (l.adapters.next >= l.adapters.last) return false;
+  load_adapters<S, S::kThreads>(a, tile, l.adapters, s.stages + slot * S::kStageBytes, thread_index());
+  return true;
+}
+
+// The next stage, or without its weights; the caller commits.
+template <class S>
+DEVICE void load_stage(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l, int slot, bool weights) {
+  const bool adapters = a.low && l.k_step == w.k_steps && load_more<S>(a, s, l, slot);
+  if (thread_index() == 0) s.more[slot] = adapters;
+  if (adapters || l.unit >= l.end) return;
   if (l.k_step == w.k_steps) l.k_step = 0, enter_tile<S>(a, d, w, s, l);
-  if constexpr (WEIGHTS) load_weights<S>(a, d, s, l, slot);
-  if constexpr (X) load_x<S>(a, s, l, slot);
+  if (weights) load_weights<S>(a, d, s, l, slot);
+  load_x<S>(a, s, l, slot);
   l.unit++, l.k_step++;
 }
 
-// The first stages. Weights come first: where tiles are older than the kernel before this one, they need not wait for its end.
+// The first stages. Weights of the first tile come first: where tiles are older than the kernel before this one, they need not wait for its end.
 template <class S>
 DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
-  Loader<S> weights = l;
+  const int k_step = l.k_step, left = l.end - l.unit < w.k_steps - k_step ? l.end - l.unit : w.k_steps - k_step;
+  int loaded = 0;
+  if (a.early == 1) {
 #pragma unroll 1
-  for (int i = 0; i < S::kAhead; i++) load_stage<S, true, false>(a, d, w, s, weights, i);
-  if (a.early == 1) wait_for_previous_kernel(), allow_next_kernel();
+    for (; loaded < S::kAhead && loaded < left; loaded++, l.k_step++) load_weights<S>(a, d, s, l, loaded);
+    l.k_step = k_step;
+    wait_for_previous_kernel(), allow_next_kernel();
+  }
 #pragma unroll 1
-  for (int i = 0; i < S::kAhead; i++) load_stage<S, false, true>(a, d, w, s, l, i), cp_commit();
-  l.weights = weights.weights;
+  for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, d, w, s, l, i, i >= loaded), cp_commit();
 }
 
 template <class S>
@@ -52,13 +71,17 @@ KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, Der
     const int live = s.tiles[done % kQueue].rows;
     Sums<S> sums;
     sums.clear();
-    for (; unit < end; unit++) {
+    while (unit < end || s.more[slot]) {  // after the weights the tile's adapters
       cp_wait<S::kAhead - 1>();
       sync_block();
-      load_stage<S, true, true>(a, d, w, s, l, ahead);
+      load_stage<S>(a, d, w, s, l, ahead, true);
       cp_commit();
-      const int k_unit = ((unit - begin) * S::kWarpsK + warp_index() / S::kWarpsM) * S::kKU;
-      if (S::kWarpsK == 1 || k_unit < a.k_units) multiply_live<S>(d, s, slot, live, sums);
+      if (unit == end) {
+        multiply_adapters<S>(a, s, slot, live, sums);
+      } else {
+        const int k_unit = ((unit++ - begin) * S::kWarpsK + warp_index() / S::kWarpsM) * S::kKU;
+        if (S::kWarpsK == 1 || k_unit < a.k_units) multiply_live<S>(d, s, slot, live, sums);
+      }
       slot = slot + 1 == S::kStages ? 0 : slot + 1;
       ahead = ahead + 1 == S::kStages ? 0 : ahead + 1;
     }
@@ -72,6 +95,20 @@ KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, Der
 #ifdef __CUDACC__
 constexpr int kCopyThreads = 128;
 
+// The copying warpgroup: a tile's stages of adapters, behind the stage at hand; one with nothing in it where there are none.
+template <class S>
+DEVICE void copy_adapters(const MarlinMoeGemm& a, const Shared& s, const Tile& tile, AdaptersAhead& l, Stages<S>& stages, int thread) {
+  do {
+    stages.advance();
+    Barrier* full = stages.full + stages.slot;
+    barrier_wait(stages.empty + stages.slot, stages.parity);
+    const bool copied = load_adapters<S, kCopyThreads>(a, tile, l, s.stages + stages.slot * S::kStageBytes, thread);
+    if (thread == 0) s.more[stages.slot] = l.next < l.last, barrier_arrive(full);
+    if (copied) barrier_arrive_after_copies(full);
+    else cp_commit(), cp_wait<0>(), barrier_arrive(full);
+  } while (l.next < l.last);
+}
+
 // The copying warpgroup: all stages of the block's tiles, one after another, each once the multiplying warps are done with what lay there.
 template <class S>
 DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, int first, int end, Stages<S> stages) {
@@ -83,10 +120,11 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
   int k_step = 0, entered = 0, present = 0, row_unit = 0;
   int rows = 0;  // of the tile, from this thread's first on
   const uint8_t* x = nullptr;
+  AdaptersAhead adapters;
   stages.parity = 1;  // nobody has to leave the first round
   for (int unit = first; unit < end; unit++, k_step = k_step + 1 == w.k_steps ? 0 : k_step + 1, stages.advance()) {
     if (k_step == 0) {
-      const Tile tile = find_tile(a, d, w, unit / w.k_steps);
+      const Tile tile = find_tile<true>(a, d, w, unit / w.k_steps);
       const int queue = entered++ % kQueue;
       if (thread == 0) s.tiles[queue] = tile;
       rows = tile.rows - first_row, x = (const uint8_t*)a.x, row_unit = tile.expert * a.row_units + tile.row_tile * S::kWarpsM;
@@ -99,9 +137,11 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
         x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + piece;
         if (piece == 0) s.pairs[queue * S::kTokens + row] = pair;
       }
+      if (a.low && (!a.early || entered > 1)) adapters.ask(a, tile.index);
       sync_warpgroup(1);  // one thread's arrival below hands all of this over
     }
     const int slot = stages.slot, group = k_step * S::kKU >> d.group_shift;
+    if (a.low && k_step + 1 == w.k_steps && adapters.last >= 0) adapters.fetch(a);
     Barrier* full = stages.full + slot;
     barrier_wait(stages.empty + slot, stages.parity);
     uint8_t* target = s.stages + slot * S::kStageBytes;
@@ -130,6 +170,14 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
       if (i * kRowStep < rows) cp16(target + i * kRowStep * 128, piece_of(x, x_rows[i]), inside);
     x += S::kK * 2;
     barrier_arrive_after_copies(full);
+    if (!a.low || k_step + 1 < w.k_steps) continue;
+    const Tile tile = s.tiles[(entered - 1) % kQueue];
+    if (adapters.last < 0) {
+      if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
+      adapters.ask(a, tile.index);
+      adapters.fetch(a);
+    }
+    copy_adapters<S>(a, s, tile, adapters, stages, thread);
   }
   // The multiplying warps begin one stage more than there is. Of a block's four stages the first may still be on its way to the same place.
   barrier_wait(stages.empty + stages.slot, stages.parity);
@@ -172,7 +220,11 @@ KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(
       const Tile tile = s.tiles[done % kQueue];
       Sums<S> sums;
       sums.clear();
-      for (int last = unit + w.k_steps; unit < last; unit++) multiply_by_warpgroup<S>(d, s, tile.rows, stages, ready, sums);
+      for (int last = unit + w.k_steps; unit < last; unit++) multiply_by_warpgroup<S, false>(d, s, tile.rows, 0, stages, ready, sums);
+      for (bool more = a.low; more;) {
+        more = warp_ballot(lane_index() == 0 && s.more[stages.slot]);  // by the lane that gives the stage back: its arrival is ordered behind the read
+        multiply_by_warpgroup<S, true>(d, s, tile.rows, 4 * a.halves - 4, stages, ready, sums);
+      }
       if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
       store_tile<S>(a, tile, s.pairs + done % kQueue * S::kTokens, sums);
     }
@@ -210,7 +262,7 @@ struct Shapes {
   using S2 = Shape<F, 4, 1, 4, 4, 3, kFour && !F::kZeros ? 4 : 3>;  // 32; zero points take registers
   using S3 = Shape<F, 4, 1, 8, 2, 4, 2>;                            // 64
 #ifdef __CUDACC__
-  using S4 = Shape<F, 8, 1, 16, 4, kFour ? 4 : 3, 1, true>;  // 128 by wgmma, on sm_90 alone: two warpgroups share the tokens
+  using S4 = Shape<F, 8, 1, 18, 4, kFour ? 4 : 3, 1, true>;  // 144 by wgmma, on sm_90 alone: experts of 128 rows on average fit one tile, of 256 two
 #endif
 };
 

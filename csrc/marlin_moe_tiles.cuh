@@ -39,10 +39,11 @@ struct Shape {
   static constexpr int kThreads = 32 * WM * WK, kRows = 32 * WM, kTokens = 8 * NT, kKUnits = KU * WK, kK = 32 * kKUnits;
   static constexpr int kUnitBytes = 128 * kBits, kUnitPieces = kUnitBytes / 16, kWarpBytes = KU * kUnitBytes;
   static constexpr int kWeightBytes = WM * WK * kWarpBytes, kXBytes = kTokens * kK * 2, kStageBytes = kWeightBytes + kXBytes;
+  static constexpr int kSixteens = kWarpBytes < 2048 ? 1 : 2;    // of ranks in a stage of adapters: B takes the place of weights
   static constexpr int kXPieces = kK / 8;                        // of 16 bytes in a row of x
   static constexpr int kXLoads = kTokens * kXPieces / kThreads;  // of a thread in a stage
   static constexpr int kRowStep = kThreads / kXPieces;           // rows between them
-  static_assert(STAGES < kQueue && kThreads % kXPieces == 0 && kTokens * kXPieces % kThreads == 0 && KU % 2 == 0, "uneven copies");
+  static_assert(STAGES > 2 && STAGES < kQueue && kThreads % kXPieces == 0 && kTokens * kXPieces % kThreads == 0 && KU % 2 == 0, "uneven copies");
 };
 
 // One tile of the output; `start` and `rows` of the sorted pairs; `index` of its tile of tokens.
@@ -56,6 +57,7 @@ struct Shared {
   int32_t* pairs;    // [kQueue][tokens]
   float* sums;       // of the warps beyond the first along k
   uint32_t* before;  // arrivals before this block's
+  int32_t* more;     // of each stage: whether it holds adapters; by wgmma, whether another stage of adapters follows this one
   uint64_t* barriers;
   int bytes;
 };
@@ -95,6 +97,7 @@ HOST_DEVICE Shared carve(const Derived& d, uint8_t* base) {
   s.pairs = (int32_t*)take(kQueue * S::kTokens * 4);
   s.sums = (float*)take((S::kWarpsK - 1) * S::kRows * S::kTokens * 4);
   s.before = (uint32_t*)take(4);
+  s.more = (int32_t*)take(S::kStages * 4);
   s.barriers = (uint64_t*)take(S::kWarpgroup ? 2 * S::kStages * 8 : 0);
   s.scales = take(S::kStages * d.scale_bytes);  // last: all places but those of the zeros are constants, which costs no register
   s.zeros = take(S::Codes::kZeros ? S::kStages * d.scale_bytes / 2 : 0);
@@ -146,6 +149,9 @@ DEVICE int same_expert(const MarlinMoeGemm& a, int t, int step, int tiles, int e
   }
 }
 
+// NEAR: lane l looks at tile t - 16 + l, so that one round of loads finds the tiles of most experts that have several; of experts with one
+// the other way takes one round too, and fewer instructions.
+template <bool NEAR>
 DEVICE Tile find_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) {
   const int t = output / d.row_tiles;
   if (a.tiles == nullptr) {
@@ -153,16 +159,46 @@ DEVICE Tile find_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, i
     const bool valid = expert >= 0 && expert < a.experts;
     return {valid ? expert : 0, output - t * d.row_tiles, t, (int)valid, t};
   }
-  const int32_t* record = a.tiles + 3 * (int64_t)t;
-  const int expert = record[0], start = record[1], rows = record[2];
-  const int below = t > 0 ? record[-3] : -1, above = t + 1 < w.tiles ? record[3] : -1;
-  if (below != expert && above != expert) return {expert, output - t * d.row_tiles, start, rows, t};
-  const int first = t - same_expert(a, t, -1, w.tiles, expert), count = t - first + 1 + same_expert(a, t, 1, w.tiles, expert);
-  const int place = output - first * d.row_tiles, row_tile = place / count, index = first + place - row_tile * count;
-  return {expert, row_tile, a.tiles[3 * (int64_t)index + 1], a.tiles[3 * (int64_t)index + 2], index};
+  if constexpr (!NEAR) {
+    const int32_t* record = a.tiles + 3 * (int64_t)t;
+    const int expert = record[0], start = record[1], rows = record[2];
+    const int below = t > 0 ? record[-3] : -1, above = t + 1 < w.tiles ? record[3] : -1;
+    if (below != expert && above != expert) return {expert, output - t * d.row_tiles, start, rows, t};
+    const int first = t - same_expert(a, t, -1, w.tiles, expert), count = t - first + 1 + same_expert(a, t, 1, w.tiles, expert);
+    const int place = output - first * d.row_tiles, row_tile = place / count, index = first + place - row_tile * count;
+    return {expert, row_tile, a.tiles[3 * (int64_t)index + 1], a.tiles[3 * (int64_t)index + 2], index};
+  }
+  const int base = t - 16, i = base + lane_index();
+  const int32_t* record = a.tiles + 3 * (int64_t)i;
+  const bool inside = i >= 0 && i < w.tiles;
+  const int expert = inside ? record[0] : -1, start = inside ? record[1] : 0, rows = inside ? record[2] : 0, mine = (int)shuffle((uint32_t)expert, 16);
+  const uint32_t others = ~warp_ballot(expert == mine);
+  int below = 15 - highest_bit(others & 0xffff), above = lowest_bit(others >> 17);
+  if (below == 16) below += same_expert(a, base, -1, w.tiles, mine);
+  if (above < 0) above = 15 + same_expert(a, t + 15, 1, w.tiles, mine);
+  const int first = t - below, count = below + 1 + above, place = output - first * d.row_tiles, row_tile = place / count, index = first + place - row_tile * count;
+  if (index < base || index >= base + 32) return {mine, row_tile, a.tiles[3 * (int64_t)index + 1], a.tiles[3 * (int64_t)index + 2], index};
+  return {mine, row_tile, (int)shuffle((uint32_t)start, index - base), (int)shuffle((uint32_t)rows, index - base), index};
 }
 
 // ---- Loading ---------------------------------------------------------------------------------------------------------
+
+// Of a tile's records (sglang_lora_moe/ops/low_rank.py) those that are still to load, and the first rank of the next. last < 0: not asked for.
+struct Adapters {
+  int next = 0, last = -1, rank = 0;
+  DEVICE void ask(const MarlinMoeGemm& a, int tile) { next = a.low_ranges[2 * tile], last = a.low_ranges[2 * tile + 1], rank = 0; }
+};
+
+// The same with the next records at hand, a field a lane, asked for a stage before they are needed.
+struct AdaptersAhead : Adapters {
+  static constexpr int kAtHand = 6;
+  int fields = 0;
+  DEVICE void fetch(const MarlinMoeGemm& a) {
+    const int64_t i = 5 * (int64_t)next + lane_index();
+    fields = lane_index() < 5 * kAtHand && i < 5 * (int64_t)last ? (int)a.low_records[i] : 0;  // all of them fit 32 bits
+  }
+  DEVICE int field(int record, int i) const { return (int)shuffle((uint32_t)fields, 5 * record + i); }
+};
 
 // Places are counted in pieces of 16 bytes, in 32 bits: up to 64 GB. Each warp loads its own weights and scales; x is the block's.
 template <class S>
@@ -173,14 +209,16 @@ struct Loader {
   bool present;  // this warp's rows lie within the weight
   uint32_t weights, scales;  // this lane's first pieces: weights of the next stage, scales at k = 0
   uint32_t x_rows[S::kXLoads];      // its pieces of x at k = 0
+  Adapters adapters;
 };
 
 template <class S>
 DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
-  const Tile tile = find_tile(a, d, w, l.unit / w.k_steps);
+  const Tile tile = find_tile<false>(a, d, w, l.unit / w.k_steps);
   const int slot = l.entered++ % kQueue, warp = warp_index(), unit_in_expert = tile.row_tile * S::kWarpsM + warp % S::kWarpsM;
   if (thread_index() == 0) s.tiles[slot] = tile;
   l.rows = tile.rows, l.present = unit_in_expert < a.row_units;
+  if (a.low && (!a.early || l.entered > 1)) l.adapters.ask(a, tile.index);
   const int row_unit = tile.expert * a.row_units + unit_in_expert;
   l.weights = (uint32_t)((row_unit * a.k_units + (l.k_step * S::kWarpsK + warp / S::kWarpsM) * S::kKU) * S::kUnitPieces + lane_index());
   l.scales = (uint32_t)(row_unit * a.groups * 4 + lane_index());
@@ -227,6 +265,56 @@ DEVICE void load_x(const MarlinMoeGemm& a, const Shared& s, const Loader<S>& l, 
   }
 }
 
+// Adapters are more k of the same product: behind a tile's weights come stages with 16 ranks of B, or twice 16, in the place of weights (1 KB for the
+// 32 rows of a warp, as ldmatrix reads them) and of s in the place of x: by rows, first those for the first fragment's half, 64 bytes on the up half's,
+// zero in the rows of other adapters. Returns whether all of it is on its way by cp.async; ranks that do not divide by 8 are stored.
+template <class S, int THREADS, class A>
+DEVICE bool load_adapters(const MarlinMoeGemm& a, const Tile& tile, A& l, uint8_t* stage, int thread) {
+  const int lane = thread % 32, half_rows = a.rows / a.halves, apart = a.halves == 2 ? half_rows : 2;
+  [[maybe_unused]] const int base = l.next;
+  bool copied = true;
+#pragma unroll 1
+  for (int i = 0; i < S::kSixteens; i++) {
+    int first = 0, end = 0, rank = 0, up = 0, next = l.next;
+    int64_t place = 0;
+    if constexpr (S::kWarpgroup) {
+      const int at_hand = l.last - base < l.kAtHand ? l.last - base : l.kAtHand;
+      int record = next - base;
+      if (record < at_hand) {
+        first = l.field(record, 0) - tile.start, end = first + l.field(record, 1), rank = l.field(record, 2), up = l.field(record, 3) * a.low_max_rank;
+        place = (uint32_t)l.field(record, 4);
+        for (record++; record < at_hand && l.field(record, 4) == (int)place && l.field(record, 0) - tile.start == end; record++) end += l.field(record, 1);
+      }
+      next = base + record;
+    } else if (next < l.last) {
+      const int64_t* record = a.low_records + 5 * (int64_t)next;
+      first = (int)record[0] - tile.start, end = first + (int)record[1], rank = (int)record[2], up = (int)record[3] * a.low_max_rank, place = record[4];
+      for (next++, record += 5; next < l.last && record[4] == place && (int)record[0] - tile.start == end; next++, record += 5) end += (int)record[1];
+    }
+    const bool whole_b = rank % 8 == 0, whole_s = whole_b && (a.low_width | up) % 8 == 0;
+    const uint16_t* b = (const uint16_t*)a.low_pool + place * 8 + l.rank + lane % 2 * 8;
+#pragma unroll
+    for (int warp = thread / 32; warp < S::kWarpsM; warp += THREADS / 32) {
+      const int unit = tile.row_tile * S::kWarpsM + warp, row = a.halves == 2 ? 16 * unit + lane / 2 : 32 * unit + lane / 4 * 4 + lane / 2 % 2;
+      uint8_t* target = stage + warp * S::kWarpBytes + i * 1024 + lane / 4 * 128;
+#pragma unroll
+      for (int f = 0; f < 2; f++)
+        load_piece(target + ((4 * f + lane % 4) ^ lane / 4) * 16, b + (int64_t)(row + f * apart) * rank, row < half_rows ? rank - l.rank - lane % 2 * 8 : 0, whole_b);
+    }
+    const uint16_t* s = (const uint16_t*)a.low + (int64_t)tile.start * a.low_width + l.rank;
+    for (int index = thread; index < tile.rows * 2 * a.halves; index += THREADS) {
+      const int row = index >> a.halves, half = index >> 1 & (a.halves - 1), piece = index & 1;
+      load_piece(stage + S::kWeightBytes + row * 128 + ((2 * i + piece + 4 * half) ^ row % 8) * 16, s + (int64_t)row * a.low_width + half * up + piece * 8,
+                 row >= first && row < end ? rank - l.rank - piece * 8 : 0, whole_s);
+    }
+    copied = copied && whole_s;
+    l.rank += 16;
+    if (l.rank >= rank) l.rank = 0, l.next = next;
+  }
+  if constexpr (S::kWarpgroup) l.fetch(a);
+  return copied;
+}
+
 // ---- Arithmetic ------------------------------------------------------------------------------------------------------
 
 // Scales and zeros of a lane's four rows (2 * fragment + half), as its format wants them. Weights come out times 1 / kGrowth.
@@ -235,7 +323,8 @@ template <class F, bool WIDE = F::Type::kIsBf16 && F::kBits == 8>
 struct Rows {
   using T = typename F::Type;
   static constexpr float kGrowth = 1.f;
-  uint32_t scale[4], zero[4];  // both halves of a word alike
+  DEVICE static uint32_t shrink(uint32_t pair) { return pair; }  // by kGrowth, as weights are
+  uint32_t scale[4], zero[4];                                    // both halves of a word alike
   DEVICE void load_scales(const uint8_t* scales) {
     uint32_t pair[2];
     load_words(pair, scales + lane_index() / 4 * 8);
@@ -253,6 +342,7 @@ template <class F>
 struct Rows<F, true> {  // bf16 cannot hold 128 + q for 8 bits: by float32, in which the product is exact, then one rounding
   using T = typename F::Type;
   static constexpr float kGrowth = 1.f;
+  DEVICE static uint32_t shrink(uint32_t pair) { return pair; }
   float scale[4], zero[4];
   DEVICE void load_scales(const uint8_t* scales) {
     uint32_t pair[2];
@@ -273,6 +363,7 @@ struct Rows<F, true> {  // bf16 cannot hold 128 + q for 8 bits: by float32, in w
 template <>
 struct Rows<Format<BFloat16, 4, false>, false> {
   static constexpr float kGrowth = 4294967296.f;
+  DEVICE static uint32_t shrink(uint32_t pair) { return multiply_bf16(pair, 0x2F802F80u); }
   uint32_t scale[4], offset[4];
   DEVICE void load_scales(const uint8_t* scales) {
     uint32_t pair[2];
@@ -342,10 +433,6 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < 2 * S::kNT * 4; i++) value[i / (S::kNT * 4)][i / 4 % S::kNT][i % 4] = 0.f;
   }
-  DEVICE void multiply(float factor) {
-#pragma unroll
-    for (int i = 0; i < 2 * S::kNT * 4; i++) value[i / (S::kNT * 4)][i / 4 % S::kNT][i % 4] *= factor;
-  }
 };
 
 // One stage: this warp's 32 rows and its KU units of k, for the first LIVE eights of tokens. ONE: within one group.
@@ -390,6 +477,43 @@ DEVICE void multiply_live(const Derived& d, const Shared& s, int slot, int live,
   else multiply_stage<S, LIVE, false>(d, s, slot, sums);
 }
 
+// 16 ranks of this warp's rows of B, or twice 16, as fragments of weights [sixteen][fragment][register].
+template <class S>
+DEVICE void load_adapter_fragments(const Shared& s, int slot, uint32_t (&fragments)[2][2][4]) {
+  const int lane = lane_index();
+  const uint8_t* rows = s.stages + slot * S::kStageBytes + warp_index() * S::kWarpBytes + lane % 8 * 128;
+#pragma unroll
+  for (int i = 0; i < 2 * S::kSixteens; i++) {
+    uint32_t(&fragment)[4] = fragments[i / 2][i % 2];
+    load_matrix_x4(fragment, rows + i / 2 * 1024 + ((4 * (i % 2) + lane / 8 % 2 * 2 + lane / 16) ^ lane % 8) * 16);
+#pragma unroll
+    for (int j = 0; j < 4; j++) fragment[j] = Rows<typename S::Codes>::shrink(fragment[j]);
+  }
+}
+
+// One stage of adapters, by the first warps along k.
+template <class S>
+DEVICE void multiply_adapters(const MarlinMoeGemm& a, const Shared& s, int slot, int live, Sums<S>& sums) {
+  using T = typename S::Type;
+  if (S::kWarpsK > 1 && warp_index() >= S::kWarpsM) return;
+  const int lane = lane_index(), piece = (lane / 8 ^ lane % 8) * 16;
+  const uint8_t* matrices = s.stages + slot * S::kStageBytes + S::kWeightBytes + lane % 8 * 128;
+  uint32_t fragments[2][2][4];
+  load_adapter_fragments<S>(s, slot, fragments);
+#pragma unroll
+  for (int n = 0; n < S::kNT; n++) {
+    if (n * 8 >= live) break;
+    uint32_t low[2][4];
+    load_matrix_x4(low[0], matrices + n * 1024 + piece);
+    load_matrix_x4(low[1], matrices + n * 1024 + (a.halves == 2 ? piece ^ 64 : piece));
+#pragma unroll
+    for (int i = 0; i < 2 * S::kSixteens; i++) {
+      const uint32_t half[2] = {low[i % 2][i / 2 * 2], low[i % 2][i / 2 * 2 + 1]};
+      T::mma(sums.value[i % 2][n], fragments[i / 2][i % 2], half);
+    }
+  }
+}
+
 #ifdef __CUDACC__
 // Stages of the kernel by wgmma: the copying warp and the multiplying warps pass them to and fro.
 template <class S>
@@ -419,14 +543,15 @@ struct Ready {
 };
 
 // One stage by wgmma, on 128 rows a warpgroup. The next one begins behind the last products: none may be under way across a branch, or the
-// compiler makes all of them wait for each other.
-template <class S, int NT>
-DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+// compiler makes all of them wait for each other. ADAPTERS: as many ranks as a unit has k, the up half's s `apart` 16 bytes on.
+template <class S, bool ADAPTERS, int NT>
+DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int apart, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
   using T = typename S::Type;
   const int slot = stages.slot;
   const uint64_t x = wgmma_matrix(s.stages + slot * S::kStageBytes + S::kWeightBytes);
+  if constexpr (ADAPTERS) load_adapter_fragments<S>(s, slot, ready.fragments[1]);
 #pragma unroll
-  for (int unit = 0; unit < S::kKU; unit++) {
+  for (int unit = ADAPTERS ? S::kKU - 1 : 0; unit < S::kKU; unit++) {
     Unit<S> codes;
     if (unit + 1 < S::kKU) codes.load(s, slot, unit + 1);
     wgmma_begin();
@@ -434,8 +559,8 @@ DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, Stage
     for (int step = 0; step < 2; step++)
 #pragma unroll
       for (int f = 0; f < 2; f++) {  // descriptors count 16 bytes: 64 k are a panel of 128 bytes a row, 16 k are 32 bytes
-        const int k16 = 2 * unit + step;
-        T::template wgmma<NT>(sums.value[f], ready.fragments[unit % 2][step][f], x + (uint64_t)(k16 / 4 * S::kTokens * 8 + k16 % 4 * 2));
+        const int k16 = 2 * unit + step, place = ADAPTERS ? 2 * step + f * apart : k16 / 4 * S::kTokens * 8 + k16 % 4 * 2;
+        T::template wgmma<NT>(sums.value[f], ready.fragments[unit % 2][step][f], x + (uint64_t)place);
       }
     wgmma_commit();
     wgmma_wait<1>();  // the other fragments are free
@@ -452,13 +577,14 @@ DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, Stage
 }
 
 // With as many columns as hold `live` rows.
-template <class S>
-DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
-  if (live <= 32) multiply_stage_by_warpgroup<S, 4>(d, s, stages, ready, sums);
-  else if (live <= 48) multiply_stage_by_warpgroup<S, 6>(d, s, stages, ready, sums);
-  else if (live <= 64) multiply_stage_by_warpgroup<S, 8>(d, s, stages, ready, sums);
-  else if (live <= 96) multiply_stage_by_warpgroup<S, 12>(d, s, stages, ready, sums);
-  else multiply_stage_by_warpgroup<S, 16>(d, s, stages, ready, sums);
+template <class S, bool ADAPTERS>
+DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, int apart, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+  if (live <= 32) multiply_stage_by_warpgroup<S, ADAPTERS, 4>(d, s, apart, stages, ready, sums);
+  else if (live <= 48) multiply_stage_by_warpgroup<S, ADAPTERS, 6>(d, s, apart, stages, ready, sums);
+  else if (live <= 64) multiply_stage_by_warpgroup<S, ADAPTERS, 8>(d, s, apart, stages, ready, sums);
+  else if (live <= 96) multiply_stage_by_warpgroup<S, ADAPTERS, 12>(d, s, apart, stages, ready, sums);
+  else if (live <= 128) multiply_stage_by_warpgroup<S, ADAPTERS, 16>(d, s, apart, stages, ready, sums);
+  else multiply_stage_by_warpgroup<S, ADAPTERS, S::kNT>(d, s, apart, stages, ready, sums);
 }
 #endif
 
@@ -484,82 +610,14 @@ struct Columns {
   }
 };
 
-// Elements 0 and 1 at p, of which `left` exist. EVEN: both or none, at a multiple of 4 bytes.
-template <bool EVEN>
-DEVICE uint32_t load_two(const uint16_t* p, int left) {
-  if constexpr (EVEN) return left > 0 ? *(const uint32_t*)p : 0;
-  return left <= 0 ? 0 : p[0] | (left > 1 ? (uint32_t)p[1] << 16 : 0);
-}
-
-// A record of sglang_lora_moe/ops/low_rank.py.
-struct Adapter {
-  int first, end;  // rows of the tile
-  int rank, up;    // up: columns of s from the gate half's to the up half's
-  int64_t place;   // of B in the pool
-  DEVICE static Adapter load(const MarlinMoeGemm& a, const Tile& tile, int t) {
-    const int64_t* r = a.low_records + 5 * (int64_t)t;
-    const int first = (int)r[0] - tile.start;
-    return {first, first + (int)r[1], (int)r[2], (int)r[3] * a.low_max_rank, r[4] * 8};
-  }
-};
-
-// sums += B s of one adapter's rows, 16 ranks at a time; loads of several eights of tokens are under way together.
-template <class S, bool EVEN>
-DEVICE void add_adapter(const MarlinMoeGemm& a, const Tile& tile, const Columns& c, const Adapter& adapter, Sums<S>& sums) {
-  using T = typename S::Type;
-  constexpr int kAtOnce = S::kNT <= 4 ? (S::kNT + 1) / 2 : 4;
-  const int lane = lane_index(), k = lane % 4 * 2, rank = adapter.rank;
-  const uint16_t* b = (const uint16_t*)a.low_pool + adapter.place + (int64_t)c.first * rank + k;
-  const uint16_t* low = (const uint16_t*)a.low + (int64_t)(tile.start + lane / 4) * a.low_width + k;
-  for (int r0 = 0; r0 < rank; r0 += 16) {
-    uint32_t fragments[2][4];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int at = r0 + i / 2 % 2 * 8;
-      fragments[i / 4][i % 4] = load_two<EVEN>(b + (int64_t)(i / 4 * c.up + i % 2) * rank + at, c.present ? rank - at - k : 0);
-    }
-#pragma unroll
-    for (int n0 = 0; n0 < S::kNT; n0 += kAtOnce) {
-      if (n0 * 8 >= adapter.end || (n0 + kAtOnce) * 8 <= adapter.first) continue;
-      uint32_t gate[kAtOnce][2], up[kAtOnce][2];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
-        const int row = (n0 + i) * 8 + lane / 4, left = row >= adapter.first && row < adapter.end ? rank - r0 - k : 0;
-        const uint16_t* from = low + (int64_t)((n0 + i) * 8) * a.low_width + r0;
-        gate[i][0] = load_two<EVEN>(from, left), gate[i][1] = load_two<EVEN>(from + 8, left - 8);
-        up[i][0] = adapter.up ? load_two<EVEN>(from + adapter.up, left) : gate[i][0];
-        up[i][1] = adapter.up ? load_two<EVEN>(from + adapter.up + 8, left - 8) : gate[i][1];
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i++) T::mma(sums.value[0][n0 + i], fragments[0], gate[i]), T::mma(sums.value[1][n0 + i], fragments[1], up[i]);
-    }
-  }
-}
-
-// Of all adapters whose rows meet this tile.
-template <class S>
-DEVICE void add_adapters(const MarlinMoeGemm& a, const Tile& tile, Sums<S>& sums) {
-  const int last = a.low_ranges[2 * tile.index + 1];
-  int t = a.low_ranges[2 * tile.index];
-  if (t >= last) return;
-  const Columns c = Columns::of<S>(a, tile);
-  Adapter next = Adapter::load(a, tile, t);
-  while (t < last) {
-    const Adapter adapter = next;
-    t++;
-    if (t < last) next = Adapter::load(a, tile, t);
-    if (adapter.rank % 2 == 0 && a.low_max_rank % 2 == 0) add_adapter<S, true>(a, tile, c, adapter, sums);
-    else add_adapter<S, false>(a, tile, c, adapter, sums);
-  }
-}
-
 // What becomes of a sum on its way to the output.
 enum class End { kSum, kHalves, kActivation, kPlain };
 
-// Bias, activation and store of the warp's rows. Times `growth`.
+// Bias, activation and store of the warp's rows.
 template <class S, End END>
-DEVICE void store_rows(const MarlinMoeGemm& a, const Tile& tile, const int32_t* pairs, float growth, const Sums<S>& sums) {
+DEVICE void store_rows(const MarlinMoeGemm& a, const Tile& tile, const int32_t* pairs, const Sums<S>& sums) {
   using T = typename S::Type;
+  constexpr float growth = Rows<typename S::Codes>::kGrowth;
   const Columns c = Columns::of<S>(a, tile);
   if (!c.present) return;  // no collective follows
   const int width = END >= End::kActivation ? c.half_rows : a.rows;
@@ -597,19 +655,13 @@ DEVICE void store_rows(const MarlinMoeGemm& a, const Tile& tile, const int32_t* 
   }
 }
 
-// The complete sums of a tile, with what adapters add, to the output; `pairs` names the tile's rows of it where they are scattered.
+// The complete sums of a tile to the output; `pairs` names the tile's rows of it where they are scattered.
 template <class S>
-DEVICE void store_tile(const MarlinMoeGemm& a, const Tile& tile, const int32_t* pairs, Sums<S>& sums) {
-  float growth = Rows<typename S::Codes>::kGrowth;
-  if (a.low) {
-    sums.multiply(growth);
-    growth = 1.f;
-    add_adapters<S>(a, tile, sums);
-  }
-  if (!a.activation && a.halves == 1) store_rows<S, End::kSum>(a, tile, pairs, growth, sums);
-  else if (!a.activation) store_rows<S, End::kHalves>(a, tile, pairs, growth, sums);
-  else if (a.bias || a.cubic != 0.f || a.shift != 0.f || a.limit < kNoLimit) store_rows<S, End::kActivation>(a, tile, pairs, growth, sums);
-  else store_rows<S, End::kPlain>(a, tile, pairs, growth, sums);
+DEVICE void store_tile(const MarlinMoeGemm& a, const Tile& tile, const int32_t* pairs, const Sums<S>& sums) {
+  if (!a.activation && a.halves == 1) store_rows<S, End::kSum>(a, tile, pairs, sums);
+  else if (!a.activation) store_rows<S, End::kHalves>(a, tile, pairs, sums);
+  else if (a.bias || a.cubic != 0.f || a.shift != 0.f || a.limit < kNoLimit) store_rows<S, End::kActivation>(a, tile, pairs, sums);
+  else store_rows<S, End::kPlain>(a, tile, pairs, sums);
 }
 
 // Add up the warps along k, in the first of them.

@@ -77,16 +77,6 @@ struct Fetcher {
   }
 };
 
-// Eight 16-bit values from any address that holds them, of which the first `count` count, the others become zero.
-DEVICE void fetch_piece(uint8_t* target, const uint16_t* source, int count, bool aligned) {
-  if (aligned || count <= 0) return cp16(target, source, count > 0);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) words[i] = (2 * i < count ? source[2 * i] : 0u) | (2 * i + 1 < count ? (uint32_t)source[2 * i + 1] << 16 : 0u);
-  store_words(target, words[0], words[1]);
-  store_words(target + 8, words[2], words[3]);
-}
-
 // The LoRA tiles that meet a tile, as runs of rows that share one B, and of each the sixteens of its columns. Lane l of every warp
 // holds the record of LoRA tile first + l, asked for before the tile's products: a chain of loads would stand behind them otherwise.
 struct Addend {
@@ -155,7 +145,7 @@ DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage
 #pragma unroll(ALIGNED ? 8 : 1)
     for (int row = 0; row < kRows / HALVES; row += kRowsB, source += kRowsB * u.rank, target += kRowsB * 128) {
       if constexpr (ALIGNED) cp16(target, source, row < inside);
-      else fetch_piece(target, source, row < inside ? u.rank - r : 0, u.b_aligned());
+      else load_piece(target, source, row < inside ? u.rank - r : 0, u.b_aligned());
     }
   }
   const int piece = tid % kOfS, half = piece / 2 % HALVES, s_r = u.r0 + piece / (2 * HALVES) * 16 + (piece & 1) * 8;
@@ -166,7 +156,7 @@ DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage
   for (int row = tid / kOfS; row < note.rows; row += kRowsS, source += kRowsS * a.s_width, target += kRowsS * 128) {
     const bool mine = row >= low && row < high;
     if constexpr (ALIGNED) cp16(target, source, mine);
-    else fetch_piece(target, source, mine ? u.rank - s_r : 0, false);
+    else load_piece(target, source, mine ? u.rank - s_r : 0, false);
   }
 }
 

@@ -76,7 +76,7 @@ class Case:
         return None if self.by_pair else moe_lora_align_block_size(self.inputs()[1], None, self.experts, 0, op.SHAPES[self.config].block_tokens, 16)
 
     def adapters(self) -> Adapters | None:
-        """Runs of 5 rows of one adapter, cut where an expert ends, or single pairs; every second one has an A of its own for up."""
+        """Runs of 5 rows of one adapter in records of up to 3, cut where an expert ends, or single pairs; every second has an A of its own for up."""
         align = self.alignment()
         if not self.ranks:
             return None
@@ -85,12 +85,13 @@ class Case:
             return self._adapters_by_pair(ids.tolist(), g)
         ids = ids[align.sorted_pairs.long()]
         tiles = [t if i < int(align.counts[1]) else (0, 0, 0) for i, t in enumerate(align.base_tiles.tolist())]
-        records, place, row, valid = [], 0, 1, int(align.counts[0])
+        records, runs, place, row, valid = [], 0, 0, 1, int(align.counts[0])
         while row < valid:
             rows = next((i for i in range(1, 5) if row + i == valid or ids[row + i] != ids[row]), 5)
-            rank = self.ranks[len(records) % len(self.ranks)]
-            records.append((row, rows, rank, (len(records) % 2) * (self.halves == 2), place // 8))
-            row, place = row + rows + len(records) % 2, place + -(-self.rows * rank // 8) * 8
+            rank = self.ranks[runs % len(self.ranks)]
+            fields = rank, (runs % 2) * (self.halves == 2), place // 8
+            records += [(row + i, min(3, rows - i), *fields) for i in range(0, rows, 3)]
+            runs, row, place = runs + 1, row + rows + (runs + 1) % 2, place + -(-self.rows * rank // 8) * 8
         width = most * self.halves
         s, pool = torch.randn(len(ids), width, generator=g), torch.randn(place + 8, generator=g) * 0.1
         ranges = [(sum(r[0] + r[1] <= t[1] for r in records), sum(r[0] < t[1] + t[2] for r in records)) for t in tiles]

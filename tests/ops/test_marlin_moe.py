@@ -133,10 +133,11 @@ def test_emulated_gemm_adds_adapters_by_pair(driver: Path) -> None:
 
 @pytest.mark.parametrize("config", range(op.EVERYWHERE))
 def test_emulated_gemm_adds_adapters(driver: Path, config: int) -> None:
-    """Odd ranks and more than 16, with and without an A of its own for up; where blocks share a tile the last one adds."""
+    """Odd ranks and more than 16, with and without an A of its own for up; shared tiles, where the block of the last weights adds; many adapters in one."""
     base = Case(19, config=config, ranks=RANKS, k=512, rows=80)
     cases = [replace(base, halves=h, dtype=d, spec=spec) for d in op.DTYPES for h, spec in ((1, None), (2, None), (2, SILU))]
     cases += [replace(base, routing="some_invalid"), replace(base, sms=7, halves=2), replace(base, tokens=1), replace(base, ranks=(2,), bias=True)]
+    cases += [replace(base, routing="one_expert", ranks=ranks, top_k=1, tokens=64) for ranks in (RANKS, (8, 16))]
     check(driver, cases)
 
 
