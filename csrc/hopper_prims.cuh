@@ -89,6 +89,8 @@ DEVICE void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c
 #endif
 }
 
+DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }  // its first use is soon
+
 // A cluster of two blocks: the same box to the same place in both, counting on the same barrier of each.
 DEVICE int cluster_rank() {
   uint32_t rank = 0;
@@ -117,6 +119,18 @@ DEVICE void barrier_arrive_at(Barrier* barrier, int rank) {  // at the same barr
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
+      : "memory");
+#endif
+}
+// Four floats from the same place in the shared memory of that block of the cluster.
+DEVICE void load_floats_of(float (&r)[4], const float* p, int rank) {
+#if SM90
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
+      : "r"(shared_address(p)), "r"(rank)
       : "memory");
 #endif
 }
@@ -153,6 +167,26 @@ int launch_clusters(const Launch& how, unsigned cluster, void (*kernel)(Params..
   config.gridDim = dim3(how.blocks), config.blockDim = dim3(how.threads), config.dynamicSmemBytes = how.shared_bytes, config.stream = (cudaStream_t)how.stream;
   config.attrs = attributes, config.numAttrs = how.overlap ? 2 : 1;
   return (int)cudaLaunchKernelEx(&config, kernel, args...);
+}
+// A matrix [rows, columns] of 16-bit values for the copy engine, as chunks of 64 columns: a box is `box_rows` rows of `box_chunks` chunks, one chunk behind the other.
+inline int describe_chunks(TensorMap* map, const void* base, bool is_bf16, int rows, int columns, int box_rows, int box_chunks) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static Encode encode = nullptr;  // of the driver: looked up, so that the library needs no driver to load
+  if (!encode) {
+    cudaDriverEntryPointQueryResult found;
+    void* function = nullptr;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    if (error != cudaSuccess) return (int)error;
+    if (found != cudaDriverEntryPointSuccess) return (int)cudaErrorNotSupported;
+    encode = (Encode)function;
+  }
+  const cuuint64_t sizes[3] = {64, (cuuint64_t)rows, (cuuint64_t)columns / 64}, bytes[2] = {(cuuint64_t)columns * 2, 128};
+  const cuuint32_t box[3] = {64, (cuuint32_t)box_rows, (cuuint32_t)box_chunks}, steps[3] = {1, 1, 1};
+  const CUtensorMapDataType type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result = encode(map, type, 3, const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? 0 : (int)cudaErrorInvalidValue;
 }
 DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 DEVICE void copy_16_bytes(void* target, const void* source) { *(uint4*)target = *(const uint4*)source; }
@@ -293,16 +327,18 @@ constexpr uint64_t kKeep = 0, kStream = 1;
 inline void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t) {
   const TensorMap m = *map;
   uint8_t* out = (uint8_t*)target;
-  std::memset(out, 0xCD, (size_t)m.box[0] * m.box[1] * 2);
+  std::memset(out, 0xCD, (size_t)m.box[0] * m.box[1] * m.box[2] * 2);
   emu::barriers.at(barrier).copies.push_back([=] {
-    for (int row = 0; row < m.box[1]; row++)
+    for (int line = 0; line < m.box[1] * m.box[2]; line++)
       for (int i = 0; i < m.box[0]; i++) {
-        const bool inside = c0 + i < m.size[0] && c1 + row < m.size[1] && c2 < m.size[2];
-        const uint16_t value = inside ? m.base[c0 + i + (c1 + row) * m.stride[1] + c2 * m.stride[2]] : 0;
-        std::memcpy(swizzled(out + row * 128 + 2 * i), &value, 2);
+        const int row = c1 + line % m.box[1], plane = c2 + line / m.box[1];
+        const bool inside = c0 + i < m.size[0] && row < m.size[1] && plane < m.size[2];
+        const uint16_t value = inside ? m.base[c0 + i + row * m.stride[1] + plane * m.stride[2]] : 0;
+        std::memcpy(swizzled(out + line * 128 + 2 * i), &value, 2);
       }
   });
 }
+inline void prefetch_map(const TensorMap*) {}
 inline void barrier_arrive_after_copies(Barrier* barrier) {
   auto& copies = emu::barriers.at(barrier).copies;
   copies.push_back([open = std::move(emu::self().open)] { emu::copy_now(open); });
@@ -315,6 +351,11 @@ inline int cluster_rank() { return 0; }
 inline void sync_cluster() { emu::fail("no clusters here"); }
 inline void copy_box_to_both(void*, const TensorMap*, Barrier*, int, int, int, uint64_t) { emu::fail("no clusters here"); }
 inline void barrier_arrive_at(Barrier*, int) { emu::fail("no clusters here"); }
+inline void load_floats_of(float (&r)[4], const float* p, int) { std::memcpy(r, p, 16); }
+inline int describe_chunks(TensorMap* map, const void* base, bool, int rows, int columns, int box_rows, int box_chunks) {
+  *map = {(const uint16_t*)base, {64, rows, columns / 64}, {1, columns, 64}, {64, box_rows, box_chunks}};
+  return 0;
+}
 template <class... Params, class... Args>
 int launch_clusters(const Launch&, unsigned, void (*)(Params...), Args...) {
   emu::fail("no clusters here");

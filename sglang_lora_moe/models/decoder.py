@@ -21,6 +21,7 @@ from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec, select_experts
+from sglang_lora_moe.ops import skinny_linear
 from sglang_lora_moe.ops.lora_linear import linear_expand
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
@@ -113,7 +114,7 @@ class FusedDecoder:
         weights: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
         if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
             weights = (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
-        qkv = _plain(attention.qkv, low)(x)
+        qkv, low = _multiply(attention.qkv, x, low)
         if low is not None and not attention.norm_per_head:  # the norm needs all of a row
             qkv, low = linear_expand(qkv, low), None
         q = qk_norm_rope(
@@ -125,7 +126,7 @@ class FusedDecoder:
         out = backend.attend(q, paged, attention.sinks, o_low).flatten(1)
         if o_low is None:
             o_low = _begin(attention.o_proj, out)
-        return _plain(attention.o_proj, o_low)(out), o_low
+        return _multiply(attention.o_proj, out, o_low)
 
     def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
@@ -179,9 +180,13 @@ def _begin(linear: Any, x: torch.Tensor) -> Any:
     return linear.begin(x) if hasattr(linear, "begin") else None
 
 
-def _plain(linear: Any, plan: Any) -> Any:
-    """The linear without its adapters if they are taken care of."""
-    return linear if plan is None else linear.base
+def _multiply(linear: Any, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
+    """x [T, in] -> ([T, out], what the next kernel has yet to add to it or None). `low`: what was begun of the adapters' part, or None."""
+    base = _without_adapters(linear) if low is None else linear.base
+    shape = skinny_linear.shape_for(x, base.weight, low) if type(base) is Linear else None
+    if shape is not None:
+        return skinny_linear.skinny_linear(x, base.weight, base.bias, low, shape), None
+    return base(x), low
 
 
 def _norm(norm: RMSNorm) -> tuple[torch.Tensor, float]:

@@ -52,6 +52,8 @@ class PartTables:
         device, block = self.a.pool.device, 64
         blocks = [(p, n, first + n, rows) for p, (_, first, rows) in enumerate(parts) for n in range(0, rows, block)]
         self.block_n = block
+        starts = [first for _, first, _ in parts] + [self.rows]
+        self.starts = torch.tensor(starts, dtype=torch.int32, device=device)  # [parts + 1] first row of y of each part
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [blocks, (part, row in it, row of y, rows of the part)]
 
     @staticmethod

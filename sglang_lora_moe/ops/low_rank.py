@@ -72,6 +72,14 @@ NO_PAIR_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8
 
 
 @triton.jit
+def pdl_early(PDL: tl.constexpr):
+    """Let the kernel after this one start at once. For kernels before a linear alone: it reads weights and adapters before its wait, nothing
+    that a kernel of the step writes."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def pdl_wait(PDL: tl.constexpr):
     """Wait for the kernel before this one, then let the one after start. NOTE: every program must call it, exiting ones too;
     a dependent may then rely on all kernels before its predecessor being complete."""

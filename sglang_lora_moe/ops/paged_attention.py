@@ -20,7 +20,7 @@ import triton.language as tl
 
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, matrix_of
-from sglang_lora_moe.ops.low_rank import pdl_wait
+from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
@@ -179,6 +179,7 @@ def _merge_kernel(
 
     With SHRINK also s[head, token] = A[:, columns of the head] out[row], one head's share of A x of the linear that reads out next.
     """
+    pdl_early(PDL)
     row = tl.program_id(0).to(tl.int64)
     dims, splits = tl.arange(0, DV_PAD), tl.arange(0, SPLITS)
     if SHRINK:  # what no kernel of a step writes is read before attention is complete

@@ -110,10 +110,13 @@ def _qk_norm_rope_kernel(
         is_entry = (head < HQ + 2 * HKV)[:, None] & (slots < num_slots)[None, :]
         ranks, offsets = tl.load(rank_ptr + table, mask=is_entry, other=0), tl.load(offset_ptr + table, mask=is_entry, other=0)
         scalings = tl.load(scaling_ptr + table, mask=is_entry, other=0.0)
+    position = tl.load(positions_ptr + token)  # no kernel of a step writes what is read before the wait
+    cos = tl.load(cos_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cache_row = tl.load(kv_slots_ptr + token) * cache_stride
     pdl_wait(PDL)
     source = qkv_ptr + token * qkv_stride + head[:, None] * D + half[None, :]
     first, second = tl.load(source, mask=mask, other=0.0), tl.load(source + HALF, mask=mask, other=0.0)
-    position = tl.load(positions_ptr + token)
     if ADDEND:
         s_ptrs = s_ptr + token * s_stride + tl.where(head < HQ + 2 * HKV, part, 0) * width
         s = _head_s(s_ptrs, 0, width, split_stride, SPLITS, RANK_BLOCK)
@@ -127,10 +130,7 @@ def _qk_norm_rope_kernel(
     if NORM:
         a, b = _normed(a, b, head, half, inside, q_weight_ptr, k_weight_ptr, eps, HQ, HKV, D, WHOLE)
         a, b = a.to(first.dtype).to(tl.float32), b.to(first.dtype).to(tl.float32)  # transformers rounds between norm and rope
-    cos = tl.load(cos_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     low, high = (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
-    cache_row = tl.load(kv_slots_ptr + token) * cache_stride
     q_target = q_out_ptr + (token * HQ + head)[:, None] * D + half[None, :]
     tl.store(q_target, low, mask=mask & (head < HQ)[:, None])
     tl.store(q_target + HALF, high, mask=mask & (head < HQ)[:, None])

@@ -27,7 +27,7 @@ from sglang_lora_moe.ops.lora_linear import (
     shrink_tile,
     tile_rows,
 )
-from sglang_lora_moe.ops.low_rank import pdl_wait
+from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
 NARROW_MIN = 133  # tokens from which such a norm takes few registers, so that two programs fit on a multiprocessor (132 on an H200)
 ADD_ROWS_MAX = 256  # tokens up to which a norm that adds what adapters add to x owns one token a program
@@ -41,6 +41,7 @@ def _rms_norm_kernel(
     RANK_BLOCKS: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (t, 0) norms token t, held in registers. With SHRINK programs (t, 1 + j) norm it too, each for one block of ranks of one part."""
+    pdl_early(PDL)
     cols = tl.arange(0, BLOCK)
     mask = cols < H
     token, job = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -1,0 +1,37 @@
+// A linear layer of few tokens with 16-bit weights for sm_90, with the adapters' part of its output. No torch, no CUDA header.
+// Formulas in words: sglang_lora_moe/ops/skinny_linear.py.
+#pragma once
+#include <stdint.h>
+
+extern "C" {
+
+// out[t] = w x[t] + bias + scaling[slot(t), part] * B(slot(t), part) s[t, part] for the rows of every part
+struct SkinnyLinear {
+  const void* x;     // [m, k]
+  const void* w;     // [n, k]
+  const void* bias;  // [n], or null
+  void* out;         // [m, n]
+  const float* s;          // [s_splits, m, parts, width], the sum over its splits is A x; null: no adapters, and the fields down to max_rank unused
+  const float* row_scale;  // [m] that s is yet to be multiplied by, or null
+  const int32_t* slots;    // [m], -1 = no adapter
+  const int32_t* ordered;  // [m] the slots in ascending order
+  const void* pool;        // of B: rows of part p in slot e at offset[p * part_stride + e], [rows of p, rank], likewise:
+  const int64_t* offset;
+  const int32_t* rank;
+  const float* scaling;
+  const int32_t* starts;   // [parts + 1] first row of each part, then n
+  int32_t part_stride, parts, s_splits, width, num_slots, max_rank;
+  int32_t m, n, k;         // m <= 64; n a multiple of 8, k of 64
+  int32_t is_bf16;
+  int32_t rows;            // of w in a block: a multiple of 8 up to 144
+  int32_t splits;          // blocks of a cluster, which share the columns of w: 1, 2, 4 or 8
+  int32_t overlap;         // start beside the end of the kernel before
+  int32_t group;           // chunks of 64 columns that come with one copy: 2 or more
+};
+
+// Bytes of shared memory that a block needs; more than the device gives: this shape cannot run.
+int64_t skinny_linear_shared_bytes(const SkinnyLinear* arguments);
+
+// Enqueue on `stream`. Returns a cudaError_t, 0 = success. Never synchronises; safe to capture.
+int skinny_linear(const SkinnyLinear* arguments, void* stream);
+}

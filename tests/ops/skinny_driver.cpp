@@ -1,0 +1,47 @@
+// Runs one case from stdin through csrc/skinny_linear.cu on the emulator. Each buffer is a heap block of its exact size, out poisoned.
+// In: the fields of Case, then x, w, bias, s, row scales, slots, ordered slots, pool, offsets, ranks, scalings, starts. Out: out.
+#include <cstdio>
+#include <vector>
+
+#include "../../csrc/skinny_linear.cu"
+
+namespace {
+
+struct Case {
+  int32_t order_seed, m, n, k, is_bf16, has_bias, has_addend, has_scale, parts, s_splits, width, max_rank, part_stride, num_slots, entries, rows, group;
+  int64_t pool;
+};
+
+template <class T>
+std::vector<T> read(int64_t count) {
+  std::vector<T> values(count);
+  if (count && std::fread(values.data(), sizeof(T), values.size(), stdin) != values.size()) std::exit(2);
+  return values;
+}
+
+}  // namespace
+
+int main() {
+  const Case c = read<Case>(1)[0];
+  emu::order_seed = (uint64_t)c.order_seed;
+  const bool low = c.has_addend;
+  const auto x = read<uint16_t>((int64_t)c.m * c.k);
+  const auto w = read<uint16_t>((int64_t)c.n * c.k);
+  const auto bias = read<uint16_t>(c.has_bias ? c.n : 0);
+  const auto s = read<float>(low ? (int64_t)c.s_splits * c.m * c.parts * c.width : 0);
+  const auto row_scale = read<float>(c.has_scale ? c.m : 0);
+  const auto slots = read<int32_t>(low ? c.m : 0);
+  const auto ordered = read<int32_t>(low ? c.m : 0);
+  const auto pool = read<uint16_t>(c.pool);
+  const auto offset = read<int64_t>(c.entries);
+  const auto rank = read<int32_t>(c.entries);
+  const auto scaling = read<float>(c.entries);
+  const auto starts = read<int32_t>(low ? c.parts + 1 : 0);
+  std::vector<uint16_t> out((int64_t)c.m * c.n, 0xCDCD);
+  SkinnyLinear a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), low ? s.data() : nullptr, c.has_scale ? row_scale.data() : nullptr, slots.data(),
+                    ordered.data(), pool.data(), offset.data(), rank.data(), scaling.data(), starts.data(), c.part_stride, c.parts, c.s_splits, c.width, c.num_slots, c.max_rank,
+                    c.m, c.n, c.k, c.is_bf16, c.rows, 1, 0, c.group};
+  const int error = skinny_linear(&a, nullptr);
+  std::fwrite(out.data(), 2, out.size(), stdout);
+  return error;
+}

@@ -1,0 +1,163 @@
+"""The linear of few tokens with its adapters: on the emulator under AddressSanitizer and UBSan; on a Hopper GPU the operator itself, in clusters too."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.targets import LinearTarget
+from sglang_lora_moe.lora.weights import LinearLoRA
+from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
+from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, shape_for, shape_of, skinny_linear
+from tests.moe_cases import Noise, generator, make_token_slots
+from tests.ops import ahead
+from tests.references import ref_linear, relative_error
+
+DRIVER = Path(__file__).parent / "skinny_driver.cpp"
+GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
+SPLITS = [1, 2, 4, 8] if GPU else [1]
+
+
+def waits_for(item: pytest.Item) -> ahead.Command | None:
+    return None if GPU else ahead.emulated(DRIVER)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The operator on CPU tensors is the emulated kernel."""
+    if GPU:
+        yield
+        return
+    driver, order = request.getfixturevalue("driver"), 0
+
+    def run(
+        x, w, bias, s, row_scale, slots, ordered, pool, offset, rank, scaling, starts, out, part_stride, max_rank, rows, splits, group, overlap,
+    ) -> None:  # fmt: skip
+        nonlocal order
+        order += 1
+        assert splits == 1
+        parts = 0 if s is None else s.shape[2]
+        entries = 0 if s is None else (parts - 1) * part_stride + rank.numel()
+        tables = [None if t is None else t.as_strided((entries,), (1,)) for t in (offset, rank, scaling)]
+        fields = (
+            order % 4, x.shape[0], w.shape[0], x.shape[1], x.dtype == torch.bfloat16, bias is not None, s is not None, row_scale is not None, parts,
+            0 if s is None else s.shape[0], 0 if s is None else s.shape[3], max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, group,
+        )  # fmt: skip
+        head = struct.pack("17ixxxxq", *map(int, fields), 0 if pool is None else pool.numel())
+        tensors = [
+            t.contiguous().view(torch.uint8).numpy().tobytes() for t in (x, w, bias, s, row_scale, slots, ordered, pool, *tables, starts) if t is not None
+        ]
+        done = subprocess.run([driver], input=head + b"".join(tensors), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        out.copy_(torch.frombuffer(bytearray(done.stdout), dtype=out.dtype).view(out.shape))
+
+    library = torch.library.Library("sglang_lora_moe", "IMPL")
+    library.impl("skinny_linear", run, "CPU")
+    yield
+    library._destroy()
+
+
+def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: str, s_splits: int, noise: Noise, *, scaled: bool, max_rank: int) -> tuple:
+    """(addend, stacks, slots of the tokens, and their x A^T is what s holds for `x`)."""
+    g = noise.generator
+    names = [f"part{i}" for i in range(len(parts))]
+    pool = LoRAMemoryPool([LinearTarget(name, k, rows) for name, rows in zip(names, parts, strict=True)], slots, max_rank, noise.dtype, DEVICE)
+    pool.pool.fill_(float("nan"))
+    for slot in range(slots):
+        rank = (16, max_rank, 1, 7)[slot % 4]
+        some = [(name, rows) for i, (name, rows) in enumerate(zip(names, parts, strict=True)) if slot % 4 != 3 or i == slot % len(parts)]
+        pool.write(slot, SimpleNamespace(modules={n: LinearLoRA(noise(rank, k, std=k**-0.5), noise(r, rank, std=rank**-0.5), 0.5 + slot % 3) for n, r in some}))
+    token_slots = make_token_slots(popularity, m, slots, g, base_share=0.2)
+    firsts = [sum(parts[:i]) for i in range(len(parts))]
+    stacks = [pool.stacks_for(name) for name in names]
+    tables = PartTables(list(zip(stacks, firsts, parts, strict=True)))
+    s = torch.full((s_splits, m, len(parts), tables.a.shrink_width), float("nan"), device=DEVICE)
+    scale = torch.rand(m, generator=g, device=DEVICE) + 0.5 if scaled else None
+    ordered, order = token_slots.sort(stable=True)
+    return LinearAddend(s, tables, token_slots, order.int(), ordered, scale), stacks, token_slots
+
+
+def fill(addend: LinearAddend, x: torch.Tensor) -> None:
+    """s of x, in uneven shares; entries beyond a rank stay NaN, as do those of tokens without an adapter."""
+    splits, tables = addend.s.shape[0], addend.tables
+    share = torch.rand(splits, device=x.device) + 0.1
+    share /= share.sum()
+    for token, slot in enumerate(addend.slots.tolist()):
+        for part in range(tables.num_parts if slot >= 0 else 0):
+            entry = torch.tensor(part * tables.stride + slot)
+            rank, offset = (int(t.as_strided((1,), (1,), t.storage_offset() + int(entry))) for t in (tables.a.rank, tables.a.offset))
+            a = tables.a.pool[offset : offset + rank * tables.a.dim].view(rank, tables.a.dim).float()
+            low = a @ x[token].float() / (1 if addend.row_scale is None else addend.row_scale[token])
+            addend.s[:, token, part, :rank] = low * share[:, None]
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "n", "k", "rows", "group"), [(1, 40, 1088, 16, 2), (9, 200, 1024, 80, 3), (37, 104, 1152, 48, 4), (64, 520, 1024, 72, 2)])
+def test_base(m: int, n: int, k: int, rows: int, group: int, dtype: torch.dtype, splits: int) -> None:
+    noise = Noise(generator(m, DEVICE), dtype)
+    x, w, bias = noise(m, k), noise(n, k, std=k**-0.5), noise(n)
+    for b in (None, bias):
+        found = skinny_linear(x, w, b, None, (rows, splits, group))
+        want = torch.nn.functional.linear(x.float(), w.float(), None if b is None else b.float())
+        assert relative_error(found, want) < 3e-3
+        assert torch.equal(found, skinny_linear(x, w, b, None, (rows, splits, group)))
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "slots", "popularity", "s_splits", "scaled", "max_rank"),
+    [(1, 1, "identical", 1, False, 16), (5, 4, "uniform", 3, False, 40), (40, 9, "zipf", 2, True, 22), (64, 64, "distinct", 8, False, 64)],
+)
+def test_adapters(m: int, slots: int, popularity: str, s_splits: int, scaled: bool, max_rank: int, dtype: torch.dtype, splits: int) -> None:
+    parts, k = (72, 16, 24), 1024
+    noise = Noise(generator(m, DEVICE), dtype)
+    x, w = noise(m, k), noise(sum(parts), k, std=k**-0.5)
+    addend, stacks, token_slots = make_addend(parts, k, m, slots, popularity, s_splits, noise, scaled=scaled, max_rank=max_rank)
+    fill(addend, x)
+    found, plain = skinny_linear(x, w, None, addend, (48, splits, 2)), skinny_linear(x, w, None, None, (48, splits, 2))
+    assert relative_error(found, ref_linear(x, w, None, stacks, token_slots)) < 5e-3
+    assert torch.equal(found[token_slots < 0], plain[token_slots < 0]), "rows without an adapter changed"
+    assert torch.equal(found, skinny_linear(x, w, None, addend, (48, splits, 2))), "two runs differ"
+
+
+def test_rule() -> None:
+    """Weights that one wave of blocks can hold, and no others."""
+    assert shape_of(5120, 2048, 132) is not None and shape_of(2048, 4096, 132) is not None
+    assert shape_of(151936, 2048, 132) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 16, MOST_TOKENS])
+def test_by_the_rule(m: int, dtype: torch.dtype) -> None:
+    """The widths of Qwen3-30B-A3B, in a captured graph too."""
+    noise = Noise(generator(m, DEVICE), dtype)
+    for parts, k in (((4096, 512, 512), 2048), ((2048,), 4096)):
+        x, w = noise(m, k), noise(sum(parts), k, std=k**-0.5)
+        addend, stacks, token_slots = make_addend(parts, k, m, 8, "uniform", 4, noise, scaled=True, max_rank=64)
+        fill(addend, x)
+        shape = shape_for(x, w, addend)
+        assert shape is not None
+        found = skinny_linear(x, w, None, addend, shape)
+        assert relative_error(found, ref_linear(x, w, None, stacks, token_slots)) < 5e-3
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = skinny_linear(x, w, None, addend, shape)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, out), "the replay differs"
+    assert shape_for(x.float(), w.float(), None) is None and shape_for(x.expand(MOST_TOKENS + 1, -1, -1)[:, 0], w, None) is None
