@@ -7,7 +7,7 @@ there and no request ever owns it. Every other page is in exactly one of three s
     in use    at least one request holds it (reference count > 0); full pages may also be known to the prefix cache
     cached    no request holds it, but the prefix cache knows its content and may hand it out again, or evict it
 
-so `free + cached + in use == total`, which `tests/engine/books.py` asserts. The content of a full page is named by a hash chain:
+so `free + cached + in use == total`, which `tests/books.py` asserts. The content of a full page is named by a hash chain:
 
     key(root) = the adapter's revision, or "base";   key(page) = hash(key(parent), tokens of the page)
 
