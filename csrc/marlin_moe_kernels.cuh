@@ -45,8 +45,17 @@ DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, 
   for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, d, w, s, l, i, i >= loaded), cp_commit();
 }
 
+// Blocks of a multiprocessor that registers are shared among: no more than fit its memory, which before Hopper is 164 KB at most.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <class S>
-KERNEL void __launch_bounds__(S::kThreads, S::kBlocks) gemm(MarlinMoeGemm a, Derived d) {
+constexpr int kResident = S::kBlocks * S::kStages * S::kStageBytes <= 164 * 1024 ? S::kBlocks : 164 * 1024 / (S::kStages * S::kStageBytes);
+#else
+template <class S>
+constexpr int kResident = S::kBlocks;
+#endif
+
+template <class S>
+KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, Derived d) {
   SMEM_DECL;
   if (!a.early) wait_for_previous_kernel();
   if (!a.early || (a.early == 2 && !a.tiles)) allow_next_kernel();  // by pair the next is the second shrink, which reads nothing of the first one's
