@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # which imports Triton
 UNIT, ROW_PADDING, K_PADDING = 32, 128, 128
 GROUP_SIZES = (32, 64, 128)  # and one group for each row
 DTYPES = (torch.bfloat16, torch.float16)
+MOST_POOL_BYTES = 1 << 36  # the kernels count places in adapters in pieces of 16 bytes, in 32 bits
 
 LIBRARY.define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) packed) -> ()")
 LIBRARY.define(
@@ -217,6 +218,9 @@ def _addend_args(addend: LowRank | None) -> tuple[torch.Tensor | None, torch.Ten
     if addend is None:
         return None, None, None, None, 0
     assert addend.records is not None, "the GEMM needs an addend with records"
+    if addend.b.pool.nbytes > MOST_POOL_BYTES:
+        found = addend.b.pool.nbytes / 2**30
+        raise ValueError(f"marlin_moe_gemm: the adapter pool has {found:.0f} GiB of at most 64: lower --max-loras-per-batch or --max-lora-rank")
     return addend.s, addend.b.pool, addend.records, addend.ranges, addend.b.max_rank
 
 

@@ -6,6 +6,7 @@ import itertools
 import struct
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,6 +248,15 @@ def test_gpu_gemm_up_to_4097_tokens(config: int) -> None:
         check_on_gpu(replace(base, routing=routing, halves=halves, spec=SILU if halves == 2 else None))
     for tokens in (1, 2, 127, 257, 2049):
         check_on_gpu(replace(base, tokens=tokens))
+
+
+def test_pool_beyond_32_bit_places_is_refused() -> None:
+    def addend(elements: int) -> Any:
+        return SimpleNamespace(records=1, s=2, ranges=3, b=SimpleNamespace(pool=torch.empty(elements, dtype=torch.bfloat16, device="meta"), max_rank=16))
+
+    assert op._addend_args(addend(1 << 35))[2:] == (1, 3, 16)
+    with pytest.raises(ValueError, match="has 65 GiB of at most 64: lower --max-loras-per-batch or --max-lora-rank"):
+        op._addend_args(addend(65 << 29))
 
 
 @pytest.mark.gpu
