@@ -168,8 +168,9 @@ int launch_clusters(const Launch& how, unsigned cluster, void (*kernel)(Params..
   config.attrs = attributes, config.numAttrs = how.overlap ? 2 : 1;
   return (int)cudaLaunchKernelEx(&config, kernel, args...);
 }
-// A matrix [rows, columns] of 16-bit values for the copy engine, as chunks of 64 columns: a box is `box_rows` rows of `box_chunks` chunks, one chunk behind the other.
-inline int describe_chunks(TensorMap* map, const void* base, bool is_bf16, int rows, int columns, int box_rows, int box_chunks) {
+// 16-bit values [size[2], size[1], size[0]] for the copy engine, lines of size[0] next to each other; the outer strides in elements. Boxes of
+// box[2] x box[1] lines of 64 values arrive swizzled by the last three bits of the line.
+inline int describe_boxes(TensorMap* map, const void* base, bool is_bf16, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3]) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static Encode encode = nullptr;  // of the driver: looked up, so that the library needs no driver to load
@@ -181,10 +182,10 @@ inline int describe_chunks(TensorMap* map, const void* base, bool is_bf16, int r
     if (found != cudaDriverEntryPointSuccess) return (int)cudaErrorNotSupported;
     encode = (Encode)function;
   }
-  const cuuint64_t sizes[3] = {64, (cuuint64_t)rows, (cuuint64_t)columns / 64}, bytes[2] = {(cuuint64_t)columns * 2, 128};
-  const cuuint32_t box[3] = {64, (cuuint32_t)box_rows, (cuuint32_t)box_chunks}, steps[3] = {1, 1, 1};
+  const cuuint64_t sizes[3] = {size[0], size[1], size[2]}, bytes[2] = {stride[0] * 2, stride[1] * 2};
+  const cuuint32_t boxes[3] = {box[0], box[1], box[2]}, steps[3] = {1, 1, 1};
   const CUtensorMapDataType type = is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(map, type, 3, const_cast<void*>(base), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  const CUresult result = encode(map, type, 3, const_cast<void*>(base), sizes, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : (int)cudaErrorInvalidValue;
 }
@@ -352,8 +353,9 @@ inline void sync_cluster() { emu::fail("no clusters here"); }
 inline void copy_box_to_both(void*, const TensorMap*, Barrier*, int, int, int, uint64_t) { emu::fail("no clusters here"); }
 inline void barrier_arrive_at(Barrier*, int) { emu::fail("no clusters here"); }
 inline void load_floats_of(float (&r)[4], const float* p, int) { std::memcpy(r, p, 16); }
-inline int describe_chunks(TensorMap* map, const void* base, bool, int rows, int columns, int box_rows, int box_chunks) {
-  *map = {(const uint16_t*)base, {64, rows, columns / 64}, {1, columns, 64}, {64, box_rows, box_chunks}};
+inline int describe_boxes(TensorMap* map, const void* base, bool, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3]) {
+  map->base = (const uint16_t*)base;
+  for (int i = 0; i < 3; i++) map->size[i] = (int64_t)size[i], map->stride[i] = i ? (int64_t)stride[i - 1] : 1, map->box[i] = (int)box[i];
   return 0;
 }
 template <class... Params, class... Args>

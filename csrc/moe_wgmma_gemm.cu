@@ -496,29 +496,7 @@ KERNEL void __launch_bounds__(kThreads, 1) gemm(const MoeWgmmaGemm a, const GRID
 int describe(const MoeWgmmaGemm& a, TensorMap* map) {
   const uint64_t size[3] = {(uint64_t)a.k, (uint64_t)a.n, (uint64_t)a.halves * a.experts}, stride[2] = {(uint64_t)a.k, (uint64_t)a.n * a.k};  // in elements
   const uint32_t box[3] = {kK, kRows / 2, 1};
-#ifdef __CUDACC__
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static Encode encode = nullptr;  // of the driver: looked up, so that the library needs no driver to load
-  if (!encode) {
-    cudaDriverEntryPointQueryResult found;
-    void* function = nullptr;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess) return (int)error;
-    if (found != cudaDriverEntryPointSuccess) return (int)cudaErrorNotSupported;
-    encode = (Encode)function;
-  }
-  const cuuint64_t sizes[3] = {size[0], size[1], size[2]}, bytes[2] = {stride[0] * 2, stride[1] * 2};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  const CUtensorMapDataType type = a.is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(map, type, 3, const_cast<void*>(a.w), sizes, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? 0 : (int)cudaErrorInvalidValue;
-#else
-  map->base = (const uint16_t*)a.w;
-  for (int i = 0; i < 3; i++) map->size[i] = (int64_t)size[i], map->stride[i] = i ? (int64_t)stride[i - 1] : 1, map->box[i] = (int)box[i];
-  return 0;
-#endif
+  return describe_boxes(map, a.w, a.is_bf16, size, stride, box);
 }
 
 template <class T, int HALVES>

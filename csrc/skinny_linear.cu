@@ -96,8 +96,6 @@ DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // t
 
 // ---- weights and tokens ----------------------------------------------------------------------------------------------------------------
 
-DEVICE int at_most(int a, int b) { return a < b ? a : b; }
-
 DEVICE void fetch_weights(const SkinnyLinear& a, const TensorMap& w_map, const Shared& shared, const Part& part) {
   const int bytes = a.group * a.rows * 128;
   uint8_t* target = shared.w;
@@ -147,16 +145,6 @@ DEVICE void list_sixteens(const SkinnyLinear& a, const Layout& l, const Shared& 
   if (lane_index() == 0) *shared.count = (total - part.rank + a.splits - 1) >> l.shift;
 }
 
-// Eight 16-bit values from any address that holds them, of which the first `count` count, the others become zero.
-DEVICE void fetch_piece(uint8_t* target, const uint16_t* source, int count, bool aligned) {
-  if (aligned || count <= 0) return cp16(target, source, count > 0);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) words[i] = (2 * i < count ? source[2 * i] : 0u) | (2 * i + 1 < count ? (uint32_t)source[2 * i + 1] << 16 : 0u);
-  store_words(target, words[0], words[1]);
-  store_words(target + 8, words[2], words[3]);
-}
-
 // Four values of s of a token from r on, summed over the splits, those beyond the rank zero.
 DEVICE void load_s(const SkinnyLinear& a, float (&sum)[4], int token, const Sixteen& u, int r) {
   const float* s = a.s + ((int64_t)token * a.parts + u.part) * a.width + r;
@@ -195,7 +183,7 @@ DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared
       const Sixteen u = list[piece >> 1];
       const int n = part.n0 + row - a.starts[u.part];
       const bool inside = n >= 0 && part.n0 + row < a.starts[u.part + 1];
-      fetch_piece(piece_of(shared.low_b, row, piece), (const uint16_t*)a.pool + u.place + (int64_t)(inside ? n : 0) * u.rank + r, inside ? u.rank - u.r0 - r : 0, u.rank % 8 == 0);
+      load_piece(piece_of(shared.low_b, row, piece), (const uint16_t*)a.pool + u.place + (int64_t)(inside ? n : 0) * u.rank + r, inside ? u.rank - u.r0 - r : 0, u.rank % 8 == 0);
     }
     for (int index = tid; index < a.m * 8; index += kPreparing) {
       uint8_t* const target = piece_of(shared.low_s, index >> 3, index & 7);
@@ -347,6 +335,11 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
 #endif
 }
 
+// A matrix [rows, columns] for the copy engine, as chunks of 64 columns: a box is `box_rows` rows of `group` chunks, one chunk behind the other.
+int describe_chunks(TensorMap* map, const void* base, const SkinnyLinear& a, int rows, int box_rows) {
+  return describe_boxes(map, base, a.is_bf16, {64, (uint64_t)rows, (uint64_t)a.k / 64}, {(uint64_t)a.k, 64}, {64, (uint32_t)box_rows, (uint32_t)a.group});
+}
+
 template <class T>
 int dispatch(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
   const Launch how = {(unsigned)(divide_up(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
@@ -363,8 +356,8 @@ extern "C" int skinny_linear(const SkinnyLinear* arguments, void* stream) {
   const Layout l = layout_of(a);
   TensorMap w, x;
   if (l.total > kMostShared) return kTooLarge;
-  int error = describe_chunks(&w, a.w, a.is_bf16, a.n, a.k, a.rows, a.group);
-  if (error == 0) error = describe_chunks(&x, a.x, a.is_bf16, a.m, a.k, l.x_bytes / 128, a.group);
+  int error = describe_chunks(&w, a.w, a, a.n, a.rows);
+  if (error == 0) error = describe_chunks(&x, a.x, a, a.m, l.x_bytes / 128);
   if (error != 0) return error;
   return a.is_bf16 ? dispatch<BFloat16>(a, l, w, x, stream) : dispatch<Float16>(a, l, w, x, stream);
 }

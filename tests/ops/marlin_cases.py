@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import struct
-import subprocess
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -164,12 +162,6 @@ def encode_gemm(case: Case) -> bytes:
     tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, sorted_pairs, ids, *low)
     blobs = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None and t.numel())
     return struct.pack("31i4f", *map(int, head), *formula) + blobs
-
-
-def emulate(driver: Path, blob: bytes) -> bytes:
-    run = subprocess.run([driver], input=blob, capture_output=True)
-    assert run.returncode == 0, f"exit {run.returncode}: {run.stderr.decode()[-4000:]}"
-    return run.stdout
 
 
 def unpack_weight(weight: op.MarlinWeight) -> WNA16Weight:

@@ -1,10 +1,8 @@
 // Runs cases from stdin through csrc/marlin_moe.cu on the emulator. Each buffer is a heap block of its exact size, poisoned.
 // In: 35 int32 (see Case), then for a repack the codes, for a GEMM the tensors in the order of `run_gemm`. Out: packed, or out and arrivals.
-#include <cstdio>
-#include <vector>
-
 #include "../../csrc/marlin_moe.cu"
 #include "../../csrc/marlin_moe_int8.cu"
+#include "driver_input.h"
 
 namespace {
 
@@ -14,13 +12,6 @@ struct Case {
   int32_t groups, group_size, has_zeros, has_bias, is_bf16, has_tiles, tiles, pairs, top_k, x_rows, out_rows, out_columns, activation, gather, scatter, sorted, low_width, low_max_rank, low_pool, low_records;
   float alpha, cubic, limit, shift;
 };
-
-template <class T>
-std::vector<T> read(int64_t count) {
-  std::vector<T> values(count);
-  if (count && std::fread(values.data(), sizeof(T), values.size(), stdin) != values.size()) std::exit(2);
-  return values;
-}
 
 template <class T>
 void write(const std::vector<T>& values) {

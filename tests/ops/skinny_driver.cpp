@@ -1,9 +1,7 @@
 // Runs one case from stdin through csrc/skinny_linear.cu on the emulator. Each buffer is a heap block of its exact size, out poisoned.
 // In: the fields of Case, then x, w, bias, s, row scales, slots, ordered slots, pool, offsets, ranks, scalings, starts. Out: out.
-#include <cstdio>
-#include <vector>
-
 #include "../../csrc/skinny_linear.cu"
+#include "driver_input.h"
 
 namespace {
 
@@ -11,13 +9,6 @@ struct Case {
   int32_t order_seed, m, n, k, is_bf16, has_bias, has_addend, has_scale, parts, s_splits, width, max_rank, part_stride, num_slots, entries, rows, group;
   int64_t pool;
 };
-
-template <class T>
-std::vector<T> read(int64_t count) {
-  std::vector<T> values(count);
-  if (count && std::fread(values.data(), sizeof(T), values.size(), stdin) != values.size()) std::exit(2);
-  return values;
-}
 
 }  // namespace
 

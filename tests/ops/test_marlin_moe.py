@@ -16,7 +16,8 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import marlin_moe as op
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack
 from tests.moe_cases import generator
-from tests.ops.marlin_cases import Case, emulate, encode_gemm, encode_repack, unpack_weight
+from tests.ops import emulator
+from tests.ops.marlin_cases import Case, encode_gemm, encode_repack, unpack_weight
 from tests.references import keep_error, relative_error
 
 DRIVER = Path(__file__).parent / "marlin_driver.cpp"
@@ -60,17 +61,17 @@ def test_repack_is_exact(device: str, bits: int, group: int, zeros: bool, dtype:
 def test_emulated_repack_equals_torch(driver: Path, bits: int) -> None:
     for (rows, k), halves in itertools.product(WIDTHS, (1, 2)):
         weight = random_weight(2, rows, k, bits, k, False, torch.bfloat16)
-        found = torch.frombuffer(bytearray(emulate(driver, encode_repack(weight, halves))), dtype=torch.int32)
+        found = torch.frombuffer(emulator.answer(driver, encode_repack(weight, halves)), dtype=torch.int32)
         assert torch.equal(found, op.marlin_moe_repack(weight, halves).packed.flatten()), f"{rows} x {k}, halves {halves}"
 
 
 def test_shapes_are_those_of_the_kernels(driver: Path) -> None:
-    found = torch.frombuffer(bytearray(emulate(driver, struct.pack("35i", 2, *[0] * 34))), dtype=torch.int32).view(-1, 6).tolist()
+    found = torch.frombuffer(emulator.answer(driver, struct.pack("35i", 2, *[0] * 34)), dtype=torch.int32).view(-1, 6).tolist()
     assert found == [list(astuple(shape)) for shape in op.SHAPES[: op.EVERYWHERE]]
 
 
 def check(driver: Path, cases: list[Case]) -> None:
-    words = torch.frombuffer(bytearray(emulate(driver, b"".join(map(encode_gemm, cases)))), dtype=torch.int16)
+    words = torch.frombuffer(emulator.answer(driver, b"".join(map(encode_gemm, cases))), dtype=torch.int16)
     for case in cases:
         expected, written = case.expected()
         found, words = words[: expected.numel()].view(case.dtype).view(expected.shape), words[expected.numel() :]
@@ -160,7 +161,7 @@ def assert_are_weights(found: torch.Tensor, case: Case) -> None:
 @pytest.mark.parametrize("sizes", [1.0, 2.0**20, 2.0**-60])
 def test_emulated_weights_are_rounded_once(driver: Path, sizes: float) -> None:
     case = weights_case(2, sizes)
-    words = torch.frombuffer(bytearray(emulate(driver, encode_gemm(case))), dtype=torch.bfloat16)
+    words = torch.frombuffer(emulator.answer(driver, encode_gemm(case)), dtype=torch.bfloat16)
     assert_are_weights(words.view(128, 128), case)
 
 

@@ -4,7 +4,6 @@ on a Hopper GPU the operator itself, also in clusters, which the emulator does n
 from __future__ import annotations
 
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
 from tests.moe.test_triton import check, check_on_gpu
 from tests.moe_cases import LAYOUTS, POPULARITIES, full_grid, generator, make_case, make_topk_ids
-from tests.ops import ahead
+from tests.ops import ahead, emulator
 from tests.references import assert_near
 
 DRIVER = Path(__file__).parent / "wgmma_driver.cpp"
@@ -56,19 +55,12 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
             tiles.shape[0], s is not None, 0 if s is None else s.shape[2], max_rank, 0 if records is None else records.shape[0], gather, scatter, group, blocks,
         )  # fmt: skip
         head = struct.pack("19i4fxxxxq", *map(int, fields), alpha, cubic, limit, shift, 0 if pool is None else pool.numel())
-        tensors = [
-            t.contiguous().view(torch.uint8).numpy().tobytes() for t in (x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges) if t is not None
-        ]
-        done = subprocess.run([driver], input=head + b"".join(tensors), capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
-        written = torch.frombuffer(bytearray(done.stdout), dtype=torch.int16).view(out.shape)
+        answer = emulator.answer(driver, head, x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges)
+        written = torch.frombuffer(answer, dtype=torch.int16).view(out.shape)
         rows = (written != 0xCDCD - 65536).any(1)
         out[rows] = written.view(out.dtype)[rows]
 
-    library = torch.library.Library("sglang_lora_moe", "IMPL")
-    library.impl("moe_wgmma_gemm", gemm, "CPU")
-    yield
-    library._destroy()
+    yield from emulator.implemented("moe_wgmma_gemm", gemm)
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)

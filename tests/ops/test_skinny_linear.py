@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
 from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, shape_for, shape_of, skinny_linear
 from tests.moe_cases import Noise, generator, make_token_slots
-from tests.ops import ahead
+from tests.ops import ahead, emulator
 from tests.references import ref_linear, relative_error
 
 DRIVER = Path(__file__).parent / "skinny_driver.cpp"
@@ -56,17 +55,10 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
             0 if s is None else s.shape[0], 0 if s is None else s.shape[3], max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, group,
         )  # fmt: skip
         head = struct.pack("17ixxxxq", *map(int, fields), 0 if pool is None else pool.numel())
-        tensors = [
-            t.contiguous().view(torch.uint8).numpy().tobytes() for t in (x, w, bias, s, row_scale, slots, ordered, pool, *tables, starts) if t is not None
-        ]
-        done = subprocess.run([driver], input=head + b"".join(tensors), capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
-        out.copy_(torch.frombuffer(bytearray(done.stdout), dtype=out.dtype).view(out.shape))
+        written = emulator.answer(driver, head, x, w, bias, s, row_scale, slots, ordered, pool, *tables, starts)
+        out.copy_(torch.frombuffer(written, dtype=out.dtype).view(out.shape))
 
-    library = torch.library.Library("sglang_lora_moe", "IMPL")
-    library.impl("skinny_linear", run, "CPU")
-    yield
-    library._destroy()
+    yield from emulator.implemented("skinny_linear", run)
 
 
 def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: str, s_splits: int, noise: Noise, *, scaled: bool, max_rank: int) -> tuple:

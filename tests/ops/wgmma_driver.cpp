@@ -1,9 +1,7 @@
 // Runs one case from stdin through csrc/moe_wgmma_gemm.cu on the emulator. Each buffer is a heap block of its exact size, out poisoned.
 // In: the fields of Case, then x, w, bias, tiles, counts, sorted pairs, s, pool, records, ranges. Out: out.
-#include <cstdio>
-#include <vector>
-
 #include "../../csrc/moe_wgmma_gemm.cu"
+#include "driver_input.h"
 
 namespace {
 
@@ -12,13 +10,6 @@ struct Case {
   float alpha, cubic, limit, shift;
   int64_t pool;
 };
-
-template <class T>
-std::vector<T> read(int64_t count) {
-  std::vector<T> values(count);
-  if (count && std::fread(values.data(), sizeof(T), values.size(), stdin) != values.size()) std::exit(2);
-  return values;
-}
 
 }  // namespace
 

@@ -1,0 +1,25 @@
+"""Operators on CPU tensors as emulated kernels: programs that read a case from their standard input."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+
+def answer(driver: Path, head: bytes, *tensors: torch.Tensor | None) -> bytearray:
+    """What `driver` writes for `head` and the values of the tensors that are there. Fails with what its sanitizers say."""
+    values = [t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None]
+    done = subprocess.run([driver], input=head + b"".join(values), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return bytearray(done.stdout)
+
+
+def implemented(name: str, run: Callable[..., None]) -> Iterator[None]:
+    """For a fixture: `run` is the operator on CPU tensors meanwhile."""
+    library = torch.library.Library("sglang_lora_moe", "IMPL")
+    library.impl(name, run, "CPU")
+    yield
+    library._destroy()
