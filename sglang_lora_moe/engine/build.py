@@ -112,7 +112,7 @@ def _kv_dtype(config: Config, model: ServedModel) -> torch.dtype:
 
 @torch.inference_mode()
 def _run_largest_step(model: ServedModel, with_adapters: bool) -> None:
-    """One step of `ctx.max_tokens` tokens over all requests, for each family, so that scratch memory has its final size afterwards.
+    """One step of `ctx.max_tokens` tokens over all requests, for each family, so that scratch memory has, but for what only smaller steps use, its final size.
 
     Every token is padding: it is written to the dump page and reads no expert.
     """

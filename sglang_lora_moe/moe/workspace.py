@@ -40,5 +40,5 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
-        return sum(buffer.numel() for buffer in self._buffers.values())
+        """Bytes held now, those of outgrown buffers among them."""
+        return sum(buffer.numel() for buffer in [*self._buffers.values(), *self._outgrown])
