@@ -10,6 +10,7 @@ Calls and results have the shape of SGLang's offline engine. One thread at a tim
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -87,7 +88,7 @@ class Engine:
     def _stream(self, requests: list[GenerateRequest]) -> Iterator[dict[str, Any]]:
         begin = time.perf_counter()
         samples = [[Chunk(request.rid, k) for k in range(request.n)] for request in requests]
-        first = [sum(request.n for request in requests[:i]) for i in range(len(requests))]
+        first = list(itertools.accumulate((request.n for request in requests), initial=0))
         for place, chunk in self.run(requests):
             sample = samples[place][chunk.index]
             sample.add(chunk)

@@ -69,7 +69,7 @@ class LoRARegistry:
         if pinned:
             self._check_pins(adapter.revision, old)
         if old is not None and old.revision == adapter.revision:
-            old.pinned = old.pinned or pinned
+            old.pinned, old.path = old.pinned or pinned, adapter.path or old.path  # where it was found last
             return old, True, None
         if old is not None:
             self._leave(old)

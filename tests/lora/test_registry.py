@@ -25,7 +25,9 @@ def test_names_are_bound_to_revisions() -> None:
     assert not known and old is None and registry.get("a") is entry and (entry.revision, entry.rank, entry.nbytes) == ("r1", 4, 100)
     again, known, old = registry.add("a", packed("r1", "/elsewhere"), False)
     assert known and again is entry and old is None
-    with pytest.raises(RequestError, match="loaded already with other content .revision r1, from /a.*load_inplace=true.*r2.*by another") as error:
+    assert entry.path == "/elsewhere", "read again from where it was found last: the old files may have gone"
+    assert registry.add("a", packed("r1", ""), False)[1] and entry.path == "/elsewhere"  # from tensors, which cannot be read again
+    with pytest.raises(RequestError, match="loaded already with other content .revision r1, from /elsewhere.*load_inplace=true.*r2.*by another") as error:
         registry.add("a", packed("r2", "/b"), False)
     assert (error.value.status, error.value.param) == (400, "name") and registry.get("a") is entry
 
