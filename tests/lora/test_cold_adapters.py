@@ -249,6 +249,8 @@ def test_new_weights_in_place_while_requests_run() -> None:
         said = send(engine, submit("old", "a0", 30), submit("old2", "a0", 25))
         said += drive(engine, lambda now: len(ids_of(now, "old")) > 3)
         said += send(engine, LoadAdapter("l", "a0", str(other_adapter_path(1)), load_inplace=True))
+        assert engine.core.lora is not None
+        engine.core.lora._loads[0].adapter.result()  # a busy machine may take longer to read it than the requests run
         said += drive(engine, lambda now: reply(now, "l") is not None)
         assert not any(isinstance(message, TokenOutput) and message.finish_reason for message in said)
         assert engine.core.stats()["adapters_unloading"] == ["a0"]  # the old weights, which two requests still use
