@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from sglang_lora_moe.config import flag_table
 
@@ -92,3 +94,14 @@ def test_python_compiles() -> None:
     assert found
     for block in found:
         compile(block, "README.md", "exec")
+
+
+def test_run_asks_for_a_python_that_the_pinned_versions_take() -> None:
+    found = re.search(r"sys.version_info < \((\d+), (\d+)\)", (ROOT / "run").read_text())
+    assert found
+    oldest = ".".join(found.groups())
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    here = [distribution for distribution in distributions() if distribution.version == pins.get(distribution.name)]
+    assert here, "none of the pinned versions is installed"
+    refusing = [f"{one.name} {one.version}: {one.metadata['Requires-Python']}" for one in here if oldest not in SpecifierSet(one.metadata["Requires-Python"] or "")]
+    assert not refusing, f"these do not install on the Python {oldest} that ./run accepts: {refusing}"
