@@ -103,5 +103,6 @@ def test_run_asks_for_a_python_that_the_pinned_versions_take() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     here = [distribution for distribution in distributions() if distribution.version == pins.get(distribution.name)]
     assert here, "none of the pinned versions is installed"
-    refusing = [f"{one.name} {one.version}: {one.metadata['Requires-Python']}" for one in here if oldest not in SpecifierSet(one.metadata["Requires-Python"] or "")]
+    needs = {f"{one.name} {one.version}": one.metadata["Requires-Python"] or "" for one in here}
+    refusing = {name: need for name, need in needs.items() if oldest not in SpecifierSet(need)}
     assert not refusing, f"these do not install on the Python {oldest} that ./run accepts: {refusing}"
