@@ -297,7 +297,6 @@ class Scheduler:
             self.totals["generated_tokens"] += 1
         if token in request.stop_ids and output.token_ids:
             output.finish_reason, output.stop_token_id = "stop", token
-            del request.tokens[position + 1 :]  # what runs ahead of the end
             self._end(request, "stop")
         elif position + len(output.token_ids) >= request.max_len:
             output.finish_reason = "length"

@@ -81,6 +81,7 @@ class Harness:
         self.scheduler = Scheduler(self.cache, self.slots, Limits(**(defaults | limits)))
         self.runner = FakeRunner(num_pages, page_size, num_slots)
         self.outputs: dict[str, list[int]] = {}
+        self.prompt_logprobs: dict[str, list[list[TokenLogprob]]] = {}  # as often as they were given
         self.finished: dict[str, str] = {}
         self.finished_at: dict[str, int] = {}
         self.requests: dict[str, Request] = {}
@@ -103,6 +104,8 @@ class Harness:
             assert batch.num_tokens <= self.scheduler.limits.prefill_budget + self.scheduler.limits.max_running
             for output in self.scheduler.update(batch, self.runner.run(batch)):
                 self.outputs[output.rid].extend(output.token_ids)
+                if output.prompt_logprobs is not None:
+                    self.prompt_logprobs.setdefault(output.rid, []).append(output.prompt_logprobs)
                 if output.finish_reason:
                     self.finished[output.rid] = output.finish_reason
                     self.finished_at[output.rid] = self.num_steps

@@ -68,16 +68,17 @@ def test_retraction_leaves_outputs_unchanged(seed: int) -> None:
     h.check_outputs()
 
 
-def test_retraction_takes_the_youngest() -> None:
-    h = Harness(num_pages=9, page_size=4, prefix_cache=False)
+def test_retraction_takes_the_youngest_back_to_its_place() -> None:
+    h = Harness(num_pages=9, page_size=4, prefix_cache=False, max_running=2)
     h.submit("old", prompt_of(8), 20, ignore_eos=True)
     h.submit("young", prompt_of(8, 1), 20, ignore_eos=True)
+    h.submit("last", prompt_of(12, 2), 20, ignore_eos=True)
     while not h.scheduler.totals["retractions"]:
         h.step()
-    assert [r.rid for r in h.scheduler.running] == ["old"] and [r.rid for r in h.scheduler.waiting] == ["young"]
+    assert [r.rid for r in h.scheduler.running] == ["old"] and [r.rid for r in h.scheduler.waiting] == ["young", "last"]
     h.run()
     h.check_outputs()
-    assert h.finished_at["old"] < h.finished_at["young"]
+    assert h.finished_at["old"] < h.finished_at["young"] < h.finished_at["last"]
 
 
 def test_a_prompt_that_never_fits_is_refused() -> None:
@@ -148,21 +149,39 @@ def test_output_pages_are_shared_by_the_next_turn() -> None:
     assert h.requests["turn2"].num_cached == 16
 
 
-def test_prompt_logprobs_bound_the_shared_prefix_and_survive_retraction() -> None:
+def test_prompt_logprobs_bound_the_shared_prefix() -> None:
     h = Harness(prefill_budget=8)
     h.submit("warm", prompt_of(20), 1)
     h.run()
     request = h.submit("lp", prompt_of(20), 1)
     request.logprobs = LogprobOptions(prompt_start=9)
-    seen = []
-    while h.scheduler.has_work:
-        batch = h.scheduler.schedule()
-        assert batch is not None
-        for output in h.scheduler.update(batch, h.runner.run(batch)):
-            seen.append(output.prompt_logprobs)
+    h.run()
     assert request.num_cached == 8
-    (values,) = seen
-    assert values is not None and [v.logprob for v in values] == [-float(i) for i in range(9, 20)]
+    (values,) = h.prompt_logprobs["lp"]
+    assert [v.logprob for v in values] == [-float(i) for i in range(9, 20)]
+
+
+def test_prompt_logprobs_are_given_once_after_a_retraction() -> None:
+    h = Harness(num_pages=10, prompt_logit_rows=2)
+    h.submit("old", prompt_of(4), 30, ignore_eos=True)
+    h.step()
+    request = h.submit("lp", prompt_of(24, 1), 1)
+    request.logprobs = LogprobOptions(prompt_start=1)
+    while not h.scheduler.totals["retractions"]:
+        before = len(request.prompt_logprobs)
+        h.step()
+    assert 0 < before < 23 and not request.running and "lp" not in h.prompt_logprobs  # in the middle of its prompt
+    h.run()
+    (values,) = h.prompt_logprobs["lp"]
+    assert [v.logprob for v in values] == [-float(i) for i in range(1, 24)]
+
+
+def test_rows_of_prompts_with_logits_are_budgeted() -> None:
+    h = Harness(prompt_logit_rows=6)
+    for rid in "ab":
+        h.submit(rid, prompt_of(20, ord(rid)), 1).logprobs = LogprobOptions(prompt_start=1)
+    h.run()
+    assert max(h.runner.steps) == 6 and sum(h.runner.steps) == 40
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
