@@ -63,7 +63,7 @@ def test_kernels_compile_without_spills(nvcc: Path, arch: str, source: str) -> N
     assert run.returncode == 0, run.stderr[-2000:]
     report = run.stdout + run.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) == report.count("Compiling entry function")
+    assert 0 < len(spills) == report.count("Compiling entry function")
     assert all(found == ("0", "0", "0") for found in spills), f"{source} for sm_{arch}:\n{report}"
 
 

@@ -138,7 +138,7 @@ class FakeEngine:
 
     async def flush_cache(self) -> dict[str, Any]:
         self.flushed += 1
-        return {"freed_pages": 3}
+        return {"flushed_pages": 3}
 
     async def abort(self, rid: str) -> None:
         self.abort_calls.append(rid)

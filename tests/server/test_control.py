@@ -48,7 +48,7 @@ def test_server_info_shows_books_but_no_keys(client_of: Any, path: str) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_flush_cache(client: TestClient, engine: FakeEngine, method: str) -> None:
-    assert client.request(method, "/flush_cache").json() == {"success": True, "freed_pages": 3} and engine.flushed == 1
+    assert client.request(method, "/flush_cache").json() == {"success": True, "flushed_pages": 3} and engine.flushed == 1
 
 
 def in_background(client: TestClient, path: str, body: dict[str, Any], answers: list[Any]) -> threading.Thread:

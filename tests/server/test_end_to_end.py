@@ -211,7 +211,9 @@ def test_chat_samples_seed_and_stop_with_the_official_client(server: Server) -> 
         again = api.chat.completions.create(model="a", messages=messages, max_completion_tokens=6, n=3, seed=3)
         assert [choice.message.content for choice in answer.choices] == [choice.message.content for choice in again.choices]
         assert len({choice.message.content for choice in answer.choices}) > 1
-        assert answer.choices[0].logprobs and len(answer.choices[0].logprobs.content or []) == len(answer.choices[0].logprobs.content or [])
+        scored = [choice.logprobs.content or [] if choice.logprobs else [] for choice in answer.choices]
+        assert answer.usage and 3 <= sum(map(len, scored)) == answer.usage.completion_tokens
+        assert {len(token.top_logprobs) for tokens in scored for token in tokens} == {2}
         whole = api.completions.create(model="b", prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}).choices[0].text
         stream = api.completions.create(model="b", prompt=PROMPT, max_tokens=12, temperature=0, stop=whole[4:6], stream=True, extra_body={"ignore_eos": True})
         events = list(stream)
