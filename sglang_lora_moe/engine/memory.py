@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ CPU_CONTEXT = 4096  # tokens per running request that the KV cache of a CPU is s
 USEFUL_TOKENS = 4096  # of a KV cache, which suggestions leave room for
 MOST_OF_GPU = 0.95  # of --mem-fraction-static that is suggested: graphs and libraries need the rest
 GIB = float(2**30)
+CGROUP = Path("/sys/fs/cgroup")  # as a container of Linux sees its own limits
 
 
 class MemoryBudget:
@@ -131,14 +133,20 @@ class MemoryBudget:
 
 
 def main_memory() -> tuple[int, int]:
-    """(available without swapping, all) of main memory, bytes."""
+    """(available without swapping, all) of main memory, bytes: of the machine, or of the container where that may use less."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             found = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
-        return found["MemAvailable"], found["MemTotal"]
+        available, total = found["MemAvailable"], found["MemTotal"]
     except (OSError, KeyError):  # not Linux
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total // 2, total
+        available = total // 2
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        idle = int((CGROUP / "memory.stat").read_text().partition("inactive_file ")[2].split()[0])  # of files' content, given up when memory is short
+    except (OSError, ValueError, IndexError):  # no container, or one without a limit
+        return available, total
+    return min(available, limit - used + idle), min(total, limit)
 
 
 def _size(nbytes: int) -> str:

@@ -173,3 +173,14 @@ def test_the_command_says_one_sentence(tmp_path: Path) -> None:
 def test_tokens_below_two_pages() -> None:
     with pytest.raises(ValueError, match="--max-total-tokens 7 is less than two pages"):
         Engine(model_path=str(model_path()), max_total_tokens=7, page_size=4)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("268435456", (268435456 - 100_000_000 + 30_000_000, 268435456)), ("max", None), (str(2**60), None)])
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, expected: tuple[int, int] | None) -> None:
+    machine = memory.main_memory()[1]
+    files = {"memory.max": limit, "memory.current": "100000000", "memory.stat": "anon 5\ninactive_file 30000000\nactive_file 7\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    found = memory.main_memory()
+    assert found == expected if expected is not None else found[1] == machine
