@@ -150,6 +150,18 @@ def test_samples_and_seeds(engine: Engine) -> None:
     assert engine.generate("hello", unseeded)["output_ids"] != engine.generate("hello", unseeded)["output_ids"]
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_random_seed_decides_samples_and_dummy_weights(load_format: str) -> None:
+    def made(seed: int) -> tuple[list[int], torch.Tensor]:
+        with make_engine(False, random_seed=seed, load_format=load_format) as one:
+            weight = next(parameter for parameter in one.core.runner.model.hf.parameters() if parameter.dim() == 2)
+            return one.generate("hello", {"temperature": 1.2, "max_new_tokens": 12, "ignore_eos": True})["output_ids"], weight.detach().clone()
+
+    (ids, weight), (same_ids, same_weight), (other_ids, other_weight) = made(1), made(1), made(2)
+    assert ids == same_ids != other_ids
+    assert torch.equal(weight, same_weight) and torch.equal(weight, other_weight) == (load_format == "auto")
+
+
 def test_text_stop_strings_and_streams(engine: Engine) -> None:
     params = GREEDY | {"max_new_tokens": 30, "ignore_eos": True}
     full = engine.generate("hello", params)

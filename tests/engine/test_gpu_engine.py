@@ -55,6 +55,16 @@ def test_swaps_between_replays_equal_solo_runs() -> None:
     check_core(engine.core)
 
 
+def test_steps_that_wait_for_each_other_give_the_same() -> None:
+    """--disable-overlap."""
+    found = []
+    for disabled in (False, True):
+        with make_engine(adapters=("r16",), device="cuda", dtype="float32", disable_overlap=disabled) as engine:
+            assert engine.core.overlap is not disabled
+            found.append(ids(engine.generate(input_ids=PROMPTS, lora_path=["r16", None] * 4, sampling_params=GREEDY)))
+    assert found[0] == found[1]
+
+
 def keep_replays(runner: Any) -> list[tuple[str, torch.Tensor]]:
     """What every later replay of this runner returns: ("decode" or "prefill", logits)."""
     kept: list[tuple[str, torch.Tensor]] = []
