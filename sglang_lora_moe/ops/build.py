@@ -35,7 +35,7 @@ LINK_FLAGS = ("-Xlinker", "--no-as-needed", "-Xlinker", "--allow-shlib-undefined
 LIBRARIES = ("-lstdc++", "-ltorch", "-ltorch_cpu")
 
 
-class BuildError(RuntimeError):
+class BuildError(ValueError):
     """The CUDA operators cannot be built here; the message says what to install or what the compiler said."""
 
 

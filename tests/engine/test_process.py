@@ -31,6 +31,7 @@ from sglang_lora_moe.core import (
     TokenOutput,
     UnloadAdapter,
 )
+from sglang_lora_moe.engine import child
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest
 from sglang_lora_moe.engine.process import AsyncEngine, decode_from_engine, decode_to_engine, encode_from_engine, encode_message, encode_to_engine
 from tests.engine.models import adapter_path, model_path, other_adapter_path, reference_greedy
@@ -253,6 +254,13 @@ def test_a_start_that_cannot_succeed_says_why() -> None:
     adapter, cache = asyncio.run(work())
     assert isinstance(adapter, ValueError) and "--lora-paths: x: " in str(adapter) and "/nowhere" in str(adapter)
     assert isinstance(cache, ValueError) and "--max-total-tokens 2" in str(cache)
+
+
+def test_kernels_that_cannot_be_built_are_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = "build.build_engine = lambda config: (_ for _ in ()).throw(BuildError('no CUDA compiler'))"
+    monkeypatch.setattr(child, "ENTRY", f"from sglang_lora_moe.engine import build; from sglang_lora_moe.ops.build import BuildError; {failing}; {child.ENTRY}")
+    with pytest.raises(ValueError, match="^no CUDA compiler$"):
+        asyncio.run(AsyncEngine.start(config()))
 
 
 PARENT = """
