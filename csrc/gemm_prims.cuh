@@ -64,6 +64,13 @@ DEVICE uint32_t arrive(uint32_t* counter) {
   return before;
 }
 
+// The same where nothing is handed over.
+DEVICE uint32_t take_ticket(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // wgmma (sm_90a): d[64 x N] += a[64 x 16] b[16 x N], one warpgroup, a in registers as m16n8k16 has it (warp w: rows 16 w..), b in shared memory:
 // N rows of 64 values, their 16-byte pieces swizzled by the row's last three bits, at a multiple of 1,024 bytes. d is as m16n8's, eight by eight columns.
 DEVICE void wgmma_begin() {
@@ -195,6 +202,13 @@ inline void store_words(void* p, uint32_t a, uint32_t b) {
 inline void load_floats_l2(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16); }
 inline uint32_t arrive(uint32_t* counter) { return (*counter)++; }
+inline uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
+inline void hold_here(uint32_t (&)[2][2][4]) {}
+// In hopper_prims.cuh, as is what goes with them.
+template <int NT>
+void wgmma_bf16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
+template <int NT>
+void wgmma_fp16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 
 #endif
 
@@ -219,12 +233,10 @@ struct BFloat16 {
   DEVICE static float low(uint32_t pair) { return low_bf16(pair); }
   DEVICE static float high(uint32_t pair) { return high_bf16(pair); }
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_bf16(d, a, b); }
-#ifdef __CUDACC__
   template <int NT>
   DEVICE static void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
     wgmma_bf16<NT>(d, a, b);
   }
-#endif
 };
 struct Float16 {
   static constexpr bool kIsBf16 = false;
@@ -236,10 +248,8 @@ struct Float16 {
   DEVICE static float low(uint32_t pair) { return low_fp16(pair); }
   DEVICE static float high(uint32_t pair) { return high_fp16(pair); }
   DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_fp16(d, a, b); }
-#ifdef __CUDACC__
   template <int NT>
   DEVICE static void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
     wgmma_fp16<NT>(d, a, b);
   }
-#endif
 };

@@ -403,17 +403,50 @@ void wgmma_wait() {
     groups.erase(groups.begin());
   }
 }
+inline void copy_bulk(void* target, const void* source, int bytes, Barrier* barrier) {
+  if (((uintptr_t)target | (uintptr_t)source | (uintptr_t)bytes) % 16 != 0) emu::fail("copy_bulk: an address or a size is not a multiple of 16");
+  std::memset(target, 0xCD, (size_t)bytes);
+  emu::barriers.at(barrier).copies.push_back([=] { std::memcpy(target, source, (size_t)bytes); });
+}
+// The value at (row, k) of a swizzled matrix in shared memory.
+inline float value_at(uint64_t matrix, int row, int k, float (*decode)(uint16_t)) {
+  uint16_t bits;
+  std::memcpy(&bits, swizzled(emu::block.shared.get() + (matrix << 4) + row * 128 + k * 2), 2);
+  return decode(bits);
+}
+template <int NT>
+void wgmma_by_registers(float (*d)[4], const uint32_t (&a)[4], uint64_t b, float (*decode)(uint16_t)) {
+  struct Argument {
+    const uint32_t* a;
+    float rows[2][16];  // of the lane's sums
+  } argument{a, {}};
+  emu::collective("wgmma", &argument, [decode](void** lane) {
+    for (int l = 0; l < 32; l++)
+      for (int i = 0; i < 32; i++) {  // lane l holds rows l / 4 and that + 8, columns 2 * (l % 4) and the next, and those + 8
+        const int row = i / 16, k = i % 16;
+        ((Argument*)lane[l])->rows[row][k] = decode((uint16_t)(((Argument*)lane[l / 4 * 4 + k % 8 / 2])->a[row + k / 8 * 2] >> 16 * (k & 1)));
+      }
+  });
+  const int lane = lane_index();
+  emu::products[emu::block.current].open.push_back([=] {
+    for (int i = 0; i < 4 * NT; i++)
+      for (int k = 0; k < 16; k++) d[i / 4][i % 4] += argument.rows[i >> 1 & 1][k] * value_at(b, i / 4 * 8 + lane % 4 * 2 + (i & 1), k, decode);
+  });
+}
+template <int NT>
+void wgmma_bf16(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
+  wgmma_by_registers<NT>(d, a, b, emu::from_bf16);
+}
+template <int NT>
+void wgmma_fp16(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
+  wgmma_by_registers<NT>(d, a, b, emu::from_fp16);
+}
 template <class T, int NT>
 void multiply_shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate) {
   float* sums = d;
   const int lane = lane_index(), warp = warp_index() % 4;
   emu::products[emu::block.current].open.push_back([=] {
-    uint8_t* const shared = emu::block.shared.get();
-    const auto value = [&](uint64_t matrix, int row, int k) {
-      uint16_t bits;
-      std::memcpy(&bits, swizzled(shared + (matrix << 4) + row * 128 + k * 2), 2);
-      return T::kIsBf16 ? emu::from_bf16(bits) : emu::from_fp16(bits);
-    };
+    const auto value = [](uint64_t matrix, int row, int k) { return value_at(matrix, row, k, T::kIsBf16 ? emu::from_bf16 : emu::from_fp16); };
     for (int i = 0; i < 4 * NT; i++) {
       const int row = 16 * warp + lane / 4 + (i >> 1 & 1) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
       float sum = accumulate ? sums[i] : 0.f;

@@ -66,9 +66,7 @@ extern "C" MarlinMoeShape marlin_moe_shape(int32_t config) {
     case 1: return describe<All::S1>();
     case 2: return describe<All::S2>();
     case 3: return describe<All::S3>();
-#ifdef __CUDACC__
     case 4: return describe<All::S4>();
-#endif
     default: return {0, 0, 0, 0, 0, 0};
   }
 }

@@ -101,103 +101,110 @@ KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, D
   }
 }
 
-#ifdef __CUDACC__
 constexpr int kCopyThreads = 128;
 
-// The copying warpgroup: a tile's stages of adapters, behind the stage at hand; one with nothing in it where there are none.
+// The copying warpgroup: a tile's stages of adapters; one with nothing in it where there are none.
 template <class S>
 DEVICE void copy_adapters(const MarlinMoeGemm& a, const Shared& s, const Tile& tile, AdaptersAhead& l, Stages<S>& stages, int thread) {
   do {
-    stages.advance();
     Barrier* full = stages.full + stages.slot;
     barrier_wait(stages.empty + stages.slot, stages.parity);
     const bool copied = load_adapters<S, kCopyThreads>(a, tile, l, s.stages + stages.slot * S::kStageBytes, thread);
     if (thread == 0) s.more[stages.slot] = l.next < l.last, barrier_arrive(full);
     if (copied) barrier_arrive_after_copies(full);
     else cp_commit(), cp_wait<0>(), barrier_arrive(full);
+    stages.advance();
   } while (l.next < l.last);
 }
 
-// The copying warpgroup: all stages of the block's tiles, one after another, each once the multiplying warps are done with what lay there.
+// The copying warpgroup: all stages of the block's tiles, one after another, each once the multiplying warps are done with what lay there. After a block's
+// first tile the next is whichever nobody has taken yet, so that blocks that start late, beside a shrink, or have larger tiles do fewer.
 template <class S>
-DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, int first, int end, Stages<S> stages) {
+DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Stages<S> stages) {
   constexpr int kRowStep = kCopyThreads / S::kXPieces, kLoads = S::kTokens / kRowStep;  // rows of x that are copied at once; of a thread
   const int thread = thread_index() - S::kThreads, piece = thread % S::kXPieces, first_row = thread / S::kXPieces, warp = thread / 32;
   const int x_place = S::kWeightBytes + (piece / 8 * S::kTokens + first_row) * 128 + (piece % 8 ^ first_row % 8) * 16;
   static_assert(kRowStep % 8 == 0, "rows of a thread differ in their swizzle");
+  uint32_t* const tickets = a.arrivals + a.gather;  // zero before and after; of gate_up and of down, which may begin before gate_up has ended
+  const int draw_at = w.k_steps > 2 ? w.k_steps - 3 : 0;
   uint32_t x_rows[kLoads];  // this thread's pieces at k = 0
-  int k_step = 0, entered = 0, present = 0, row_unit = 0;
-  int rows = 0;  // of the tile, from this thread's first on
-  const uint8_t* x = nullptr;
+  int entered = 0, ticket = 0;
   AdaptersAhead adapters;
   stages.parity = 1;  // nobody has to leave the first round
-  for (int unit = first; unit < end; unit++, k_step = k_step + 1 == w.k_steps ? 0 : k_step + 1, stages.advance()) {
-    if (k_step == 0) {
-      const Tile tile = find_tile<true>(a, d, w, unit / w.k_steps);
-      const int queue = entered++ % kQueue;
-      if (thread == 0) s.tiles[queue] = tile;
-      rows = tile.rows - first_row, x = (const uint8_t*)a.x, row_unit = tile.expert * a.row_units + tile.row_tile * S::kWarpsM;
-      present = a.row_units - tile.row_tile * S::kWarpsM < S::kWarpsM ? a.row_units - tile.row_tile * S::kWarpsM : S::kWarpsM;
+  for (int output = (int)blockIdx.x; output < w.outputs; output = (int)*s.before) {
+    const Tile tile = find_tile<true>(a, d, w, output);
+    const int queue = entered++ % kQueue, rows = tile.rows - first_row, row_unit = tile.expert * a.row_units + tile.row_tile * S::kWarpsM;
+    const int left = a.row_units - tile.row_tile * S::kWarpsM, present = left < S::kWarpsM ? left : S::kWarpsM;
+    const uint8_t* x = (const uint8_t*)a.x;
+    if (thread == 0) s.tiles[queue] = tile;
 #pragma unroll
-      for (int i = 0; i < kLoads; i++) {
-        const int row = first_row + i * kRowStep;
-        if (row >= tile.rows) continue;
-        const int sorted = tile.start + row, pair = a.tiles ? a.sorted_pairs[sorted] : sorted;
-        x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + piece;
-        if (piece == 0) s.pairs[queue * S::kTokens + row] = pair;
-      }
-      if (a.low && (!a.early || entered > 1)) adapters.ask(a, tile.index);
-      sync_warpgroup(1);  // one thread's arrival below hands all of this over
+    for (int i = 0; i < kLoads; i++) {
+      const int row = first_row + i * kRowStep;
+      if (row >= tile.rows) continue;
+      const int sorted = tile.start + row, pair = a.tiles ? a.sorted_pairs[sorted] : sorted;
+      x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + piece;
+      if (piece == 0) s.pairs[queue * S::kTokens + row] = pair;
     }
-    const int slot = stages.slot, group = k_step * S::kKU >> d.group_shift;
-    if (a.low && k_step + 1 == w.k_steps && adapters.last >= 0) adapters.fetch(a);
-    Barrier* full = stages.full + slot;
-    barrier_wait(stages.empty + slot, stages.parity);
-    uint8_t* target = s.stages + slot * S::kStageBytes;
-    if (thread == 0) barrier_expect(full, present * S::kWarpBytes);
-    if (lane_index() == 0) {
+    if (a.low && (!a.early || entered > 1)) adapters.ask(a, tile.index);
+    sync_warpgroup(1);  // one thread's arrival below hands all of this over
+    for (int k_step = 0; k_step < w.k_steps; k_step++, stages.advance()) {
+      const int slot = stages.slot, group = k_step * S::kKU >> d.group_shift;
+      const bool ends = k_step + 1 == w.k_steps;
+      if (thread == 0 && k_step == draw_at) ticket = (int)take_ticket(tickets);
+      if (a.low && ends && adapters.last >= 0) adapters.fetch(a);
+      Barrier* full = stages.full + slot;
+      barrier_wait(stages.empty + slot, stages.parity);
+      uint8_t* target = s.stages + slot * S::kStageBytes;
+      if (thread == 0) barrier_expect(full, present * S::kWarpBytes);
+      if (lane_index() == 0) {
 #pragma unroll
-      for (int i = 0; i < S::kWarpsM; i += kCopyThreads / 32) {
-        const int row = warp + i;
-        const int64_t unit_of_k = (int64_t)(row_unit + row) * a.k_units + k_step * S::kKU;
-        if (row < present) copy_bulk(target + row * S::kWarpBytes, (const uint8_t*)a.packed + unit_of_k * S::kUnitBytes, S::kWarpBytes, full);
+        for (int i = 0; i < S::kWarpsM; i += kCopyThreads / 32) {
+          const int row = warp + i;
+          const int64_t unit_of_k = (int64_t)(row_unit + row) * a.k_units + k_step * S::kKU;
+          if (row < present) copy_bulk(target + row * S::kWarpBytes, (const uint8_t*)a.packed + unit_of_k * S::kUnitBytes, S::kWarpBytes, full);
+        }
       }
-    }
-    const int scale_row = thread >> (2 + d.groups_log2), scale_piece = thread & ((4 << d.groups_log2) - 1);
-    if (scale_row < present) {
-      const uint32_t scales = (uint32_t)((row_unit + scale_row) * a.groups + group) * 4 + scale_piece;
-      cp16(s.scales + slot * d.scale_bytes + thread * 16, piece_of(a.scales, scales), true);
-      if (S::Codes::kZeros && scale_piece < 2 << d.groups_log2) {
-        const uint32_t zeros = (uint32_t)((row_unit + scale_row) * a.groups + group) * 2 + scale_piece;
-        cp16(s.zeros + slot * d.scale_bytes / 2 + (scale_row << d.groups_log2) * 32 + scale_piece * 16, piece_of(a.zeros, zeros), true);
+      const int scale_row = thread >> (2 + d.groups_log2), scale_piece = thread & ((4 << d.groups_log2) - 1);
+      if (scale_row < present) {
+        const uint32_t scales = (uint32_t)((row_unit + scale_row) * a.groups + group) * 4 + scale_piece;
+        cp16(s.scales + slot * d.scale_bytes + thread * 16, piece_of(a.scales, scales), true);
+        if (S::Codes::kZeros && scale_piece < 2 << d.groups_log2) {
+          const uint32_t zeros = (uint32_t)((row_unit + scale_row) * a.groups + group) * 2 + scale_piece;
+          cp16(s.zeros + slot * d.scale_bytes / 2 + (scale_row << d.groups_log2) * 32 + scale_piece * 16, piece_of(a.zeros, zeros), true);
+        }
       }
-    }
-    target += x_place;
-    const bool inside = k_step * S::kK + piece * 8 < a.k;
+      target += x_place;
+      const bool inside = k_step * S::kK + piece * 8 < a.k;
 #pragma unroll
-    for (int i = 0; i < kLoads; i++)
-      if (i * kRowStep < rows) cp16(target + i * kRowStep * 128, piece_of(x, x_rows[i]), inside);
-    x += S::kK * 2;
-    barrier_arrive_after_copies(full);
-    if (!a.low || k_step + 1 < w.k_steps) continue;
-    const Tile tile = s.tiles[(entered - 1) % kQueue];
-    if (adapters.last < 0) {
-      if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
-      adapters.ask(a, tile.index);
-      adapters.fetch(a);
+      for (int i = 0; i < kLoads; i++)
+        if (i * kRowStep < rows) cp16(target + i * kRowStep * 128, piece_of(x, x_rows[i]), inside);
+      x += S::kK * 2;
+      barrier_arrive_after_copies(full);
     }
-    copy_adapters<S>(a, s, tile, adapters, stages, thread);
+    if (thread == 0) {
+      if (ticket == w.outputs - 1) *tickets = 0;  // the last that is drawn: each block draws until there is no tile for it
+      *s.before = (uint32_t)(w.blocks + ticket);
+    }
+    if (a.low) {
+      if (adapters.last < 0) {
+        if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
+        adapters.ask(a, tile.index);
+        adapters.fetch(a);
+      }
+      copy_adapters<S>(a, s, tile, adapters, stages, thread);
+    }
+    sync_warpgroup(1);  // the next output is there
   }
-  // The multiplying warps begin one stage more than there is. Of a block's four stages the first may still be on its way to the same place.
+  // One stage more, so that the multiplying warps, which begin it with the last tile's end, learn that there is no tile.
   barrier_wait(stages.empty + stages.slot, stages.parity);
-  if (thread == 0) barrier_arrive(stages.full + stages.slot);
+  if (thread == 0) s.tiles[entered % kQueue].rows = -1, barrier_arrive(stages.full + stages.slot);
   barrier_arrive(stages.full + stages.slot);
 }
 
 // The same product by wgmma, on sm_90: a warpgroup copies and the others multiply; whole tiles only.
 template <class S>
 KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(MarlinMoeGemm a, Derived d) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if SM90
   SMEM_DECL;
   const Shared s = carve<S>(d, smem_);
   const Stages<S> initial = {s.barriers, s.barriers + S::kStages};
@@ -209,27 +216,25 @@ KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(
   if (a.early != 2) wait_for_previous_kernel(), allow_next_kernel();
   sync_block();
   const Work w = share_work(a, d, true);
-  const int block = (int)blockIdx.x;
-  if (block >= w.blocks || w.units == 0) {
+  if ((int)blockIdx.x >= w.outputs) {
     if (a.early) wait_for_previous_kernel();
     return;
   }
-  int unit = w.first(block);
-  const int end = w.first(block + 1);
   if (warp_index() >= S::kThreads / 32) {
     give_registers<72>();
-    copy_stages<S>(a, d, w, s, unit, end, initial);
+    copy_stages<S>(a, d, w, s, initial);
   } else {
     take_registers<216>();
     Stages<S> stages = initial;
     Ready<S> ready;
     ready.rows.set_zeros(0x01010101u << (S::kBits - 1));
     ready.begin(d, s, stages);
-    for (int done = 0; unit < end; done++) {
+    for (int done = 0;; done++) {
       const Tile tile = s.tiles[done % kQueue];
+      if (tile.rows < 0) break;
       Sums<S> sums;
       sums.clear();
-      for (int last = unit + w.k_steps; unit < last; unit++) multiply_by_warpgroup<S, false>(d, s, tile.rows, 0, stages, ready, sums);
+      for (int k_step = 0; k_step < w.k_steps; k_step++) multiply_by_warpgroup<S, false>(d, s, tile.rows, 0, stages, ready, sums);
       for (bool more = a.low; more;) {
         more = warp_ballot(lane_index() == 0 && s.more[stages.slot]);  // by the lane that gives the stage back: its arrival is ordered behind the read
         multiply_by_warpgroup<S, true>(d, s, tile.rows, 4 * a.halves - 4, stages, ready, sums);
@@ -240,19 +245,15 @@ KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(
   }
 #endif
 }
-#endif
 
 template <class S>
 int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
   const Derived d = derive<S>(a, plan.sms);
   Launch how = {(unsigned)marlin_moe_blocks(plan), (unsigned)S::kThreads, (size_t)carve<S>(d, (uint8_t*)1024).bytes, stream, plan.overlap && can_overlap()};
-#ifdef __CUDACC__
   if constexpr (S::kWarpgroup) {
     how.threads += kCopyThreads;
     return launch(how, gemm_by_warpgroups<S>, a, d);
-  } else
-#endif
-  {
+  } else {
     return launch(how, gemm<S>, a, d);
   }
 }
@@ -270,9 +271,7 @@ struct Shapes {
   using S1 = Shape<F, 4, 1, 2, 4, kFour ? 4 : 3, kFour ? 4 : 3>;    // 16
   using S2 = Shape<F, 4, 1, 4, 4, 3, kFour && !F::kZeros ? 4 : 3>;  // 32; zero points take registers
   using S3 = Shape<F, 4, 1, 8, 2, 4, 2>;                            // 64
-#ifdef __CUDACC__
   using S4 = Shape<F, 8, 1, 18, 4, kFour ? 4 : 3, 1, true>;  // 144 by wgmma, on sm_90 alone: experts of 128 rows on average fit one tile, of 256 two
-#endif
 };
 
 template <class F>
@@ -282,9 +281,7 @@ int dispatch(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
     case 0: return launch_gemm<typename All::S0>(a, plan, stream);
     case 1: return launch_gemm<typename All::S1>(a, plan, stream);
     case 2: return launch_gemm<typename All::S2>(a, plan, stream);
-#ifdef __CUDACC__
     case 4: return launch_gemm<typename All::S4>(a, plan, stream);
-#endif
     default: return launch_gemm<typename All::S3>(a, plan, stream);
   }
 }

@@ -2,10 +2,7 @@
 #pragma once
 #include <math.h>
 
-#include "gemm_prims.cuh"
-#ifdef __CUDACC__
 #include "hopper_prims.cuh"
-#endif
 #include "marlin_moe.h"
 
 namespace {
@@ -46,7 +43,7 @@ struct Shape {
   static_assert(STAGES > 2 && STAGES < kQueue && kThreads % kXPieces == 0 && kTokens * kXPieces % kThreads == 0 && KU % 2 == 0, "uneven copies");
 };
 
-// One tile of the output; `start` and `rows` of the sorted pairs; `index` of its tile of tokens.
+// One tile of the output; `start` and `rows` of the sorted pairs; `index` of its tile of tokens. By wgmma -1 rows: no more tiles.
 struct Tile {
   int32_t expert, row_tile, start, rows, index;
 };
@@ -56,7 +53,7 @@ struct Shared {
   Tile* tiles;       // [kQueue]
   int32_t* pairs;    // [kQueue][tokens]
   float* sums;       // of the warps beyond the first along k
-  uint32_t* before;  // arrivals before this block's
+  uint32_t* before;  // arrivals before this block's; by wgmma the next output
   int32_t* more;     // of each stage: whether it holds adapters; by wgmma, whether another stage of adapters follows this one
   uint64_t* barriers;
   int bytes;
@@ -514,7 +511,6 @@ DEVICE void multiply_adapters(const MarlinMoeGemm& a, const Shared& s, int slot,
   }
 }
 
-#ifdef __CUDACC__
 // Stages of the kernel by wgmma: the copying warp and the multiplying warps pass them to and fro.
 template <class S>
 struct Stages {
@@ -565,7 +561,7 @@ DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int a
     wgmma_commit();
     wgmma_wait<1>();  // the other fragments are free
     if (unit + 1 < S::kKU) {
-      if ((unit + 1 & d.group_mask) == 0) load_group<S>(d, s, slot, unit + 1 >> d.group_shift, ready.rows);
+      if (((unit + 1) & d.group_mask) == 0) load_group<S>(d, s, slot, (unit + 1) >> d.group_shift, ready.rows);
       codes.dequantize(ready.fragments[(unit + 1) % 2], ready.rows);
     }
   }
@@ -573,6 +569,7 @@ DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int a
   ready.begin(d, s, stages);
   hold_here(ready.fragments[0]);  // not behind the wait
   wgmma_wait<0>();
+  sync_warp();  // behind all that its lanes read of this stage and of the tile before
   if (lane_index() == 0) barrier_arrive(stages.empty + slot);
 }
 
@@ -586,7 +583,6 @@ DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, i
   else if (live <= 128) multiply_stage_by_warpgroup<S, ADAPTERS, 16>(d, s, apart, stages, ready, sums);
   else multiply_stage_by_warpgroup<S, ADAPTERS, S::kNT>(d, s, apart, stages, ready, sums);
 }
-#endif
 
 // ---- The end of a tile -----------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ SHAPES = (
     TileShape(128, 64, 64, 128, 2, 4),
     TileShape(256, 144, 128, 256, 1, 4),
 )
-EVERYWHERE = 4  # the shapes before it run on every GPU from sm_80 on and on the emulator; the others are wgmma's, for sm_90 alone
+EVERYWHERE = 4  # the shapes before it run on every GPU from sm_80 on; the others are wgmma's, for sm_90 alone
 
 
 @dataclass(frozen=True)
