@@ -73,8 +73,8 @@ NO_PAIR_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8
 
 @triton.jit
 def pdl_early(PDL: tl.constexpr):
-    """Let the kernel after this one start at once. For kernels before a linear alone: it reads weights and adapters before its wait, nothing
-    that a kernel of the step writes."""
+    """Let the kernel after this one start at once. For kernels before a linear or a norm alone: these read weights and adapters before their
+    wait, nothing that a kernel of the step writes."""
     if PDL:
         gdc_launch_dependents()
 

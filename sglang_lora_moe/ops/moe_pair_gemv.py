@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_rows, load_s, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_rows, load_s, pdl_early, pdl_wait, row_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 
 
@@ -121,7 +121,9 @@ def _pair_down_kernel(
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip  # budget: one kernel for a token's K experts, their deltas and the weighted sum
-    if not ADDEND:
+    if ADDEND:
+        pdl_early(PDL)  # a norm follows, which may find its adapters while the products run here
+    else:
         pdl_wait(PDL)
     token = tl.program_id(0)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
