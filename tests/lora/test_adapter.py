@@ -102,6 +102,13 @@ def test_layout(models: Any, tmp_path: Path, arch: str, layout: str) -> None:
     assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for module in weights.modules.values() for tensor in module.tensors())
 
 
+@pytest.mark.parametrize("layout", ["per_expert_2d", "target_parameters_3d", "shared_outer", "experts_and_attention"])
+def test_rank_one(models: Any, tmp_path: Path, layout: str) -> None:
+    path, model = models("qwen3_moe")
+    adapter = write_adapter(layout, path, tmp_path / "adapter", rank=1, alpha=10, seed=3)
+    check(path, adapter, read(model, adapter))
+
+
 def test_sharing_is_kept(models: Any, tmp_path: Path) -> None:
     """What a file shares between experts, or between gate and up, is stored once."""
     path, model = models("qwen3_moe")
@@ -260,13 +267,14 @@ def test_report(models: Any, tmp_path: Path) -> None:
     """The report names each tensor's target, the base copies that were left alone, and what a user should know."""
     path, model = models("qwen3_moe")
     adapter = write_adapter("embedding", path, tmp_path / "adapter")
-    edit_adapter(adapter, lambda tensors, config: config.update(bias="lora_only", trainer_note="x"))
+    edit_adapter(adapter, lambda tensors, config: config.update(bias="lora_only", trainer_note="x", fan_in_fan_out=True))
     report = read(model, adapter, base_model="someone/another-base").report
     assert report.consumed["base_model.model.model.embed_tokens.lora_embedding_A"] == "model.embed_tokens"
     assert report.consumed["base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight"] == "model.layers.0.self_attn.o_proj"
     assert set(report.ignored) == {"base_model.model.model.embed_tokens.base_layer.weight", "base_model.model.lm_head.base_layer.weight"}
     text = "\n".join(report.warnings)
-    assert all(part in text for part in ("embed_tokens.base_layer.weight was ignored", "'someone/another-base'", "bias is 'lora_only'", "trainer_note"))
+    parts = ("embed_tokens.base_layer.weight was ignored", "'someone/another-base'", "bias is 'lora_only'", "trainer_note", "fan_in_fan_out is set")
+    assert all(part in text for part in parts), text
 
 
 def test_names_of_other_trainers(models: Any, tmp_path: Path) -> None:
