@@ -102,6 +102,8 @@ def test_metrics(client: TestClient, engine: FakeEngine) -> None:
     assert got["cached_prompt_tokens_total", "a"] == 6
     assert (got["running_requests", ""], got["waiting_requests", ""], got["kv_pages_used", ""], got["kv_pages", ""]) == (0, 2, 7, 100)
     assert got["prefix_hit_rate", ""] == 0.75 and got["adapters_loaded", ""] == 1 and got["adapter_bytes", "a"] == 1024
+    assert got["adapter_resident", "a"] == 1 and (got["request_seconds_count", "base"], got["request_seconds_count", "a"]) == (2, 4)
+    assert 'finish_reason="abort"' not in client.get("/metrics").text
     assert {model for _, model in got} == {"", "base", "a"}
 
     client.post("/unload_lora_adapter", json={"lora_name": "a"})
