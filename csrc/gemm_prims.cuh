@@ -65,9 +65,9 @@ DEVICE uint32_t arrive(uint32_t* counter) {
 }
 
 // The same where nothing is handed over.
-DEVICE uint32_t take_ticket(uint32_t* counter) {
+DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t one = 1) {
   uint32_t before;
-  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(one) : "memory");
   return before;
 }
 
@@ -202,7 +202,7 @@ inline void store_words(void* p, uint32_t a, uint32_t b) {
 inline void load_floats_l2(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16); }
 inline uint32_t arrive(uint32_t* counter) { return (*counter)++; }
-inline uint32_t take_ticket(uint32_t* counter) { return (*counter)++; }
+inline uint32_t take_ticket(uint32_t* counter, uint32_t one = 1) { return (*counter += one) - one; }
 inline void hold_here(uint32_t (&)[2][2][4]) {}
 // In hopper_prims.cuh, as is what goes with them.
 template <int NT>

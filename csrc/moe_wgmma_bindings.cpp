@@ -9,7 +9,7 @@ constexpr const char* kName = "moe_wgmma_gemm";
 
 void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor counts, Tensor sorted_pairs, std::optional<Tensor> s, std::optional<Tensor> pool,
           std::optional<Tensor> records, std::optional<Tensor> ranges, Tensor out, int64_t top_k, int64_t halves, int64_t max_rank, double alpha, double cubic, double limit,
-          double shift, bool gather, bool scatter, int64_t group, int64_t blocks, int64_t cluster, bool stream, bool overlap) {
+          double shift, bool gather, bool scatter, int64_t group, int64_t blocks, int64_t tokens, int64_t cluster, bool stream, bool report, int64_t behind, bool queued, bool overlap) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kName, ": expected x of bfloat16 or float16, got ", torch::headeronly::toString(type));
@@ -19,6 +19,7 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
   STD_TORCH_CHECK(k % 8 == 0 && n % 8 == 0 && w.size(1) == halves * n && w.size(2) == k, kName, ": expected w [E, ", halves * n, ", ", k, "] with widths that divide by 8, got [",
                   w.size(0), ", ", w.size(1), ", ", w.size(2), "]");
   STD_TORCH_CHECK(top_k >= 1 && group >= 1 && blocks >= 1, kName, ": expected top_k, group and blocks of at least 1, got ", top_k, ", ", group, ", ", blocks);
+  STD_TORCH_CHECK(tokens == 144 || (cluster == 1 && tokens == 32), kName, ": expected tiles of 144 tokens, or of 32 in blocks of their own, got ", tokens);
   STD_TORCH_CHECK((cluster == 1 || cluster == 2) && blocks % cluster == 0, kName, ": expected clusters of 1 or 2 that divide the grid, got ", cluster, " and ", blocks);
   STD_TORCH_CHECK(x.size(0) * (k / 8) < (int64_t)1 << 32, kName, ": x of ", x.size(0), " x ", k, " is too large");
   const int64_t tile_count = tiles.numel() / 3;
@@ -28,7 +29,7 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
   a.w = checked<void>(kName, w, "w", type, device, 0);
   a.bias = bias ? checked<void>(kName, *bias, "bias", type, device, w.size(0) * halves * n) : nullptr;
   a.out = checked<void>(kName, out, "out", type, device, pairs * n);
-  a.tiles = checked<const int32_t>(kName, tiles, "tiles", ScalarType::Int, device, 0);
+  a.tiles = checked<int32_t>(kName, tiles, "tiles", ScalarType::Int, device, 0);
   a.counts = checked<const int32_t>(kName, counts, "counts", ScalarType::Int, device, 2);
   a.sorted_pairs = checked<const int32_t>(kName, sorted_pairs, "sorted_pairs", ScalarType::Int, device, pairs);
   if (s) {
@@ -43,7 +44,7 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
   a.experts = (int32_t)w.size(0), a.n = (int32_t)n, a.k = (int32_t)k, a.pairs = (int32_t)pairs, a.top_k = (int32_t)top_k;
   a.halves = (int32_t)halves, a.is_bf16 = type == ScalarType::BFloat16;
   a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift;
-  a.gather = gather, a.scatter = scatter, a.group = (int32_t)group, a.blocks = (int32_t)blocks, a.cluster = (int32_t)cluster, a.stream = stream, a.overlap = overlap;
+  a.gather = gather, a.scatter = scatter, a.group = (int32_t)group, a.blocks = (int32_t)blocks, a.tokens = (int32_t)tokens, a.cluster = (int32_t)cluster, a.stream = stream, a.report = report, a.behind = (int32_t)behind, a.queued = queued, a.overlap = overlap;
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = moe_wgmma_gemm(&a, current_stream(device));

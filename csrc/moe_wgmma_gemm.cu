@@ -19,60 +19,85 @@
 
 namespace {
 
-constexpr int kRows = 256, kTokens = 144, kK = 64, kStages = 4;
+constexpr int kRows = 256, kK = 64;
 constexpr int kFetchers = 128, kThreads = 384, kRecord = 5;
-constexpr int kWeightBytes = kRows * 128, kStageBytes = kWeightBytes + kTokens * 128;
-constexpr int kChunk = 40, kPitch = 128 * 2 + 16;  // tokens that leave at once through shared memory, and bytes of one there
-constexpr int kOutBytes = kChunk * kPitch;
-constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutBytes + 2 * kTokens * 4 + 512;
+constexpr int kWeightBytes = kRows * 128;
+constexpr int kLower = 0xffff, kOne = kLower + 1;  // of a word of a tile: what it says, and one of what is counted above
+
+// What a kernel is compiled for: tokens of a tile, and with fewer of them more stages.
+template <int TOKENS, int HALVES, int CLUSTER>
+struct Form {
+  static constexpr int kTokens = TOKENS, kHalves = HALVES, kCluster = CLUSTER;
+  static constexpr int kStages = TOKENS > 32 ? 4 : 6, kStageBytes = kWeightBytes + TOKENS * 128;
+  static constexpr int kPitch = 256 / HALVES + 16;                // bytes of a token that leaves through shared memory
+  static constexpr int kChunk = (TOKENS > 32 ? 40 : 16) * HALVES;  // tokens that leave at once
+  static constexpr int kOutBytes = kChunk * kPitch;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutBytes + 2 * TOKENS * 4 + 512;
+  static constexpr int kPasses = (TOKENS * 8 + kFetchers - 1) / kFetchers;  // rows of x that a fetching thread brings a sixteen-byte piece of
+  static_assert(kSharedBytes <= 227 * 1024, "a block's shared memory");
+};
 
 struct Note {  // from the fetching warps, with a stage
   int32_t expert, start, rows, n0;  // the tile, of a cluster's tile this block's part; expert -1: no more
   int32_t products, last;           // addend only: sixteens of k in this stage, and whether it ends the tile
 };
 
+template <class F>
 struct Shared {
   uint8_t* stages;
   uint8_t* out;
   int32_t* rows;  // of the output, for each group's tile
-  Barrier *full, *empty;
+  Barrier *full, *empty, *stored;  // stored: the multiplying warps of this block have stored a tile
   Note* notes;
+  uint32_t* taken;  // tiles from the queue: of an even and of an odd turn
+
+  DEVICE explicit Shared(uint8_t* memory) : stages(memory) {
+    out = memory + F::kStages * F::kStageBytes;
+    rows = (int32_t*)(out + 2 * F::kOutBytes);
+    full = (Barrier*)(rows + 2 * F::kTokens);
+    empty = full + F::kStages;
+    stored = empty + F::kStages;
+    notes = (Note*)(stored + 1);
+    taken = (uint32_t*)(notes + F::kStages);
+  }
 };
 
-DEVICE Shared carve(uint8_t* memory) {
-  Shared s;
-  s.stages = memory;
-  s.out = memory + kStages * kStageBytes;
-  s.rows = (int32_t*)(s.out + 2 * kOutBytes);
-  s.full = (Barrier*)(s.rows + 2 * kTokens);
-  s.empty = s.full + kStages;
-  s.notes = (Note*)(s.empty + kStages);
-  return s;
+template <class F>
+DEVICE uint8_t* stage_of(const Shared<F>& s, uint32_t step) {
+  return s.stages + step % F::kStages * F::kStageBytes;
 }
-
-DEVICE uint8_t* stage_of(const Shared& s, uint32_t step) { return s.stages + step % kStages * kStageBytes; }
 DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
 DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
 DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // ---- fetching --------------------------------------------------------------------------------------------------------------------------
 
-template <int CLUSTER>
+template <class F>
 struct Fetcher {
   const MoeWgmmaGemm& a;
-  const Shared& shared;
-  uint32_t step = 0;
+  const Shared<F>& shared;
+  uint32_t step = 0, tiles_told = 0;
+  int told_of = -1;  // a tile before this one whose end nobody was told of
 
+  // The last of the fetching warps tells kernels behind this one that the tile before is stored, once that needs no pause.
+  DEVICE void tell() {
+    if (told_of < 0) return;
+    if (warp_index() == kFetchers / 32 - 1) {
+      barrier_wait(shared.stored, tiles_told & 1);
+      if (lane_index() == 0) publish_add((uint32_t*)a.tiles + 3 * told_of + 2, kOne);
+    }
+    tiles_told++, told_of = -1;
+  }
   DEVICE uint8_t* begin() {  // a stage that nobody reads any more, in neither block
-    barrier_wait(&shared.empty[step % kStages], (step / kStages & 1) ^ 1);
+    barrier_wait(&shared.empty[step % F::kStages], (step / F::kStages & 1) ^ 1);
     return stage_of(shared, step);
   }
   DEVICE void note(const Note& n) {  // before the first thread's arrival
-    if (thread_index() == 0) shared.notes[step % kStages] = n;
+    if (thread_index() == 0) shared.notes[step % F::kStages] = n;
   }
   DEVICE void end(bool copies_only = true) {  // copies_only: nothing was stored but by cp16
-    if (!copies_only) cp_commit(), cp_wait<0>(), barrier_arrive(&shared.full[step % kStages]);
-    else barrier_arrive_after_copies(&shared.full[step % kStages]);
+    if (!copies_only) cp_commit(), cp_wait<0>(), barrier_arrive(&shared.full[step % F::kStages]);
+    else barrier_arrive_after_copies(&shared.full[step % F::kStages]);
     step++;
   }
 };
@@ -149,7 +174,7 @@ DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage
     }
   }
   const int piece = tid % kOfS, half = piece / 2 % HALVES, s_r = u.r0 + piece / (2 * HALVES) * 16 + (piece & 1) * 8;
-  const int low = s_r < u.rank ? u.low : kTokens, high = u.high;
+  const int low = s_r < u.rank ? u.low : INT32_MAX, high = u.high;
   const uint16_t* source = (const uint16_t*)a.s + ((int64_t)note.start + tid / kOfS) * a.s_width + half * u.split * a.max_rank + s_r;
   uint8_t* target = piece_of(stage + kWeightBytes, tid / kOfS, 2 * HALVES * unit + piece);
 #pragma unroll 1
@@ -160,11 +185,11 @@ DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage
   }
 }
 
-template <int HALVES, int CLUSTER>
-DEVICE void fetch_addend(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, Addend& u, Note note) {
-  constexpr int kEach = kK / 16 / HALVES;
+template <class F>
+DEVICE void fetch_addend(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note) {
+  constexpr int kEach = kK / 16 / F::kHalves;
   int stages = 0;  // the blocks of a cluster keep step
-  if (CLUSTER == 2) stages = u.stages(note.start + (cluster_rank() == 0 ? divide_up(note.rows, 8) * 8 : 0), kEach);
+  if (F::kCluster == 2) stages = u.stages(note.start + (cluster_rank() == 0 ? divide_up(note.rows, 8) * 8 : 0), kEach);
   u.load(note);
   do {
     uint8_t* const stage = f.begin();
@@ -172,21 +197,19 @@ DEVICE void fetch_addend(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, Addend& u, 
     for (note.products = 0; note.products < kEach && u.any;) {
       const int left = divide_up(u.rank - u.r0, 16), room = u.s_aligned() ? kEach - note.products : 1, count = left >= 3 && room >= 4 ? 4 : left >= 2 && room >= 2 ? 2 : 1;
       aligned = aligned && u.s_aligned();
-      if (!u.s_aligned()) fetch_columns<HALVES, 1, false>(a, u, stage, note.products, note);
-      else if (count == 1) fetch_columns<HALVES, 1>(a, u, stage, note.products, note);
-      else if (count == 2) fetch_columns<HALVES, 2>(a, u, stage, note.products, note);
-      else fetch_columns<HALVES, kEach>(a, u, stage, note.products, note);
+      if (!u.s_aligned()) fetch_columns<F::kHalves, 1, false>(a, u, stage, note.products, note);
+      else if (count == 1) fetch_columns<F::kHalves, 1>(a, u, stage, note.products, note);
+      else if (count == 2) fetch_columns<F::kHalves, 2>(a, u, stage, note.products, note);
+      else fetch_columns<F::kHalves, kEach>(a, u, stage, note.products, note);
       note.products += count;
       u.advance(note, count);
     }
     note.last = --stages <= 0 && !u.any;
     f.note(note);
-    if (thread_index() == 0) barrier_arrive(&f.shared.full[f.step % kStages]);  // in place of the engine's
+    if (thread_index() == 0) barrier_arrive(&f.shared.full[f.step % F::kStages]);  // in place of the engine's
     f.end(aligned);
   } while (!note.last);
 }
-
-constexpr int kPasses = kTokens * 8 / kFetchers;  // rows of x that a fetching thread brings a sixteen-byte piece of
 
 struct Place {  // of the walk: the tile, its first column, and the tile's entry, on its way
   int tile = 0, n0 = 0, expert = -1, start = 0, rows = 0;
@@ -196,20 +219,20 @@ template <int HALVES>
 DEVICE Place place_of(const MoeWgmmaGemm& a, int64_t t, int tiles, int column_blocks) {
   const int group = (int)(t / ((int64_t)a.group * column_blocks)), local = (int)(t - (int64_t)group * a.group * column_blocks);
   const int members = tiles - group * a.group < a.group ? tiles - group * a.group : a.group, tile = group * a.group + local % members;
-  return {tile, local / members * (kRows / HALVES), a.tiles[3 * tile], a.tiles[3 * tile + 1], a.tiles[3 * tile + 2]};
+  return {tile, local / members * (kRows / HALVES), a.tiles[3 * tile] & kLower, a.tiles[3 * tile + 1], a.tiles[3 * tile + 2] & kLower};
 }
 
 // This block's rows of a tile, and what the fetching thread gathers by, on its way.
-template <int CLUSTER>
-DEVICE Note part_of(const MoeWgmmaGemm& a, const Place& place, int (&rows)[kPasses]) {
+template <class F>
+DEVICE Note part_of(const MoeWgmmaGemm& a, const Place& place, int (&rows)[F::kPasses]) {
   Note note = {place.expert, place.start, place.rows, place.n0, 0, 0};
-  if (CLUSTER == 2) {  // each block has half of the rows, the first the odd ones
+  if (F::kCluster == 2) {  // each block has half of the rows, the first the odd ones
     const int share = divide_up(note.rows, 16) * 8;
     if (cluster_rank() == 0) note.rows = note.rows < share ? note.rows : share;
     else note.start += share, note.rows = note.rows > share ? note.rows - share : 0;
   }
 #pragma unroll
-  for (int i = 0; i < kPasses; i++) {
+  for (int i = 0; i < F::kPasses; i++) {
     const int row = (thread_index() >> 3) + i * (kFetchers / 8);
     rows[i] = note.start + row;
     if (a.gather && row < note.rows) rows[i] = a.sorted_pairs[rows[i]];
@@ -218,35 +241,36 @@ DEVICE Note part_of(const MoeWgmmaGemm& a, const Place& place, int (&rows)[kPass
 }
 
 // One thread: a step's weights, and with them the note.
-template <int HALVES, int CLUSTER>
-DEVICE void ask_weights(const Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, const TensorMap& map, const Note& note, uint32_t step, int k) {
-  f.shared.notes[step % kStages] = note;
-  Barrier* const full = &f.shared.full[step % kStages];
+template <class F>
+DEVICE void ask_weights(const Fetcher<F>& f, const MoeWgmmaGemm& a, const TensorMap& map, const Note& note, uint32_t step, int k) {
+  f.shared.notes[step % F::kStages] = note;
+  Barrier* const full = &f.shared.full[step % F::kStages];
   barrier_expect(full, kWeightBytes);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     uint8_t* const target = stage_of(f.shared, step) + half * (kWeightBytes / 2);
-    const int row = HALVES == 2 ? note.n0 : note.n0 + half * 128, matrix = HALVES == 2 ? 2 * note.expert + half : note.expert;
+    const int row = F::kHalves == 2 ? note.n0 : note.n0 + half * 128, matrix = F::kHalves == 2 ? 2 * note.expert + half : note.expert;
     const uint64_t policy = a.stream ? kStream : kKeep;
-    if (CLUSTER == 1) copy_box(target, &map, full, k, row, matrix, policy);
+    if (F::kCluster == 1) copy_box(target, &map, full, k, row, matrix, policy);
     else if (half == cluster_rank()) copy_box_to_both(target, &map, full, k, row, matrix, policy);
   }
 }
 
 // `asked`: steps whose weights are on their way already.
-template <int HALVES, int CLUSTER>
-DEVICE void fetch_products(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Note& note, const int (&rows)[kPasses], int asked) {
+template <class F>
+DEVICE void fetch_products(Fetcher<F>& f, const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Note& note, const int (&rows)[F::kPasses], int asked) {
   const int piece = thread_index() & 7, row0 = thread_index() >> 3;
-  uint32_t source[kPasses];  // in 16 bytes
+  uint32_t source[F::kPasses];  // in 16 bytes
 #pragma unroll
-  for (int i = 0; i < kPasses; i++) source[i] = (uint32_t)(a.gather ? rows[i] / top_k : rows[i]) * (uint32_t)(a.k / 8) + piece;
+  for (int i = 0; i < F::kPasses; i++) source[i] = (uint32_t)(a.gather ? rows[i] / top_k : rows[i]) * (uint32_t)(a.k / 8) + piece;
   for (int k = 0; k < a.k; k += kK) {
+    if (k == F::kStages * 2 * kK) f.tell();
     uint8_t* const stage = f.begin();
-    if (thread_index() == 0 && k >= asked * kK) ask_weights<HALVES>(f, a, map, note, f.step, k);
+    if (thread_index() == 0 && k >= asked * kK) ask_weights(f, a, map, note, f.step, k);
     const uint8_t* const x = (const uint8_t*)a.x + k * 2;
     const bool inside = k + piece * 8 < a.k;
 #pragma unroll
-    for (int i = 0; i < kPasses; i++) {
+    for (int i = 0; i < F::kPasses; i++) {
       const int row = row0 + i * (kFetchers / 8);
       if (row < note.rows) cp16(piece_of(stage + kWeightBytes, row, piece), x + (int64_t)source[i] * 16, inside);
     }
@@ -254,31 +278,65 @@ DEVICE void fetch_products(Fetcher<CLUSTER>& f, const MoeWgmmaGemm& a, const Ten
   }
 }
 
-template <int HALVES, int CLUSTER>
-DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Shared& shared) {
-  Fetcher<CLUSTER> f{a, shared};
+// Which tiles a block computes: every stride-th one, or the first so and then whatever comes next of the queue. Known two tiles ahead.
+struct Walk {
+  const MoeWgmmaGemm& a;
+  uint32_t* taken;
+  int64_t now;
+  const int stride;
+  int64_t next = 0, after = 0;
+  uint32_t coming = 0, turns = 0;
+
+  DEVICE void ask() {  // for the tile behind `after`, told in turn()
+    if (a.queued && thread_index() == 0) coming = take_ticket((uint32_t*)a.tiles, kOne);
+  }
+  DEVICE int64_t told() {
+    if (!a.queued) return after + stride;
+    uint32_t* const word = taken + (turns++ & 1);
+    if (thread_index() == 0) *word = coming / kOne;
+    sync_warpgroup(3);
+    return stride + (int64_t)*word;
+  }
+  DEVICE void begin() {
+    after = now;
+    for (int i = 0; i < 2; i++) ask(), next = after, after = told();
+  }
+  DEVICE void turn() {
+    now = next, next = after, after = told();
+  }
+};
+
+template <class F>
+DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, const Shared<F>& shared) {
+  Fetcher<F> f{a, shared};
   bool waits = true;  // for the kernel before, which made s
   if (!a.s && a.gather) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
-  const int column_blocks = divide_up(a.n, kRows / HALVES), tiles = a.counts[1], stride = (int)gridDim.x / CLUSTER;
+  const int column_blocks = divide_up(a.n, kRows / F::kHalves), tiles = a.counts[1], stride = (int)gridDim.x / F::kCluster;
   const int64_t total = (int64_t)tiles * column_blocks;
-  int rows[kPasses], next_rows[kPasses], asked = 0, range[2] = {0, 0};  // steps asked for early; the LoRA tiles of the next tile
-  int64_t t = blockIdx.x / CLUSTER;
+  int rows[F::kPasses], next_rows[F::kPasses], asked = 0, range[2] = {0, 0};  // steps asked for early; the LoRA tiles of the next tile
+  Walk walk{a, shared.taken, blockIdx.x / F::kCluster, stride};
+  walk.begin();
   Place place, next, after;
-  if (t < total) place = place_of<HALVES>(a, t, tiles, column_blocks);
-  if (t + stride < total) next = place_of<HALVES>(a, t + stride, tiles, column_blocks);
-  Note note = part_of<CLUSTER>(a, place, rows);
+  if (walk.now < total) place = place_of<F::kHalves>(a, walk.now, tiles, column_blocks);
+  if (walk.next < total) next = place_of<F::kHalves>(a, walk.next, tiles, column_blocks);
+  Note note = part_of<F>(a, place, rows);
   Addend u{a};
   if (waits && !a.s) {  // rows that the kernel before made, over tiles that were there before it: weights need not wait
-    for (; t < total && asked < kStages && asked * kK < a.k; asked++)
-      if (thread_index() == 0) ask_weights<HALVES>(f, a, map, note, asked, asked * kK);
-    wait_for_previous_kernel(), allow_next_kernel(), waits = false;
+    for (; walk.now < total && asked < F::kStages && asked * kK < a.k; asked++)
+      if (thread_index() == 0) ask_weights(f, a, map, note, asked, asked * kK);
+    if (!a.behind) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
   }
-  for (; t < total; t += stride) {  // what the next tile begins with is asked for during this one, and its place during the one before
+  for (; walk.now < total; walk.turn()) {  // what the next tile begins with is asked for during this one, and its place during the one before
     if (a.s && !waits) u.ask(range[0], range[1]);
-    if (t + 2 * stride < total) after = place_of<HALVES>(a, t + 2 * stride, tiles, column_blocks);
-    const Note next_note = part_of<CLUSTER>(a, next, next_rows);
+    walk.ask();
+    if (walk.after < total) after = place_of<F::kHalves>(a, walk.after, tiles, column_blocks);
+    const Note next_note = part_of<F>(a, next, next_rows);
     if (a.s && !waits) range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
-    fetch_products<HALVES>(f, a, map, top_k, note, rows, asked);
+    if (a.behind) {
+      if (waits && walk.next >= total) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
+      while ((int)(observe((const uint32_t*)a.tiles + 3 * place.tile + 2) / kOne) < a.behind) {}
+    }
+    fetch_products(f, a, map, top_k, note, rows, asked);
     asked = 0;
     if (a.s) {
       if (waits) {
@@ -286,43 +344,45 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
         u.ask(a.ranges[2 * place.tile], a.ranges[2 * place.tile + 1]);
         range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
       }
-      fetch_addend<HALVES>(f, a, u, note);
+      fetch_addend(f, a, u, note);
     }
+    if (a.report) f.tell(), f.told_of = place.tile;
     note = next_note, place = next, next = after;
 #pragma unroll
-    for (int i = 0; i < kPasses; i++) rows[i] = next_rows[i];
+    for (int i = 0; i < F::kPasses; i++) rows[i] = next_rows[i];
   }
   if (waits) wait_for_previous_kernel(), allow_next_kernel();  // blocks without a tile: whoever follows relies on all of them
   f.begin();
   f.note({-1, 0, 0, 0, 0, 0});
-  if (thread_index() == 0) barrier_arrive(&shared.full[f.step % kStages]);
+  if (thread_index() == 0) barrier_arrive(&shared.full[f.step % F::kStages]);
   f.end();
+  f.tell();
 }
 
 // ---- multiplying -----------------------------------------------------------------------------------------------------------------------
 
-template <int HALVES, int CLUSTER>
+template <class F>
 struct Multiplier {
-  const Shared& shared;
+  const Shared<F>& shared;
   int group;  // 0 or 1
   uint32_t step = 0;
 
-  DEVICE bool arrived() const { return uniform(barrier_passed(&shared.full[step % kStages], step / kStages & 1)); }
-  DEVICE void wait() { barrier_wait(&shared.full[step % kStages], step / kStages & 1); }
+  DEVICE bool arrived() const { return uniform(barrier_passed(&shared.full[step % F::kStages], step / F::kStages & 1)); }
+  DEVICE void wait() { barrier_wait(&shared.full[step % F::kStages], step / F::kStages & 1); }
   // A field of the stage's note, read by the lane that gives the stage back to this block alone, so that its arrival comes after all reads.
   DEVICE int told(int32_t Note::*field) const {
-    const int owner = CLUSTER == 2 ? cluster_rank() : 0;
-    return (int)shuffle(lane_index() == owner ? (uint32_t)(shared.notes[step % kStages].*field) : 0u, owner);
+    const int owner = F::kCluster == 2 ? cluster_rank() : 0;
+    return (int)shuffle(lane_index() == owner ? (uint32_t)(shared.notes[step % F::kStages].*field) : 0u, owner);
   }
   DEVICE void release(uint32_t of) {
-    if (CLUSTER == 1) {
-      if (lane_index() == 0) barrier_arrive(&shared.empty[of % kStages]);
+    if (F::kCluster == 1) {
+      if (lane_index() == 0) barrier_arrive(&shared.empty[of % F::kStages]);
     } else if (lane_index() < 2) {
-      barrier_arrive_at(&shared.empty[of % kStages], lane_index());
+      barrier_arrive_at(&shared.empty[of % F::kStages], lane_index());
     }
   }
   // First row of a half of this group's: its gate and its up rows, or 128 in a row.
-  DEVICE int row(int half) const { return HALVES == 2 ? half * 128 + group * 64 : group * 128 + half * 64; }
+  DEVICE int row(int half) const { return F::kHalves == 2 ? half * 128 + group * 64 : group * 128 + half * 64; }
 };
 
 // Sixteen of k: columns 16 i of the weights, and of the tokens' rows, with `apart` other ones for the second half.
@@ -334,8 +394,8 @@ DEVICE void multiply_sixteen(float (&d)[2][72], const M& m, int i, int token_i, 
     multiply_shared<T, NT>(d[half], wgmma_matrix(stage + m.row(half) * 128) + 2 * i, wgmma_matrix(stage + kWeightBytes) + 2 * (token_i + half * apart), accumulate);
 }
 
-template <class T, int NT, int HALVES, int CLUSTER>
-DEVICE void multiply_tile(float (&d)[2][72], Multiplier<HALVES, CLUSTER>& m, int steps, bool addend) {
+template <class T, int NT, class F>
+DEVICE void multiply_tile(float (&d)[2][72], Multiplier<F>& m, int steps, bool addend) {
   bool released = true;
   const auto begin = [&] {
     if (!m.arrived() && !released) {  // nothing to multiply yet: give back what is read
@@ -369,7 +429,7 @@ DEVICE void multiply_tile(float (&d)[2][72], Multiplier<HALVES, CLUSTER>& m, int
     last = m.told(&Note::last);
     wgmma_begin();
     if constexpr (NT > 0) {
-      for (int i = 0; i < products; i++) multiply_sixteen<T, NT>(d, m, i, HALVES * i, HALVES - 1, true);
+      for (int i = 0; i < products; i++) multiply_sixteen<T, NT>(d, m, i, F::kHalves * i, F::kHalves - 1, true);
     }
     end();
   }
@@ -390,62 +450,62 @@ DEVICE float bias_of(const MoeWgmmaGemm& a, int64_t index, bool inside) {
 }
 
 // This warpgroup's part of a tile: to 16 bit, transposed through shared memory, out in pieces of 16 bytes.
-template <class T, int HALVES>
-DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], const Shared& shared, int group, const int (&row)[2]) {
-  constexpr int kColumns = 128 / HALVES, kPieces = kColumns / 8;
+template <class T, class F>
+DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], const Shared<F>& shared, int group, const int (&row)[2]) {
+  constexpr int kColumns = 128 / F::kHalves, kPieces = kColumns / 8;
   const int lane = lane_index(), warp = warp_index() & 3, tid = thread_index() & 127;
   const int column0 = note.n0 + group * kColumns;
-  uint8_t* const out = shared.out + group * kOutBytes;
-  int32_t* const rows = shared.rows + group * kTokens;
+  uint8_t* const out = shared.out + group * F::kOutBytes;
+  int32_t* const rows = shared.rows + group * F::kTokens;
   float bias[2][2];
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int column = column0 + (HALVES == 2 ? 0 : half * 64) + warp * 16 + h * 8 + lane / 4;
-      bias[half][h] = bias_of<T>(a, ((int64_t)note.expert * HALVES + (HALVES == 2 ? half : 0)) * a.n + column, column < a.n);
+      const int column = column0 + (F::kHalves == 2 ? 0 : half * 64) + warp * 16 + h * 8 + lane / 4;
+      bias[half][h] = bias_of<T>(a, ((int64_t)note.expert * F::kHalves + (F::kHalves == 2 ? half : 0)) * a.n + column, column < a.n);
     }
-  uint8_t* const mine = out + (lane & 7) * kPitch + warp * 32 + (lane >> 3 & 1) * 16;
+  uint8_t* const mine = out + (lane & 7) * F::kPitch + warp * 32 + (lane >> 3 & 1) * 16;
 #pragma unroll
-  for (int c = 0; c < kTokens; c += kChunk) {
+  for (int c = 0; c < F::kTokens; c += F::kChunk) {
     if (c >= note.rows) break;
     sync_warpgroup(1 + group);  // whoever still reads what left before
     if (c == 0) {
-      rows[tid] = row[0];
-      if (tid < kTokens - 128) rows[128 + tid] = row[1];
+      if (tid < F::kTokens) rows[tid] = row[0];
+      if (tid + 128 < F::kTokens) rows[128 + tid] = row[1];
     }
 #pragma unroll
-    for (int i = 0; i < kChunk / 8; i++) {
+    for (int i = 0; i < F::kChunk / 8; i++) {
       const int at = (c / 8 + i) * 4;
-      if (c + i * 8 >= kTokens || c + i * 8 >= note.rows) break;
+      if (c + i * 8 >= F::kTokens || c + i * 8 >= note.rows) break;
       uint32_t value[2];
-      if constexpr (HALVES == 2) {
+      if constexpr (F::kHalves == 2) {
 #pragma unroll
         for (int h = 0; h < 2; h++)
           value[h] = T::pack(activate(a, d[0][at + 2 * h] + bias[0][h], d[1][at + 2 * h] + bias[1][h]),
                              activate(a, d[0][at + 2 * h + 1] + bias[0][h], d[1][at + 2 * h + 1] + bias[1][h]));
-        store_matrix_x2_transposed(mine + i * 8 * kPitch, value[0], value[1]);
+        store_matrix_x2_transposed(mine + i * 8 * F::kPitch, value[0], value[1]);
       } else {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
           for (int h = 0; h < 2; h++) value[h] = T::pack(d[half][at + 2 * h] + bias[half][h], d[half][at + 2 * h + 1] + bias[half][h]);
-          store_matrix_x2_transposed(mine + i * 8 * kPitch + half * 128, value[0], value[1]);
+          store_matrix_x2_transposed(mine + i * 8 * F::kPitch + half * 128, value[0], value[1]);
         }
       }
     }
     sync_warpgroup(1 + group);
-    const int tokens = note.rows - c < kChunk ? note.rows - c : kChunk;
+    const int tokens = note.rows - c < F::kChunk ? note.rows - c : F::kChunk;
     for (int index = tid; index < tokens * kPieces; index += 128) {
       const int token = index / kPieces, piece = index % kPieces, column = column0 + piece * 8;
-      if (column < a.n) copy_16_bytes((uint16_t*)a.out + (int64_t)rows[c + token] * a.n + column, out + token * kPitch + piece * 16);
+      if (column < a.n) copy_16_bytes((uint16_t*)a.out + (int64_t)rows[c + token] * a.n + column, out + token * F::kPitch + piece * 16);
     }
   }
 }
 
-template <class T, int HALVES, int CLUSTER>
-DEVICE void multiply(const MoeWgmmaGemm& a, const Shared& shared) {
-  Multiplier<HALVES, CLUSTER> m{shared, uniform(warp_index() / 4) - 1};
+template <class T, class F>
+DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
+  Multiplier<F> m{shared, uniform(warp_index() / 4) - 1};
   const int steps = divide_up(a.k, kK);
   const bool addend = a.s != nullptr;
   float d[2][72];
@@ -462,33 +522,38 @@ DEVICE void multiply(const MoeWgmmaGemm& a, const Shared& shared) {
     }
     switch (divide_up(note.rows, 8)) {
 #define CASE(NT) \
-  case NT: multiply_tile<T, NT>(d, m, steps, addend); break;
+  case NT: if constexpr (8 * NT <= F::kTokens) multiply_tile<T, NT>(d, m, steps, addend); break;
       CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
 #undef CASE
     }
-    store_tile<T, HALVES>(a, note, d, shared, m.group, row);
+    store_tile<T, F>(a, note, d, shared, m.group, row);
+    if (a.report) {
+      sync_warp();
+      if (lane_index() == 0) barrier_arrive(shared.stored);
+    }
   }
 }
 
-template <class T, int HALVES, int CLUSTER>
+template <class T, class F>
 KERNEL void __launch_bounds__(kThreads, 1) gemm(const MoeWgmmaGemm a, const GRID_CONSTANT TensorMap map, Divider top_k) {
 #if SM90  // elsewhere an empty kernel, which is never launched: ops/moe_wgmma_gemm.py refuses
   SMEM_DECL;
-  const Shared shared = carve(smem_);
+  const Shared<F> shared(smem_);
   if (thread_index() == 0) {
-    for (int i = 0; i < kStages; i++) barrier_init(&shared.full[i], kFetchers + 1), barrier_init(&shared.empty[i], 8 * CLUSTER);
+    for (int i = 0; i < F::kStages; i++) barrier_init(&shared.full[i], kFetchers + 1), barrier_init(&shared.empty[i], 8 * F::kCluster);
+    barrier_init(shared.stored, 8);
     publish_barriers();
   }
-  if constexpr (CLUSTER == 2) sync_cluster();
+  if constexpr (F::kCluster == 2) sync_cluster();
   else sync_block();
   if (warp_index() < kFetchers / 32) {
     give_registers<120>();
-    fetch<HALVES, CLUSTER>(a, map, top_k, shared);
+    fetch<F>(a, map, top_k, shared);
   } else {
     take_registers<192>();
-    multiply<T, HALVES, CLUSTER>(a, shared);
+    multiply<T, F>(a, shared);
   }
-  if constexpr (CLUSTER == 2) sync_cluster();  // the other block may still arrive here
+  if constexpr (F::kCluster == 2) sync_cluster();  // the other block may still arrive here
 #endif
 }
 
@@ -499,16 +564,21 @@ int describe(const MoeWgmmaGemm& a, TensorMap* map) {
   return describe_boxes(map, a.w, a.is_bf16, size, stride, box);
 }
 
+template <class T, class F>
+int enqueue(const MoeWgmmaGemm& a, const TensorMap& map, void* stream) {
+  const Launch how = {(unsigned)a.blocks, kThreads, F::kSharedBytes, stream, a.overlap && can_overlap()};
+  const Divider top_k = make_divider(a.top_k);
+  if constexpr (F::kCluster == 2) return launch_clusters(how, 2, gemm<T, F>, a, map, top_k);
+  else return launch(how, gemm<T, F>, a, map, top_k);
+}
+
 template <class T, int HALVES>
 int dispatch(const MoeWgmmaGemm& a, const TensorMap& map, void* stream) {
-  const Launch how = {(unsigned)a.blocks, kThreads, kSharedBytes, stream, a.overlap && can_overlap()};
-  const Divider top_k = make_divider(a.top_k);
-  return a.cluster == 2 ? launch_clusters(how, 2, gemm<T, HALVES, 2>, a, map, top_k) : launch(how, gemm<T, HALVES, 1>, a, map, top_k);
+  if (a.cluster == 2) return enqueue<T, Form<144, HALVES, 2>>(a, map, stream);
+  return a.tokens == 144 ? enqueue<T, Form<144, HALVES, 1>>(a, map, stream) : enqueue<T, Form<32, HALVES, 1>>(a, map, stream);
 }
 
 }  // namespace
-
-extern "C" int32_t moe_wgmma_tile_tokens() { return kTokens; }
 
 extern "C" int moe_wgmma_gemm(const MoeWgmmaGemm* arguments, void* stream) {
   const MoeWgmmaGemm& a = *arguments;

@@ -11,7 +11,9 @@ struct MoeWgmmaGemm {
   const void* w;                // [experts, halves * n, k]
   const void* bias;             // [experts, halves * n], or null
   void* out;                    // [.., n]
-  const int32_t* tiles;         // [.., 3] expert, start, rows <= moe_wgmma_tile_tokens()
+  // [.., 3] expert, start, rows <= tokens * cluster, in the lower 16 bits. In the upper ones, zero at first, kernels of a layer count: beside the
+  // rows what is stored of a tile (report), beside the first expert the tiles that blocks have taken (queued).
+  int32_t* tiles;
   const int32_t* counts;        // counts[1] = tiles
   const int32_t* sorted_pairs;  // [pairs]
   const void* s;                // [pairs, s_width] scaled A x in the order of the tiles, or null: no addend, and the four below unused
@@ -27,12 +29,14 @@ struct MoeWgmmaGemm {
   int32_t gather, scatter;  // x by token (pair / top_k) rather than by row; out by pair rather than by row
   int32_t group;            // tiles that walk the columns together
   int32_t blocks;           // of the grid: multiprocessors, fewer where there are fewer tiles
+  int32_t tokens;           // of a block's tile: 144, with cluster 1 also 32, which keeps more weights on their way
   int32_t cluster;          // 2: two blocks share a tile of up to twice the tokens, and fetch each weight once
   int32_t stream;           // weights leave L2 first: worth it where one tile of tokens reads them
+  int32_t report;           // each block counts its part of a tile when it is stored
+  int32_t behind;           // rows of a tile are there when so much of it is reported by the kernel before, whose end only the last tile waits for
+  int32_t queued;           // blocks take the next tile when they are ready for it; fewer than 65,536 in all
   int32_t overlap;          // start beside the end of the kernel before
 };
-
-int32_t moe_wgmma_tile_tokens();
 
 // Enqueue on `stream`. Returns a cudaError_t, 0 = success. Never synchronises; safe to capture.
 int moe_wgmma_gemm(const MoeWgmmaGemm* arguments, void* stream);

@@ -37,6 +37,7 @@ DEVICE int lowest_bit(uint32_t word) { return __ffs((int)word) - 1; }    // -1 f
 // One word from a block to later blocks of the same grid: what was written before publish() is seen after observe() returns that word.
 // A block may wait for blocks of lower index only: those are started first.
 DEVICE void publish(uint32_t* address, uint32_t value) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"); }
+DEVICE void publish_add(uint32_t* address, uint32_t value) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory"); }
 DEVICE uint32_t observe(const uint32_t* address) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

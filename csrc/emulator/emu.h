@@ -296,6 +296,7 @@ inline int warp_max(int value) {
 inline void atomic_add(uint32_t* address, uint32_t value) { *address += value; }
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 inline void publish(uint32_t* address, uint32_t value) { *address = value; }
+inline void publish_add(uint32_t* address, uint32_t value) { *address += value; }
 inline uint32_t observe(const uint32_t* address) {  // blocks run in order: what a correct kernel waits for is there
   if (++emu::block.observed > 1 << 20) emu::fail("a block waits for a word that no earlier block has published");
   return *address;

@@ -38,6 +38,7 @@ class Routing:
         self.base_block, self.lora_block, self.rows = base_block, lora_block, rows
         self.workspace = workspace
         self.lora_ranges: torch.Tensor | None = None  # kernels' note: which LoRA tiles meet each base tile, made by the first shrink
+        self.reports = 0  # kernels' note: how often the gate_up before reports each base tile, for a down that does not wait for its end
 
     @property
     def num_pairs(self) -> int:

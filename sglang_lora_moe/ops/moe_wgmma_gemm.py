@@ -20,28 +20,34 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import activation_of
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 
-TILE_TOKENS, TILE_ROWS = 144, 256  # of the kernel: tokens of a tile, and rows of w
+TILE_ROWS = 256  # of w in a tile of the kernel
 DTYPES = (torch.bfloat16, torch.float16)
 
 LIBRARY.define(
-    "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
+    "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor(b!) tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
     "Tensor? ranges, Tensor(a!) out, int top_k, int halves, int max_rank, float alpha, float cubic, float limit, float shift, bool gather, bool scatter, "
-    "int group, int blocks, int cluster, bool stream, bool overlap) -> ()"
+    "int group, int blocks, int tokens, int cluster, bool stream, bool report, int behind, bool queued, bool overlap) -> ()"
 )
 
 
 @dataclass(frozen=True)
 class WgmmaTile:
     """Launch shape: `group` tiles of tokens walk the columns together, so that they share w in L2. cluster 2: pairs of blocks
-    share a tile of twice the tokens and fetch w once. stream: w leaves L2 first, for experts of one tile."""
+    share a tile of twice the tokens and fetch w once. stream: w leaves L2 first, for experts of one tile. tokens: of a block's
+    tile, 144, or without clusters 32, which leave room for more of w on its way."""
 
     group: int = 4
     cluster: int = 1
     stream: bool = False
+    tokens: int = 144
 
     @property
     def m(self) -> int:
-        return TILE_TOKENS * self.cluster
+        return self.tokens * self.cluster
+
+    def reports(self, columns: int) -> int:
+        """How often blocks report each tile of a gated product of so many columns."""
+        return triton.cdiv(columns, TILE_ROWS // 2) * self.cluster
 
 
 def wgmma_gemm(
@@ -57,12 +63,17 @@ def wgmma_gemm(
     scatter: bool,
     activation: MoESpec | None = None,
     addend: LowRank | None = None,
+    report: bool = False,
+    behind: int = 0,
 ) -> torch.Tensor:  # budget: the tensors of one grouped product, its row orders and its addend
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
     a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K]; bias [E, N or 2N]. `activation` = the layer's spec
     where the epilogue activates (gate_up), None for a plain product. The alignment's base_block must be `tile.m`. Without `gather`
     and addend the first weights are asked for while the kernel before this one still runs: the alignment must be older than that.
+
+    `report`: count beside the rows of each base tile, in its upper 16 bits, what is stored of it; `behind`: the product before this
+    one reports so often and made `a`, so that a tile's rows are read when they are there, and blocks take their tiles from a queue.
     """
     halves = 1 if activation is None else 2
     columns = triton.cdiv(out.shape[1], TILE_ROWS // halves)
@@ -71,10 +82,11 @@ def wgmma_gemm(
         if not launch.has_wgmma(a.device):
             raise ValueError(f"moe_wgmma_gemm: runs on compute capability 9.0 alone, got {a.device}")
         build.load()
+    queued = behind > 0 and tile.cluster == 1 and alignment.base_tiles.shape[0] * columns + 3 * blocks < 1 << 16  # what 16 bits count
     low = (None,) * 4 if addend is None else (addend.s, addend.b.pool, addend.records, addend.ranges)
     torch.ops.sglang_lora_moe.moe_wgmma_gemm(
         a, w, bias, alignment.base_tiles, alignment.counts, alignment.sorted_pairs, *low, out, top_k, halves, 0 if addend is None else addend.b.max_rank,
-        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.cluster, tile.stream, True,
+        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.tokens, tile.cluster, tile.stream, report, behind, queued, True,
     )  # fmt: skip
     return out
 

@@ -24,7 +24,7 @@ DRIVER = Path(__file__).parent / "wgmma_driver.cpp"
 SMALL = {"experts": 5, "top_k": 2, "hidden": 72, "inter": 136}
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-CLUSTERS = [1, 2] if GPU else [1]
+FORMS = [(144, 1), (32, 1), *([(144, 2)] if GPU else [])]  # tokens of a block's tile, blocks of a cluster
 pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
 
 
@@ -32,8 +32,9 @@ def waits_for(item: pytest.Item) -> ahead.Command | None:
     return None if GPU else ahead.emulated(DRIVER)
 
 
-def tiles(cluster: int) -> LayerTiles:
-    return LayerTiles(WgmmaTile(2, cluster), WgmmaTile(3, cluster), lora_block=16)
+def tiles(form: tuple[int, int]) -> LayerTiles:
+    tokens, cluster = form
+    return LayerTiles(WgmmaTile(2, cluster, tokens=tokens), WgmmaTile(3, cluster, tokens=tokens), lora_block=16)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,65 +47,67 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def gemm(
         x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges, out, top_k, halves, max_rank, alpha, cubic, limit, shift, gather, scatter,
-        group, blocks, cluster, stream, overlap,
+        group, blocks, tokens, cluster, stream, report, behind, queued, overlap,
     ) -> None:  # fmt: skip
         nonlocal order
         order += 1
         fields = (
             order % 4, x.shape[0], w.shape[0], out.shape[1], x.shape[1], sorted_pairs.numel(), top_k, halves, x.dtype == torch.bfloat16, bias is not None,
             tiles.shape[0], s is not None, 0 if s is None else s.shape[2], max_rank, 0 if records is None else records.shape[0], gather, scatter, group, blocks,
+            tokens, report, behind, queued,
         )  # fmt: skip
-        head = struct.pack("19i4fxxxxq", *map(int, fields), alpha, cubic, limit, shift, 0 if pool is None else pool.numel())
+        head = struct.pack("23i4fxxxxq", *map(int, fields), alpha, cubic, limit, shift, 0 if pool is None else pool.numel())
         answer = emulator.answer(driver, head, x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges)
-        written = torch.frombuffer(answer, dtype=torch.int16).view(out.shape)
+        written = torch.frombuffer(answer[: 2 * out.numel()], dtype=torch.int16).view(out.shape)
+        tiles.copy_(torch.frombuffer(answer[2 * out.numel() :], dtype=torch.int32).view(tiles.shape))
         rows = (written != 0xCDCD - 65536).any(1)
         out[rows] = written.view(out.dtype)[rows]
 
     yield from emulator.implemented("moe_wgmma_gemm", gemm)
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("routing", ["uniform", "one_expert", "partial", "all_invalid"])
-def test_base_layer(device: torch.device, routing: str, dtype: torch.dtype, cluster: int) -> None:
+def test_base_layer(device: torch.device, routing: str, dtype: torch.dtype, form: tuple[int, int]) -> None:
     for tokens in (1, 45):
-        check(make_case(**SMALL, m=tokens, dtype=dtype, device=device, routing=routing, popularity="none"), tiles(cluster), lora=False)
+        check(make_case(**SMALL, m=tokens, dtype=dtype, device=device, routing=routing, popularity="none"), tiles(form), lora=False)
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("popularity", POPULARITIES)
-def test_adapters_by_popularity(device: torch.device, popularity: str, cluster: int) -> None:
+def test_adapters_by_popularity(device: torch.device, popularity: str, form: tuple[int, int]) -> None:
     adapters: dict[str, Any] = {"ranks": (8, 0, 24, 16), "layouts": ("split",), "routing": "partial", "popularity": popularity}
-    check(make_case(**SMALL, **adapters, m=29, dtype=torch.float16, device=device), tiles(cluster))
+    check(make_case(**SMALL, **adapters, m=29, dtype=torch.float16, device=device), tiles(form))
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("ranks", [(40, 8, 1), (72, 16, 32)], ids=str)
-def test_mixed_layouts(device: torch.device, ranks: tuple[int, ...], cluster: int) -> None:
+def test_mixed_layouts(device: torch.device, ranks: tuple[int, ...], form: tuple[int, int]) -> None:
     """Split and shared A, shared-outer experts, one half alone, ranks that are no multiple of eight, more columns than a stage holds."""
     common: dict[str, Any] = {**SMALL, "m": 21, "dtype": torch.float16, "device": device}
-    check(make_case(**common, ranks=ranks, layouts=LAYOUTS, active=6, slots=7), tiles(cluster))
-    check(make_case(**common, ranks=ranks[:2], layouts=("dense",)), tiles(cluster))
+    check(make_case(**common, ranks=ranks, layouts=LAYOUTS, active=6, slots=7), tiles(form))
+    check(make_case(**common, ranks=ranks[:2], layouts=("dense",)), tiles(form))
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
-def test_many_rows(device: torch.device, cluster: int) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_many_rows(device: torch.device, form: tuple[int, int]) -> None:
     """Tiles of many numbers of eights, several of one expert, widths beyond one block of columns and a tail of k."""
     spec = MoESpec(6, 1, 264, 136, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5)
     common: dict[str, Any] = {"spec": spec, "m": 400, "dtype": torch.float16, "device": device}
-    check(make_case(**common, ranks=(16, 8), active=2, popularity="zipf", routing="zipf"), tiles(cluster))
+    check(make_case(**common, ranks=(16, 8), active=2, popularity="zipf", routing="zipf"), tiles(form))
 
 
 def test_many_adapters_in_a_tile(device: torch.device) -> None:
     """More LoRA tiles in one tile than a warp has lanes."""
     common: dict[str, Any] = {"experts": 2, "top_k": 1, "hidden": 64, "inter": 64, "routing": "one_expert", "dtype": torch.float16, "device": device}
-    check(make_case(**common, m=90, ranks=(4, 8), layouts=("split",), active=40, slots=40, popularity="distinct"), tiles(1))
+    check(make_case(**common, m=90, ranks=(4, 8), layouts=("split",), active=40, slots=40, popularity="distinct"), tiles(FORMS[0]))
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
-def test_4097_tokens(device: torch.device, cluster: int) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_4097_tokens(device: torch.device, form: tuple[int, int]) -> None:
     """The operator alone: gathered rows in sorted order, an expert of few tokens, an odd tail."""
-    g, tile = generator(0, device), WgmmaTile(2, cluster)
+    g, tile = generator(0, device), WgmmaTile(2, form[1], tokens=form[0])
     x, w = (torch.randn(*shape, generator=g, device=device).half() for shape in ((4097, 72), (3, 40, 72)))
     ids = make_topk_ids("zipf", 4097, 1, 3, g)
     align = moe_lora_align_block_size(ids, None, 3, 0, tile.m, 16)
@@ -116,24 +119,24 @@ def test_4097_tokens(device: torch.device, cluster: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("tokens", [64, 1024, 4097])
 @pytest.mark.parametrize("load", ["base", "mixed"])
-def test_real_shapes(device: torch.device, load: str, tokens: int, cluster: int) -> None:
+def test_real_shapes(device: torch.device, load: str, tokens: int, form: tuple[int, int]) -> None:
     """Qwen3-30B-A3B and gpt-oss-20b."""
     for spec in (MoESpec(128, 8, 2048, 768), MoESpec(32, 4, 2880, 2880, has_bias=True, swiglu_alpha=1.702, swiglu_limit=7.0)):
         adapters: dict[str, Any] = {"ranks": (16, 0, 1, 100, 8, 64), "layouts": LAYOUTS, "active": 6, "slots": 6, "routing": "partial"}
         case = make_case(spec=spec, m=tokens, dtype=torch.bfloat16, device=device, **(adapters if load == "mixed" else {"popularity": "none", "slots": 1}))
-        check(case, tiles(cluster), lora=load == "mixed")
+        check(case, tiles(form), lora=load == "mixed")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("tokens", [3, 64, 700])
-def test_gpu_axes(tokens: int, cluster: int) -> None:
+def test_gpu_axes(tokens: int, form: tuple[int, int]) -> None:
     """Popularity by routing, layouts by rank, slots from 1 to 64, in graphs too."""
     for arguments in full_grid(spec=MoESpec(32, 4, 1024, 512), m=tokens):
-        check_on_gpu(tiles=tiles(cluster), **arguments)
+        check_on_gpu(tiles=tiles(form), **arguments)
 
 
 @pytest.mark.gpu

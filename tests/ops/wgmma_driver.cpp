@@ -1,12 +1,12 @@
 // Runs one case from stdin through csrc/moe_wgmma_gemm.cu on the emulator. Each buffer is a heap block of its exact size, out poisoned.
-// In: the fields of Case, then x, w, bias, tiles, counts, sorted pairs, s, pool, records, ranges. Out: out.
+// In: the fields of Case, then x, w, bias, tiles, counts, sorted pairs, s, pool, records, ranges. Out: out, and the tiles, where kernels count.
 #include "../../csrc/moe_wgmma_gemm.cu"
 #include "driver_input.h"
 
 namespace {
 
 struct Case {
-  int32_t order_seed, x_rows, experts, n, k, pairs, top_k, halves, is_bf16, has_bias, tiles, has_addend, s_width, max_rank, records, gather, scatter, group, blocks;
+  int32_t order_seed, x_rows, experts, n, k, pairs, top_k, halves, is_bf16, has_bias, tiles, has_addend, s_width, max_rank, records, gather, scatter, group, blocks, tokens, report, behind, queued;
   float alpha, cubic, limit, shift;
   int64_t pool;
 };
@@ -19,7 +19,7 @@ int main() {
   const auto x = read<uint16_t>((int64_t)c.x_rows * c.k);
   const auto w = read<uint16_t>((int64_t)c.experts * c.halves * c.n * c.k);
   const auto bias = read<uint16_t>(c.has_bias ? (int64_t)c.experts * c.halves * c.n : 0);
-  const auto tiles = read<int32_t>(3 * c.tiles);
+  auto tiles = read<int32_t>(3 * c.tiles);
   const auto counts = read<int32_t>(4);
   const auto sorted = read<int32_t>(c.pairs);
   const auto s = read<uint16_t>(c.has_addend ? (int64_t)c.pairs * c.s_width : 0);
@@ -29,8 +29,9 @@ int main() {
   std::vector<uint16_t> out((int64_t)c.pairs * c.n, 0xCDCD);
   MoeWgmmaGemm a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), tiles.data(), counts.data(), sorted.data(), c.has_addend ? s.data() : nullptr,
                     pool.data(), records.data(), ranges.data(), c.s_width, c.max_rank, c.experts, c.n, c.k, c.pairs, c.top_k, c.halves, c.is_bf16, c.halves == 2,
-                    c.alpha, c.cubic, c.limit, c.shift, c.gather, c.scatter, c.group, c.blocks, 1, 0, 0};
+                    c.alpha, c.cubic, c.limit, c.shift, c.gather, c.scatter, c.group, c.blocks, c.tokens, 1, 0, c.report, c.behind, c.queued, 0};
   const int error = moe_wgmma_gemm(&a, nullptr);
   std::fwrite(out.data(), 2, out.size(), stdout);
+  std::fwrite(tiles.data(), 4, tiles.size(), stdout);
   return error;
 }

@@ -72,6 +72,7 @@ class TritonRunnerCore(MoeRunnerCore):
             return pair_gate_up(act, _plain(quant_info.w2), quant_info.b2, routing.topk_ids, out, tiles.down, activation=None, addend=addend, by_token=False)
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": False, "scatter": True, "addend": addend}
         if isinstance(tiles.down, WgmmaTile):
+            options["behind"], routing.reports = routing.reports if addend is None else 0, 0
             return wgmma_gemm(act, _plain(quant_info.w2), quant_info.b2, routing.alignment, out, tiles.down, **options)
         return grouped_gemm(act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, **options)
 
@@ -93,6 +94,8 @@ class TritonRunnerCore(MoeRunnerCore):
             return pair_gate_up(inp.x, _plain(quant_info.w13), quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=activation, addend=addend)
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": True, "scatter": False, "activation": activation, "addend": addend}
         if isinstance(tiles.gate_up, WgmmaTile):
+            options["report"] = activate and addend is None and isinstance(tiles.down, WgmmaTile)
+            routing.reports = tiles.gate_up.reports(columns) if options["report"] else 0
             return wgmma_gemm(inp.x, _plain(quant_info.w13), quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
         return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
