@@ -55,6 +55,10 @@ DEVICE void load_floats_l2(float (&r)[4], const float* p) {
   const float4 v = __ldcg((const float4*)p);
   r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
 }
+DEVICE void load_floats(float (&r)[4], const float* p) {
+  const float4 v = *(const float4*)p;
+  r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
+}
 DEVICE void store_floats(float* p, const float (&r)[4]) { *(float4*)p = make_float4(r[0], r[1], r[2], r[3]); }
 
 // Count an arrival and learn how many came before: what each block wrote before its own (behind a barrier) is seen by those after it.
@@ -200,6 +204,7 @@ inline void store_words(void* p, uint32_t a, uint32_t b) {
   std::memcpy(p, words, 8);
 }
 inline void load_floats_l2(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
+inline void load_floats(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16); }
 inline uint32_t arrive(uint32_t* counter) { return (*counter)++; }
 inline uint32_t take_ticket(uint32_t* counter, uint32_t one = 1) { return (*counter += one) - one; }

@@ -22,6 +22,7 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import RECORD, LowRank, load_records, pdl_wait, row_delta, tile_delta
+from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
 
 
 @triton.jit
@@ -277,11 +278,14 @@ def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: in
     return ShrinkTile(lora_block, min(64, rows), 128, 4, 4 if rows <= 32 and lora_block <= 32 else 3)
 
 
-def moe_shrink(rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str) -> LowRank:
+def moe_shrink(
+    rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str, by_cuda: bool = False
+) -> LowRank:
     """scaling * A x of every pair with an adapter in `routing.rows` order, as the addend that B of the same adapters completes.
 
     rows [M, cols] by token with `gather`, else [P, cols] in routing order. `name` prefixes the workspace buffers. Grouped, the
-    shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it.
+    shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it. `by_cuda`: by the
+    kernel of ops/moe_lora_shrink.py where `can_shrink`; the caller knows beside which GEMM that is faster.
     """
     pairs, cols, slots = routing.num_pairs, stack_a.dim, routing.token_slots
     assert slots is not None, "a shrink needs the slots of the tokens"
@@ -297,7 +301,11 @@ def moe_shrink(rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Rout
     records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
     made = routing.lora_ranges
     ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
-    _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges, made is None)
+    if by_cuda and can_shrink(rows, routing.num_experts):
+        early = made is not None  # whose ranges are there has had a shrink before, and its alignment before that
+        group_shrink(rows, stack_a, stack_b, routing, s, records, None if early else ranges, gather=gather, early=early)
+    else:
+        _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges, made is None)
     routing.lora_ranges = ranges
     return LowRank(s, stack_b, slots, records, ranges)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from sglang_lora_moe.lora.stacks import Stack
-from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
-from sglang_lora_moe.ops.fused_moe_lora import pair_shrink_for_mma
+from sglang_lora_moe.ops.fused_moe_lora import moe_shrink, pair_shrink_for_mma
 from sglang_lora_moe.ops.low_rank import LowRank
 
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> LowRank:
     """What the GEMM adds before its store. NOTE: it must be the very next launch."""
-    if routing.rows != "pair":
-        return triton_lora.addend(inp, rows, stack_a, stack_b, routing, rows_from)
     gather = rows_from == "tokens"
-    return pair_shrink_for_mma(rows, stack_a, stack_b, routing, inp.workspace, gather=gather, name="lora.13" if gather else "lora.2")
+    name = "lora.13" if gather else "lora.2"
+    if routing.rows != "pair":
+        return moe_shrink(rows, stack_a, stack_b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048)
+    return pair_shrink_for_mma(rows, stack_a, stack_b, routing, inp.workspace, gather=gather, name=name)
