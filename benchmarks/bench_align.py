@@ -29,7 +29,12 @@ from tests.ops.align_plans import Plan, align_with_plan
 KEYS = ("shape", "M", "active", "plan")
 COLUMNS = (*KEYS, "us", "low_us", "high_us", "peer_base_us", "peer_us", "ratio", "floor_us")
 CALLS = 64
-PLANS: dict[str, Plan] = {"one block": (1 << 30, 0, 0), **{f"{n} a block": (-1, n, 1) for n in (256, 512, 1024)}, "512 a block, no overlap": (-1, 512, 0)}
+PLANS: dict[str, Plan] = {  # of tests/ops/align_plans.py; without a bin for each group slots are sorted after experts
+    **{f"{n} a block": (-1, 0, n, 1, 1 << 20) for n in (256, 512, 1024)},
+    "no bin a group": (512, 0, 0, 1, 0),
+    "cluster": (512, 16384, 0, 1, 1 << 20),
+    "no overlap": (512, 4096, 0, 0, -1),
+}
 PEERS = json.loads((Path(__file__).parent / "peers_align_h200.json").read_text())["rows"]
 
 
@@ -100,9 +105,8 @@ def main() -> None:
         for name in args.shapes or SHAPES:
             for active in sorted(args.active, key=lambda a: (a != 16, a)):  # the targets stand on A = 16
                 for tokens in args.tokens or TOKENS:
-                    one_block_too_big = plan == "one block" and tokens * SHAPES[name].top_k > 4096
                     key = {"shape": name, "M": tokens, "active": active, "plan": plan}
-                    if deadline.reached() or one_block_too_big or results.find(**key):
+                    if deadline.reached() or results.find(**key):
                         continue
                     results.add(measure(SHAPES[name], tokens, active, plan, ceilings))
     print(timing.format_table(results.rows, COLUMNS))

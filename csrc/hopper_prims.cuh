@@ -100,8 +100,18 @@ DEVICE int cluster_rank() {
   return (int)rank;
 }
 DEVICE void sync_cluster() {
-#if SM90
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+DEVICE void arrive_at_cluster() {  // the first half of sync_cluster
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_cluster() {  // and the second
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 DEVICE void copy_box_to_both(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t policy) {
@@ -122,7 +132,19 @@ DEVICE void barrier_arrive_at(Barrier* barrier, int rank) {  // at the same barr
       : "memory");
 #endif
 }
-// Four floats from the same place in the shared memory of that block of the cluster.
+// A word, and four floats, from the same place in the shared memory of that block of the cluster.
+DEVICE uint32_t load_word_of(const uint32_t* p, int rank) {
+  uint32_t word = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.u32 %0, [remote];\n}"
+      : "=r"(word)
+      : "r"(shared_address(p)), "r"(rank));
+#endif
+  return word;
+}
 DEVICE void load_floats_of(float (&r)[4], const float* p, int rank) {
 #if SM90
   asm volatile(
@@ -156,8 +178,14 @@ DEVICE void store_matrix_x2_transposed(void* row, uint32_t a, uint32_t b) {
 // As launch of prims.cuh, in clusters of so many blocks.
 template <class... Params, class... Args>
 int launch_clusters(const Launch& how, unsigned cluster, void (*kernel)(Params...), Args... args) {
-  const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)how.shared_bytes);
-  if (error != cudaSuccess) return (int)error;
+  if (how.shared_bytes > 48 * 1024) {  // as launch: never lowers the limit below what a kernel has without being asked
+    const cudaError_t error = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)how.shared_bytes);
+    if (error != cudaSuccess) return (int)error;
+  }
+  if (cluster > 8) {  // more than every GPU has to grant
+    const cudaError_t refused = cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (refused != cudaSuccess) return (int)refused;
+  }
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim.x = cluster, attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
@@ -347,11 +375,29 @@ inline void barrier_arrive_after_copies(Barrier* barrier) {
   barrier_arrive(barrier);
 }
 inline void see_copies() {}
-// Blocks run one after another here: no clusters.
-inline int cluster_rank() { return 0; }
-inline void sync_cluster() { emu::fail("no clusters here"); }
-inline void copy_box_to_both(void*, const TensorMap*, Barrier*, int, int, int, uint64_t) { emu::fail("no clusters here"); }
-inline void barrier_arrive_at(Barrier*, int) { emu::fail("no clusters here"); }
+inline int cluster_rank() { return (int)(emu::block.index.x % emu::cluster.size()); }
+inline void arrive_at_cluster() {
+  emu::self().cluster_generation = emu::cluster_generation;
+  if (++emu::cluster_arrived < emu::cluster.size() * emu::block.thread.size()) return;
+  emu::cluster_arrived = 0;
+  emu::cluster_generation++;
+}
+inline void wait_for_cluster() {
+  if (emu::self().cluster_generation == emu::cluster_generation) emu::wait_for(emu::cluster_generation);
+}
+inline void sync_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+inline uint32_t load_word_of(const uint32_t* p, int rank) {
+  if (rank == cluster_rank()) return *p;
+  const uint8_t* shared = emu::cluster[(size_t)rank].shared.get();
+  if (shared == nullptr) emu::fail("a read of the shared memory of a block that has ended");
+  return *(const uint32_t*)(shared + ((const uint8_t*)p - emu::block.shared.get()));
+}
+// A tile in clusters of two is not emulated.
+inline void copy_box_to_both(void*, const TensorMap*, Barrier*, int, int, int, uint64_t) { emu::fail("tiles of clusters are not emulated"); }
+inline void barrier_arrive_at(Barrier*, int) { emu::fail("tiles of clusters are not emulated"); }
 inline void load_floats_of(float (&r)[4], const float* p, int) { std::memcpy(r, p, 16); }
 inline int describe_boxes(TensorMap* map, const void* base, bool, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3]) {
   map->base = (const uint16_t*)base;
@@ -359,8 +405,8 @@ inline int describe_boxes(TensorMap* map, const void* base, bool, const uint64_t
   return 0;
 }
 template <class... Params, class... Args>
-int launch_clusters(const Launch&, unsigned, void (*)(Params...), Args...) {
-  emu::fail("no clusters here");
+int launch_clusters(const Launch& how, unsigned cluster, void (*kernel)(Params...), Args... args) {
+  return emu::launch(kernel, how.blocks, how.threads, how.shared_bytes, cluster, args...);
 }
 template <int REGISTERS>
 void give_registers() {}

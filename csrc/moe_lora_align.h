@@ -21,9 +21,11 @@ struct MoeLoraAlign {
 
 // How the work is cut. The defaults are moe_lora_align_default_plan's; tests and benchmarks force others.
 struct MoeLoraAlignPlan {
-  int32_t one_block_pairs;  // up to so many pairs (at most 4,096): one launch of one block, as far as shared memory allows
-  int32_t pairs_per_block;  // beyond: so many pairs a block, more when that would be over 128 blocks; 0 = by P
-  int32_t overlap;          // beyond: let a launch start while the one before it ends
+  int32_t one_block_pairs;  // up to so many pairs (at most 1,024): one launch of one block, as far as shared memory allows
+  int32_t cluster_pairs;    // up to so many: one launch of a cluster, on Hopper and newer, with a counter for each group
+  int32_t pairs_per_block;  // beyond one block: so many pairs a block, more when that would be over 16 in a cluster, 128 otherwise; 0 = by P
+  int32_t overlap;          // let a launch start while the one before it ends
+  int32_t most_bins;        // up to so many groups (E * (S + 1)) have a counter each, as far as memory allows; < 0 = by P
 };
 
 MoeLoraAlignPlan moe_lora_align_default_plan();

@@ -6,7 +6,7 @@
 //   * warps run one by one as far as they can, in forward, reverse or shuffled order (emu::order_seed), so a missing barrier shows
 //     as a wrong result;
 //   * a barrier or collective that some thread never reaches, or different collectives in one warp, stop the program with a sentence.
-// Not modelled: the memory model between blocks (blocks run one after another), bank conflicts, wgmma and TMA.
+// Not modelled: the memory model between blocks (they run one after another, those of a cluster in turns), bank conflicts.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -42,6 +42,7 @@ struct Thread {
   bool done = false;
   const unsigned* waits_for = nullptr;  // generation counter of the barrier or warp it is blocked on
   unsigned generation = 0;
+  unsigned cluster_generation = 0;        // when it arrived at its cluster's barrier
   std::vector<std::vector<Copy>> groups;  // committed cp.async groups, oldest first
   std::vector<Copy> open;                 // copies since the last commit
 };
@@ -59,11 +60,15 @@ struct Block {
   std::vector<Warp> warp;
   int current = 0, arrived = 0, observed = 0;
   unsigned generation = 0;
+  size_t left = 0;  // threads that have not ended
   std::unique_ptr<uint8_t[]> shared;
   std::function<void()> body;
 };
 
-inline Block block;
+inline Block block;                 // the running one
+inline std::vector<Block> cluster;  // its cluster, with something else in its own place
+inline size_t cluster_arrived = 0;  // threads at the cluster's barrier
+inline unsigned cluster_generation = 0;
 inline uint64_t order_seed = 0;  // 0 forward, 1 reverse, else the seed of a shuffle
 
 [[noreturn]] inline void fail(const char* what, const char* detail = "") {
@@ -108,19 +113,22 @@ inline std::vector<int> make_order(int count, uint64_t salt) {
 }
 
 // Run one thread until it blocks; whether it could run at all.
-inline bool advance(int index, size_t& left) {
+inline bool advance(int index) {
   Thread& thread = block.thread[index];
   if (thread.done || (thread.waits_for && *thread.waits_for == thread.generation)) return false;
   thread.waits_for = nullptr;
   block.current = index;
   thread.done = thread.fiber.enter();
-  left -= thread.done;
+  block.left -= thread.done;
   return true;
 }
 
-// Each warp runs as far as it can before the next one does: the schedule furthest from lockstep.
-inline void run_block(const std::vector<int>& warps, const std::vector<int>& lanes) {
+inline void begin_block(unsigned index, size_t shared_bytes) {
+  block.index = {index, 0, 0};
+  block.shared.reset(new uint8_t[shared_bytes]);
+  std::memset(block.shared.get(), 0xCD, shared_bytes);
   block.arrived = block.observed = 0;
+  block.left = block.thread.size();
   for (Warp& warp : block.warp) warp.arrived = 0;
   for (Thread& thread : block.thread) {
     thread.done = false;
@@ -129,32 +137,58 @@ inline void run_block(const std::vector<int>& warps, const std::vector<int>& lan
     thread.open.clear();
     thread.fiber.start(run_thread);
   }
-  for (size_t left = block.thread.size(); left;) {
-    bool moved = false;
+}
+
+// Until no thread can run: each warp as far as it can before the next one, the schedule furthest from lockstep. Whether any could.
+inline bool run_block(const std::vector<int>& warps, const std::vector<int>& lanes) {
+  bool any = false;
+  for (bool moved = true; moved && block.left; any |= moved) {
+    moved = false;
     for (int warp : warps)
       for (bool warp_moved = true; warp_moved; moved |= warp_moved) {
         warp_moved = false;
-        for (int lane : lanes) warp_moved |= advance(warp * 32 + lane, left);
+        for (int lane : lanes) warp_moved |= advance(warp * 32 + lane);
       }
-    if (!moved) fail("a barrier or collective is not reached by all of its threads");
   }
+  return any;
 }
 
-// A kernel's parameters are copies, as on the device.
+// Blocks run one after another, those of a cluster in turns. A kernel's parameters are copies, as on the device.
 template <class... Params, class... Args>
-int launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes, Args... args) {
+int launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes, unsigned cluster_size, Args... args) {
   if (threads == 0 || threads > 1024 || threads % 32 != 0 || blocks == 0) fail("launch: threads must be a multiple of 32 up to 1024, blocks at least 1");
-  block.grid = {blocks, 1, 1};
-  block.threads = {threads, 1, 1};
-  block.thread.resize(threads);
-  block.warp.assign(threads / 32, {});
-  block.body = [=] { kernel(args...); };
+  if (blocks % cluster_size != 0) fail("launch: blocks must be a multiple of the cluster");
   const std::vector<int> warps = make_order((int)threads / 32, 0), lanes = make_order(32, 1);
-  for (unsigned i = 0; i < blocks; i++) {
-    block.index = {i, 0, 0};
-    block.shared.reset(new uint8_t[shared_bytes]);
-    std::memset(block.shared.get(), 0xCD, shared_bytes);
-    run_block(warps, lanes);
+  cluster.resize(cluster_size);
+  const auto in_each = [](auto what) {
+    bool any = false;
+    for (Block& other : cluster) {
+      std::swap(block, other);
+      any |= what();
+      std::swap(block, other);
+    }
+    return any;
+  };
+  unsigned index = 0;
+  while (index < blocks) {
+    in_each([&] {
+      block.grid = {blocks, 1, 1};
+      block.threads = {threads, 1, 1};
+      block.thread.resize(threads);
+      block.warp.assign(threads / 32, {});
+      block.body = [=] { kernel(args...); };
+      begin_block(index++, shared_bytes);
+      return false;
+    });
+    while (in_each([&] {
+      const bool moved = run_block(warps, lanes);
+      if (!block.left) block.shared.reset();
+      return moved;
+    })) {}
+    in_each([] {
+      if (block.left) fail("a barrier or collective is not reached by all of its threads");
+      return false;
+    });
   }
   return 0;
 }
@@ -340,6 +374,6 @@ struct Launch {
 
 template <class... Params, class... Args>
 int launch(const Launch& how, void (*kernel)(Params...), Args... args) {
-  return emu::launch(kernel, how.blocks, how.threads, how.shared_bytes, args...);
+  return emu::launch(kernel, how.blocks, how.threads, how.shared_bytes, 1, args...);
 }
-inline bool can_overlap() { return false; }
+inline bool can_overlap() { return true; }

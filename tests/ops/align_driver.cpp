@@ -1,5 +1,5 @@
 // Runs cases from stdin through csrc/moe_lora_align.cu on the emulator. Each buffer is a heap block of its exact size, poisoned.
-// One case in: 14 int32 (see Case), topk_ids, token_slots. Out: sorted_pairs, base_tiles, lora_tiles, counts.
+// One case in: 16 int32 (see Case), topk_ids, token_slots. Out: sorted_pairs, base_tiles, lora_tiles, counts.
 #include <cstdio>
 #include <vector>
 
@@ -9,7 +9,7 @@ namespace {
 
 struct Case {
   int32_t ids_are_64bit, tokens, top_k, experts, slots, base_block, lora_block, has_slots;
-  int32_t one_block_pairs, pairs_per_block, overlap, order_seed, max_base_tiles, max_lora_tiles;
+  int32_t one_block_pairs, cluster_pairs, pairs_per_block, overlap, most_bins, order_seed, max_base_tiles, max_lora_tiles;
 };
 
 template <class T>
@@ -35,7 +35,7 @@ int main() {
     emu::order_seed = (uint64_t)c.order_seed;
     const MoeLoraAlign arguments = {ids.data(),     c.has_slots ? slots.data() : nullptr, sorted.data(), base.data(), lora.data(), counts.data(), workspace.data(),
                                     c.ids_are_64bit, c.tokens, c.top_k, c.experts, c.slots, c.base_block, c.lora_block};
-    if (moe_lora_align(&arguments, {c.one_block_pairs, c.pairs_per_block, c.overlap}, nullptr) != 0) return 3;
+    if (moe_lora_align(&arguments, {c.one_block_pairs, c.cluster_pairs, c.pairs_per_block, c.overlap, c.most_bins}, nullptr) != 0) return 3;
     write(sorted), write(base), write(lora), write(counts);
   }
   return 0;

@@ -10,7 +10,7 @@ import torch
 from sglang_lora_moe.ops import build
 from sglang_lora_moe.ops import moe_lora_align as op
 
-Plan = tuple[int, int, int]  # one_block_pairs, pairs_per_block, overlap
+Plan = tuple[int, int, int, int, int]  # one_block_pairs, cluster_pairs, pairs_per_block, overlap, most_bins
 POINTERS = ("topk_ids", "token_slots", "sorted_pairs", "base_tiles", "lora_tiles", "counts", "workspace")
 SIZES = ("ids_are_64bit", "tokens", "top_k", "experts", "slots", "base_block", "lora_block")
 
@@ -20,7 +20,7 @@ class Arguments(ctypes.Structure):  # MoeLoraAlign of csrc/moe_lora_align.h
 
 
 class PlanStruct(ctypes.Structure):  # MoeLoraAlignPlan
-    _fields_ = [(name, ctypes.c_int32) for name in ("one_block_pairs", "pairs_per_block", "overlap")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("one_block_pairs", "cluster_pairs", "pairs_per_block", "overlap", "most_bins")]
 
 
 @functools.cache

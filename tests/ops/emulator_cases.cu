@@ -1,5 +1,5 @@
 // Small kernels with and without planted errors: what the emulator must compute, and what it must not let pass. Also compiled by nvcc.
-#include "prims.cuh"
+#include "hopper_prims.cuh"
 
 // out[i] = in[i] through shared memory by cp.async; WAIT: with the wait that makes it right.
 template <bool WAIT>
@@ -50,6 +50,19 @@ KERNEL void collectives(const int* in, uint32_t* out) {
   row[5] = (uint32_t)warp_max(-value);
   row[6] = lanes_below() + (uint32_t)count_bits((uint32_t)value);
   row[7] = (uint32_t)(highest_bit((uint32_t)value) * 100 + lowest_bit((uint32_t)value));
+}
+
+// out[block][thread] = what the next block of the cluster has there; BEFORE and AFTER: with the barriers that make it right.
+template <bool BEFORE, bool AFTER>
+KERNEL void pass_on(const uint32_t* in, uint32_t* out) {
+  SMEM_DECL;
+  uint32_t* shared = (uint32_t*)smem_;
+  const int i = (int)(blockIdx.x * blockDim.x) + thread_index();
+  shared[thread_index()] = in[i];
+  if (BEFORE) sync_cluster();
+  out[i] = load_word_of(shared + thread_index(), (int)((blockIdx.x + 1) % gridDim.x));
+  arrive_at_cluster();
+  if (AFTER) wait_for_cluster();
 }
 
 // Reverse through shared memory; BARRIER: with the barrier that makes it right.
@@ -108,6 +121,9 @@ int main(int, char** argv) {
   if (name == "collectives") launch({1, 32, 0, nullptr}, collectives, i((int*)nullptr), words);
   if (name == "reverse") launch({1, 128, 512, nullptr}, reverse<true>, i((int*)nullptr), ints);
   if (name == "reverse_without_barrier") launch({1, 128, 512, nullptr}, reverse<false>, i((int*)nullptr), ints);
+  if (name == "pass_on") launch_clusters({4, 32, 128, nullptr}, 4, pass_on<true, true>, i((uint32_t*)nullptr), words);
+  if (name == "pass_on_at_once") launch_clusters({4, 32, 128, nullptr}, 4, pass_on<false, true>, i((uint32_t*)nullptr), words);
+  if (name == "pass_on_and_leave") launch_clusters({2, 32, 128, nullptr}, 2, pass_on<false, false>, words, words);
   if (name == "early_return") launch({1, 64, 0, nullptr}, early_return, ints);
   if (name == "split_warp") launch({1, 32, 0, nullptr}, split_warp, words);
   if (name == "overrun") launch({1, 32, 128, nullptr}, overrun, ints);
@@ -116,6 +132,7 @@ int main(int, char** argv) {
   return 0;
 }
 #else
+template __global__ void pass_on<true, true>(const uint32_t*, uint32_t*);
 template __global__ void copy_rows<true>(const uint32_t*, uint32_t*);
 template __global__ void multiply<true>(const uint16_t*, const uint16_t*, float*);
 template __global__ void multiply<false>(const uint16_t*, const uint16_t*, float*);

@@ -86,9 +86,20 @@ def test_barriers_hold_in_every_order(emulate: Run, order: int) -> None:
     assert not torch.equal(result(emulate("reverse_without_barrier", data, 512, order), torch.int32), data.flip(0))
 
 
+def test_clusters_read_each_others_memory_between_barriers(emulate: Run) -> None:
+    data = torch.arange(128, dtype=torch.int32)
+    assert torch.equal(result(emulate("pass_on", data, 512), torch.int32), data.roll(-32))
+    assert not torch.equal(result(emulate("pass_on_at_once", data, 512), torch.int32), data.roll(-32))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("early_return", "not reached by all"), ("split_warp", "different collectives"), ("overrun", "heap-buffer-overflow")],
+    [
+        ("early_return", "not reached by all"),
+        ("split_warp", "different collectives"),
+        ("overrun", "heap-buffer-overflow"),
+        ("pass_on_and_leave", "block that has ended"),
+    ],
 )
 def test_planted_errors_stop_the_program(emulate: Run, name: str, message: str) -> None:
     run = emulate(name, None, 256)

@@ -20,8 +20,19 @@ from tests.moe_cases import POPULARITIES, ROUTINGS, generator, make_token_slots,
 from tests.ops.align_plans import Plan, align_with_plan
 
 DRIVER = Path(__file__).parent / "align_driver.cpp"
-# one_block_pairs, pairs_per_block, overlap
-DEFAULT, THREE_LAUNCHES, TINY_BLOCKS = (1024, 0, 1), (-1, 64, 1), (-1, 3, 0)
+# one_block_pairs, cluster_pairs, pairs_per_block, overlap, most_bins
+DEFAULT, CLUSTER = (512, 4096, 0, 1, -1), (-1, 4096, 8, 1, 4096)
+TWO_LAUNCHES, TINY_BLOCKS = (-1, 0, 64, 1, 4096), (-1, 0, 3, 0, 4096)
+MANY_GROUPS, THREE_LAUNCHES, THREE_TINY = (1024, 0, 0, 1, 0), (-1, 0, 64, 1, 0), (-1, 0, 3, 0, 0)
+PLANS = {
+    "one block": DEFAULT,
+    "two launches": TWO_LAUNCHES,
+    "tiny blocks": TINY_BLOCKS,
+    "cluster": CLUSTER,
+    "one block, up to its limit": MANY_GROUPS,
+    "three launches": THREE_LAUNCHES,
+    "tiny blocks, many groups": THREE_TINY,
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ def check_on_emulator(driver: Path, cases: list[Case]) -> None:
         assert_same(found, case.expected(), case)
 
 
-@pytest.mark.parametrize("plan", [DEFAULT, THREE_LAUNCHES, TINY_BLOCKS], ids=["one block", "three launches", "tiny blocks"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_emulator_routings_and_popularities(driver: Path, plan: Plan) -> None:
     cases = [
         Case(37, 3, 8, 5, 5, 4, 4, routing, popularity, 0.25 * (i % 3), plan=plan, order=i)
@@ -99,7 +110,7 @@ def test_emulator_routings_and_popularities(driver: Path, plan: Plan) -> None:
     check_on_emulator(driver, cases)
 
 
-@pytest.mark.parametrize("plan", [DEFAULT, THREE_LAUNCHES], ids=["one block", "three launches"])
+@pytest.mark.parametrize("plan", [DEFAULT, TWO_LAUNCHES, CLUSTER, THREE_LAUNCHES], ids=["one block", "two launches", "cluster", "three launches"])
 def test_emulator_sizes(driver: Path, plan: Plan) -> None:
     cases = []
     for i, (tokens, (experts, top_k, slots)) in enumerate(
@@ -115,27 +126,40 @@ def test_emulator_block_edges(driver: Path) -> None:
     blocks = itertools.product((1, 3, 16, 48), (1, 3, 16, 48))
     cases = [
         Case(tokens, 1, 2, 2, 2, base, lora, "one_expert", "identical", plan=plan)
-        for (base, lora), tokens, plan in itertools.product(blocks, (15, 16, 17, 47, 48, 49), (DEFAULT, THREE_LAUNCHES))
+        for (base, lora), tokens, plan in itertools.product(blocks, (15, 16, 17, 47, 48, 49), (DEFAULT, TWO_LAUNCHES, CLUSTER, MANY_GROUPS, THREE_LAUNCHES))
     ]
     check_on_emulator(driver, cases)
 
 
 def test_emulator_no_tokens_and_bad_slots(driver: Path) -> None:
     empty = [Case(0, 8, 4, 2, 2), Case(0, 8, 4, 0, 0, plan=THREE_LAUNCHES)]
-    bad = [Case(9, 2, 4, 2, 7, popularity="distinct", plan=plan) for plan in (DEFAULT, THREE_LAUNCHES)]  # slots beyond the last
+    bad = [Case(9, 2, 4, 2, 7, popularity="distinct", plan=plan) for plan in PLANS.values()]  # slots beyond the last
     check_on_emulator(driver, [*empty, *bad])
 
 
 def test_emulator_large(driver: Path) -> None:
-    """P = 8,194 with the default plan: three launches, several blocks, runs of many tiles; and one block at its limit."""
-    check_on_emulator(
-        driver, [Case(4097, 2, 8, 4, 4, 64, 32), Case(512, 8, 128, 16, 16, 16, 16), Case(4097, 2, 8, 4, 4, 128, 16, "one_expert", "zipf", order=1)]
-    )
+    """P = 8,194: several blocks, runs of many tiles; 16 adapters of 128 experts; one block at its limit."""
+    cases = [
+        case
+        for bins in (-1, 4096, 0)
+        for case in (
+            Case(4097, 2, 8, 4, 4, 64, 32, plan=(512, 4096, 0, 1, bins)),
+            Case(512, 8, 128, 16, 16, 16, 16, plan=(512, 4096, 0, 1, bins)),
+            Case(128, 8, 128, 4, 4, 16, 16, plan=(512, 4096, 0, 1, bins)),
+            Case(4097, 2, 8, 4, 4, 128, 16, "one_expert", "zipf", order=1, plan=(512, 4096, 0, 1, bins)),
+        )
+    ]
+    check_on_emulator(driver, cases)
 
 
 # ---- the GPU -------------------------------------------------------------------------------------------------------
 
-ONE_BLOCK, MANY_BLOCKS, APART = (1 << 30, 0, 0), (-1, 96, 1), (-1, 1024, 0)
+MANY_BLOCKS, APART, MANY_BLOCKS_OF_MANY = (-1, 0, 96, 1, 4096), (-1, 0, 1024, 0, 4096), (-1, 0, 96, 1, 0)
+CLUSTER_OF_16 = (-1, 8192, 64, 1, 4096)
+ON_GPU: dict[str, Plan | None] = {
+    "default": None, "cluster of 16": CLUSTER_OF_16,
+    "many groups": MANY_GROUPS, "many blocks": MANY_BLOCKS, "apart": APART, "many blocks, many groups": MANY_BLOCKS_OF_MANY,
+}  # fmt: skip
 
 
 def run_on_gpu(case: Case, plan: Plan | None = None) -> op.Alignment:
@@ -157,7 +181,7 @@ def run_on_gpu(case: Case, plan: Plan | None = None) -> op.Alignment:
 @pytest.mark.gpu
 def test_gpu_small() -> None:
     """The first thing to run on a new machine."""
-    for plan in (None, ONE_BLOCK, MANY_BLOCKS, APART):
+    for plan in ON_GPU.values():
         case = Case(133, 8, 128, 16, 16)
         assert_same(run_on_gpu(case, plan), case.expected(), case)
 
@@ -172,7 +196,7 @@ def test_gpu_sizes(experts: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", [None, ONE_BLOCK, MANY_BLOCKS, APART], ids=["default", "one block", "many blocks", "apart"])
+@pytest.mark.parametrize("plan", ON_GPU.values(), ids=ON_GPU)
 def test_gpu_routings_and_popularities(plan: Plan | None) -> None:
     for routing, popularity, (tokens, experts) in itertools.product(ROUTINGS, POPULARITIES, ((7, 8), (133, 128), (512, 256))):
         case = Case(tokens, 8, experts, 16, 11, 48, 16, routing, popularity, 0.5 * (tokens % 2))
