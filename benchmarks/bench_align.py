@@ -55,7 +55,7 @@ class Inputs:
         slots = make_token_slots("distinct", tokens, active, g).to(device) if active else None
         base_block, lora_block = PEERS[f"{shape.peer_name} {tokens}"]["block"], 16
         buffers = op.empty_alignment(ids.numel(), shape.experts, active, base_block, lora_block, device)
-        workspace = torch.empty(op.workspace_elements(ids.numel(), shape.experts, active), dtype=torch.int32, device=device)
+        workspace = torch.empty(op.workspace_elements(ids.numel(), shape.experts), dtype=torch.int32, device=device)
         return Inputs(ids, slots, (shape.experts, active, base_block, lora_block), buffers, workspace)
 
     def call(self) -> None:

@@ -7,6 +7,8 @@
 //   * In a cluster two blocks share a tile of up to 288 tokens: each fetches half of the weight, into the shared memory of both.
 //   * The low-rank addend is more k of the same product: 16 columns of B of an adapter against 16 columns of s, zero outside its rows.
 //   * With an addend the kernel before made s: only the fetch of s waits for it, the rest runs beside it.
+//   * Without one, down runs behind gate_up: that reports in the list of tiles what it has stored of each, so that down's blocks begin where
+//     gate_up's last round leaves multiprocessors idle, with tiles from a queue, and wait for a tile's rows rather than for the kernel.
 //
 // Barriers of a stage: `full` (128 fetching threads, one more and the engine's bytes), `empty` (the multiplying warps of all blocks).
 #include "moe_wgmma_gemm.h"

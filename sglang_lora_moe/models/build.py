@@ -75,9 +75,10 @@ def build_model(
         fill_dummy(hf, seed)
     else:
         load_weights(hf, path, model._names, formats, show_progress)
+    wide = _kept_wide(hf, device) if swap.moe_backends else set()
     for module in hf.modules():
         if isinstance(module, QuantizedLinear):
-            module.finalize()
+            module.finalize(keep_wide=module in wide)
         elif isinstance(module, FusedMoE):
             module.finalize()
             if module.runner.core.converts_weights:
@@ -88,6 +89,16 @@ def build_model(
         if is_standard(hf):
             model._decoder = FusedDecoder(hf, ctx, model.max_model_len)
     return model
+
+
+def _kept_wide(hf: Any, device: torch.device) -> set[QuantizedLinear]:
+    """The quantized linears of attention, where 16-bit copies of all of them take little of the GPU's memory, as beside experts they do."""
+    if device.type != "cuda":
+        return set()
+    pairs = [(module.qkv, module.o_proj) for module in hf.modules() if isinstance(module, Attention)]
+    found = {linear for pair in pairs for linear in pair if isinstance(linear, QuantizedLinear)}
+    nbytes = sum(2 * linear.in_features * sum(rows for _, rows in linear.parts) for linear in found)
+    return found if nbytes <= torch.cuda.get_device_properties(device).total_memory // 32 else set()
 
 
 # ---- steps of the build ---------------------------------------------------------------------------------------------

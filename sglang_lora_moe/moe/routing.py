@@ -64,7 +64,7 @@ class Routing:
                 get("align.lora_tiles", (tiles[1], 4), torch.int32),
                 get("align.counts", (4,), torch.int32),
             )
-            scratch = get("align.scratch", (align.workspace_elements(pairs, experts, slots),), torch.int32)
+            scratch = get("align.scratch", (align.workspace_elements(pairs, experts),), torch.int32)
         return align.moe_lora_align_block_size(
             self.topk_ids, self.token_slots, experts, slots, self.base_block, self.lora_block, buffers=buffers, workspace=scratch
         )

@@ -403,17 +403,22 @@ def _times_s(b, low, rank, r0, RANK_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def expand_rows(low, s_ptrs, b_ptr, rows, mask, rank, width, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B[rows] . s of one token, float32 in the shape of `rows` [N]. `low`: the first `load_s_sum`."""
-    total = tl.zeros(rows.shape, dtype=tl.float32)
-    for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-        if r0 > 0:
-            low = load_s_sum(s_ptrs, r0, width, split_stride, SPLITS, RANK_BLOCK)
-        if rank % 8 == 0:
-            b = load_rows(b_ptr, rows, mask, whole_pieces(rank), r0, RANK_BLOCK)
-        else:
-            b = load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK)
-        total += _times_s(b, low, rank, r0, RANK_BLOCK)
+def load_whole_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK: tl.constexpr):
+    """As `load_rows`, in 16-byte pieces where the rank allows it."""
+    if rank % 8 == 0:
+        b = load_rows(b_ptr, rows, mask, whole_pieces(rank), r0, RANK_BLOCK)
+    else:
+        b = load_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK)
+    return b
+
+
+@triton.jit
+def expand_rows(low, b, s_ptrs, b_ptr, rows, mask, rank, width, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """B[rows] . s of one token, float32 in the shape of `rows` [N]. `low`, `b`: the first `load_s_sum` and `load_whole_rows`."""
+    total = _times_s(b, low, rank, 0, RANK_BLOCK)
+    for r0 in tl.range(RANK_BLOCK, rank, RANK_BLOCK, num_stages=1):
+        low = load_s_sum(s_ptrs, r0, width, split_stride, SPLITS, RANK_BLOCK)
+        total += _times_s(load_whole_rows(b_ptr, rows, mask, rank, r0, RANK_BLOCK), low, rank, r0, RANK_BLOCK)
     return total
 
 

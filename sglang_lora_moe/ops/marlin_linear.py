@@ -46,12 +46,15 @@ def repack_linear(weight: WNA16Weight, bias: torch.Tensor | None = None) -> Marl
     return marlin_moe_repack(one, 1, None if bias is None else bias[None])
 
 
-def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = None) -> torch.Tensor:
-    """x [M, k] -> [M, rows] in x's dtype. `config` fixes a shape of tiles (an index of SHAPES), -1 the 16-bit GEMM; None chooses by size."""
+def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = None, wide: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, k] -> [M, rows] in x's dtype. `config` fixes a shape of tiles (an index of SHAPES), -1 the 16-bit GEMM; None chooses by size.
+
+    `wide` [rows, k]: the same weight, written out once.
+    """
     tokens = x.shape[0]
     chosen = choose_config(tokens, weight) if config is None else config
     if chosen < 0:
-        return F.linear(x, dequantize_linear(weight), None if weight.bias is None else weight.bias[0])
+        return F.linear(x, dequantize_linear(weight) if wide is None else wide, None if weight.bias is None else weight.bias[0])
     out = x.new_empty(tokens, weight.rows)
     if tokens == 0:
         return out

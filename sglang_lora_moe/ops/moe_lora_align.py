@@ -57,7 +57,7 @@ def max_lora_tiles(pairs: int, experts: int, slots: int, block: int) -> int:
     return min(pairs, pairs // block + min(experts * slots, pairs))
 
 
-def workspace_elements(pairs: int, experts: int, slots: int) -> int:
+def workspace_elements(pairs: int, experts: int) -> int:
     """int32 elements of scratch of the CUDA implementation, as moe_lora_align_workspace() in csrc/; the CPU one needs none."""
     return 2 * pairs + (128 + pairs // 8192) * (experts + 1) + 2 * experts + 1
 
@@ -87,7 +87,7 @@ def moe_lora_align_block_size(
     else:
         _check_buffers(buffers, pairs, num_experts, num_slots, base_block, lora_block, topk_ids.device)
     if workspace is None:
-        workspace = topk_ids.new_empty(workspace_elements(pairs, num_experts, num_slots) if topk_ids.is_cuda else 0, dtype=torch.int32)
+        workspace = topk_ids.new_empty(workspace_elements(pairs, num_experts) if topk_ids.is_cuda else 0, dtype=torch.int32)
     if topk_ids.is_cuda:
         build.load()
     torch.ops.sglang_lora_moe.moe_lora_align_block_size(

@@ -53,16 +53,25 @@ def _head_s(s_ptrs, r0, width, split_stride, SPLITS: tl.constexpr, RANK_BLOCK: t
 
 
 @triton.jit
-def _head_delta(s, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stride, HALF: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """B s for both halves of each head, float32 [HEADS, HALF_PAD] twice. `s`: the first `_head_s`."""
+def _load_whole_halves(b_ptr, first, half, mask, rank, r0, HALF: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """As `_load_halves`, in 16-byte pieces where the ranks allow it."""
+    if tl.max(rank % 8, axis=0) == 0:
+        b_low, b_high = _load_halves(b_ptr, first, half, mask, whole_pieces(rank), r0, HALF, RANK_BLOCK)
+    else:
+        b_low, b_high = _load_halves(b_ptr, first, half, mask, rank, r0, HALF, RANK_BLOCK)
+    return b_low, b_high
+
+
+@triton.jit
+def _head_delta(
+    s, b_low, b_high, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stride, HALF: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr
+):
+    """B s for both halves of each head, float32 [HEADS, HALF_PAD] twice. `s`, `b_low`, `b_high`: the first `_head_s` and `_load_whole_halves`."""
     low, high = tl.zeros(mask.shape, dtype=tl.float32), tl.zeros(mask.shape, dtype=tl.float32)
     for r0 in tl.range(0, tl.max(rank, axis=0), RANK_BLOCK, num_stages=1):
         if r0 > 0:
             s = _head_s(s_ptrs, r0, width, split_stride, SPLITS, RANK_BLOCK)
-        if tl.max(rank % 8, axis=0) == 0:
-            b_low, b_high = _load_halves(b_ptr, first_row, half, mask, whole_pieces(rank), r0, HALF, RANK_BLOCK)
-        else:
-            b_low, b_high = _load_halves(b_ptr, first_row, half, mask, rank, r0, HALF, RANK_BLOCK)
+            b_low, b_high = _load_whole_halves(b_ptr, first_row, half, mask, rank, r0, HALF, RANK_BLOCK)
         real = (r0 + tl.arange(0, RANK_BLOCK))[None, :] < rank[:, None]
         factor = tl.where(real, s, 0.0)[:, None, :]
         low += tl.sum(b_low.to(tl.float32) * factor, axis=2)
@@ -110,6 +119,9 @@ def _qk_norm_rope_kernel(
         is_entry = (head < HQ + 2 * HKV)[:, None] & (slots < num_slots)[None, :]
         ranks, offsets = tl.load(rank_ptr + table, mask=is_entry, other=0), tl.load(offset_ptr + table, mask=is_entry, other=0)
         scalings = tl.load(scaling_ptr + table, mask=is_entry, other=0.0)
+        mine = (slots == slot)[None, :]
+        rank, b_ptr = tl.sum(tl.where(mine, ranks, 0), axis=1), matrix_at(pool_ptr, tl.sum(tl.where(mine, offsets, 0), axis=1))
+        b_low, b_high = _load_whole_halves(b_ptr, first_row, half, mask, rank, 0, HALF, RANK_BLOCK)
     position = tl.load(positions_ptr + token)  # no kernel of a step writes what is read before the wait
     cos = tl.load(cos_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + position * cos_stride + half, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -120,11 +132,9 @@ def _qk_norm_rope_kernel(
     if ADDEND:
         s_ptrs = s_ptr + token * s_stride + tl.where(head < HQ + 2 * HKV, part, 0) * width
         s = _head_s(s_ptrs, 0, width, split_stride, SPLITS, RANK_BLOCK)
-        mine = (slots == slot)[None, :]
-        rank = tl.sum(tl.where(mine, ranks, 0), axis=1)
         if tl.max(rank, axis=0) > 0:
-            b_ptr, scaling = matrix_at(pool_ptr, tl.sum(tl.where(mine, offsets, 0), axis=1)), tl.sum(tl.where(mine, scalings, 0.0), axis=1)[:, None]
-            low, high = _head_delta(s, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stride, HALF, SPLITS, RANK_BLOCK)
+            scaling = tl.sum(tl.where(mine, scalings, 0.0), axis=1)[:, None]
+            low, high = _head_delta(s, b_low, b_high, b_ptr, first_row, half, mask, rank, s_ptrs, width, split_stride, HALF, SPLITS, RANK_BLOCK)
             first, second = (first.to(tl.float32) + low * scaling).to(first.dtype), (second.to(tl.float32) + high * scaling).to(first.dtype)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORM:

@@ -21,6 +21,7 @@ from sglang_lora_moe.ops.lora_linear import (
     expand_rows,
     load_row_scale,
     load_s_sum,
+    load_whole_rows,
     matrix_at,
     matrix_of,
     of_slot,
@@ -55,6 +56,8 @@ def _rms_norm_kernel(
         ranks = tl.load(rank_ptr + slots, mask=slots < num_slots, other=0)
         offsets = tl.load(offset_ptr + slots, mask=slots < num_slots, other=0)
         scalings = tl.load(scaling_ptr + slots, mask=slots < num_slots, other=0.0)
+        rank, b_ptr = of_slot(ranks, slot, SLOTS_PAD), matrix_at(pool_ptr, of_slot(offsets, slot, SLOTS_PAD))
+        b = load_whole_rows(b_ptr, cols, mask, rank, 0, RANK_BLOCK)
     if SHRINK:
         part = tl.maximum(job - 1, 0) // RANK_BLOCKS
         rr = tl.maximum(job - 1, 0) % RANK_BLOCKS * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
@@ -68,10 +71,8 @@ def _rms_norm_kernel(
         residual = tl.load(residual_ptr + row + cols, mask=mask, other=0.0)
     if ADDEND:
         low = load_s_sum(s_ptr + token * s_stride, 0, width, split_stride, SPLITS, RANK_BLOCK)
-        rank = of_slot(ranks, slot, SLOTS_PAD)
         if rank > 0:
-            b_ptr = matrix_at(pool_ptr, of_slot(offsets, slot, SLOTS_PAD))
-            delta = expand_rows(low, s_ptr + token * s_stride, b_ptr, cols, mask, rank, width, split_stride, SPLITS, RANK_BLOCK)
+            delta = expand_rows(low, b, s_ptr + token * s_stride, b_ptr, cols, mask, rank, width, split_stride, SPLITS, RANK_BLOCK)
             x = (x + of_slot(scalings, slot, SLOTS_PAD) * delta).to(x_ptr.dtype.element_ty).to(tl.float32)  # as the linear would have rounded it
     if HAS_RESIDUAL:
         x += residual.to(tl.float32)

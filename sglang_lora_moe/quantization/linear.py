@@ -40,8 +40,11 @@ class QuantizedLinear(Linear):
         w, part = get_wna16(self, "", self.scheme), slice(start, start + rows)
         return WNA16Weight(w.packed[part], w.scales[part], None if w.zeros is None else w.zeros[part], w.bits, w.group_size)
 
-    def finalize(self) -> None:
-        """On a GPU: keep the weight in the form that its kernels read, in place of the canonical one. Call once, after loading."""
+    def finalize(self, keep_wide: bool = False) -> None:
+        """On a GPU: keep the weight in the form that its kernels read, in place of the canonical one. Call once, after loading.
+
+        `keep_wide`: in 16 bit too, for steps of many tokens, which else write it out each time.
+        """
         weight = get_wna16(self, "", self.scheme)
         if weight.packed.device.type != "cuda":
             return
@@ -49,7 +52,8 @@ class QuantizedLinear(Linear):
 
         reason = marlin_linear.why_unreadable(weight)
         if reason is None:
-            self._multiply = partial(marlin_linear.marlin_linear, weight=marlin_linear.repack_linear(weight, self.bias))
+            packed = marlin_linear.repack_linear(weight, self.bias)
+            self._multiply = partial(marlin_linear.marlin_linear, weight=packed, wide=marlin_linear.dequantize_linear(packed) if keep_wide else None)
         else:
             self.weight = nn.Parameter(dequantize(weight, weight.scales.dtype), requires_grad=False)
             size = self.weight.numel() * self.weight.element_size() / 2**20

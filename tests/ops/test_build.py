@@ -101,7 +101,7 @@ assert found.counts.tolist() == [5, 3, 2, 2]
 size = ctypes.CDLL({str(library)!r}).moe_lora_align_workspace
 size.argtypes, size.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
 for pairs, experts in ((0, 1), (8, 128), (8191, 8), (8192, 8), (70000, 1024)):
-    assert size(pairs, experts) == workspace_elements(pairs, experts, 4), (pairs, experts)
+    assert size(pairs, experts) == workspace_elements(pairs, experts), (pairs, experts)
 tensors = (found.sorted_pairs, found.base_tiles, found.lora_tiles, found.counts, found.counts)
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 try:

@@ -92,8 +92,9 @@ def test_gpu_every_shape_of_tiles(config: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("keep_wide", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 200, 600])
-def test_gpu_linear_in_a_graph(tokens: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_gpu_linear_in_a_graph(tokens: int, keep_wide: bool, caplog: pytest.LogCaptureFixture) -> None:
     """A fused linear with a bias on one part, its canonical weight gone, replayed."""
     with torch.device("meta"):
         modules = {"q": nn.Linear(256, 128, bias=True, dtype=torch.bfloat16), "k": nn.Linear(256, 64, bias=False, dtype=torch.bfloat16)}
@@ -102,7 +103,7 @@ def test_gpu_linear_in_a_graph(tokens: int, caplog: pytest.LogCaptureFixture) ->
     for name, value in (("packed", weight.packed), ("scales", weight.scales), ("zeros", weight.zeros)):
         getattr(linear, name).copy_(value)
     linear.bias[:128].normal_()
-    linear.finalize()
+    linear.finalize(keep_wide)
     assert linear.packed is None and not hasattr(linear, "weight") and not caplog.records
     x = torch.randn(tokens, 256, device="cuda").bfloat16()
     eager = linear(x)

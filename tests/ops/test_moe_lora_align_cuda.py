@@ -167,7 +167,7 @@ def run_on_gpu(case: Case, plan: Plan | None = None) -> op.Alignment:
     ids, slots = (None if t is None else t.cuda() for t in case.inputs())
     assert ids is not None
     buffers = op.empty_alignment(ids.numel(), case.experts, case.slots, case.base_block, case.lora_block, ids.device)
-    workspace = torch.empty(op.workspace_elements(ids.numel(), case.experts, case.slots), dtype=torch.int32, device=ids.device)
+    workspace = torch.empty(op.workspace_elements(ids.numel(), case.experts), dtype=torch.int32, device=ids.device)
     for tensor in (buffers.sorted_pairs, buffers.base_tiles, buffers.lora_tiles, buffers.counts, workspace):
         tensor.fill_(-0x32323233)
     sizes = (case.experts, case.slots, case.base_block, case.lora_block)
@@ -216,7 +216,7 @@ def test_gpu_graph_replay_follows_its_inputs(tokens: int) -> None:
     cases = [Case(tokens, 8, 128, 16, active, routing=routing) for active in (16, 3) for routing in ("uniform", "few_experts", "all_invalid", "some_invalid")]
     ids, slots = (t.cuda() for t in cases[0].inputs() if t is not None)
     buffers = op.empty_alignment(ids.numel(), 128, 16, 16, 16, ids.device)
-    workspace = torch.empty(op.workspace_elements(ids.numel(), 128, 16), dtype=torch.int32, device="cuda")
+    workspace = torch.empty(op.workspace_elements(ids.numel(), 128), dtype=torch.int32, device="cuda")
 
     def call() -> None:
         op.moe_lora_align_block_size(ids, slots, 128, 16, 16, 16, buffers=buffers, workspace=workspace)
@@ -248,7 +248,7 @@ def test_gpu_runs_are_bit_equal() -> None:
 def test_gpu_refusals_name_expected_and_actual() -> None:
     ids, slots = (t.cuda() for t in Case(8, 2, 4, 2, 2).inputs() if t is not None)
     buffers = op.empty_alignment(16, 4, 2, 16, 16, ids.device)
-    workspace = torch.empty(op.workspace_elements(16, 4, 2), dtype=torch.int32, device="cuda")
+    workspace = torch.empty(op.workspace_elements(16, 4), dtype=torch.int32, device="cuda")
 
     def call(ids: torch.Tensor, slots: torch.Tensor | None, experts: int, workspace: torch.Tensor, counts: torch.Tensor) -> None:
         tensors = (buffers.sorted_pairs, buffers.base_tiles, buffers.lora_tiles, counts, workspace)

@@ -102,7 +102,8 @@ class TritonRunnerCore(MoeRunnerCore):
     def _tiles(self, inp: RunnerInput) -> LayerTiles:
         if self.integers:
             return self.tiles or choose_integer_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())
-        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.token_slots is not None, launch.has_wgmma(inp.x.device))
+        lora, wgmma = inp.token_slots is not None, launch.has_wgmma(inp.x.device)
+        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), lora, wgmma, inp.max_rank)
 
 
 def _plain(weight: torch.Tensor | WNA16Weight) -> torch.Tensor:
