@@ -131,18 +131,25 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
   int entered = 0, ticket = 0;
   AdaptersAhead adapters;
   stages.parity = 1;  // nobody has to leave the first round
-  for (int output = (int)blockIdx.x; output < w.outputs; output = (int)*s.before) {
-    const Tile tile = find_tile<true>(a, d, w, output);
+  const auto ask_pairs = [&](const Tile& of) {  // the pairs of this thread's rows, in the place of what it makes of them
+#pragma unroll
+    for (int i = 0; i < kLoads; i++) {
+      const int row = first_row + i * kRowStep, sorted = of.start + row;
+      if (row < of.rows) x_rows[i] = (uint32_t)(a.tiles ? a.sorted_pairs[sorted] : sorted);
+    }
+  };
+  Tile tile = find_tile<true>(a, d, w, (int)blockIdx.x);
+  ask_pairs(tile);
+  for (int output = (int)blockIdx.x; output < w.outputs;) {
     const int queue = entered++ % kQueue, rows = tile.rows - first_row, row_unit = tile.expert * a.row_units + tile.row_tile * S::kWarpsM;
     const int left = a.row_units - tile.row_tile * S::kWarpsM, present = left < S::kWarpsM ? left : S::kWarpsM;
     const uint8_t* x = (const uint8_t*)a.x;
     if (thread == 0) s.tiles[queue] = tile;
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
-      const int row = first_row + i * kRowStep;
+      const int row = first_row + i * kRowStep, pair = (int)x_rows[i];
       if (row >= tile.rows) continue;
-      const int sorted = tile.start + row, pair = a.tiles ? a.sorted_pairs[sorted] : sorted;
-      x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + piece;
+      x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : tile.start + row) * (uint32_t)(a.k / 8) + piece;
       if (piece == 0) s.pairs[queue * S::kTokens + row] = pair;
     }
     if (a.low && (!a.early || entered > 1)) adapters.ask(a, tile.index);
@@ -185,6 +192,10 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
       if (ticket == w.outputs - 1) *tickets = 0;  // the last that is drawn: each block draws until there is no tile for it
       *s.before = (uint32_t)(w.blocks + ticket);
     }
+    sync_warpgroup(1);
+    output = (int)*s.before;
+    Tile next = tile;
+    if (output < w.outputs) next = find_tile<true>(a, d, w, output), ask_pairs(next);  // on their way beside the adapters of this one
     if (a.low) {
       if (adapters.last < 0) {
         if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
@@ -193,7 +204,7 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
       }
       copy_adapters<S>(a, s, tile, adapters, stages, thread);
     }
-    sync_warpgroup(1);  // the next output is there
+    tile = next;
   }
   // One stage more, so that the multiplying warps, which begin it with the last tile's end, learn that there is no tile.
   barrier_wait(stages.empty + stages.slot, stages.parity);

@@ -168,7 +168,7 @@ def activation_of(spec: MoESpec | None) -> tuple[bool, float, float, float, floa
 
 @dataclass(frozen=True)
 class GemmScratch:
-    """Sums of shared tiles, and the counters of blocks that have left theirs: zero before and after every launch."""
+    """Sums of shared tiles, and counters, of blocks that have left theirs and of tiles that are taken: zero before and after every launch."""
 
     partials: torch.Tensor  # float32
     arrivals: torch.Tensor  # int32
