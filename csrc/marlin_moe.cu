@@ -78,6 +78,11 @@ extern "C" int64_t marlin_moe_partials(MarlinMoePlan plan) {
   return 2 * (int64_t)marlin_moe_blocks(plan) * shape.block_rows * shape.block_tokens;
 }
 
+extern "C" int32_t marlin_moe_counters(MarlinMoePlan plan) {
+  const int32_t blocks = marlin_moe_blocks(plan);
+  return blocks < 2 ? 2 : blocks;
+}
+
 extern "C" int marlin_moe_repack(const MarlinMoeRepack* arguments, void* stream) {
   const MarlinMoeRepack& a = *arguments;
   const int64_t pieces = (int64_t)a.experts * a.row_units * a.k_units * 32 * (a.bits / 4);

@@ -27,7 +27,7 @@ struct MarlinMoeGemm {
   const int32_t* topk_ids;      // [pairs], without
   void* out;                    // [.., out_columns]
   float* partials;              // marlin_moe_partials() floats
-  uint32_t* arrivals;           // [blocks], zero before and after
+  uint32_t* arrivals;           // marlin_moe_counters() words, zero before and after
   // Adapters, or null: out gets B s more before its activation, B's places below 2^32. As LowRank of sglang_lora_moe/ops/low_rank.py has them.
   const void* low;             // s [sorted pairs, low_width] of the activation type; with two A the up half's begin at low_max_rank
   const void* low_pool;        // B of all adapters, of the activation type
@@ -59,6 +59,7 @@ struct MarlinMoeShape {
 MarlinMoeShape marlin_moe_shape(int32_t config);
 int32_t marlin_moe_blocks(MarlinMoePlan plan);
 int64_t marlin_moe_partials(MarlinMoePlan plan);  // floats of scratch
+int32_t marlin_moe_counters(MarlinMoePlan plan);  // of blocks that share tiles, or by wgmma the two queues of tiles
 
 // Enqueue on `stream`. Return a cudaError_t, 0 = success. Never synchronise; safe to capture.
 int marlin_moe_repack(const MarlinMoeRepack* arguments, void* stream);

@@ -63,7 +63,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.topk_ids = checked<const int32_t>("marlin_moe", topk_ids, "topk_ids", ScalarType::Int, device, 0);
   a.out = checked<void>("marlin_moe", out, "out", type, device, 0);
   a.partials = checked<float>("marlin_moe", partials, "partials", ScalarType::Float, device, marlin_moe_partials(plan));
-  a.arrivals = checked<uint32_t>("marlin_moe", arrivals, "arrivals", ScalarType::Int, device, marlin_moe_blocks(plan));
+  a.arrivals = checked<uint32_t>("marlin_moe", arrivals, "arrivals", ScalarType::Int, device, marlin_moe_counters(plan));
   const int64_t most = tiles ? tiles->numel() / 3 : pairs;
   a.low = low ? checked<void>("marlin_moe", *low, "low", type, device, pairs) : nullptr;
   a.low_pool = low ? checked<void>("marlin_moe", *low_pool, "low_pool", type, device, 0) : nullptr;

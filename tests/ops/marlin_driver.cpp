@@ -45,7 +45,7 @@ int run_gemm(const Case& c) {
   const MarlinMoePlan plan = {c.config, c.sms, 0};
   std::vector<uint16_t> out((int64_t)c.out_rows * c.out_columns, 0xCDCD);
   std::vector<float> partials(marlin_moe_partials(plan), NAN);
-  std::vector<uint32_t> arrivals(marlin_moe_blocks(plan), 0);
+  std::vector<uint32_t> arrivals(marlin_moe_counters(plan), 0);
   const MarlinMoeGemm arguments = {x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr,
                                    c.has_tiles ? tiles.data() : nullptr, counts.data(), sorted.data(), ids.data(), out.data(), partials.data(), arrivals.data(), c.low_width ? low.data() : nullptr, low_pool.data(), low_records.data(), low_ranges.data(), c.low_width, c.low_max_rank,
                                    c.experts, c.pairs, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.halves,

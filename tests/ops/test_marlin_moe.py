@@ -23,6 +23,7 @@ from tests.references import keep_error, relative_error
 DRIVER = Path(__file__).parent / "marlin_driver.cpp"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 WIDTHS = ((128, 128), (64, 32), (80, 40), (192, 160), (16, 384))
+RANKS = (16, 1, 7, 40)
 SILU, CLAMPED = MoESpec(4, 2, 128, 64), MoESpec(4, 2, 128, 64, swiglu_alpha=1.702, swiglu_limit=0.7)
 
 
@@ -112,6 +113,13 @@ def test_emulated_gemm_shares_tiles(driver: Path, config: int) -> None:
     check(driver, [*cases, replace(base, k=4096, sms=1), replace(base, k=1152, sms=7, by_pair=True)])
 
 
+@pytest.mark.parametrize("ranks", [(), RANKS])
+def test_emulated_gemm_draws_more_tiles_than_its_queue_holds(driver: Path, ranks: tuple[int, ...]) -> None:
+    """By wgmma one block, or two, draw all tiles, gate_up's and down's from counters of their own."""
+    base = Case(3, experts=6, rows=640, k=512, group=128, config=4, ranks=ranks)
+    check(driver, [replace(base, halves=h, sms=sms, order=i) for i, (h, sms) in enumerate(itertools.product((1, 2), (1, 2)))])
+
+
 def test_emulated_gemm_by_pair(driver: Path) -> None:
     base = Case(3, config=0, by_pair=True, k=256)
     check(driver, [replace(base, routing=r, halves=h, tokens=t) for r in ("uniform", "some_invalid", "all_invalid") for h in (1, 2) for t in (1, 3)])
@@ -122,9 +130,6 @@ def test_emulated_gemm_bias_and_activation(driver: Path) -> None:
     activations = [SILU, CLAMPED, replace(SILU, activation="gelu_tanh")]
     cases = [replace(base, spec=spec) for spec in activations] + [replace(base, halves=h, dtype=d) for h in (1, 2) for d in op.DTYPES]
     check(driver, [*cases, replace(base, spec=SILU, bias=False, config=0), replace(base, spec=SILU, config=3, tokens=70)])
-
-
-RANKS = (16, 1, 7, 40)
 
 
 def test_emulated_gemm_adds_adapters_by_pair(driver: Path) -> None:
