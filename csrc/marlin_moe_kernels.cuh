@@ -117,41 +117,93 @@ DEVICE void copy_adapters(const MarlinMoeGemm& a, const Shared& s, const Tile& t
   } while (l.next < l.last);
 }
 
+// Rows of x of a tile as the copying warpgroup shares them: a thread copies the same piece of every kRowStep-th row.
+template <class S>
+struct CopiedRows {
+  static constexpr int kStep = kCopyThreads / S::kXPieces, kLoads = S::kTokens / kStep;
+  int first, piece;
+  uint32_t x[kLoads];  // this thread's pieces at k = 0; their pairs before `enter`
+};
+
+// The pairs of this thread's rows.
+template <class S>
+DEVICE void ask_pairs(const MarlinMoeGemm& a, const Tile& tile, CopiedRows<S>& rows) {
+#pragma unroll
+  for (int i = 0; i < CopiedRows<S>::kLoads; i++) {
+    const int row = rows.first + i * CopiedRows<S>::kStep, sorted = tile.start + row;
+    if (row < tile.rows) rows.x[i] = (uint32_t)(a.tiles ? a.sorted_pairs[sorted] : sorted);
+  }
+}
+
+// Where these rows begin in x; the multiplying warps learn their pairs.
+template <class S>
+DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Tile& tile, CopiedRows<S>& rows, int* pairs) {
+#pragma unroll
+  for (int i = 0; i < CopiedRows<S>::kLoads; i++) {
+    const int row = rows.first + i * CopiedRows<S>::kStep, pair = (int)rows.x[i];
+    if (row >= tile.rows) continue;
+    rows.x[i] = (uint32_t)(a.gather ? d.token_of(pair) : tile.start + row) * (uint32_t)(a.k / 8) + rows.piece;
+    if (rows.piece == 0) pairs[row] = pair;
+  }
+}
+
+// Codes of a stage, by one lane of each warp.
+template <class S>
+DEVICE void copy_codes(const MarlinMoeGemm& a, uint8_t* target, Barrier* full, int row_unit, int present, int k_step, int warp) {
+  if (lane_index() == 0) {
+#pragma unroll
+    for (int i = 0; i < S::kWarpsM; i += kCopyThreads / 32) {
+      const int row = warp + i;
+      const int64_t unit_of_k = (int64_t)(row_unit + row) * a.k_units + k_step * S::kKU;
+      if (row < present) copy_bulk(target + row * S::kWarpBytes, (const uint8_t*)a.packed + unit_of_k * S::kUnitBytes, S::kWarpBytes, full);
+    }
+  }
+}
+
+// Scales and zero points of a stage, a piece a thread.
+template <class S>
+DEVICE void copy_scales(const MarlinMoeGemm& a, const Derived& d, const Shared& s, int slot, int row_unit, int present, int group, int thread) {
+  const int row = thread >> (2 + d.groups_log2), piece = thread & ((4 << d.groups_log2) - 1);
+  if (row < present) {
+    const uint32_t scales = (uint32_t)((row_unit + row) * a.groups + group) * 4 + piece;
+    cp16(s.scales + slot * d.scale_bytes + thread * 16, piece_of(a.scales, scales), true);
+    if (S::Codes::kZeros && piece < 2 << d.groups_log2) {
+      const uint32_t zeros = (uint32_t)((row_unit + row) * a.groups + group) * 2 + piece;
+      cp16(s.zeros + slot * d.scale_bytes / 2 + (row << d.groups_log2) * 32 + piece * 16, piece_of(a.zeros, zeros), true);
+    }
+  }
+}
+
+// Rows of x of a stage; those beyond its `rows` are left as they are, and beyond the width zeros.
+template <class S>
+DEVICE void copy_rows(const CopiedRows<S>& mine, const uint8_t* x, uint8_t* target, int rows, bool inside) {
+#pragma unroll
+  for (int i = 0; i < CopiedRows<S>::kLoads; i++)
+    if (i * CopiedRows<S>::kStep < rows) cp16(target + i * CopiedRows<S>::kStep * 128, piece_of(x, mine.x[i]), inside);
+}
+
 // The copying warpgroup: all stages of the block's tiles, one after another, each once the multiplying warps are done with what lay there. After a block's
 // first tile the next is whichever nobody has taken yet, so that blocks that start late, beside a shrink, or have larger tiles do fewer.
 template <class S>
 DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Stages<S> stages) {
-  constexpr int kRowStep = kCopyThreads / S::kXPieces, kLoads = S::kTokens / kRowStep;  // rows of x that are copied at once; of a thread
-  const int thread = thread_index() - S::kThreads, piece = thread % S::kXPieces, first_row = thread / S::kXPieces, warp = thread / 32;
+  const int thread = thread_index() - S::kThreads, piece = thread % S::kXPieces, first_row = thread / S::kXPieces;
   const int x_place = S::kWeightBytes + (piece / 8 * S::kTokens + first_row) * 128 + (piece % 8 ^ first_row % 8) * 16;
-  static_assert(kRowStep % 8 == 0, "rows of a thread differ in their swizzle");
+  static_assert(CopiedRows<S>::kStep % 8 == 0, "rows of a thread differ in their swizzle");
   uint32_t* const tickets = a.arrivals + a.gather;  // zero before and after; of gate_up and of down, which may begin before gate_up has ended
   const int draw_at = w.k_steps > 2 ? w.k_steps - 3 : 0;
-  uint32_t x_rows[kLoads];  // this thread's pieces at k = 0
+  CopiedRows<S> mine;
+  mine.first = first_row, mine.piece = piece;
   int entered = 0, ticket = 0;
   AdaptersAhead adapters;
   stages.parity = 1;  // nobody has to leave the first round
-  const auto ask_pairs = [&](const Tile& of) {  // the pairs of this thread's rows, in the place of what it makes of them
-#pragma unroll
-    for (int i = 0; i < kLoads; i++) {
-      const int row = first_row + i * kRowStep, sorted = of.start + row;
-      if (row < of.rows) x_rows[i] = (uint32_t)(a.tiles ? a.sorted_pairs[sorted] : sorted);
-    }
-  };
   Tile tile = find_tile<true>(a, d, w, (int)blockIdx.x);
-  ask_pairs(tile);
+  ask_pairs(a, tile, mine);
   for (int output = (int)blockIdx.x; output < w.outputs;) {
     const int queue = entered++ % kQueue, rows = tile.rows - first_row, row_unit = tile.expert * a.row_units + tile.row_tile * S::kWarpsM;
     const int left = a.row_units - tile.row_tile * S::kWarpsM, present = left < S::kWarpsM ? left : S::kWarpsM;
     const uint8_t* x = (const uint8_t*)a.x;
     if (thread == 0) s.tiles[queue] = tile;
-#pragma unroll
-    for (int i = 0; i < kLoads; i++) {
-      const int row = first_row + i * kRowStep, pair = (int)x_rows[i];
-      if (row >= tile.rows) continue;
-      x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : tile.start + row) * (uint32_t)(a.k / 8) + piece;
-      if (piece == 0) s.pairs[queue * S::kTokens + row] = pair;
-    }
+    enter_tile(a, d, tile, mine, s.pairs + queue * S::kTokens);
     if (a.low && (!a.early || entered > 1)) adapters.ask(a, tile.index);
     sync_warpgroup(1);  // one thread's arrival below hands all of this over
     for (int k_step = 0; k_step < w.k_steps; k_step++, stages.advance()) {
@@ -163,28 +215,9 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
       barrier_wait(stages.empty + slot, stages.parity);
       uint8_t* target = s.stages + slot * S::kStageBytes;
       if (thread == 0) barrier_expect(full, present * S::kWarpBytes);
-      if (lane_index() == 0) {
-#pragma unroll
-        for (int i = 0; i < S::kWarpsM; i += kCopyThreads / 32) {
-          const int row = warp + i;
-          const int64_t unit_of_k = (int64_t)(row_unit + row) * a.k_units + k_step * S::kKU;
-          if (row < present) copy_bulk(target + row * S::kWarpBytes, (const uint8_t*)a.packed + unit_of_k * S::kUnitBytes, S::kWarpBytes, full);
-        }
-      }
-      const int scale_row = thread >> (2 + d.groups_log2), scale_piece = thread & ((4 << d.groups_log2) - 1);
-      if (scale_row < present) {
-        const uint32_t scales = (uint32_t)((row_unit + scale_row) * a.groups + group) * 4 + scale_piece;
-        cp16(s.scales + slot * d.scale_bytes + thread * 16, piece_of(a.scales, scales), true);
-        if (S::Codes::kZeros && scale_piece < 2 << d.groups_log2) {
-          const uint32_t zeros = (uint32_t)((row_unit + scale_row) * a.groups + group) * 2 + scale_piece;
-          cp16(s.zeros + slot * d.scale_bytes / 2 + (scale_row << d.groups_log2) * 32 + scale_piece * 16, piece_of(a.zeros, zeros), true);
-        }
-      }
-      target += x_place;
-      const bool inside = k_step * S::kK + piece * 8 < a.k;
-#pragma unroll
-      for (int i = 0; i < kLoads; i++)
-        if (i * kRowStep < rows) cp16(target + i * kRowStep * 128, piece_of(x, x_rows[i]), inside);
+      copy_codes<S>(a, target, full, row_unit, present, k_step, thread / 32);
+      copy_scales<S>(a, d, s, slot, row_unit, present, group, thread);
+      copy_rows(mine, x, target + x_place, rows, k_step * S::kK + piece * 8 < a.k);
       x += S::kK * 2;
       barrier_arrive_after_copies(full);
     }
@@ -195,7 +228,7 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
     sync_warpgroup(1);
     output = (int)*s.before;
     Tile next = tile;
-    if (output < w.outputs) next = find_tile<true>(a, d, w, output), ask_pairs(next);  // on their way beside the adapters of this one
+    if (output < w.outputs) next = find_tile<true>(a, d, w, output), ask_pairs(a, next, mine);  // on their way beside the adapters of this one
     if (a.low) {
       if (adapters.last < 0) {
         if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
