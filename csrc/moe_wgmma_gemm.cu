@@ -549,10 +549,10 @@ KERNEL void __launch_bounds__(kThreads, 1) gemm(const MoeWgmmaGemm a, const GRID
   if constexpr (F::kCluster == 2) sync_cluster();
   else sync_block();
   if (warp_index() < kFetchers / 32) {
-    give_registers<120>();
+    give_registers<136>();
     fetch<F>(a, map, top_k, shared);
   } else {
-    take_registers<192>();
+    take_registers<184>();
     multiply<T, F>(a, shared);
   }
   if constexpr (F::kCluster == 2) sync_cluster();  // the other block may still arrive here
