@@ -74,7 +74,7 @@ def test_full_size(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(path)
     adapters = {name: write_full_size_adapter(CONFIGS[shape], tmp_path / name, seed) for seed, name in enumerate(LAYOUTS)}
     flags = {"load_format": "dummy", "max_lora_rank": 2, "max_loras_per_batch": 2, "context_length": 4096, "chunked_prefill_size": 2048}
-    memory = compare(path, adapters, **flags, mem_fraction_static=0.4)
+    memory = compare(path, adapters, **flags, max_total_tokens=16384, mem_fraction_static=0.9)  # what other tests hold counts into the fraction
     print(memory)
     assert memory["weights"] < 0.3 * memory["unquantized"] and memory["loading_peak"] < 1.05 * memory["weights"]
 
