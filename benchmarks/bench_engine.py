@@ -8,7 +8,7 @@ Method (that of the recorded peer): prompts of 32 tokens, time of 64 decode step
 the wall time of one request of one token. The base engine is a server without --enable-lora, the other one a server with it, in
 one run. Printed beside each step: what the targets allow, the floor (bytes of weights that a step must read), the peer's time,
 `busy` = the share of the loop in which a step's graph runs (events around each replay), `host_us` = what the host does in a step
-beside waiting for tokens.
+beside waiting for tokens. A run that was cut goes on with the same --out: rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -273,8 +273,20 @@ def allowed(batch: int, base: float, addon: float) -> float:
     return base / 0.95 if addon <= 0.025 * base else base * 1.02 + 1.25 * addon
 
 
-def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, active: int, popularity: str) -> None:
-    """All batches and prefills of one engine and one load, as rows of `results`."""
+def steps_of(args: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """(phase, batch, input) of the rows of one load."""
+    return [("decode", batch, PROMPT) for batch in args.batches] + [("prefill", count, PREFILL) for count in args.prefills]
+
+
+def measured(results: timing.Results, args: argparse.Namespace, rank: int, active: int, popularity: str) -> set[tuple[str, int, int]]:
+    """Which of these are there already."""
+    load = {"shape": args.shape, "weights": args.weights, "rank": rank, "active": active, "popularity": popularity}
+    return {(row["phase"], row["batch"], row["input"]) for row in results.rows if all(row[field] == value for field, value in load.items())}
+
+
+def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, active: int, popularity: str, deadline: timing.Deadline) -> None:
+    """All batches and prefills of one engine and one load that `results` lacks, as its rows."""
+    there = measured(results, args, bench.rank, active, popularity)
     common = {
         "shape": args.shape,
         "backend": bench.model.moe_runner_backend,
@@ -288,6 +300,8 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
         return results.find(**(common | {"phase": phase, "batch": batch, "input": inputs, "rank": 0, "active": 0, "popularity": "none"}))
 
     for batch in args.batches:
+        if ("decode", batch, PROMPT) in there or deadline.reached():
+            continue
         adapters = assign(batch, active, popularity)
         times, probe = bench.decode(batch, adapters)
         step = times["step_us"]
@@ -306,6 +320,8 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
         print(timing.format_table([row | common], COLUMNS), flush=True)
     bf16 = args.weights == "bf16"
     for count in args.prefills:
+        if ("prefill", count, PREFILL) in there or deadline.reached():
+            continue
         wall, gpu = bench.prefill(count, assign(count, active, popularity))
         base = base_of("prefill", count, PREFILL)
         base_gpu = base["gpu_us"] if base else gpu
@@ -323,9 +339,9 @@ def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, act
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=timing.default_path("engine"), help="JSON file; must not exist")
+    parser.add_argument("--out", type=Path, default=timing.default_path("engine"), help="JSON file; rows already in it are kept and not measured again")
     parser.add_argument("--commit", default=None, help="commit to record when run from a copy without .git")
-    parser.add_argument("--time-limit", type=float, default=None, help="seconds after which no further load is started")
+    parser.add_argument("--time-limit", type=float, default=None, help="seconds after which no further row is started")
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=sorted(CONFIGS))
     parser.add_argument("--weights", default="bf16", choices=sorted(QUANTIZATIONS))
     parser.add_argument("--layers", type=int, default=None, help="fewer layers, to try the benchmark itself")
@@ -346,15 +362,15 @@ def main() -> None:
     results = timing.Results(args.out, "engine", KEYS, settings, commit=args.commit, peer="vllm 0.33.0")
     with tempfile.TemporaryDirectory() as folder:
         path = write_config(args.shape, Path(folder) / args.shape, **QUANTIZATIONS[args.weights])
-        bench = Bench(args, path, 0, 0)
-        results.record["settings"]["memory"] = bench.memory
-        measure(bench, args, results, 0, "none")
-        bench.close()
-        if args.active and not deadline.reached():
-            bench = Bench(args, path, args.rank, max(args.active))
-            for active, popularity in itertools.product(args.active, args.popularity):
-                if not deadline.reached():
-                    measure(bench, args, results, active, popularity)
+        loads = [(0, 0, [(0, "none")]), (args.rank, max(args.active, default=0), list(itertools.product(args.active, args.popularity)))]
+        for rank, slots, of_engine in loads:  # the server without adapters, then the one with
+            missing = [load for load in of_engine if set(steps_of(args)) - measured(results, args, rank, *load)]
+            if not missing or deadline.reached():
+                continue
+            bench = Bench(args, path, rank, slots)
+            results.record["settings"].setdefault("memory", bench.memory)
+            for load in missing:
+                measure(bench, args, results, *load, deadline)
             bench.close()
     print(timing.format_table(results.rows, COLUMNS))
 
