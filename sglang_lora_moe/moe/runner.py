@@ -49,7 +49,11 @@ class LoRAHooks:
 
 
 class MoeRunnerCore(Protocol):
-    """The two expert GEMMs of a backend. Intermediates have one row per pair, in the order `routing.rows` names."""
+    """The two expert GEMMs of a backend. Intermediates have one row per pair, in the order `routing.rows` names.
+
+    A core whose adapters come as addends needs the two halves whole (`gate_up_activation`, `down_combine`) alone, which it may
+    fuse; the `post_*` hooks of others call the four parts.
+    """
 
     name: str
     converts_weights: bool = False  # quant_info copies the weights into another form, so that the layer's own may be freed
@@ -60,15 +64,14 @@ class MoeRunnerCore(Protocol):
 
     def make_routing(self, inp: RunnerInput) -> Routing: ...
     def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: Any) -> torch.Tensor:  # [P, 2I]
-        ...
-    def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:  # [P, I]
-        ...
-    def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: Any) -> torch.Tensor:  # [P, H]
-        ...
-    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:  # [M, H]
-        ...
+        raise AssertionError(f"the {self.name} core activates within its GEMM")
 
-    # The two halves of the layer whole: a core may fuse them, and if it can, take an addend of a pre hook into its store.
+    def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:  # [P, I]
+        raise AssertionError(f"the {self.name} core activates within its GEMM")
+
+    def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: Any) -> torch.Tensor: ...  # [P, H]
+    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor: ...  # [M, H]
+
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: Any, addend: Any = None) -> torch.Tensor:
         assert addend is None, f"the {self.name} core takes no addend"
         return self.activation(inp, self.gate_up(inp, routing, quant_info), routing)

@@ -17,7 +17,6 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import LowRank
-from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.ops.moe_grouped_gemm import grouped_gemm
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile, pair_down, pair_gate_up
@@ -54,15 +53,17 @@ class TritonRunnerCore(MoeRunnerCore):
             workspace=inp.workspace,
         )
 
-    def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo) -> torch.Tensor:
-        return self._first(inp, routing, quant_info, False, None)
-
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
-        return self._first(inp, routing, quant_info, True, addend)
-
-    def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
-        act = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
-        return moe_activation(gate_up, inp.spec, routing, act)
+        out = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
+        tiles = self._tiles(inp)
+        if isinstance(tiles.gate_up, GemvTile):
+            return pair_gate_up(inp.x, _plain(quant_info.w13), quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=inp.spec, addend=addend)
+        options: dict[str, Any] = {"top_k": routing.top_k, "gather": True, "scatter": False, "activation": inp.spec, "addend": addend}
+        if isinstance(tiles.gate_up, WgmmaTile):
+            options["report"] = addend is None and isinstance(tiles.down, WgmmaTile)
+            routing.reports = tiles.gate_up.reports(out.shape[1]) if options["report"] else 0
+            return wgmma_gemm(inp.x, _plain(quant_info.w13), quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
+        return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
     def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         """[P, H] in pair order whatever the routing: the down GEMM scatters."""
@@ -85,19 +86,6 @@ class TritonRunnerCore(MoeRunnerCore):
             return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
         out = torch.empty_like(inp.x)
         return pair_down(act, _plain(quant_info.w2), quant_info.b2, inp.topk_ids, inp.topk_weights, out, tiles.down, addend=addend)
-
-    def _first(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo, activate: bool, addend: LowRank | None) -> torch.Tensor:
-        columns = inp.spec.intermediate_size if activate else inp.spec.w13_rows
-        out = inp.workspace.get("moe.act" if activate else "moe.gate_up", (routing.num_pairs, columns), inp.x.dtype)
-        activation, tiles = inp.spec if activate else None, self._tiles(inp)
-        if isinstance(tiles.gate_up, GemvTile):
-            return pair_gate_up(inp.x, _plain(quant_info.w13), quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=activation, addend=addend)
-        options: dict[str, Any] = {"top_k": routing.top_k, "gather": True, "scatter": False, "activation": activation, "addend": addend}
-        if isinstance(tiles.gate_up, WgmmaTile):
-            options["report"] = activate and addend is None and isinstance(tiles.down, WgmmaTile)
-            routing.reports = tiles.gate_up.reports(columns) if options["report"] else 0
-            return wgmma_gemm(inp.x, _plain(quant_info.w13), quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
-        return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
     def _tiles(self, inp: RunnerInput) -> LayerTiles:
         if self.integers:
