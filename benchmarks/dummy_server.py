@@ -71,8 +71,9 @@ def main() -> int:
     overrides = {name: value for name, value in {"num_hidden_layers": args.layers, "num_experts": args.experts}.items() if value}
     os.environ[RANK] = str(args.rank)
     child.ENTRY = f"from {Path(__file__).parent.name}.{Path(__file__).stem} import run_engine as run"
-    flags = ["--load-format", "dummy", "--max-loras-per-batch", str(max(args.adapters, 1)), "--max-lora-rank", str(args.rank)]
-    flags += ["--lora-paths", *(f"a{i}={i}" for i in range(args.adapters))] if args.adapters else []
+    flags = ["--load-format", "dummy"]
+    if args.adapters:
+        flags += ["--max-loras-per-batch", str(args.adapters), "--max-lora-rank", str(args.rank), "--lora-paths", *(f"a{i}={i}" for i in range(args.adapters))]
     with tempfile.TemporaryDirectory() as folder:
         model = write_config(args.shape, Path(folder) / args.shape, **QUANTIZATIONS[args.weights], **overrides)
         write_tokenizer(model, CONFIGS[args.shape]["vocab_size"])

@@ -159,6 +159,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
         config.lora_specs()
     except ValueError as error:
         parser.error(str(error))
+    for f in dataclasses.fields(Config):
+        if "lora" in f.name and not config.enable_lora and getattr(config, f.name) != parser.get_default(f.name):
+            parser.error(f"--{f.name.replace('_', '-')} does nothing without --enable-lora or --lora-paths")
     return config
 
 

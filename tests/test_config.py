@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sglang_lora_moe.config import Config, parse_config
+from sglang_lora_moe.engine.resolve import resolve
+from sglang_lora_moe.engine.tokenizer import load_tokenizer
 
 MODEL = ["--model-path", "/m"]
 
@@ -40,6 +45,8 @@ def test_flags_of_sglang() -> None:
         (["--max-lora-rank", "x"], "argument --max-lora-rank: invalid int value: 'x'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--lora-paths", "a=/x", "a=/y"], "--lora-paths: the name 'a' is given twice"),
+        (["--max-loras-per-batch", "16"], "--max-loras-per-batch does nothing without --enable-lora or --lora-paths"),
+        (["--lora-target-modules", "experts"], "--lora-target-modules does nothing without"),
     ],
 )
 def test_refusals_say_what_to_use(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,3 +60,27 @@ def test_refusals_say_what_to_use(flags: list[str], sentence: str, capsys: pytes
 def test_a_value_that_is_no_choice_is_refused_without_the_command_line_too() -> None:
     with pytest.raises(ValueError, match="--dtype must be one of auto, float32, bfloat16, float16, got 'int4'"):
         Config(model_path="/m", dtype="int4").validate()
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        ({"attention_backend": "triton"}, "--attention-backend triton needs a CUDA device, and the model is on cpu; use auto"),
+        ({"lora_backend": "csgmv"}, "--lora-backend csgmv needs a CUDA device"),
+        ({"device": "cuda", "max_loras_per_batch": 257}, "--max-loras-per-batch 257: on a GPU at most 256 are resident"),
+    ],
+)
+def test_what_the_device_cannot_run_is_refused_before_anything_is_loaded(
+    fields: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=sentence):
+        resolve(Config(model_path=str(tmp_path), **({"device": "cpu"} | fields)))
+
+
+def test_a_tokenizer_that_was_named_must_be_there(tmp_path: Path) -> None:
+    assert load_tokenizer(Config(model_path=str(tmp_path))) is None  # a model without one answers token ids
+    with pytest.raises(ValueError, match="--tokenizer-path /else: there is no tokenizer in it"):
+        load_tokenizer(Config(model_path=str(tmp_path), tokenizer_path="/else"))

@@ -113,7 +113,7 @@ class MemoryBudget:
     def _ways_out(self, missing: int) -> list[str]:
         """Flags with values, each of which alone gives `missing` bytes more, and the least of a KV cache."""
         config, ways = self.config, []
-        missing += 0 if "workspace" in self.parts else missing // 8  # what is not known yet
+        missing += 0 if "workspace" in self.parts else min(missing, self.limit) // 8  # what is not known yet
         share = missing / (self.total if self.is_gpu else max(self.free, 1))
         fraction = math.ceil((config.mem_fraction_static + share) * 100) / 100
         if fraction <= MOST_OF_GPU:

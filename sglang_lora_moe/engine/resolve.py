@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.lora.adapter_config import read_config
+from sglang_lora_moe.ops.moe_lora_align import MAX_SLOTS
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,11 @@ def resolve(config: Config) -> Config:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available")
+    for flag in ("attention_backend", "lora_backend"):
+        if device == "cpu" and getattr(config, flag) in ("triton", "csgmv") and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(config, flag)} needs a CUDA device, and the model is on cpu; use auto")
+    if device == "cuda" and config.max_loras_per_batch > MAX_SLOTS:
+        raise ValueError(f"--max-loras-per-batch {config.max_loras_per_batch}: on a GPU at most {MAX_SLOTS} are resident, others wait in host memory")
     resolved = replace(
         config,
         device=device,

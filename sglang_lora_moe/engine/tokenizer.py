@@ -14,11 +14,13 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.j
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The Hugging Face tokenizer; None, with a warning, if the directory has none. ValueError if it cannot be read."""
+    """The Hugging Face tokenizer; None, with a warning, if the model has none. ValueError if one was named and is not there, or cannot be read."""
     from transformers import AutoTokenizer
 
     path = Path(config.tokenizer_path or config.model_path)
     if not any((path / name).is_file() for name in _FILES):
+        if config.tokenizer_path not in (None, config.model_path):
+            raise ValueError(f"--tokenizer-path {path}: there is no tokenizer in it (none of {', '.join(_FILES)})")
         logger.warning("%s has no tokenizer: only token ids are served", path)
         return None
     try:

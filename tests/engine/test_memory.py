@@ -66,7 +66,7 @@ def suggestions(error: ValueError) -> dict[str, float]:
     return {flag: float(value) for flag, value in (way.split(" ") for way in found.group(1).split(", or "))}
 
 
-@pytest.mark.parametrize("slots, slot_gib", [(8, 8.0), (16, 6.65), (64, 6.65)])
+@pytest.mark.parametrize("slots, slot_gib", [(8, 8.0), (16, 6.65), (64, 6.65), (5000, 6.65)])
 def test_suggestions_for_adapters_fit(h200: None, slots: int, slot_gib: float) -> None:
     budget = gpu_budget(max_loras_per_batch=slots)
     budget.note("weights", 57 * GIB)
