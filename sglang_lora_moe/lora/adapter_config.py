@@ -91,7 +91,7 @@ def read_config(directory: Path) -> AdapterConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: expected a JSON object, which it cannot be read as: {error}") from error
+        raise AdapterError(f"{path}: expected a JSON object, found something else: {error}") from error
     return parse_config(path, raw)
 
 
