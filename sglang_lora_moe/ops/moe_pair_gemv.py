@@ -35,7 +35,7 @@ def _pair_gate_up_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, topk_ids_ptr,  # [M, K], [E, HALVES * N, K], [E, HALVES * N], [P, N]
     slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
     N, K, num_pairs, num_experts,
-    TOP_K: tl.constexpr, BY_TOKEN: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip  # budget: one kernel from the weights to the activation; its parts share the pair's registers
@@ -61,7 +61,7 @@ def _pair_gate_up_kernel(
             if GATED:
                 b_up = load_b_rows(pool_ptr, place, N + rn, 2 * N, rank, rr, ALIGN)
         w_ptrs = w_ptr + expert * HALVES * N * K + rn.to(tl.int64)[:, None] * K + rk[None, :]
-        x_row = x_ptr + (token if BY_TOKEN else pair).to(tl.int64) * K
+        x_row = x_ptr + token.to(tl.int64) * K
         acc = tl.zeros((BN, BK), dtype=tl.float32)
         acc_up = tl.zeros((BN, BK), dtype=tl.float32)
         for k in tl.range(0, K, BK, num_stages=STAGES):
@@ -93,9 +93,8 @@ def _pair_gate_up_kernel(
                 delta = tl.sum(b_up.to(tl.float32) * load_s(s_ptr, pair, num_pairs, s_width, column + rr, rr < rank, SPLITS)[None, :], axis=1)
                 delta += row_delta(s_ptr, num_pairs, s_width, pair, column, pool_ptr, place, N + rn, 2 * N, rank, RANK_BLOCK, SPLITS, RANK_BLOCK, ALIGN)
                 up += delta
-        if ACT > 0:
-            gate = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
-        tl.store(out_ptr + pair.to(tl.int64) * N + rn, gate.to(out_ptr.dtype.element_ty), mask=rn < N)
+        act = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
+        tl.store(out_ptr + pair.to(tl.int64) * N + rn, act.to(out_ptr.dtype.element_ty), mask=rn < N)
     if ADDEND:
         pdl_wait(PDL)  # pairs without an expert
 
@@ -186,22 +185,17 @@ def pair_gate_up(
     out: torch.Tensor,
     tile: GemvTile,
     *,
-    activation: MoESpec | None,
+    activation: MoESpec,
     addend: LowRank | None = None,
-    by_token: bool = True,
-) -> torch.Tensor:  # budget: the tensors of one product, its addend and two choices
-    """out [P, N] = f(w[e] x + ..) per pair; x [M, K], or [P, K] without `by_token`; w [E, N or 2N, K].
-
-    `activation` None: a plain product. Rows of pairs without an expert stay as they are.
-    """
+) -> torch.Tensor:
+    """out [P, N] = f(w[e] x + ..) per pair; x [M, K]; w [E, N or 2N, K]. Rows of pairs without an expert stay as they are."""
     num_pairs, n = out.shape
-    k, gated = x.shape[1], activation is not None and activation.gated
+    k, gated = x.shape[1], activation.gated
     launch.expect("pair_gate_up: w", w, (w.shape[0], 2 * n if gated else n, k), x.dtype, x.device)
     launch.expect("pair_gate_up: out", out, (topk_ids.numel(), n), x.dtype, x.device)
     _pair_gate_up_kernel[(num_pairs, triton.cdiv(n, tile.n))](
         x, w, bias, out, topk_ids, *(NO_PAIR_ARGS if addend is None else addend.pair_args()), n, k, num_pairs, w.shape[0],
-        TOP_K=topk_ids.shape[1], BY_TOKEN=by_token, GATED=gated, ACT=0 if activation is None else activation_code(activation),
-        ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
+        TOP_K=topk_ids.shape[1], GATED=gated, ACT=activation_code(activation), ALPHA=activation.swiglu_alpha or 0.0, LIMIT=activation.swiglu_limit or 0.0,
         **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()),
         EVEN=n % tile.n == 0 and k % tile.k == 0, BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(x.device),
     )  # fmt: skip

@@ -66,11 +66,10 @@ class TritonRunnerCore(MoeRunnerCore):
         return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
     def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
-        """[P, H] in pair order whatever the routing: the down GEMM scatters."""
+        """[P, H] in pair order: the down GEMM scatters. Per pair it is part of `down_combine` alone."""
         out = inp.workspace.get("moe.down", (routing.num_pairs, inp.spec.hidden_size), inp.x.dtype)
         tiles = self._tiles(inp)
-        if isinstance(tiles.down, GemvTile):
-            return pair_gate_up(act, _plain(quant_info.w2), quant_info.b2, routing.topk_ids, out, tiles.down, activation=None, addend=addend, by_token=False)
+        assert not isinstance(tiles.down, GemvTile), "per pair, down and the sum over k are one kernel"
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": False, "scatter": True, "addend": addend}
         if isinstance(tiles.down, WgmmaTile):
             options["behind"], routing.reports = routing.reports if addend is None else 0, 0
