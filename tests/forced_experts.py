@@ -1,4 +1,4 @@
-"""Logits of an engine that is fed given tokens and given expert ids: what DESIGN "Numerics" compares lower precisions by.
+"""Logits of an engine that is fed given tokens and given expert ids: what ARCHITECTURE.md, "Numerics" compares lower precisions by.
 
     base = run_reference(transformers_model, tokens)                     # float32 logits, and which experts it chose
     forced = ForcedEngine(engine)                                        # made with disable_cuda_graph=True

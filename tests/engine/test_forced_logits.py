@@ -1,4 +1,4 @@
-"""bfloat16 against transformers in float32, every architecture: given tokens, given experts, whole logits (DESIGN "Numerics": 2e-2).
+"""bfloat16 against transformers in float32, every architecture: given tokens, given experts, whole logits (ARCHITECTURE.md, "Numerics": 2e-2).
 
 Weights are rounded to bfloat16 before either reads them, as those of real checkpoints are, so that only the arithmetic differs, and
 brought to unit gain: the tiny models have 1.5 a layer to make float32 errors show, with which transformers' own bfloat16 forward of

@@ -1,5 +1,5 @@
 """Quantized checkpoints in bfloat16 against transformers (and PEFT) in float32 on the dequantized weights: given tokens, given experts, whole
-logits (DESIGN "Numerics": 2e-2), base and adapters mixed in one batch.
+logits (ARCHITECTURE.md, "Numerics": 2e-2), base and adapters mixed in one batch.
 
 On a CPU the torch_native path, on a GPU the marlin and the triton path with decode in captured graphs. The weights that the reference
 multiplies by are rounded to bfloat16, as the served ones are: only the arithmetic differs.
