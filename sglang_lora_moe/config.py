@@ -67,7 +67,7 @@ class Config:
     enable_lora: bool = _flag(False, "serve LoRA adapters; implied by --lora-paths")
     lora_paths: list[str] = _flag([], "adapters to load at start: PATH, NAME=PATH, or JSON with lora_name, lora_path, pinned")
     lora_root: str | None = _flag(None, "if set, adapters may be loaded only from below this directory")
-    max_loras_per_batch: int = _flag(8, "adapter slots resident on the device, so distinct adapters in one step")
+    max_loras_per_batch: int = _flag(8, "adapter slots resident on the device, so distinct adapters in one step; on a GPU at most 256")
     max_lora_rank: int | None = _flag(None, "largest adapter rank accepted; the largest of --lora-paths, or 64, if not given")
     max_loaded_loras: int | None = _flag(None, "most adapters kept in host memory; others are read from their files again when a request names them")
     lora_target_modules: list[str] = _flag([], "modules that adapters may touch, such as q_proj or experts; all if not given")
