@@ -7,6 +7,7 @@
 
 DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 DEVICE float exp2_of(float x) {  // within 2^-22
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -49,6 +50,7 @@ DEVICE void load_words(uint32_t (&r)[2], const void* p) {
   r[0] = v.x, r[1] = v.y;
 }
 DEVICE void store_words(void* p, uint32_t a, uint32_t b) { *(uint2*)p = make_uint2(a, b); }
+DEVICE void store_words(void* p, const uint32_t (&r)[4]) { *(uint4*)p = make_uint4(r[0], r[1], r[2], r[3]); }
 
 // Four floats that another block wrote in this launch: past L1, which may hold older ones.
 DEVICE void load_floats_l2(float (&r)[4], const float* p) {
@@ -181,6 +183,11 @@ inline float as_float(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
 inline float exp2_of(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
 inline float low_bf16(uint32_t pair) { return emu::from_bf16((uint16_t)pair); }
@@ -202,6 +209,10 @@ inline void store_words(void* p, uint32_t a, uint32_t b) {
   const uint32_t words[2] = {a, b};
   if ((uintptr_t)p % 8 != 0) emu::fail("store_words: the address is not a multiple of 8");
   std::memcpy(p, words, 8);
+}
+inline void store_words(void* p, const uint32_t (&r)[4]) {
+  if ((uintptr_t)p % 16 != 0) emu::fail("store_words: the address is not a multiple of 16");
+  std::memcpy(p, r, 16);
 }
 inline void load_floats_l2(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void load_floats(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }

@@ -294,6 +294,25 @@ DEVICE void multiply_shared(float (&d)[72], uint64_t a, uint64_t b, bool accumul
 #endif
 }
 
+// The second operand of multiply_transposed: lines of 64 values, swizzled likewise, one for each k; columns 64.. `apart` bytes behind.
+DEVICE uint64_t wgmma_matrix_transposed(const void* p, int apart) {
+  return (uint64_t)((shared_address(p) & 0x3FFFF) >> 4) | (uint64_t)(apart >> 4) << 16 | 64ull << 32 | 1ull << 62;
+}
+// d[64 x 128] (+)= a[64 x 16] b[16 x 128], a in registers as m16n8k16 has it.
+template <class T>
+DEVICE void multiply_transposed(float (&d)[72], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+#if SM90
+#define TRANSPOSED(TYPE)                                                                                                                              \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" LIST_16                     \
+               "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;\n}"                                                                                           \
+               : SUMS_16                                                                                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate))
+  if constexpr (T::kIsBf16) TRANSPOSED("bf16");
+  else TRANSPOSED("f16");
+#undef TRANSPOSED
+#endif
+}
+
 #else  // the emulator
 
 #define SM90 1
@@ -460,23 +479,32 @@ inline float value_at(uint64_t matrix, int row, int k, float (*decode)(uint16_t)
   std::memcpy(&bits, swizzled(emu::block.shared.get() + (matrix << 4) + row * 128 + k * 2), 2);
   return decode(bits);
 }
-template <int NT>
-void wgmma_by_registers(float (*d)[4], const uint32_t (&a)[4], uint64_t b, float (*decode)(uint16_t)) {
+struct RegisterRows {  // of a lane's sums: the two rows of a wgmma's first operand, from the warp's registers
+  const uint32_t* a;
+  float rows[2][16];
+};
+inline RegisterRows rows_in_registers(const uint32_t (&a)[4], float (*decode)(uint16_t)) {
   struct Argument {
-    const uint32_t* a;
-    float rows[2][16];  // of the lane's sums
-  } argument{a, {}};
-  emu::collective("wgmma", &argument, [decode](void** lane) {
+    RegisterRows rows;
+    float (*decode)(uint16_t);
+  } argument{{a, {}}, decode};
+  emu::collective("wgmma", &argument, [](void** lane) {
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 32; i++) {  // lane l holds rows l / 4 and that + 8, columns 2 * (l % 4) and the next, and those + 8
         const int row = i / 16, k = i % 16;
-        ((Argument*)lane[l])->rows[row][k] = decode((uint16_t)(((Argument*)lane[l / 4 * 4 + k % 8 / 2])->a[row + k / 8 * 2] >> 16 * (k & 1)));
+        const uint32_t pair = ((Argument*)lane[l / 4 * 4 + k % 8 / 2])->rows.a[row + k / 8 * 2];
+        ((Argument*)lane[l])->rows.rows[row][k] = ((Argument*)lane[l])->decode((uint16_t)(pair >> 16 * (k & 1)));
       }
   });
+  return argument.rows;
+}
+template <int NT>
+void wgmma_by_registers(float (*d)[4], const uint32_t (&a)[4], uint64_t b, float (*decode)(uint16_t)) {
+  const RegisterRows registers = rows_in_registers(a, decode);
   const int lane = lane_index();
   emu::products[emu::block.current].open.push_back([=] {
     for (int i = 0; i < 4 * NT; i++)
-      for (int k = 0; k < 16; k++) d[i / 4][i % 4] += argument.rows[i >> 1 & 1][k] * value_at(b, i / 4 * 8 + lane % 4 * 2 + (i & 1), k, decode);
+      for (int k = 0; k < 16; k++) d[i / 4][i % 4] += registers.rows[i >> 1 & 1][k] * value_at(b, i / 4 * 8 + lane % 4 * 2 + (i & 1), k, decode);
   });
 }
 template <int NT>
@@ -497,6 +525,22 @@ void multiply_shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate) {
       const int row = 16 * warp + lane / 4 + (i >> 1 & 1) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
       float sum = accumulate ? sums[i] : 0.f;
       for (int k = 0; k < 16; k++) sum += value(a, row, k) * value(b, column, k);
+      sums[i] = sum;
+    }
+  });
+}
+inline uint64_t wgmma_matrix_transposed(const void* p, int apart) { return wgmma_matrix(p) | (uint64_t)(apart >> 4) << 16; }
+template <class T>
+void multiply_transposed(float (&d)[72], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  const auto decode = T::kIsBf16 ? emu::from_bf16 : emu::from_fp16;
+  const RegisterRows registers = rows_in_registers(a, decode);
+  const int lane = lane_index();
+  float* const sums = d;
+  emu::products[emu::block.current].open.push_back([=] {
+    for (int i = 0; i < 64; i++) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+      float sum = accumulate ? sums[i] : 0.f;
+      for (int k = 0; k < 16; k++) sum += registers.rows[i >> 1 & 1][k] * value_at((b & 0xFFFF) + (b >> 16) * (uint64_t)(column / 64), k, column % 64, decode);
       sums[i] = sum;
     }
   });

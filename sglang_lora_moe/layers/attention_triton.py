@@ -23,6 +23,7 @@ class TritonAttention:
     def __init__(self, ctx: StepContext) -> None:
         self.ctx = ctx
         self._scratch = torch.empty(0, dtype=torch.float32, device=ctx.device)
+        self._tickets = torch.zeros(2, dtype=torch.int32, device=ctx.device)
         self._needed: dict[tuple[int, int, int], int] = {}  # by heads, KV heads and value columns: elements of scratch
 
     def begin_step(self) -> None:
@@ -50,6 +51,7 @@ class TritonAttention:
             sinks=sinks,
             scratch=self._decode_scratch(layer) if decode else None,
             low=low,
+            tickets=self._tickets,
         )
 
     def _decode_scratch(self, layer: PagedAttention) -> torch.Tensor:

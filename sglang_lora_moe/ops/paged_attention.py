@@ -10,6 +10,8 @@ results by their log-sum-exp (flash decoding), always in the same order, so that
 The cache may be narrower than q (float8 e4m3): keys and values are widened as they are read.
 
 With MLA the cache holds one latent row per token: pass the same tensor as k_cache and v_cache; v is its first `Dv` columns.
+
+On Hopper several query tokens of 16-bit heads of 128, without window, sinks or cap, are csrc/prefill_attention.cu's: `in_cuda` is the rule.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops import build, launch
+from sglang_lora_moe.ops.library import define
 from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, matrix_of
 from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
@@ -26,6 +29,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
 MIN_SPLIT_KEYS = 128
 DECODE_PROGRAMS = 264  # as many as fill a GPU of 132 multiprocessors twice; fixed, so that results do not depend on the machine
+
+define(
+    "prefill_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor query_starts, Tensor seq_lens, Tensor(a!) tickets, Tensor(b!) out, "
+    "int page_size, float scale, int blocks, bool overlap) -> ()"
+)
 
 
 @triton.jit
@@ -222,12 +230,14 @@ def paged_attention(
     out: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     low: LinearAddend | None = None,
+    tickets: torch.Tensor | None = None,
 ) -> torch.Tensor:  # budget: the arguments of attention
     """Return out [M, Hq, Dv] in q's dtype. `decode` = every request has one query token (keys are then split over programs).
 
     `scratch` (float32, at least `scratch_elements(...)`) is for decode and is allocated if needed and not given. Requests whose
     seq_len is 0 (padding) get zeros or, with sinks, undefined rows. `low` (decode with several splits): its s float32 [Hq, M, 1, width]
-    is filled with each head's share of A out. Raises ValueError for shapes that do not fit together.
+    is filled with each head's share of A out. `tickets` (int32 [2], zeros, of one stream):
+    without them `in_cuda`'s kernel is not taken. Raises ValueError for shapes that do not fit together.
     """
     (m, hq, d), (hkv, dv), requests = q.shape, (k_cache.shape[1], v_cache.shape[2]), seq_lens.shape[0]
     if hq % hkv or k_cache.shape[2] != d:
@@ -235,6 +245,11 @@ def paged_attention(
     if q.stride(2) != 1 or q.stride(1) != d or k_cache.stride(2) != 1 or v_cache.stride(2) != 1:
         raise ValueError("paged_attention: the last dimension of q, k_cache and v_cache must be contiguous, and q's heads packed")
     out = q.new_empty(m, hq, dv) if out is None else out
+    if not decode and (window, sinks, softcap) == (None, None, None) and tickets is not None and in_cuda(q, k_cache, v_cache, page_size):
+        build.load()
+        blocks = launch.multiprocessors(q.device)
+        torch.ops.sglang_lora_moe.prefill_attention(q, k_cache, v_cache, page_table, query_starts, seq_lens, tickets, out, page_size, scale, blocks, True)
+        return out
     splits = num_splits(requests, hkv) if decode else 1
     partial = lse = out
     if splits > 1:
@@ -258,6 +273,14 @@ def paged_attention(
             RANK_BLOCK=16 if low is None else low.rank_block, num_warps=2, **launch.options(q.device),
         )  # fmt: skip
     return out
+
+
+def in_cuda(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_size: int) -> bool:
+    """Whether csrc/prefill_attention.cu can read these: groups of heads and pages in powers of two, keys and values 16-bit as q and each contiguous."""
+    group = q.shape[1] // k_cache.shape[1]
+    same = q.dtype == k_cache.dtype == v_cache.dtype and q.dtype.itemsize == 2 and q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+    fits = q.shape[2] == v_cache.shape[2] == 128 and group <= 128 and group & (group - 1) == 0 and page_size >= 8 and page_size & (page_size - 1) == 0
+    return same and fits and launch.has_wgmma(q.device)
 
 
 def num_splits(requests: int, kv_heads: int) -> int:
