@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from demo_tasks import ADAPTERS
-
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"
 START_SECONDS = 120
@@ -24,7 +22,7 @@ START_SECONDS = 120
 
 def demo_flags() -> list[str]:
     """What `./run serve` without arguments serves."""
-    adapters = [f"{name}={DEMO / name}" for name in ADAPTERS]
+    adapters = [str(config.parent) for config in sorted(DEMO.glob("*/adapter_config.json"))]
     return ["--model-path", str(DEMO / "base"), "--served-model-name", "demo", "--enable-lora", "--lora-paths", *adapters]
 
 
