@@ -103,9 +103,7 @@ class LayerInputs:
         workspace = Workspace(device)
         slots = (torch.arange(m, dtype=torch.int32) % max(setup.active, 1)).to(device) if setup.rank else None
         inputs = [
-            RunnerInput(
-                noise(m, spec.hidden_size), ids(m, spec, device), torch.rand(m, spec.top_k, device=device), slots, workspace, spec, len_slots(setup), setup.rank
-            )
+            RunnerInput(noise(m, spec.hidden_size), ids(m, spec, device), torch.rand(m, spec.top_k, device=device), slots, workspace, spec, len_slots(setup))
             for _ in range(sets)
         ]
         hooks: list[LoRAHooks | None] = [build_lora_hooks(s, triton_lora) for s in stacks] or [None]

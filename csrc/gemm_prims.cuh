@@ -61,12 +61,13 @@ DEVICE void load_floats(float (&r)[4], const float* p) {
   const float4 v = *(const float4*)p;
   r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
 }
+DEVICE void store_two_floats(float* p, float a, float b) { *(float2*)p = make_float2(a, b); }
 DEVICE void store_floats(float* p, const float (&r)[4]) { *(float4*)p = make_float4(r[0], r[1], r[2], r[3]); }
 
 // Count an arrival and learn how many came before: what each block wrote before its own (behind a barrier) is seen by those after it.
-DEVICE uint32_t arrive(uint32_t* counter) {
+DEVICE uint32_t arrive(uint32_t* counter, uint32_t one = 1) {
   uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(one) : "memory");
   return before;
 }
 
@@ -216,8 +217,9 @@ inline void store_words(void* p, const uint32_t (&r)[4]) {
 }
 inline void load_floats_l2(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void load_floats(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
+inline void store_two_floats(float* p, float a, float b) { p[0] = a, p[1] = b; }
 inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16); }
-inline uint32_t arrive(uint32_t* counter) { return (*counter)++; }
+inline uint32_t arrive(uint32_t* counter, uint32_t one = 1) { return (*counter += one) - one; }
 inline uint32_t take_ticket(uint32_t* counter, uint32_t one = 1) { return (*counter += one) - one; }
 inline void hold_here(uint32_t (&)[2][2][4]) {}
 // In hopper_prims.cuh, as is what goes with them.

@@ -169,6 +169,16 @@ DEVICE void take_registers() {
 #endif
 }
 DEVICE void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }  // id 1..: 0 is sync_block's
+DEVICE int anew(int value) {  // what is derived from it is derived again, rather than kept
+  asm volatile("" : "+r"(value));
+  return value;
+}
+DEVICE int thread_index_here() {  // asked anew, so that what depends on it takes no register before
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+DEVICE void sync_two_warpgroups(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
 // Two 8x8 matrices of 16-bit values, transposed: lane l < 16 gives the address of column l % 8 of matrix l / 8, as a row in memory.
 DEVICE void store_matrix_x2_transposed(void* row, uint32_t a, uint32_t b) {
 #if SM90
@@ -431,11 +441,14 @@ template <int REGISTERS>
 void give_registers() {}
 template <int REGISTERS>
 void take_registers() {}
-inline void sync_warpgroup(int id) {
-  if (++emu::group_barrier[id] < 128) return emu::wait_for(emu::group_generation[id]);
+inline void sync_warpgroup(int id, int threads = 128) {
+  if (++emu::group_barrier[id] < threads) return emu::wait_for(emu::group_generation[id]);
   emu::group_barrier[id] = 0;
   emu::group_generation[id]++;
 }
+inline int anew(int value) { return value; }
+inline int thread_index_here() { return (int)threadIdx.x; }
+inline void sync_two_warpgroups(int id) { sync_warpgroup(id, 256); }
 inline void store_matrix_x2_transposed(void* row, uint32_t a, uint32_t b) {
   struct Argument {
     uint8_t* row;

@@ -254,6 +254,20 @@ DEVICE void write_ranges(const MoeLoraShrink& a) {
   }
 }
 
+// The records that the layer's second projection is known by, written before its shrink: its GEMMs have it within them.
+DEVICE void write_next(const MoeLoraShrink& a) {
+  const MoeLoraNext& next = a.next;
+  const int threads = (int)(gridDim.x * blockDim.x), tiles = a.counts[2];
+  for (int i = (int)(gridDim.x - 1 - blockIdx.x) * (int)blockDim.x + thread_index(); i < tiles; i += threads) {
+    uint32_t tile[4];
+    load_words(tile, a.tiles + 4 * (int64_t)i);
+    const int64_t expert = (int)tile[0], slot = (int)tile[1];
+    int64_t* const record = next.records + kRecord * (int64_t)i;
+    record[0] = (int)tile[2], record[1] = (int64_t)((uint64_t)next.scaling[slot] << 32 | tile[3]), record[2] = next.rank[slot];
+    record[3] = (next.offset[slot] + expert * next.stride[slot]) / 8, record[4] = (next.b_offset[slot] + expert * next.b_stride[slot]) / 8;
+  }
+}
+
 template <class T, class S>
 KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShrink a, const Walk by) {
   SMEM_DECL;
@@ -280,7 +294,10 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
     }
     f.step(stage + ahead < S::kStages ? stage + ahead : stage + ahead - S::kStages);
     if (ahead < S::kStages - 1) {
-      if (++ahead == S::kStages - 1 && a.ranges) write_ranges(a);
+      if (++ahead == S::kStages - 1) {
+        if (a.ranges) write_ranges(a);
+        if (a.next.records) write_next(a);
+      }
       continue;
     }
     if ((k += S::kK) >= a.cols) m.finish(a, stage, note), number++, k = 0;

@@ -5,6 +5,16 @@
 
 extern "C" {
 
+struct MoeLoraNext {       // the adapters of a layer's second projection, whose A the first one's GEMM multiplies by
+  const int64_t* offset;   // [slots] of A
+  const int64_t* stride;   // [slots]
+  const int32_t* rank;     // [slots]
+  const uint32_t* scaling; // [slots] bits of float32
+  const int64_t* b_offset; // [slots]
+  const int64_t* b_stride; // [slots]
+  int64_t* records;        // [LoRA tiles, 5] first row, rows and above them scaling's bits, rank, place of A in 16 bytes, place of B; or null
+};
+
 struct MoeLoraShrink {
   const void* x;                // [.., cols] by token with gather, else by row; at a multiple of 16 bytes
   const void* pool;             // of A, 16-bit like x: [rows of A, cols] at offset[slot] + expert * stride[slot], multiples of eight
@@ -22,6 +32,7 @@ struct MoeLoraShrink {
   void* s;                      // [pairs, width]: columns [0, rank), and with split [max_rank, max_rank + rank)
   int64_t* records;             // [LoRA tiles, 5] first row, rows, rank, split, place of B in 16 bytes
   int32_t* ranges;              // [base tiles, 2] first and end of the LoRA tiles that meet a base tile, or null
+  MoeLoraNext next;
   int32_t cols;                 // a multiple of eight
   int32_t width, max_rank, top_k, lora_block;
   int32_t is_bf16, gather;

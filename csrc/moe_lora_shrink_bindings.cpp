@@ -8,7 +8,8 @@ namespace {
 constexpr const char* kName = "moe_lora_shrink";
 
 void shrink(Tensor x, Tensor pool, Tensor offset, Tensor stride, Tensor rank, Tensor split, Tensor scaling, Tensor b_offset, Tensor b_stride, Tensor tiles, Tensor base_tiles,
-            Tensor counts, Tensor sorted_pairs, Tensor s, Tensor records, std::optional<Tensor> ranges, int64_t max_rank, int64_t top_k, int64_t lora_block, bool gather, bool early,
+            Tensor counts, Tensor sorted_pairs, Tensor s, Tensor records, std::optional<Tensor> ranges, std::optional<Tensor> next_records, std::optional<Tensor> next_offset, std::optional<Tensor> next_stride,
+            std::optional<Tensor> next_rank, std::optional<Tensor> next_scaling, std::optional<Tensor> next_b_offset, std::optional<Tensor> next_b_stride, int64_t max_rank, int64_t top_k, int64_t lora_block, bool gather, bool early,
             int64_t multiprocessors, bool overlap) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
@@ -38,6 +39,16 @@ void shrink(Tensor x, Tensor pool, Tensor offset, Tensor stride, Tensor rank, Te
   a.s = checked<void>(kName, s, "s", type, device, pairs * a.width);
   a.records = checked<int64_t>(kName, records, "records", ScalarType::Long, device, 5 * tiles.size(0));
   a.ranges = ranges ? checked<int32_t>(kName, *ranges, "ranges", ScalarType::Int, device, 2 * base_tiles.size(0)) : nullptr;
+  if (next_records) {
+    STD_TORCH_CHECK(next_offset && next_stride && next_rank && next_scaling && next_b_offset && next_b_stride, kName, ": next_records come with the tables of both its matrices");
+    a.next = {checked<const int64_t>(kName, *next_offset, "next_offset", ScalarType::Long, device, slots),
+              checked<const int64_t>(kName, *next_stride, "next_stride", ScalarType::Long, device, slots),
+              checked<const int32_t>(kName, *next_rank, "next_rank", ScalarType::Int, device, slots),
+              checked<const uint32_t>(kName, *next_scaling, "next_scaling", ScalarType::Float, device, slots),
+              checked<const int64_t>(kName, *next_b_offset, "next_b_offset", ScalarType::Long, device, slots),
+              checked<const int64_t>(kName, *next_b_stride, "next_b_stride", ScalarType::Long, device, slots),
+              checked<int64_t>(kName, *next_records, "next_records", ScalarType::Long, device, 5 * tiles.size(0))};
+  }
   STD_TORCH_CHECK(((uintptr_t)a.x | (uintptr_t)a.pool | (uintptr_t)a.tiles) % 16 == 0, kName, ": x, pool and tiles must lie at multiples of 16 bytes");
   STD_TORCH_CHECK(max_rank >= 1 && a.width >= max_rank, kName, ": expected s of at least max_rank columns, got ", a.width, " and ", max_rank);
   a.cols = (int32_t)cols, a.max_rank = (int32_t)max_rank, a.top_k = (int32_t)top_k, a.lora_block = (int32_t)lora_block;

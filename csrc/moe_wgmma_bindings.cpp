@@ -8,8 +8,9 @@ namespace {
 constexpr const char* kName = "moe_wgmma_gemm";
 
 void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor counts, Tensor sorted_pairs, std::optional<Tensor> s, std::optional<Tensor> pool,
-          std::optional<Tensor> records, std::optional<Tensor> ranges, Tensor out, int64_t top_k, int64_t halves, int64_t max_rank, double alpha, double cubic, double limit,
-          double shift, bool gather, bool scatter, int64_t group, int64_t blocks, int64_t tokens, int64_t cluster, bool stream, bool report, int64_t behind, bool queued, bool overlap) {
+          std::optional<Tensor> records, std::optional<Tensor> ranges, Tensor out, std::optional<Tensor> next_pool, std::optional<Tensor> next_records,
+          std::optional<Tensor> next_parts, std::optional<Tensor> next_s, int64_t top_k, int64_t halves, int64_t max_rank, double alpha, double cubic, double limit,
+          double shift, bool gather, bool scatter, int64_t group, int64_t blocks, int64_t tokens, int64_t cluster, bool stream, int64_t report, int64_t behind, bool queued, bool overlap) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kName, ": expected x of bfloat16 or float16, got ", torch::headeronly::toString(type));
@@ -18,6 +19,7 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
   STD_TORCH_CHECK(halves == 1 || halves == 2, kName, ": expected halves 1 or 2, got ", halves);
   STD_TORCH_CHECK(k % 8 == 0 && n % 8 == 0 && w.size(1) == halves * n && w.size(2) == k, kName, ": expected w [E, ", halves * n, ", ", k, "] with widths that divide by 8, got [",
                   w.size(0), ", ", w.size(1), ", ", w.size(2), "]");
+  STD_TORCH_CHECK(halves == 1 || !scatter, kName, ": scatters with halves 1 alone");
   STD_TORCH_CHECK(top_k >= 1 && group >= 1 && blocks >= 1, kName, ": expected top_k, group and blocks of at least 1, got ", top_k, ", ", group, ", ", blocks);
   STD_TORCH_CHECK(tokens == 144 || (cluster == 1 && tokens == 32), kName, ": expected tiles of 144 tokens, or of 32 in blocks of their own, got ", tokens);
   STD_TORCH_CHECK((cluster == 1 || cluster == 2) && blocks % cluster == 0, kName, ": expected clusters of 1 or 2 that divide the grid, got ", cluster, " and ", blocks);
@@ -40,11 +42,21 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
     a.records = checked<const int64_t>(kName, *records, "records", ScalarType::Long, device, 0);
     a.ranges = checked<const int32_t>(kName, *ranges, "ranges", ScalarType::Int, device, 2 * tile_count);
   }
+  if (next_parts) {
+    STD_TORCH_CHECK(s && next_pool && next_records && next_s && halves == 2 && report > 0, kName, ": the next product's parts come with pool, records and s of both, halves 2 and report");
+    a.next.width = (int32_t)next_parts->size(2), a.next.s_width = (int32_t)next_s->size(next_s->dim() - 1);
+    STD_TORCH_CHECK(a.next.width % 16 == 0 && a.next.width <= 64 && a.next.s_width <= a.next.width, kName, ": expected parts of 16 to 64 columns, and s of no more, got ", a.next.width,
+                    " and ", a.next.s_width);
+    a.next.pool = checked<void>(kName, *next_pool, "next_pool", type, device, 0);
+    a.next.records = checked<const int64_t>(kName, *next_records, "next_records", ScalarType::Long, device, records->numel());
+    a.next.parts = checked<float>(kName, *next_parts, "next_parts", ScalarType::Float, device, (n + 127) / 128 * pairs * a.next.width);
+    a.next.s = checked<void>(kName, *next_s, "next_s", type, device, pairs * a.next.s_width);
+  }
   a.max_rank = (int32_t)max_rank;
   a.experts = (int32_t)w.size(0), a.n = (int32_t)n, a.k = (int32_t)k, a.pairs = (int32_t)pairs, a.top_k = (int32_t)top_k;
   a.halves = (int32_t)halves, a.is_bf16 = type == ScalarType::BFloat16;
   a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift;
-  a.gather = gather, a.scatter = scatter, a.group = (int32_t)group, a.blocks = (int32_t)blocks, a.tokens = (int32_t)tokens, a.cluster = (int32_t)cluster, a.stream = stream, a.report = report, a.behind = (int32_t)behind, a.queued = queued, a.overlap = overlap;
+  a.gather = gather, a.scatter = scatter, a.group = (int32_t)group, a.blocks = (int32_t)blocks, a.tokens = (int32_t)tokens, a.cluster = (int32_t)cluster, a.stream = stream, a.report = (int32_t)report, a.behind = (int32_t)behind, a.queued = queued, a.overlap = overlap;
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = moe_wgmma_gemm(&a, current_stream(device));

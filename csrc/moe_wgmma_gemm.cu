@@ -9,6 +9,8 @@
 //   * With an addend the kernel before made s: only the fetch of s waits for it, the rest runs beside it.
 //   * Without one, down runs behind gate_up: that reports in the list of tiles what it has stored of each, so that down's blocks begin where
 //     gate_up's last round leaves multiprocessors idle, with tiles from a queue, and wait for a tile's rows rather than for the kernel.
+//   * With adapters the next product's A is multiplied in gate_up too, of what is in shared memory for its store; a tile's columns give parts of s,
+//     which are added up by the block that reports the last of them.
 //
 // Barriers of a stage: `full` (128 fetching threads, one more and the engine's bytes), `empty` (the multiplying warps of all blocks).
 #include "moe_wgmma_gemm.h"
@@ -24,6 +26,7 @@ namespace {
 constexpr int kRows = 256, kK = 64;
 constexpr int kFetchers = 128, kThreads = 384, kRecord = 5;
 constexpr int kWeightBytes = kRows * 128;
+constexpr int kLowRows = 128, kLowUnits = kLowRows / 16;  // of the next product's A in a stage, in rows of 128 columns
 constexpr int kLower = 0xffff, kOne = kLower + 1;  // of a word of a tile: what it says, and one of what is counted above
 
 // What a kernel is compiled for: tokens of a tile, and with fewer of them more stages.
@@ -41,7 +44,11 @@ struct Form {
 
 struct Note {  // from the fetching warps, with a stage
   int32_t expert, start, rows, n0;  // the tile, of a cluster's tile this block's part; expert -1: no more
-  int32_t products, last;           // addend only: sixteens of k in this stage, and whether it ends the tile
+  int32_t products, last;           // addend only: sixteens of k in this stage, and whether it ends the tile; with the next product's A: its runs
+};
+
+struct LowRun {  // with a stage of the next product's A: rows within this block's part, and which sixteens of the stage are theirs
+  int32_t low, high, unit, units;
 };
 
 template <class F>
@@ -51,7 +58,7 @@ struct Shared {
   int32_t* rows;  // of the output, for each group's tile
   Barrier *full, *empty, *stored;  // stored: the multiplying warps of this block have stored a tile
   Note* notes;
-  uint32_t* taken;  // tiles from the queue: of an even and of an odd turn
+  uint32_t* taken;  // tiles from the queue: of an even and of an odd turn; behind these, so too, whether a tile's last report was this block's
 
   DEVICE explicit Shared(uint8_t* memory) : stages(memory) {
     out = memory + F::kStages * F::kStageBytes;
@@ -68,6 +75,7 @@ template <class F>
 DEVICE uint8_t* stage_of(const Shared<F>& s, uint32_t step) {
   return s.stages + step % F::kStages * F::kStageBytes;
 }
+DEVICE uint8_t* low_piece_of(uint8_t* rows, int row, int piece) { return rows + row * 256 + ((piece ^ (row & 7)) << 4); }
 DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
 DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
 DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -78,17 +86,63 @@ template <class F>
 struct Fetcher {
   const MoeWgmmaGemm& a;
   const Shared<F>& shared;
-  uint32_t step = 0, tiles_told = 0;
-  int told_of = -1;  // a tile before this one whose end nobody was told of
+  uint32_t step = 0, tiles_told = 0, ticket = 0;
+  int told_of = -1;  // a tile before this one whose end nobody was told of; below -1 (-2 less its number): one whose parts may be this block's to add up
 
   // The last of the fetching warps tells kernels behind this one that the tile before is stored, once that needs no pause.
   DEVICE void tell() {
     if (told_of < 0) return;
     if (warp_index() == kFetchers / 32 - 1) {
       barrier_wait(shared.stored, tiles_told & 1);
-      if (lane_index() == 0) publish_add((uint32_t*)a.tiles + 3 * told_of + 2, kOne);
+      uint32_t* const word = (uint32_t*)a.tiles + 3 * told_of + 2;
+      if (lane_index() == 0 && a.next.parts) ticket = arrive(word, kOne);
+      else if (lane_index() == 0) publish_add(word, kOne);
     }
-    tiles_told++, told_of = -1;
+    tiles_told++, told_of = a.next.parts ? -2 - told_of : -1;
+  }
+  // The report that came last: the tile's parts are there.
+  DEVICE void settle() {
+    if (told_of > -2) return;
+    const int open = -2 - told_of;
+    uint32_t* const word = shared.taken + 2 + (tiles_told & 1);
+    if (thread_index() == kFetchers - 32) *word = (int)(ticket / kOne) + 1 == a.report;
+    sync_warpgroup(3);
+    if (*word) {
+      add_parts(open);
+      sync_warpgroup(3);
+      if (thread_index() == 0) publish_add((uint32_t*)a.tiles + 3 * open + 2, kOne);
+    }
+    told_of = -1;
+  }
+  DEVICE void add_parts(int open) {
+    const int start = a.tiles[3 * open + 1], stop = start + (a.tiles[3 * open + 2] & kLower), last = a.ranges[2 * open + 1], parts = divide_up(a.n, kRows / 2);
+    const int64_t apart = (int64_t)a.pairs * a.next.width;
+    for (int t = a.ranges[2 * open], turn = warp_index(); t < last; t++) {
+      const int64_t* const record = a.next.records + (int64_t)kRecord * t;
+      const int from = (int)record[0], low = from > start ? from : start, end = from + (int)record[1], high = end < stop ? end : stop, fours = divide_up((int)record[2], 4);
+      const float scaling = as_float((uint32_t)(record[1] >> 32));
+      const int pieces = (high - low) * fours;
+      for (int i = (turn & 3) * 32 + lane_index(); i < pieces; i += kFetchers) {
+        const int row = low + i / fours, r = i % fours * 4;
+        const float* const part = a.next.parts + (int64_t)row * a.next.width + r;
+        float sum[4] = {};
+#pragma unroll 3
+        for (int j = 0; j < parts; j++) {
+          float more[4];
+          load_floats_l2(more, part + j * apart);
+#pragma unroll
+          for (int k = 0; k < 4; k++) sum[k] += more[k];
+        }
+        uint32_t words[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) words[h] = a.is_bf16 ? pack_bf16(sum[2 * h] * scaling, sum[2 * h + 1] * scaling) : pack_fp16(sum[2 * h] * scaling, sum[2 * h + 1] * scaling);
+        uint16_t* const out = (uint16_t*)a.next.s + (int64_t)row * a.next.s_width + r;
+        if (a.next.s_width % 4 == 0) store_words(out, words[0], words[1]);
+        else
+          for (int k = 0; k < 4 && r + k < a.next.s_width; k++) out[k] = (uint16_t)(words[k / 2] >> (k % 2 * 16));
+      }
+      turn -= divide_up(pieces, 32);  // the next run's pieces begin with the next warp
+    }
   }
   DEVICE uint8_t* begin() {  // a stage that nobody reads any more, in neither block
     barrier_wait(&shared.empty[step % F::kStages], (step / F::kStages & 1) ^ 1);
@@ -108,6 +162,7 @@ struct Fetcher {
 // holds the record of LoRA tile first + l, asked for before the tile's products: a chain of loads would stand behind them otherwise.
 struct Addend {
   const MoeWgmmaGemm& a;
+  const int64_t* records;
   int first = 0, next = 0, end = 0;                     // LoRA tiles
   int mine_start = 0, mine_rows = 0, mine_rank = 0, mine_split = 0;
   int64_t mine_place = 0;
@@ -117,7 +172,7 @@ struct Addend {
 
   DEVICE void ask(int from, int to) {
     first = next = from, end = to;
-    const int64_t* record = a.records + (int64_t)kRecord * (first + lane_index());
+    const int64_t* record = records + (int64_t)kRecord * (first + lane_index());
     if (first + lane_index() >= end) return;
     mine_start = (int)record[0], mine_rows = (int)record[1], mine_rank = (int)record[2], mine_split = (int)record[3], mine_place = record[4];
   }
@@ -210,6 +265,32 @@ DEVICE void fetch_addend(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note n
     f.note(note);
     if (thread_index() == 0) barrier_arrive(&f.shared.full[f.step % F::kStages]);  // in place of the engine's
     f.end(aligned);
+  } while (!note.last);
+}
+
+// The columns of the next product's A that the tile's rows are multiplied by once they are in shared memory, all sixteens of a run in one stage.
+template <class F>
+DEVICE void fetch_low(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note) {
+  int stages = 0;  // as many as whichever block of a cluster takes more
+  if (F::kCluster == 2) stages = u.stages(note.start + (cluster_rank() == 0 ? divide_up(note.rows, 8) * 8 : 0), kLowUnits + 1 - a.next.width / 16);
+  const int row0 = thread_index() / 16, piece = thread_index() % 16, rows = note.rows;
+  const bool inside = note.n0 + piece * 8 < a.n;
+  u.load(note);
+  do {
+    uint8_t* const stage = f.begin();
+    note.products = 0;
+    for (int unit = 0, units; u.any && unit + (units = divide_up(u.rank, 16)) <= kLowUnits; unit += units, u.load(note)) {
+      if (thread_index() == 0) ((LowRun*)(stage + kWeightBytes))[note.products] = {u.low, u.high, unit, units};
+      const uint16_t* source = (const uint16_t*)a.next.pool + (int64_t)(uint32_t)u.split * 8 + (int64_t)row0 * a.n + note.n0 + piece * 8;
+      for (int row = row0; row < units * 16; row += kFetchers / 16, source += kFetchers / 16 * a.n) cp16(low_piece_of(stage, unit * 16 + row, piece), source, inside && row < u.rank);
+      note.products++;
+    }
+    note.last = --stages <= 0 && !u.any;
+    note.rows = u.any ? u.low : INT32_MAX;  // rows before this one need no other stage
+    f.note(note);
+    note.rows = rows;
+    if (thread_index() == 0) barrier_arrive(&f.shared.full[f.step % F::kStages]);
+    f.end();
   } while (!note.last);
 }
 
@@ -322,18 +403,19 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
   if (walk.now < total) place = place_of<F::kHalves>(a, walk.now, tiles, column_blocks);
   if (walk.next < total) next = place_of<F::kHalves>(a, walk.next, tiles, column_blocks);
   Note note = part_of<F>(a, place, rows);
-  Addend u{a};
-  if (waits && !a.s) {  // rows that the kernel before made, over tiles that were there before it: weights need not wait
+  Addend u{a, a.records};
+  if (a.s && a.behind && walk.now < total) range[0] = a.ranges[2 * place.tile], range[1] = a.ranges[2 * place.tile + 1];
+  if (waits && (!a.s || a.behind)) {  // rows that the kernel before made, over tiles that were there before it: weights need not wait
     for (; walk.now < total && asked < F::kStages && asked * kK < a.k; asked++)
       if (thread_index() == 0) ask_weights(f, a, map, note, asked, asked * kK);
     if (!a.behind) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
   }
   for (; walk.now < total; walk.turn()) {  // what the next tile begins with is asked for during this one, and its place during the one before
-    if (a.s && !waits) u.ask(range[0], range[1]);
+    if (a.s && (!waits || a.behind)) u.ask(range[0], range[1]);
     walk.ask();
     if (walk.after < total) after = place_of<F::kHalves>(a, walk.after, tiles, column_blocks);
     const Note next_note = part_of<F>(a, next, next_rows);
-    if (a.s && !waits) range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
+    if (a.s && (!waits || a.behind)) range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
     if (a.behind) {
       if (waits && walk.next >= total) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
       while ((int)(observe((const uint32_t*)a.tiles + 3 * place.tile + 2) / kOne) < a.behind) {}
@@ -341,14 +423,26 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
     fetch_products(f, a, map, top_k, note, rows, asked);
     asked = 0;
     if (a.s) {
-      if (waits) {
+      if (waits && !a.behind) {
         wait_for_previous_kernel(), allow_next_kernel(), waits = false;
         u.ask(a.ranges[2 * place.tile], a.ranges[2 * place.tile + 1]);
         range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
       }
-      fetch_addend(f, a, u, note);
+      if constexpr (F::kHalves == 2) {
+        if (a.next.parts) {
+          Addend v{a, a.next.records};
+          const int first = u.first;
+          fetch_addend(f, a, u, note);
+          v.ask(first, u.end);
+          fetch_low(f, a, v, note);
+        } else {
+          fetch_addend(f, a, u, note);
+        }
+      } else {
+        fetch_addend(f, a, u, note);
+      }
     }
-    if (a.report) f.tell(), f.told_of = place.tile;
+    if (a.report) f.tell(), f.settle(), f.told_of = place.tile;
     note = next_note, place = next, next = after;
 #pragma unroll
     for (int i = 0; i < F::kPasses; i++) rows[i] = next_rows[i];
@@ -358,7 +452,7 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
   f.note({-1, 0, 0, 0, 0, 0});
   if (thread_index() == 0) barrier_arrive(&shared.full[f.step % F::kStages]);
   f.end();
-  f.tell();
+  f.tell(), f.settle();
 }
 
 // ---- multiplying -----------------------------------------------------------------------------------------------------------------------
@@ -421,7 +515,7 @@ DEVICE void multiply_tile(float (&d)[2][72], Multiplier<F>& m, int steps, bool a
     wgmma_begin();
     if constexpr (NT > 0) {
 #pragma unroll
-      for (int i = 0; i < kK / 16; i++) multiply_sixteen<T, NT>(d, m, i, i, 0, k + i > 0);
+      for (int i = 0; i < kK / 16; i++) multiply_sixteen<T, NT>(d, m, i, i, 0, true);
     }
     end();
   }
@@ -451,11 +545,60 @@ DEVICE float bias_of(const MoeWgmmaGemm& a, int64_t index, bool inside) {
   return T::low(((const uint16_t*)a.bias)[index]);
 }
 
+// Rows [c, end) of the tile, which are in shared memory, times the next product's A: sixteen rows of a run a warp. The stage that reaches beyond stays.
+template <class T, class F>
+DEVICE void multiply_low(const MoeWgmmaGemm& a, const Note& note, Multiplier<F>& m, int c, int end) {
+  const int thread = thread_index_here(), lane = thread & 31, warp = uniform(thread / 32) - kFetchers / 32;
+  uint8_t* const rows = m.shared.out + (lane & 15) * F::kPitch + (lane >> 4) * 16;
+  for (;; m.step++) {
+    m.wait();
+    uint8_t* const stage = stage_of(m.shared, m.step);
+    const int runs = m.told(&Note::products), until = m.told(&Note::rows);
+    for (int i = 0, item = 0; i < runs; i++) {
+      const LowRun run = ((const LowRun*)(stage + kWeightBytes))[i];
+      const int low = run.low > c ? run.low : c, high = run.high < end ? run.high : end;
+      for (int row0 = low & ~15; row0 < high; row0 += 16, item++) {
+        if ((item & 7) != warp) continue;
+        for (int unit = 0; unit < run.units; unit++) {
+          float sum[2][4] = {};
+#pragma unroll 4
+          for (int k = 0; k < 8; k++) {
+            uint32_t x[4], w[4];
+            load_matrix_x4(x, rows + k / 4 * F::kOutBytes + (row0 - c) * F::kPitch + k % 4 * 32);
+            load_matrix_x4(w, low_piece_of(stage, (run.unit + unit) * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+            const uint32_t w0[2] = {w[0], w[1]}, w1[2] = {w[2], w[3]};
+            T::mma(sum[0], x, w0);
+            T::mma(sum[1], x, w1);
+          }
+          float* const part = a.next.parts + ((int64_t)(note.n0 / (kRows / 2)) * a.pairs + note.start + row0 + lane / 4) * a.next.width + unit * 16 + lane % 4 * 2;
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int row = row0 + lane / 4 + h * 8;
+            if (row < low || row >= high) continue;
+            store_two_floats(part + h * 8 * a.next.width, sum[0][2 * h], sum[0][2 * h + 1]);
+            store_two_floats(part + h * 8 * a.next.width + 8, sum[1][2 * h], sum[1][2 * h + 1]);
+          }
+        }
+      }
+    }
+    if (until >= end) return;
+    sync_warp();
+    m.release(m.step);
+  }
+}
+
 // This warpgroup's part of a tile: to 16 bit, transposed through shared memory, out in pieces of 16 bytes.
 template <class T, class F>
-DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], const Shared<F>& shared, int group, const int (&row)[2]) {
+DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], Multiplier<F>& m, const int (&row)[2]) {
+  const Shared<F>& shared = m.shared;
+  const int group = m.group;
+  const bool low = F::kHalves == 2 && a.next.parts;
+  const auto sync = [&] {  // both groups where their columns meet
+    if (low) sync_two_warpgroups(4);
+    else sync_warpgroup(1 + group);
+  };
   constexpr int kColumns = 128 / F::kHalves, kPieces = kColumns / 8;
-  const int lane = lane_index(), warp = warp_index() & 3, tid = thread_index() & 127;
+  const int tid = thread_index_here() & 127, lane = tid & 31, warp = tid / 32;
   const int column0 = note.n0 + group * kColumns;
   uint8_t* const out = shared.out + group * F::kOutBytes;
   int32_t* const rows = shared.rows + group * F::kTokens;
@@ -471,8 +614,8 @@ DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)
 #pragma unroll
   for (int c = 0; c < F::kTokens; c += F::kChunk) {
     if (c >= note.rows) break;
-    sync_warpgroup(1 + group);  // whoever still reads what left before
-    if (c == 0) {
+    sync();  // whoever still reads what left before
+    if (F::kHalves == 1 && c == 0) {
       if (tid < F::kTokens) rows[tid] = row[0];
       if (tid + 128 < F::kTokens) rows[128 + tid] = row[1];
     }
@@ -496,12 +639,22 @@ DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)
         }
       }
     }
-    sync_warpgroup(1 + group);
+    sync();
+    if constexpr (F::kHalves == 2) {
+      if (low) multiply_low<T>(a, note, m, c, c + F::kChunk < note.rows ? c + F::kChunk : note.rows);
+    }
     const int tokens = note.rows - c < F::kChunk ? note.rows - c : F::kChunk;
     for (int index = tid; index < tokens * kPieces; index += 128) {
       const int token = index / kPieces, piece = index % kPieces, column = column0 + piece * 8;
-      if (column < a.n) copy_16_bytes((uint16_t*)a.out + (int64_t)rows[c + token] * a.n + column, out + token * F::kPitch + piece * 16);
+      const int to = F::kHalves == 1 ? rows[c + token] : note.start + c + token;
+      if (column < a.n) copy_16_bytes((uint16_t*)a.out + (int64_t)to * a.n + column, out + token * F::kPitch + piece * 16);
     }
+  }
+  for (bool last = !low; !last; m.step++) {  // what is left of A's stages
+    m.wait();
+    last = m.told(&Note::last);
+    sync_warp();
+    m.release(m.step);
   }
 }
 
@@ -510,25 +663,26 @@ DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
   Multiplier<F> m{shared, uniform(warp_index() / 4) - 1};
   const int steps = divide_up(a.k, kK);
   const bool addend = a.s != nullptr;
-  float d[2][72];
   while (true) {
+    float d[2][72] = {};  // all, and no first product that overwrites: from there to the store before, their registers are free
     m.wait();
-    const Note note = {m.told(&Note::expert), m.told(&Note::start), m.told(&Note::rows), m.told(&Note::n0), 0, 0};
-    if (note.expert < 0) break;
+    const int expert = m.told(&Note::expert), start = m.told(&Note::start), packed = m.told(&Note::rows) | m.told(&Note::n0) << 8;  // registers are few
+    if (expert < 0) break;
     int row[2];  // asked for before the products, needed after
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int token = (thread_index() & 127) + 128 * i;
-      row[i] = note.start + token;
-      if (a.scatter && token < note.rows) row[i] = a.sorted_pairs[row[i]];
+      row[i] = start + token;
+      if (F::kHalves == 1 && a.scatter && token < (packed & 255)) row[i] = a.sorted_pairs[row[i]];
     }
-    switch (divide_up(note.rows, 8)) {
+    switch (divide_up(packed & 255, 8)) {
 #define CASE(NT) \
   case NT: if constexpr (8 * NT <= F::kTokens) multiply_tile<T, NT>(d, m, steps, addend); break;
       CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
 #undef CASE
     }
-    store_tile<T, F>(a, note, d, shared, m.group, row);
+    const int again = anew(packed);
+    store_tile<T, F>(a, {expert, start, again & 255, again >> 8, 0, 0}, d, m, row);
     if (a.report) {
       sync_warp();
       if (lane_index() == 0) barrier_arrive(shared.stored);

@@ -5,6 +5,16 @@
 
 extern "C" {
 
+// s[row] = scaling * A(slot, expert) out[row], for the layer's next product: each tile's share of the columns as a part, added up by whoever reports
+// a tile's rows last, who then reports them once more.
+struct MoeWgmmaNext {
+  const void* pool;        // of A [rank, n]
+  const int64_t* records;  // [LoRA tiles, 5] first row, rows and above them the scaling's bits, rank, place of A in 16 bytes, place of B
+  float* parts;            // [ceil(n / 128), pairs, width], or null: none of this
+  void* s;                 // [pairs, s_width]
+  int32_t width, s_width;  // width: the largest rank rounded up to 16, at most 64
+};
+
 // out[row] = act(w[expert] x[row] + bias[expert] + B(slot, expert) s[row]) for the rows of every tile.
 struct MoeWgmmaGemm {
   const void* x;                // [.., k]
@@ -20,19 +30,20 @@ struct MoeWgmmaGemm {
   const void* pool;             // of B
   const int64_t* records;       // [LoRA tiles, 5] first row, rows, rank, split, place of B in 16 bytes
   const int32_t* ranges;        // [tiles, 2] first and end of the LoRA tiles that meet a tile
+  MoeWgmmaNext next;            // with halves 2 and report
   int32_t s_width, max_rank;
   int32_t experts, n, k, pairs, top_k;
   int32_t halves;      // 2: w has gate rows, then up rows
   int32_t is_bf16;
   int32_t activation;  // with halves 2: g * sigmoid(alpha * (g + cubic * g^3)) * (u + shift), g = min(gate, limit), u = up within +-limit
   float alpha, cubic, limit, shift;
-  int32_t gather, scatter;  // x by token (pair / top_k) rather than by row; out by pair rather than by row
+  int32_t gather, scatter;  // x by token (pair / top_k) rather than by row; out by pair rather than by row, with halves 1
   int32_t group;            // tiles that walk the columns together
   int32_t blocks;           // of the grid: multiprocessors, fewer where there are fewer tiles
   int32_t tokens;           // of a block's tile: 144, with cluster 1 also 32, which keeps more weights on their way
   int32_t cluster;          // 2: two blocks share a tile of up to twice the tokens, and fetch each weight once
   int32_t stream;           // weights leave L2 first: worth it where one tile of tokens reads them
-  int32_t report;           // each block counts its part of a tile when it is stored
+  int32_t report;           // each block counts its part of a tile when it is stored, so often in all; 0: nobody waits for it
   int32_t behind;           // rows of a tile are there when so much of it is reported by the kernel before, whose end only the last tile waits for
   int32_t queued;           // blocks take the next tile when they are ready for it; fewer than 65,536 in all
   int32_t overlap;          // start beside the end of the kernel before

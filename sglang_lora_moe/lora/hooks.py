@@ -28,8 +28,8 @@ RankSpace = Any
 class AddendOps(Protocol):
     """LoRA functions of a backend whose GEMMs add B s themselves. Pairs of slot -1 and slots of rank 0 get no delta."""
 
-    def addend(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> Any:
-        """What the backend's core adds before its store. rows_from "tokens": rows [M, in] by token; "pairs": [P, in] in routing order."""
+    def addend(self, inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> Any:
+        """What the backend's core adds before its store. rows_from "tokens" (first projection): [M, in] by token; "pairs" (second) [P, in] in routing order."""
         ...
 
 
@@ -79,8 +79,8 @@ def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
     if hasattr(ops, "addend"):
         addend = ops.addend
         return LoRAHooks(
-            lambda inp, routing: addend(inp, inp.x, stacks.a13, stacks.b13, routing, "tokens"),
-            lambda inp, act, routing: addend(inp, act, stacks.a2, stacks.b2, routing, "pairs"),
+            lambda inp, routing: addend(inp, inp.x, stacks, routing, "tokens"),
+            lambda inp, act, routing: addend(inp, act, stacks, routing, "pairs"),
         )
     layer = _Separate(stacks, ops)
     return LoRAHooks(layer.pre_gate_up, layer.pre_down, layer.post_gate_up, layer.post_down)
@@ -95,11 +95,11 @@ class FusedMoEWithLoRA(nn.Module):
     def __init__(self, base: FusedMoE, stacks: ExpertStacks, ctx: StepContext) -> None:
         super().__init__()
         check_dims(base.name, stacks, base.spec.hidden_size, base.spec.w13_rows, base.spec.intermediate_size, base.spec.hidden_size)
-        self.base, self.ctx, self.num_slots, self.max_rank = base, ctx, stacks.a13.num_slots, stacks.a13.max_rank
+        self.base, self.ctx, self.num_slots = base, ctx, stacks.a13.num_slots
         self.hooks = build_lora_hooks(stacks, make_lora_ops(base.runner.core.name))
 
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """As FusedMoE: x [M, H], topk_ids int [M, K], topk_weights float [M, K] -> [M, H]."""
         if not self.ctx.lora_active:
             return self.base.forward(x, topk_ids, topk_weights)
-        return self.base.forward(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots, self.max_rank)
+        return self.base.forward(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots)

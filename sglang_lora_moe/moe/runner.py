@@ -29,7 +29,6 @@ class RunnerInput:
     workspace: Workspace
     spec: MoESpec
     num_slots: int = 0  # S; 0 without token_slots
-    max_rank: int = 0  # that a slot may have
 
 
 @dataclass(frozen=True)

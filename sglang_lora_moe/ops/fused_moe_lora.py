@@ -21,7 +21,7 @@ from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import RECORD, LowRank, load_records, pdl_wait, row_delta, tile_delta
+from sglang_lora_moe.ops.low_rank import RECORD, Following, LowRank, load_records, pdl_wait, row_delta, tile_delta
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
 
 
@@ -279,13 +279,23 @@ def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: in
 
 
 def moe_shrink(
-    rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str, by_cuda: bool = False
-) -> LowRank:
+    rows: torch.Tensor,
+    stack_a: Stack,
+    stack_b: Stack,
+    routing: Routing,
+    workspace: Workspace,
+    *,
+    gather: bool,
+    name: str,
+    by_cuda: bool = False,
+    following: tuple[Stack, Stack, int] | None = None,
+) -> LowRank:  # budget: a shrink's inputs, and who makes them
     """scaling * A x of every pair with an adapter in `routing.rows` order, as the addend that B of the same adapters completes.
 
     rows [M, cols] by token with `gather`, else [P, cols] in routing order. `name` prefixes the workspace buffers. Grouped, the
     shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it. `by_cuda`: by the
-    kernel of ops/moe_lora_shrink.py where `can_shrink`; the caller knows beside which GEMM that is faster.
+    kernel of ops/moe_lora_shrink.py where `can_shrink`; the caller knows beside which GEMM that is faster. `following`, with that kernel: A and B
+    of the layer's second projection, whose shrink the GEMM does within itself, in so many blocks of columns.
     """
     pairs, cols, slots = routing.num_pairs, stack_a.dim, routing.token_slots
     assert slots is not None, "a shrink needs the slots of the tokens"
@@ -302,12 +312,24 @@ def moe_shrink(
     made = routing.lora_ranges
     ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
     if by_cuda and can_shrink(rows, routing.num_experts):
+        then = None if following is None else _following(*following, routing, workspace, ranges, rows.dtype)
         early = made is not None  # whose ranges are there has had a shrink before, and its alignment before that
-        group_shrink(rows, stack_a, stack_b, routing, s, records, None if early else ranges, gather=gather, early=early)
-    else:
-        _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges, made is None)
+        group_shrink(rows, stack_a, stack_b, routing, s, records, None if early else ranges, gather=gather, early=early, following=then)
+        routing.lora_ranges = ranges
+        return LowRank(s, stack_b, slots, records, ranges, then)
+    assert following is None, "the records of a following shrink are written by the CUDA kernel alone"
+    _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges, made is None)
     routing.lora_ranges = ranges
     return LowRank(s, stack_b, slots, records, ranges)
+
+
+def _following(a: Stack, b: Stack, blocks: int, routing: Routing, workspace: Workspace, ranges: torch.Tensor, dtype: torch.dtype) -> Following:
+    assert routing.token_slots is not None
+    pairs, tiles = routing.num_pairs, routing.alignment.lora_tiles.shape[0]
+    s = workspace.get("lora.following.s", (1, pairs, a.shrink_width), dtype)
+    records = workspace.get("lora.following.records", (tiles, RECORD.value), torch.int64)
+    parts = workspace.get("lora.following.parts", (blocks, pairs, triton.cdiv(a.max_rank, 16) * 16), torch.float32)
+    return Following(a, LowRank(s, b, routing.token_slots, records, ranges), parts)
 
 
 def pair_shrink_for_mma(rows: torch.Tensor, a: Stack, b: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str) -> LowRank:

@@ -31,13 +31,16 @@ COLUMNS_AT_ONCE = 32  # rank columns of several adapters that one product adds; 
 
 @dataclass(frozen=True)
 class LowRank:
-    """An addend of an expert GEMM: s [splits, P, width] in the GEMM's row order, and B by slot; records and ranges if grouped."""
+    """An addend of an expert GEMM: s [splits, P, width] in the GEMM's row order, and B by slot; records and ranges if grouped.
+
+    `following`: the GEMM is a layer's first, and makes s of the second, too."""
 
     s: torch.Tensor
     b: Stack
     token_slots: torch.Tensor  # int32 [M]
     records: torch.Tensor | None = None  # int64 [LoRA tiles, 5]; per pair for tensor cores [P, 5]
     ranges: torch.Tensor | None = None  # int32 [base tiles or P, 2]
+    following: Following | None = None
 
     @property
     def _ranks(self) -> int:
@@ -63,6 +66,21 @@ class LowRank:
         block = min(64 if accumulators <= 64 else 32, self._ranks)
         at_once = max(1, COLUMNS_AT_ONCE // block) if several and accumulators <= 64 else 1
         return {**self._options(block), "SEVERAL": at_once, "AHEAD": block == 16 and at_once == 1}
+
+
+@dataclass(frozen=True)
+class Following:
+    """The shrink of a layer's second projection within the GEMM of its first. `low` is what the second adds; beside the rows of its records
+    stands the scaling, and A's place for the split. parts float32 [blocks of columns, P, 16 or more]: s before its sum."""
+
+    a: Stack
+    low: LowRank
+    parts: torch.Tensor
+
+    def tables(self) -> tuple[torch.Tensor | None, ...]:
+        """What the first shrink writes the records with."""
+        a, b = self.a, self.low.b
+        return (self.low.records, a.offset, a.expert_stride, a.rank, b.scaling, b.offset, b.expert_stride)
 
 
 NO_PAIR_ARGS = (None,) * 7 + (0,)

@@ -38,17 +38,17 @@ class LayerTiles:
         return 16 if isinstance(self.gate_up, GemvTile) else self.gate_up.m
 
 
-def choose_tiles(spec: MoESpec, tokens: int, itemsize: int, lora: bool = False, wgmma: bool = False, max_rank: int = 0) -> LayerTiles:
+def choose_tiles(spec: MoESpec, tokens: int, itemsize: int, lora: bool = False, wgmma: bool = False) -> LayerTiles:
     """The launch shape of a layer at this many tokens (the padded number of a captured graph); itemsize of an activation in bytes.
 
     With `lora` the step has adapters, whose deltas make other shapes best. A step without runs the shapes of a server without.
-    `wgmma`: the GPU runs csrc/moe_wgmma_gemm.cu, which takes over where it measured faster; for few tokens only where `max_rank` is high.
+    `wgmma`: the GPU runs csrc/moe_wgmma_gemm.cu, which takes over where it measured faster.
     """
     if itemsize == 4:
         return _float32_tiles(tokens)
     if wgmma and fuses_activation(spec):
-        for least, most, base, with_lora, from_rank in _WGMMA.get((spec.num_experts, spec.hidden_size, spec.intermediate_size), ()):
-            found = base if not lora else with_lora if max_rank >= from_rank else None
+        for least, most, base, with_lora in _WGMMA.get((spec.num_experts, spec.hidden_size, spec.intermediate_size), ()):
+            found = with_lora if lora else base
             if least <= tokens <= most and found is not None:
                 return found
     rows = _MEASURED.get((spec.num_experts, spec.hidden_size, spec.intermediate_size)) if spec.gated else None
@@ -151,17 +151,18 @@ def _wgmma(group: int, cluster: int, lora_block: int = 64, stream: bool = False,
     return LayerTiles(tile, tile, lora_block)
 
 
-# (E, H, I of this rank) -> (from so many tokens, to so many, tiles without adapters, tiles with, the latter from this rank on), None = the table above.
+# (E, H, I of this rank) -> (from so many tokens, to so many, tiles without adapters, tiles with), None = the table above.
 # Measured at 192, 256 and 2,048 (Qwen3), 1,024 and 4,096 tokens against the table above; with adapters of rank 16 (1 and 4) and 64 (1, 4, 16).
 _MANY = 1 << 30
-_WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, LayerTiles | None, int]]] = {
+_WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, LayerTiles | None]]] = {
     (128, 2048, 768): [
-        (192, 320, _wgmma(1, 1, 16, True, 32), _wgmma(1, 1, 16, True, 32), 64),
-        (768, 1536, None, _wgmma(1, 1, 32, True), 0),
-        (1537, 3072, _wgmma(2, 1), _wgmma(2, 1), 0),
-        (3073, _MANY, _wgmma(4, 2), _wgmma(4, 2), 0),
+        (192, 320, _wgmma(1, 1, 16, True, 32), _wgmma(1, 1, 16, True, 32)),
+        (768, 1023, None, _wgmma(1, 1, 32, True)),
+        (1024, 1536, _wgmma(1, 1), _wgmma(1, 1, 32, True)),
+        (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)),
+        (3073, _MANY, _wgmma(4, 2), _wgmma(4, 2)),
     ],
-    (8, 4096, 14336): [(768, 1536, _wgmma(8, 2), _wgmma(8, 2), 0)],
-    (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16, True), 0), (1537, 3072, None, _wgmma(2, 1), 0), (3073, _MANY, _wgmma(2, 1), _wgmma(2, 1), 0)],
-    (32, 2880, 2880): [(768, 1536, _wgmma(1, 1), _wgmma(1, 1), 0), (1537, _MANY, _wgmma(1, 2), _wgmma(4, 2, 128), 0)],
+    (8, 4096, 14336): [(768, 1536, _wgmma(8, 2), _wgmma(8, 2))],
+    (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16, True)), (1537, 3072, None, _wgmma(2, 1)), (3073, _MANY, _wgmma(2, 1), _wgmma(2, 1))],
+    (32, 2880, 2880): [(768, 1536, _wgmma(1, 1), _wgmma(1, 1)), (1537, _MANY, _wgmma(1, 2), _wgmma(4, 2, 128))],
 }

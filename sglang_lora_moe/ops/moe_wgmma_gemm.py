@@ -25,8 +25,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 LIBRARY.define(
     "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor(b!) tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
-    "Tensor? ranges, Tensor(a!) out, int top_k, int halves, int max_rank, float alpha, float cubic, float limit, float shift, bool gather, bool scatter, "
-    "int group, int blocks, int tokens, int cluster, bool stream, bool report, int behind, bool queued, bool overlap) -> ()"
+    "Tensor? ranges, Tensor(a!) out, Tensor? next_pool, Tensor? next_records, "
+    "Tensor(c!)? next_parts, Tensor(d!)? next_s, int top_k, int halves, int max_rank, float alpha, float cubic, float limit, float shift, bool gather, "
+    "bool scatter, int group, int blocks, int tokens, int cluster, bool stream, int report, int behind, bool queued, bool overlap) -> ()"
 )
 
 
@@ -47,7 +48,11 @@ class WgmmaTile:
 
     def reports(self, columns: int) -> int:
         """How often blocks report each tile of a gated product of so many columns."""
-        return triton.cdiv(columns, TILE_ROWS // 2) * self.cluster
+        return self.blocks(columns) * self.cluster
+
+    def blocks(self, columns: int) -> int:
+        """Tiles side by side of a gated product of so many columns."""
+        return triton.cdiv(columns, TILE_ROWS // 2)
 
 
 def wgmma_gemm(
@@ -73,7 +78,8 @@ def wgmma_gemm(
     and addend the first weights are asked for while the kernel before this one still runs: the alignment must be older than that.
 
     `report`: count beside the rows of each base tile, in its upper 16 bits, what is stored of it; `behind`: the product before this
-    one reports so often and made `a`, so that a tile's rows are read when they are there, and blocks take their tiles from a queue.
+    one reports so often and made `a`, so that a tile's rows are read when they are there, and blocks take their tiles from a queue. With an addend that
+    has a `following`, s of the second product is made too, and reported as one more.
     """
     halves = 1 if activation is None else 2
     columns = triton.cdiv(out.shape[1], TILE_ROWS // halves)
@@ -83,10 +89,13 @@ def wgmma_gemm(
             raise ValueError(f"moe_wgmma_gemm: runs on compute capability 9.0 alone, got {a.device}")
         build.load()
     queued = behind > 0 and tile.cluster == 1 and alignment.base_tiles.shape[0] * columns + 3 * blocks < 1 << 16  # what 16 bits count
+    following = None if addend is None else addend.following
+    then = (None,) * 4 if following is None else (following.a.pool, following.low.records, following.parts, following.low.s)
     low = (None,) * 4 if addend is None else (addend.s, addend.b.pool, addend.records, addend.ranges)
+    reports = tile.reports(out.shape[1]) if report else 0
     torch.ops.sglang_lora_moe.moe_wgmma_gemm(
-        a, w, bias, alignment.base_tiles, alignment.counts, alignment.sorted_pairs, *low, out, top_k, halves, 0 if addend is None else addend.b.max_rank,
-        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.tokens, tile.cluster, tile.stream, report, behind, queued, True,
+        a, w, bias, alignment.base_tiles, alignment.counts, alignment.sorted_pairs, *low, out, *then, top_k, halves, 0 if addend is None else addend.b.max_rank,
+        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.tokens, tile.cluster, tile.stream, reports, behind, queued, True,
     )  # fmt: skip
     return out
 

@@ -17,6 +17,7 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.fused_moe_lora import moe_expand, moe_shrink
+from sglang_lora_moe.ops.low_rank import Following, LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
 from tests.moe_cases import LAYOUTS, MoECase, make_case
 from tests.ops import ahead, emulator
@@ -44,18 +45,20 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def run(
         x, pool, offset, stride, rank, split, scaling, b_offset, b_stride, tiles, base_tiles, counts, sorted_pairs, s, records, ranges,
+        next_records, next_offset, next_stride, next_rank, next_scaling, next_b_offset, next_b_stride,
         max_rank, top_k, lora_block, gather, early, multiprocessors, overlap,
     ) -> None:  # fmt: skip
         nonlocal order
         order += 1
         fields = (
             order % 4, *x.shape, s.shape[-1], max_rank, top_k, lora_block, x.dtype == torch.bfloat16, gather, early, rank.numel(), tiles.shape[0],
-            base_tiles.shape[0], sorted_pairs.numel(), ranges is not None, multiprocessors,
+            base_tiles.shape[0], sorted_pairs.numel(), ranges is not None, multiprocessors, next_records is not None,
         )  # fmt: skip
         inputs = (x, pool, offset, stride, rank, split, scaling, b_offset, b_stride, tiles, base_tiles, counts, sorted_pairs)
-        written = emulator.answer(driver, struct.pack("16iq", *map(int, fields), pool.numel()), *inputs)
+        inputs += (next_offset, next_stride, next_rank, next_scaling, next_b_offset, next_b_stride)
+        written = emulator.answer(driver, struct.pack("17ixxxxq", *map(int, fields), pool.numel()), *inputs)
         where = 0
-        for out, poison in ((s, 0xCD), (records, 0xFF), (ranges, 0xFF)):
+        for out, poison in ((s, 0xCD), (records, 0xFF), (ranges, 0xFF), (next_records, 0xFF)):
             size = 0 if out is None else out.numel() * out.element_size()
             if size:
                 new = torch.frombuffer(written, dtype=out.dtype, offset=where, count=out.numel()).view(out.shape)
@@ -112,6 +115,22 @@ def check(case: MoECase, *, half: str, base_block: int, lora_block: int) -> None
         low_end, high_end = ranges[i].tolist()
         assert list(range(low_end, high_end)) == met, (i, start, rows)
     assert bool((ranges[bases:] == -1).all())
+    if gather:
+        check_following(case, routing)
+
+
+def check_following(case: MoECase, routing: Routing) -> None:
+    """The records of a second projection whose shrink is another kernel's; what the first one writes stays what it was."""
+    a, b, a13, b13 = case.stacks.a2, case.stacks.b2, case.stacks.a13, case.stacks.b13
+    records = torch.full((routing.alignment.lora_tiles.shape[0], 5), -1, dtype=torch.int64, device=case.x.device)
+    following = Following(a, LowRank(case.x, b, case.token_slots, records), case.x)
+    for found, before in zip(shrink(a13, b13, routing, case.x, True, following=following), shrink(a13, b13, routing, case.x, True), strict=True):
+        assert torch.equal(found, before)
+    loras, want, a, b = int(routing.alignment.counts[2]), [], on_host(a), on_host(b)
+    for expert, slot, start, rows in routing.alignment.lora_tiles[:loras].tolist():
+        places = [(int(stack.offset[slot]) + expert * int(stack.expert_stride[slot])) // 8 for stack in (a, b)]
+        want.append([start, int(b.scaling[slot].view(torch.int32)) << 32 | rows, int(a.rank[slot]), *places])
+    assert records[:loras].tolist() == want and bool((records[loras:] == -1).all())
 
 
 # (columns, ranks, layouts, LoRA block, tokens): each shape of the kernel, ranks beside its steps, columns beside its chunks

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import fused_moe_lora
 from sglang_lora_moe.ops.moe_lora_align import moe_lora_align_block_size
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
@@ -46,24 +48,59 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     driver, order = request.getfixturevalue("driver"), 0
 
     def gemm(
-        x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges, out, top_k, halves, max_rank, alpha, cubic, limit, shift, gather, scatter,
-        group, blocks, tokens, cluster, stream, report, behind, queued, overlap,
+        x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges, out, next_pool, next_records, next_parts, next_s,
+        top_k, halves, max_rank, alpha, cubic, limit, shift, gather, scatter, group, blocks, tokens, cluster, stream, report, behind, queued, overlap,
     ) -> None:  # fmt: skip
         nonlocal order
         order += 1
         fields = (
             order % 4, x.shape[0], w.shape[0], out.shape[1], x.shape[1], sorted_pairs.numel(), top_k, halves, x.dtype == torch.bfloat16, bias is not None,
             tiles.shape[0], s is not None, 0 if s is None else s.shape[2], max_rank, 0 if records is None else records.shape[0], gather, scatter, group, blocks,
-            tokens, report, behind, queued,
+            tokens, report, behind, queued, 0 if next_parts is None else next_parts.shape[2], 0 if next_s is None else next_s.shape[2],
         )  # fmt: skip
-        head = struct.pack("23i4fxxxxq", *map(int, fields), alpha, cubic, limit, shift, 0 if pool is None else pool.numel())
-        answer = emulator.answer(driver, head, x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges)
+        head = struct.pack("25i4fxxxxqq", *map(int, fields), alpha, cubic, limit, shift, *(0 if p is None else p.numel() for p in (pool, next_pool)))
+        answer = emulator.answer(driver, head, x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges, next_pool, next_records)
         written = torch.frombuffer(answer[: 2 * out.numel()], dtype=torch.int16).view(out.shape)
-        tiles.copy_(torch.frombuffer(answer[2 * out.numel() :], dtype=torch.int32).view(tiles.shape))
+        end = 2 * out.numel() + 4 * tiles.numel()
+        tiles.copy_(torch.frombuffer(answer[2 * out.numel() : end], dtype=torch.int32).view(tiles.shape))
+        if next_s is not None:
+            next_s.copy_(torch.frombuffer(answer[end:], dtype=next_s.dtype).view(next_s.shape))
         rows = (written != 0xCDCD - 65536).any(1)
         out[rows] = written.view(out.dtype)[rows]
 
     yield from emulator.implemented("moe_wgmma_gemm", gemm)
+
+
+def shrink_in_torch(
+    x, pool, offset, stride, rank, split, scaling, b_offset, b_stride, tiles, base_tiles, counts, sorted_pairs, s, records, ranges,
+    next_records, next_offset, next_stride, next_rank, next_scaling, next_b_offset, next_b_stride, max_rank, top_k, lora_block, gather, *launch,
+) -> None:  # fmt: skip
+    """What csrc/moe_lora_shrink.cu writes, which has its own tests."""
+    assert gather and s.shape[0] == 1
+    found = tiles[: int(counts[2])].tolist()
+    for t, (expert, slot, start, rows) in enumerate(found):
+        a0, r = int(offset[slot] + expert * stride[slot]), int(rank[slot])
+        a = pool[a0 : a0 + r * (1 + int(split[slot])) * x.shape[1]].view(-1, r, x.shape[1]) if r else pool.new_zeros(1, 0, x.shape[1])
+        for half, matrix in enumerate(a):
+            made = x[sorted_pairs[start : start + rows].long() // top_k].float() @ matrix.float().T * scaling[slot]
+            s[0, start : start + rows, half * max_rank : half * max_rank + r] = made.to(s.dtype)
+        records[t] = torch.tensor([start, rows, r, int(split[slot]), int(b_offset[slot] + expert * b_stride[slot]) // 8])
+        places = (int(table[slot] + expert * step[slot]) // 8 for table, step in ((next_offset, next_stride), (next_b_offset, next_b_stride)))
+        next_records[t] = torch.tensor([start, int(next_scaling[slot].view(torch.int32)) << 32 | rows, int(next_rank[slot]), *places])
+    for i, (_, start, rows) in enumerate(base_tiles[: int(counts[1])].tolist()):
+        ranges[i, 0] = sum(f[2] + f[3] <= start for f in found)
+        ranges[i, 1] = sum(f[2] < start + rows for f in found)
+
+
+@pytest.fixture
+def following(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The shrink of act within gate_up at every size and rank that the kernel takes."""
+    monkeypatch.setattr(triton_lora, "MAX_FOLLOWING_RANK", 64)
+    for module in (triton_lora, fused_moe_lora):
+        monkeypatch.setattr(module, "can_shrink", lambda rows, experts: True)
+    yield from () if GPU else emulator.implemented("moe_lora_shrink", shrink_in_torch)
+    if GPU:
+        yield
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -96,6 +133,32 @@ def test_many_rows(device: torch.device, form: tuple[int, int]) -> None:
     spec = MoESpec(6, 1, 264, 136, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5)
     common: dict[str, Any] = {"spec": spec, "m": 400, "dtype": torch.float16, "device": device}
     check(make_case(**common, ranks=(16, 8), active=2, popularity="zipf", routing="zipf"), tiles(form))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("m", [1, 29, 300])
+@pytest.mark.parametrize("ranks", [(8, 0, 24, 16), (40, 8, 1), (64, 64), (16,), (4,)], ids=str)
+def test_shrink_within_gate_up(device: torch.device, following: None, ranks: tuple[int, ...], m: int, form: tuple[int, int]) -> None:
+    """Mixed ranks and layouts, tiles of one and of two rounds to memory, two blocks of columns."""
+    common: dict[str, Any] = {**SMALL, "m": m, "dtype": torch.float16, "device": device, "routing": "partial" if m < 300 else "zipf"}
+    check(make_case(**common, ranks=ranks, layouts=LAYOUTS, active=6, slots=7), tiles(form))
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_shrink_of_many_adapters_within_gate_up(device: torch.device, following: None, rank: int) -> None:
+    """More runs than a stage holds, more LoRA tiles than a warp has lanes."""
+    common: dict[str, Any] = {"experts": 2, "top_k": 1, "hidden": 64, "inter": 64, "routing": "one_expert", "dtype": torch.float16, "device": device}
+    check(make_case(**common, m=130, ranks=(rank,), layouts=("split",), active=40, slots=40, popularity="distinct"), tiles(FORMS[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("tokens", [64, 1024, 4097])
+@pytest.mark.parametrize("ranks", [(16,), (16, 0, 1, 40, 8, 64)], ids=str)
+def test_shrink_within_gate_up_at_real_shapes(device: torch.device, ranks: tuple[int, ...], tokens: int, form: tuple[int, int]) -> None:
+    spec = MoESpec(128, 8, 2048, 768)
+    adapters: dict[str, Any] = {"ranks": ranks, "layouts": LAYOUTS, "active": 6, "slots": 6, "routing": "partial"}
+    check(make_case(spec=spec, m=tokens, dtype=torch.bfloat16, device=device, **adapters), tiles(form))
 
 
 def test_many_adapters_in_a_tile(device: torch.device) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from sglang_lora_moe.lora.stacks import Stack
+from sglang_lora_moe.lora.stacks import ExpertStacks
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.ops.fused_moe_lora import moe_shrink, pair_shrink_for_mma
 from sglang_lora_moe.ops.low_rank import LowRank
 
 
-def addend(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> LowRank:
+def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
     """What the GEMM adds before its store. NOTE: it must be the very next launch."""
     gather = rows_from == "tokens"
-    name = "lora.13" if gather else "lora.2"
+    name, a, b = ("lora.13", stacks.a13, stacks.b13) if gather else ("lora.2", stacks.a2, stacks.b2)
     if routing.rows != "pair":
-        return moe_shrink(rows, stack_a, stack_b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048)
-    return pair_shrink_for_mma(rows, stack_a, stack_b, routing, inp.workspace, gather=gather, name=name)
+        return moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048)
+    return pair_shrink_for_mma(rows, a, b, routing, inp.workspace, gather=gather, name=name)

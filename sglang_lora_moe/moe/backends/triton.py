@@ -42,7 +42,7 @@ class TritonRunnerCore(MoeRunnerCore):
 
     def make_routing(self, inp: RunnerInput) -> Routing:
         tiles = self._tiles(inp)
-        return Routing(
+        routing = Routing(
             inp.topk_ids,
             inp.token_slots,
             inp.spec.num_experts,
@@ -52,6 +52,9 @@ class TritonRunnerCore(MoeRunnerCore):
             rows="pair" if tiles.by_pair else "sorted",
             workspace=inp.workspace,
         )
+        if isinstance(tiles.gate_up, WgmmaTile) and isinstance(tiles.down, WgmmaTile):
+            routing.wgmma = tiles.gate_up
+        return routing
 
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         out = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
@@ -60,8 +63,9 @@ class TritonRunnerCore(MoeRunnerCore):
             return pair_gate_up(inp.x, _plain(quant_info.w13), quant_info.b13, routing.topk_ids, out, tiles.gate_up, activation=inp.spec, addend=addend)
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": True, "scatter": False, "activation": inp.spec, "addend": addend}
         if isinstance(tiles.gate_up, WgmmaTile):
-            options["report"] = addend is None and isinstance(tiles.down, WgmmaTile)
-            routing.reports = tiles.gate_up.reports(out.shape[1]) if options["report"] else 0
+            following = None if addend is None else addend.following
+            options["report"] = (addend is None or following is not None) and isinstance(tiles.down, WgmmaTile)
+            routing.reports = tiles.gate_up.reports(out.shape[1]) + (following is not None) if options["report"] else 0
             return wgmma_gemm(inp.x, _plain(quant_info.w13), quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
         return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
@@ -72,7 +76,7 @@ class TritonRunnerCore(MoeRunnerCore):
         assert not isinstance(tiles.down, GemvTile), "per pair, down and the sum over k are one kernel"
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": False, "scatter": True, "addend": addend}
         if isinstance(tiles.down, WgmmaTile):
-            options["behind"], routing.reports = routing.reports if addend is None else 0, 0
+            options["behind"], routing.reports = routing.reports, 0
             return wgmma_gemm(act, _plain(quant_info.w2), quant_info.b2, routing.alignment, out, tiles.down, **options)
         return grouped_gemm(act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, **options)
 
@@ -90,7 +94,7 @@ class TritonRunnerCore(MoeRunnerCore):
         if self.integers:
             return self.tiles or choose_integer_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())
         lora, wgmma = inp.token_slots is not None, launch.has_wgmma(inp.x.device)
-        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), lora, wgmma, inp.max_rank)
+        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), lora, wgmma)
 
 
 def _plain(weight: torch.Tensor | WNA16Weight) -> torch.Tensor:
