@@ -24,4 +24,4 @@ def test_a_file_is_of_the_commit_that_the_page_says() -> None:
 
 
 def test_the_page_stays_short_enough_to_be_read() -> None:
-    assert len(PAGES["RESULTS.md"].splitlines()) <= 300
+    assert len(PAGES["RESULTS.md"].splitlines()) <= 330
