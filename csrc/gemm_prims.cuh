@@ -57,6 +57,23 @@ DEVICE void load_floats_l2(float (&r)[4], const float* p) {
   const float4 v = __ldcg((const float4*)p);
   r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
 }
+DEVICE void store_pair(float* p, const float (&r)[2]) { *(float2*)p = make_float2(r[0], r[1]); }
+// Words that blocks of the same launch hand to each other without anything else: each is there or not yet.
+DEVICE void store_relaxed(float* p, float value) { asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(value) : "memory"); }
+DEVICE float load_relaxed(const float* p) {
+  float value;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(p) : "memory");
+  return value;
+}
+DEVICE void load_floats_relaxed(float (&r)[4], const float* p) {
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(p) : "memory");
+}
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }  // a line into L2
+DEVICE void look_again(const void*) {}  // at a word that was not there yet
+DEVICE void load_words_l2(uint32_t (&r)[4], const void* p) {
+  const uint4 v = __ldcg((const uint4*)p);
+  r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
+}
 DEVICE void load_floats(float (&r)[4], const float* p) {
   const float4 v = *(const float4*)p;
   r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
@@ -216,6 +233,13 @@ inline void store_words(void* p, const uint32_t (&r)[4]) {
   std::memcpy(p, r, 16);
 }
 inline void load_floats_l2(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
+inline void store_pair(float* p, const float (&r)[2]) { std::memcpy(p, r, 8); }
+inline void store_relaxed(float* p, float value) { *p = value; }
+inline float load_relaxed(const float* p) { return *p; }
+inline void load_floats_relaxed(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
+inline void prefetch(const void*) {}
+inline void look_again(const void* word) { emu::wait_for(*(const unsigned*)word); }
+inline void load_words_l2(uint32_t (&r)[4], const void* p) { std::memcpy(r, p, 16); }
 inline void load_floats(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void store_two_floats(float* p, float a, float b) { p[0] = a, p[1] = b; }
 inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16); }

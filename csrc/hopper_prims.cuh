@@ -206,6 +206,11 @@ int launch_clusters(const Launch& how, unsigned cluster, void (*kernel)(Params..
   config.attrs = attributes, config.numAttrs = how.overlap ? 2 : 1;
   return (int)cudaLaunchKernelEx(&config, kernel, args...);
 }
+// As launch, of no more blocks than the device holds at once, which may wait for each other.
+template <class... Params, class... Args>
+int launch_together(const Launch& how, void (*kernel)(Params...), Args... args) {
+  return launch(how, kernel, args...);
+}
 // 16-bit values [size[2], size[1], size[0]] for the copy engine, lines of size[0] next to each other; the outer strides in elements. Boxes of
 // box[2] x box[1] lines of 64 values arrive swizzled by the last three bits of the line.
 inline int describe_boxes(TensorMap* map, const void* base, bool is_bf16, const uint64_t (&size)[3], const uint64_t (&stride)[2], const uint32_t (&box)[3]) {
@@ -353,16 +358,19 @@ struct Products {  // of one thread: committed groups of wgmma, oldest first, wh
   std::vector<std::vector<std::function<void()>>> groups;
   std::vector<std::function<void()>> open;
 };
-inline std::map<int, Products> products;
+inline std::map<std::pair<unsigned, int>, Products> products;  // by block and thread
+inline Products& my_products() { return products[{block.index.x, block.current}]; }
 
-inline int group_barrier[16] = {};
-inline unsigned group_generation[16] = {};
+struct GroupBarrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+inline std::map<std::pair<unsigned, int>, GroupBarrier> group_barriers;  // by block and id
 
 }  // namespace emu
 
 inline void barrier_init(Barrier* barrier, int arrivals) {
   emu::barriers[barrier] = {arrivals, arrivals, 0, {}};
-  emu::products.clear();
 }
 inline void publish_barriers() {}
 inline void barrier_arrive(Barrier* barrier) {
@@ -437,14 +445,19 @@ template <class... Params, class... Args>
 int launch_clusters(const Launch& how, unsigned cluster, void (*kernel)(Params...), Args... args) {
   return emu::launch(kernel, how.blocks, how.threads, how.shared_bytes, cluster, args...);
 }
+template <class... Params, class... Args>
+int launch_together(const Launch& how, void (*kernel)(Params...), Args... args) {
+  return emu::launch(kernel, how.blocks, how.threads, how.shared_bytes, how.blocks, args...);
+}
 template <int REGISTERS>
 void give_registers() {}
 template <int REGISTERS>
 void take_registers() {}
 inline void sync_warpgroup(int id, int threads = 128) {
-  if (++emu::group_barrier[id] < threads) return emu::wait_for(emu::group_generation[id]);
-  emu::group_barrier[id] = 0;
-  emu::group_generation[id]++;
+  emu::GroupBarrier& barrier = emu::group_barriers[{emu::block.index.x, id}];
+  if (++barrier.arrived < threads) return emu::wait_for(barrier.generation);
+  barrier.arrived = 0;
+  barrier.generation++;
 }
 inline int anew(int value) { return value; }
 inline int thread_index_here() { return (int)threadIdx.x; }
@@ -469,13 +482,13 @@ inline void publish_to_wgmma() {}
 inline uint64_t wgmma_matrix(const void* p) { return (uint64_t)((const uint8_t*)p - emu::block.shared.get()) >> 4; }
 inline void wgmma_begin() {}
 inline void wgmma_commit() {
-  auto& p = emu::products[emu::block.current];
+  auto& p = emu::my_products();
   p.groups.push_back(std::move(p.open));
   p.open.clear();
 }
 template <int PENDING>
 void wgmma_wait() {
-  auto& groups = emu::products[emu::block.current].groups;
+  auto& groups = emu::my_products().groups;
   while (groups.size() > PENDING) {
     for (const auto& product : groups.front()) product();
     groups.erase(groups.begin());
@@ -515,7 +528,7 @@ template <int NT>
 void wgmma_by_registers(float (*d)[4], const uint32_t (&a)[4], uint64_t b, float (*decode)(uint16_t)) {
   const RegisterRows registers = rows_in_registers(a, decode);
   const int lane = lane_index();
-  emu::products[emu::block.current].open.push_back([=] {
+  emu::my_products().open.push_back([=] {
     for (int i = 0; i < 4 * NT; i++)
       for (int k = 0; k < 16; k++) d[i / 4][i % 4] += registers.rows[i >> 1 & 1][k] * value_at(b, i / 4 * 8 + lane % 4 * 2 + (i & 1), k, decode);
   });
@@ -532,7 +545,7 @@ template <class T, int NT>
 void multiply_shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate) {
   float* sums = d;
   const int lane = lane_index(), warp = warp_index() % 4;
-  emu::products[emu::block.current].open.push_back([=] {
+  emu::my_products().open.push_back([=] {
     const auto value = [](uint64_t matrix, int row, int k) { return value_at(matrix, row, k, T::kIsBf16 ? emu::from_bf16 : emu::from_fp16); };
     for (int i = 0; i < 4 * NT; i++) {
       const int row = 16 * warp + lane / 4 + (i >> 1 & 1) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
@@ -549,7 +562,7 @@ void multiply_transposed(float (&d)[72], const uint32_t (&a)[4], uint64_t b, boo
   const RegisterRows registers = rows_in_registers(a, decode);
   const int lane = lane_index();
   float* const sums = d;
-  emu::products[emu::block.current].open.push_back([=] {
+  emu::my_products().open.push_back([=] {
     for (int i = 0; i < 64; i++) {
       const int column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
       float sum = accumulate ? sums[i] : 0.f;

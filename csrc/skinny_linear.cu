@@ -4,8 +4,11 @@
 //     copies of weights are under way before the kernel before this one is complete: they depend on nothing.
 //   * The tokens, brought in chunks of 64 columns, are wgmma's 64 rows, weights its columns: any multiple of eight rows of w fits, so that
 //     one wave of blocks fills the GPU; rows of absent tokens compute garbage that nobody reads.
-//   * Adapters are more k of the same product: 16 columns of B of one adapter against 16 of s, zero for the tokens of others. Four warps
-//     find the step's adapters, bring B and s while the weights stream; the blocks of a cluster share these columns too.
+//   * Adapters: s = A x first. Eight rows of A of one adapter and 1,024 columns of them are one block's work, and in its registers before the
+//     tokens are known. The sums go to memory, where all blocks wait for those that they need: one wave holds all blocks. A sum that is there
+//     differs from kEmpty; the last block to have read all of its own makes s empty again.
+//   * Then B s is more k of the same product: 16 columns of B of one adapter against 16 of s, zero for the tokens of others. B comes while the
+//     weights stream; the blocks of a cluster share these columns too.
 //   * Blocks leave their sums in shared memory, and each adds up and writes a share of the output, in the order of the blocks.
 #include "skinny_linear.h"
 
@@ -18,13 +21,23 @@
 namespace {
 
 constexpr int kTokens = 64, kK = 64, kStages = 8;
-constexpr int kMultiplying = 256, kPreparing = 128, kThreads = kMultiplying + kPreparing + 32;
+constexpr int kMultiplying = 256, kPreparing = 128, kThreads = kMultiplying + kPreparing + 64;
 constexpr int kSixteens = kK / 16;          // of adapters' columns in a chunk
+constexpr int kFlight = 48 << 10;           // bytes of weights that a block has under way at most: more would only make all other loads wait behind them
 constexpr int kMostShared = 227 * 1024, kTooLarge = 1;  // the error is cudaErrorInvalidValue
 
-struct Sixteen {  // columns of B that one product adds
-  int64_t place;  // of B(slot, part)[0, r0] in the pool
+constexpr int kEight = 8, kCut = 1024, kHeld = kCut / 128;  // rows and columns of A that a block multiplies at once; runs of 32 columns of each of four warps
+constexpr uint32_t kEmpty = 0xffffffff;                     // a word of s: a NaN that no arithmetic makes
+constexpr int kEightSums = 3 * 32 * 2;                      // floats that three warps hand to the first
+constexpr int kMostParts = 4;                               // of a linear with adapters
+
+struct Piece {    // of an adapter's part: 16 columns of B that one product adds, or eight rows of a cut of A
+  int64_t place;  // of B(slot, part)[0, r0] or A(slot, part)[r0, 0] in the pool
   int32_t slot, part, rank, r0;
+  int32_t first, tokens;  // of the slot, in the order of slots
+  int32_t cut;
+  int32_t from, to;  // rows of the part, counted from this block's first
+  float scaling;
 };
 
 HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -32,22 +45,27 @@ HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 // Where things lie in shared memory. A block reads 64 rows of tokens from any chunk of `x`, also where fewer are there: what follows is garbage to it.
 struct Layout {
   int chunks, x_bytes, stages;        // of w in a block, at most; of a chunk of tokens; groups of such chunks
-  int w, low, barriers, list, total;  // offsets
+  int w, low, barriers, eight_sums, list, total;  // offsets
+  int sixteens, eights;               // most of a block
   int shift;                          // of splits
-  Divider pieces;                     // rows / 8
+  Divider pieces, blocks;             // rows / 8; of the grid
 };
 
 constexpr int kGroups = 64;  // most groups of chunks of w
 
 HOST_DEVICE int pitch_of(int rows) { return rows + (40 - rows % 32) % 32; }  // floats of a token's sums: eight more than a multiple of 32 keep the banks apart
 
+HOST_DEVICE int cuts_of(const SkinnyLinear& a) { return divide_up(a.k, kCut); }
+
 inline Layout layout_of(const SkinnyLinear& a) {
   Layout l;
   l.chunks = divide_up(divide_up(a.k, kK), a.splits);
   l.x_bytes = divide_up(a.m, 8) * 8 * 128;
   const int w_bytes = divide_up(l.chunks, a.group) * a.group * a.rows * 128, low_bytes = a.s ? kTokens * 128 + a.rows * 128 : 0;
-  const int adapters = a.m < a.num_slots ? a.m : a.num_slots;
-  const int list_bytes = a.s ? (divide_up(adapters * a.parts * divide_up(a.max_rank, 16), a.splits) + 1) * (int)sizeof(Sixteen) + 16 : 0;
+  const int adapters = a.m < a.num_slots ? a.m : a.num_slots, blocks = divide_up(a.n, a.rows) * a.splits;
+  l.sixteens = divide_up(adapters * a.parts * divide_up(a.max_rank, 16), a.splits) + 1;
+  l.eights = divide_up(adapters * a.parts * divide_up(a.max_rank, kEight) * cuts_of(a), blocks);
+  const int list_bytes = a.s ? (l.sixteens + l.eights) * (int)sizeof(Piece) + a.num_slots * 4 + 16 + 2 * kEightSums * 4 : 0;
   const int barriers = (kGroups + 2 * kStages + 2) * (int)sizeof(Barrier);
   l.stages = (kMostShared - w_bytes - low_bytes - list_bytes - barriers) / (l.x_bytes * a.group);
   const int groups = divide_up(l.chunks, a.group);
@@ -56,10 +74,11 @@ inline Layout layout_of(const SkinnyLinear& a) {
   l.w = l.stages * l.x_bytes * a.group;
   l.low = l.w + w_bytes;
   l.barriers = l.low + low_bytes;
-  l.list = l.barriers + barriers;
-  l.total = l.list + list_bytes;
+  l.eight_sums = l.barriers + barriers;
+  l.list = l.eight_sums + (a.s ? 2 * kEightSums * 4 : 0);
+  l.total = l.eight_sums + list_bytes;
   l.shift = a.splits == 8 ? 3 : a.splits / 2;
-  l.pieces = make_divider(a.rows / 8);
+  l.pieces = make_divider(a.rows / 8), l.blocks = make_divider(blocks);
   const int sums = 2 * a.m * pitch_of(a.rows) * 4;
   if (l.total < l.w + kTokens * 128) l.total = l.w + kTokens * 128;
   if (l.total < l.w + sums) l.total = l.w + sums;
@@ -69,9 +88,11 @@ inline Layout layout_of(const SkinnyLinear& a) {
 struct Shared {
   uint8_t *x, *w, *low_s, *low_b;
   Barrier *w_full, *x_full, *x_empty, *low_full, *low_empty;
-  int32_t* count;  // of `list`
-  Sixteen* list;
-  float* sums;     // over w, when it has been read
+  int32_t* count;            // sixteens and eights of this block
+  Piece *sixteens, *eights;
+  int32_t* runs;             // [num_slots]
+  float* eight_sums;         // [2, 3 warps, 32 lanes, 2]
+  float* sums;               // over w, when it has been read
 };
 
 DEVICE Shared carve(uint8_t* memory, const Layout& l) {
@@ -80,7 +101,9 @@ DEVICE Shared carve(uint8_t* memory, const Layout& l) {
   s.low_s = memory + l.low, s.low_b = s.low_s + kTokens * 128;
   s.w_full = (Barrier*)(memory + l.barriers), s.x_full = s.w_full + kGroups, s.x_empty = s.x_full + kStages;
   s.low_full = s.x_empty + kStages, s.low_empty = s.low_full + 1;
-  s.count = (int32_t*)(memory + l.list), s.list = (Sixteen*)(memory + l.list + 16);
+  s.count = (int32_t*)(memory + l.list), s.sixteens = (Piece*)(memory + l.list + 16), s.eights = s.sixteens + l.sixteens;
+  s.runs = (int32_t*)(s.eights + l.eights);
+  s.eight_sums = (float*)(memory + l.eight_sums);
   s.sums = (float*)s.w;
   return s;
 }
@@ -96,12 +119,12 @@ DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // t
 
 // ---- weights and tokens ----------------------------------------------------------------------------------------------------------------
 
-DEVICE void fetch_weights(const SkinnyLinear& a, const TensorMap& w_map, const Shared& shared, const Part& part) {
-  const int bytes = a.group * a.rows * 128;
-  uint8_t* target = shared.w;
-  for (int c = 0, i = 0; c < part.chunks; c += a.group, i++, target += bytes) {  // the last copy may bring chunks of the next block too: there is room, nobody reads them
+DEVICE void fetch_weights(const SkinnyLinear& a, const TensorMap& w_map, const Shared& shared, const Part& part, int from, int to) {  // groups of chunks
+  const int bytes = a.group * a.rows * 128, ahead = kFlight / bytes > 0 ? kFlight / bytes : 1;
+  for (int i = from; i < to && i * a.group < part.chunks; i++) {  // the last copy may bring chunks of the next block too: there is room, nobody reads them
+    if (i >= ahead) barrier_wait(&shared.w_full[i - ahead], 0);
     barrier_expect(&shared.w_full[i], bytes);
-    copy_box(target, &w_map, &shared.w_full[i], 0, part.n0, part.first + c, kKeep);
+    copy_box(shared.w + i * bytes, &w_map, &shared.w_full[i], 0, part.n0, part.first + i * a.group, kKeep);
   }
 }
 DEVICE void fetch_tokens(const SkinnyLinear& a, const TensorMap& x_map, const Layout& l, const Shared& shared, const Part& part) {
@@ -116,96 +139,250 @@ DEVICE void fetch_tokens(const SkinnyLinear& a, const TensorMap& x_map, const La
 
 // ---- adapters --------------------------------------------------------------------------------------------------------------------------
 
-// This block's sixteens of the step's adapters that touch its rows: every splits-th of all. One warp.
-DEVICE void list_sixteens(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part) {
-  int mine = 0, total = 0;
-  for (int pass = 0; pass < 2; pass++) {  // count, then write
-    int at = 0;
-    if (pass == 1) {
-      int sum = mine;
+// Where each slot's tokens are, in the order of slots: the first one above, how many below. One warp.
+DEVICE void find_runs(const SkinnyLinear& a, const Shared& shared) {
+  const int lane = lane_index();
+  int slot[2];
+  uint32_t begins[2];  // tokens whose slot differs from that of the one before
 #pragma unroll
-      for (int delta = 1; delta < 32; delta *= 2) {
-        const int before = (int)shuffle_up((uint32_t)sum, delta);
-        if (lane_index() >= delta) sum += before;
-      }
-      at = sum - mine, total = (int)shuffle((uint32_t)sum, 31);
-    }
-    for (int i = lane_index(); i < a.m; i += 32) {
-      const int slot = a.ordered[i];
-      if (slot < 0 || (i > 0 && a.ordered[i - 1] == slot)) continue;
-      for (int p = 0; p < a.parts; p++) {
-        if (a.starts[p] >= part.n0 + a.rows || a.starts[p + 1] <= part.n0) continue;
-        const int entry = p * a.part_stride + slot, rank = a.rank[entry];
-        if (pass == 0) mine += divide_up(rank, 16);
-        for (int r0 = 0; pass == 1 && r0 < rank; r0 += 16, at++)
-          if ((at & (a.splits - 1)) == part.rank) shared.list[at >> l.shift] = {a.offset[entry] + r0, slot, p, rank, r0};
-      }
-    }
+  for (int h = 0; h < 2; h++) {
+    const int i = 32 * h + lane;
+    slot[h] = i < a.m ? a.ordered[i] : -1;
+    begins[h] = warp_ballot(i < a.m && (i == 0 || slot[h] != a.ordered[i - 1]));
   }
-  if (lane_index() == 0) *shared.count = (total - part.rank + a.splits - 1) >> l.shift;
+  for (int i = lane; i < a.num_slots; i += 32) shared.runs[i] = 0;
+  sync_warp();
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int i = 32 * h + lane;
+    const uint32_t later = lane < 31 ? begins[h] >> (lane + 1) : 0u;
+    const int end = later ? i + 1 + lowest_bit(later) : h == 0 && begins[1] ? 32 + lowest_bit(begins[1]) : a.m;
+    if (slot[h] >= 0 && (begins[h] >> lane & 1)) shared.runs[slot[h]] = i << 16 | (end - i);
+  }
+  sync_warp();
 }
 
-// Four values of s of a token from r on, summed over the splits, those beyond the rank zero.
-DEVICE void load_s(const SkinnyLinear& a, float (&sum)[4], int token, const Sixteen& u, int r) {
-  const float* s = a.s + ((int64_t)token * a.parts + u.part) * a.width + r;
-  const int64_t apart = (int64_t)a.m * a.parts * a.width;
-  if (a.width % 4 == 0) {
-#pragma unroll 8
-    for (int split = 0; split < a.s_splits; split++) {
-      float value[4];
-      load_floats_l2(value, s + split * apart);
+// What this block does of the step's adapters, in the order of slots: every splits-th of the sixteens that touch its rows, and its own of all eights.
+// One warp, a lane for each slot, so that no load waits for another.
+DEVICE void list_pieces(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part) {
+  const int cuts = cuts_of(a), lane = lane_index();
+  int eights = 0, sixteens = 0, from[kMostParts], to[kMostParts];
+  for (int begin = 0; begin < a.num_slots; begin += 32) {
+    const int slot = begin + lane;
+    int rank[kMostParts];
+    int64_t a_place[kMostParts], b_place[kMostParts];
+    float scaling[kMostParts];
 #pragma unroll
-      for (int i = 0; i < 4; i++) sum[i] += value[i];
+    for (int p = 0; p < kMostParts; p++) {
+      const bool real = p < a.parts && slot < a.num_slots;
+      const int entry = p * a.part_stride + slot;
+      rank[p] = real ? a.rank[entry] : 0, a_place[p] = real ? a.a_offset[entry] : 0, b_place[p] = real ? a.b_offset[entry] : 0, scaling[p] = real ? a.scaling[entry] : 0.f;
     }
-  } else {
-    for (int split = 0; split < a.s_splits; split++)
-      for (int i = 0; i < 4; i++)
-        if (r + i < u.rank) sum[i] += s[split * apart + i];
-  }
+    if (begin == 0) {
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    if (r + i >= u.rank) sum[i] = 0.f;
+      for (int p = 0; p < kMostParts; p++) from[p] = p < a.parts ? a.starts[p] - part.n0 : 0, to[p] = p < a.parts ? a.starts[p + 1] - part.n0 : 0;
+      find_runs(a, shared);
+    }
+    const int run = slot < a.num_slots ? shared.runs[slot] : 0, first = run >> 16, tokens = run & 0xffff;
+    int mine = 0;  // eights above, sixteens below
+#pragma unroll
+    for (int p = 0; p < kMostParts; p++) {
+      if (tokens == 0) rank[p] = 0;
+      mine += divide_up(rank[p], kEight) * cuts << 16 | (from[p] < a.rows && to[p] > 0 ? divide_up(rank[p], 16) : 0);
+    }
+    int sum = mine;
+#pragma unroll
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int others = (int)shuffle_up((uint32_t)sum, delta);
+      if (lane >= delta) sum += others;
+    }
+    int eight = eights + ((sum - mine) >> 16), sixteen = sixteens + ((sum - mine) & 0xffff);
+#pragma unroll
+    for (int p = 0; p < kMostParts; p++) {
+      const int end = eight + divide_up(rank[p], kEight) * cuts;
+      int turn = eight <= (int)blockIdx.x ? 0 : (eight - (int)blockIdx.x + (int)l.blocks.by - 1) / l.blocks;
+      for (int mine = (int)blockIdx.x + turn * (int)l.blocks.by; mine < end; mine += (int)l.blocks.by, turn++) {
+        const int r0 = (mine - eight) / cuts * kEight;
+        shared.eights[turn] = {a_place[p] + (int64_t)r0 * a.k, slot, p, rank[p], r0, first, tokens, (mine - eight) % cuts, 0, 0, 0.f};
+      }
+      eight = end;
+      if (from[p] >= a.rows || to[p] <= 0) continue;
+      for (int r0 = 0; r0 < rank[p]; r0 += 16, sixteen++)
+        if ((sixteen & (a.splits - 1)) == part.rank) shared.sixteens[sixteen >> l.shift] = {b_place[p] + r0, slot, p, rank[p], r0, first, tokens, 0, from[p], to[p], scaling[p]};
+    }
+    const int total = (int)shuffle((uint32_t)sum, 31);
+    eights += total >> 16, sixteens += total & 0xffff;
+  }
+  if (lane == 0) {
+    shared.count[0] = (sixteens - part.rank + a.splits - 1) >> l.shift;
+    shared.count[1] = (eights - (int)blockIdx.x + (int)l.blocks.by - 1) / l.blocks;
+  }
 }
 
+// Eight rows of a cut of A: a lane has row lane / 4, and of every fourth 32 columns the eight from 8 (lane % 4) on.
+DEVICE void hold_eight(const SkinnyLinear& a, const Piece& u, int warp, uint32_t (&held)[kHeld][4]) {
+  const int row = lane_index() / 4, column = u.cut * kCut + warp * 32 + lane_index() % 4 * 8;
+  const uint16_t* const source = (const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column;
+#pragma unroll
+  for (int i = 0; i < kHeld; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) held[i][e] = 0;
+    if (column + i * 128 < a.k && u.r0 + row < u.rank) load_words(held[i], source + i * 128);
+  }
+}
+
+// What does not fit before the wait is on its way to L2 meanwhile: further eights of this block, and its sixteens beyond the first chunk.
+DEVICE void prefetch_rest(const SkinnyLinear& a, const Shared& shared, int tid) {
+  for (int index = tid + 8 * 16; index < shared.count[1] * 8 * 16; index += kPreparing) {  // 16 lines of 64 values in a row of a cut
+    const Piece& u = shared.eights[index >> 7];
+    const int row = index >> 4 & 7, column = u.cut * kCut + (index & 15) * 64;
+    if (u.r0 + row < u.rank && column < a.k) prefetch((const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column);
+  }
+  for (int i = kSixteens; i < shared.count[0]; i++) {
+    const Piece& u = shared.sixteens[i];
+    for (int row = tid; row < a.rows; row += kPreparing)
+      if (row >= u.from && row < u.to) prefetch((const uint16_t*)a.pool + u.place + (int64_t)(row - u.from) * u.rank);
+  }
+}
+
+// This lane's of eight tokens of the slot; -1: there are fewer.
+DEVICE int token_of(const SkinnyLinear& a, const Piece& u, int first) {
+  const int i = first + lane_index() / 4;
+  return i < u.tokens ? a.order[u.first + i] : -1;
+}
+
+// Their products with the tokens of their slot, eight at a time, each warp over its columns; the first adds up. The order of the columns is the
+// lanes' own, the same on both sides.
 template <class T>
-DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part) {
-  const int tid = thread_index() - kMultiplying, lane = lane_index();
-  if (tid < 32) list_sixteens(a, l, shared, part);
+DEVICE void multiply_eight(const SkinnyLinear& a, const Shared& shared, const Piece& u, int warp, const uint32_t (&held)[kHeld][4], int token) {
+  const int q = lane_index() % 4, column = u.cut * kCut + warp * 32 + q * 8;
+  float* sums = shared.eight_sums;
+  for (int first = 0; first < u.tokens; first += 8) {
+    if (first > 0) token = token_of(a, u, first);
+    const uint16_t* const x = (const uint16_t*)a.x + token * a.k + column;
+    uint32_t row[kHeld][4];
+#pragma unroll
+    for (int j = 0; j < kHeld; j++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) row[j][e] = 0;
+      if (column + j * 128 < a.k && token >= 0) load_words_l2(row[j], x + j * 128);
+    }
+    float d[2][4] = {};
+#pragma unroll
+    for (int j = 0; j < kHeld; j++)
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const uint32_t left[4] = {row[j][2 * k], 0, row[j][2 * k + 1], 0}, right[2] = {held[j][2 * k], held[j][2 * k + 1]};
+        T::mma(d[k], left, right);
+      }
+    float sum[2] = {d[0][0] + d[1][0], d[0][1] + d[1][1]};
+    if (warp > 0) store_pair(sums + ((warp - 1) * 32 + lane_index()) * 2, sum);
+    sync_warpgroup(1);
+    if (warp == 0 && token >= 0) {
+#pragma unroll
+      for (int other = 0; other < 3; other++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) sum[e] += sums[(other * 32 + lane_index()) * 2 + e];
+      float* const target = a.s + ((u.cut * a.m + token) * a.parts + u.part) * a.width + u.r0 + 2 * q;
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (u.r0 + 2 * q + e < u.rank) store_relaxed(target + e, sum[e]);
+    }
+    sums = sums == shared.eight_sums ? sums + kEightSums : shared.eight_sums;  // the next may be written while these are read
+  }
+}
+
+// Four values of s of a token from r on, summed over the cuts once all are there, those beyond the rank zero.
+DEVICE void load_s(const SkinnyLinear& a, float (&sum)[4], int token, const Piece& u, int r) {
+  const float* const s = a.s + ((int64_t)token * a.parts + u.part) * a.width + r;
+  const int64_t apart = (int64_t)a.m * a.parts * a.width;
+  const float* missing;
+  do {
+    missing = nullptr;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[i] = 0.f;
+#pragma unroll 4
+    for (int cut = 0; cut < cuts_of(a); cut++) {
+      float value[4] = {};
+      if (a.width % 4 == 0) {
+        load_floats_relaxed(value, s + cut * apart);
+      } else {
+        for (int i = 0; i < 4; i++)
+          if (r + i < u.rank) value[i] = load_relaxed(s + cut * apart + i);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (r + i >= u.rank) continue;
+        if (as_bits(value[i]) == kEmpty) missing = s + cut * apart + i;
+        sum[i] += value[i];
+      }
+    }
+    if (missing) look_again(missing);
+  } while (missing);
+}
+
+// Returns to the first lane how many blocks had read their share of s before this one.
+template <class T>
+DEVICE uint32_t prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part) {
+  const int tid = thread_index() - kMultiplying, warp = uniform(tid / 32);
+  if (warp == 0) list_pieces(a, l, shared, part);
   sync_warpgroup(1);
-  const int count = *shared.count;
+  const int count = shared.count[0], eights = uniform(shared.count[1]);
+  prefetch_rest(a, shared, tid);
+  uint32_t held[kHeld][4];
+  int token = -1, slot[2];  // of the first eight; those of this thread's two tokens in s
+  if (eights > 0) hold_eight(a, shared.eights[0], warp, held), token = token_of(a, shared.eights[0], 0);
+#pragma unroll
+  for (int i = 0; i < 2; i++) slot[i] = tid / 4 + 32 * i < a.m ? a.slots[tid / 4 + 32 * i] : -1;
   for (int c = 0; c == 0 || c * kSixteens < count; c++) {
     const int here = count - c * kSixteens < kSixteens ? count - c * kSixteens : kSixteens;
-    const Sixteen* const list = shared.list + c * kSixteens;
+    const Piece* const list = shared.sixteens + c * kSixteens;
     if (c > 0) barrier_wait(shared.low_empty, (c - 1) & 1);
-    for (int index = tid; index < a.rows * 8; index += kPreparing) {
-      const int row = index >> 3, piece = index & 7, r = (piece & 1) * 8;
-      if (piece >> 1 >= here) continue;
-      const Sixteen u = list[piece >> 1];
-      const int n = part.n0 + row - a.starts[u.part];
-      const bool inside = n >= 0 && part.n0 + row < a.starts[u.part + 1];
-      load_piece(piece_of(shared.low_b, row, piece), (const uint16_t*)a.pool + u.place + (int64_t)(inside ? n : 0) * u.rank + r, inside ? u.rank - u.r0 - r : 0, u.rank % 8 == 0);
+    if (const int piece = tid & 7; piece >> 1 < here) {
+      const Piece& u = list[piece >> 1];
+      const int from = u.from, to = u.to, rank = u.rank, r = (piece & 1) * 8, columns = rank - u.r0 - r;
+      const uint16_t* const b = (const uint16_t*)a.pool + u.place + r;
+      for (int row = tid >> 3; row < a.rows; row += kPreparing / 8) {
+        const bool inside = row >= from && row < to;
+        load_piece(piece_of(shared.low_b, row, piece), b + (inside ? row - from : 0) * rank, inside ? columns : 0, rank % 8 == 0);
+      }
     }
     for (int index = tid; index < a.m * 8; index += kPreparing) {
       uint8_t* const target = piece_of(shared.low_s, index >> 3, index & 7);
       store_words(target, 0, 0), store_words(target + 8, 0, 0);
     }
-    if (c == 0) wait_for_previous_kernel();
+    if (c == 0) {
+      wait_for_previous_kernel();
+      for (int e = 0; e < eights; e++) {
+        if (e > 0) sync_warpgroup(1), hold_eight(a, shared.eights[e], warp, held), token = token_of(a, shared.eights[e], 0);
+        multiply_eight<T>(a, shared, shared.eights[e], warp, held, token);
+      }
+    }
     sync_warpgroup(1);
-    for (int token = tid >> 2; token < a.m; token += kPreparing / 4) {  // four threads a token, each with four columns of a sixteen
-      const int slot = a.slots[token], q = lane & 3;
-      for (int j = 0; j < here; j++) {
-        const Sixteen u = list[j];
-        if (u.slot != slot || u.r0 + 4 * q >= u.rank) continue;
-        float sum[4] = {};
-        load_s(a, sum, token, u, u.r0 + 4 * q);
-        const float scale = a.scaling[u.part * a.part_stride + slot] * (a.row_scale ? a.row_scale[token] : 1.f);
-        store_words(piece_of(shared.low_s, token, 2 * j + (q >> 1)) + (q & 1) * 8, T::pack(sum[0] * scale, sum[1] * scale), T::pack(sum[2] * scale, sum[3] * scale));
+#pragma unroll
+    for (int i = 0; i < 2; i++) {  // four threads a token, each with four columns of a sixteen
+      const int row = tid / 4 + 32 * i, q = tid & 3;
+      for (int j = 0; j < here && slot[i] >= 0; j++) {
+        const Piece& u = list[j];
+        if (u.slot != slot[i] || u.r0 + 4 * q >= u.rank) continue;
+        float sum[4];
+        load_s(a, sum, row, u, u.r0 + 4 * q);
+        store_words(piece_of(shared.low_s, row, 2 * j + (q >> 1)) + (q & 1) * 8, T::pack(sum[0] * u.scaling, sum[1] * u.scaling), T::pack(sum[2] * u.scaling, sum[3] * u.scaling));
       }
     }
     publish_to_wgmma();
     barrier_arrive(shared.low_full);
     barrier_arrive_after_copies(shared.low_full);
   }
+  sync_warpgroup(1);
+  return tid == 0 ? take_ticket(a.readers) : 0;
+}
+
+// The warp of the last block to have read its share of s, for the next launch.
+DEVICE void empty_s(const SkinnyLinear& a, uint32_t before) {
+  if (shuffle(before, 0) != gridDim.x - 1) return;
+  for (int i = lane_index(); i < cuts_of(a) * a.m * a.parts * a.width; i += 32) ((uint32_t*)a.s)[i] = kEmpty;
+  if (lane_index() == 0) *a.readers = 0;
 }
 
 // ---- multiplying -----------------------------------------------------------------------------------------------------------------------
@@ -305,12 +482,13 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
     for (int i = 0; i < l.stages; i++) barrier_init(&shared.x_full[i], 1), barrier_init(&shared.x_empty[i], kMultiplying / 32);
     barrier_init(shared.low_full, 2 * kPreparing), barrier_init(shared.low_empty, kMultiplying / 32);
     publish_barriers();
-    fetch_weights(a, w_map, shared, part);
+    fetch_weights(a, w_map, shared, part, 0, 1);
     prefetch_map(&x_map);
   }
   sync_block();
   const int warp = uniform(warp_index());
   float d[72];
+  uint32_t readers = 0;
   if (warp < kMultiplying / 32) {
     switch (uniform(a.rows / 8)) {
 #define CASE(NT) \
@@ -319,18 +497,21 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
 #undef CASE
     }
   } else if (warp < (kMultiplying + kPreparing) / 32) {
-    if (a.s) prepare<T>(a, l, shared, part);
+    if (a.s) readers = prepare<T>(a, l, shared, part);
   } else if (warp == (kMultiplying + kPreparing) / 32) {
     if (lane_index() == 0) {
       wait_for_previous_kernel();
       fetch_tokens(a, x_map, l, shared, part);
     }
+  } else if (lane_index() == 0) {
+    fetch_weights(a, w_map, shared, part, 1, kGroups);
   }
   sync_block();  // the weights are read: the sums may stand where they stood
   if (warp < kMultiplying / 32) leave_sums(a, shared, d);
   if constexpr (CLUSTER) sync_cluster();
   else sync_block();
   add_up<T>(a, l, shared, part);
+  if (a.s && warp == kMultiplying / 32) empty_s(a, readers);
   if constexpr (CLUSTER) sync_cluster();  // others may still read these sums
 #endif
 }
@@ -343,7 +524,7 @@ int describe_chunks(TensorMap* map, const void* base, const SkinnyLinear& a, int
 template <class T>
 int dispatch(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
   const Launch how = {(unsigned)(divide_up(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
-  return a.splits > 1 ? launch_clusters(how, (unsigned)a.splits, linear<T, true>, a, w, x, l) : launch(how, linear<T, false>, a, w, x, l);
+  return a.splits > 1 ? launch_clusters(how, (unsigned)a.splits, linear<T, true>, a, w, x, l) : launch_together(how, linear<T, false>, a, w, x, l);
 }
 
 }  // namespace

@@ -5,22 +5,23 @@
 
 extern "C" {
 
-// out[t] = w x[t] + bias + scaling[slot(t), part] * B(slot(t), part) s[t, part] for the rows of every part
+// out[t] = w x[t] + bias + scaling[slot(t), part] * B(slot(t), part) (A(slot(t), part) x[t]) for the rows of every part
 struct SkinnyLinear {
   const void* x;     // [m, k]
   const void* w;     // [n, k]
   const void* bias;  // [n], or null
   void* out;         // [m, n]
-  const float* s;          // [s_splits, m, parts, width], the sum over its splits is A x; null: no adapters, and the fields down to max_rank unused
-  const float* row_scale;  // [m] that s is yet to be multiplied by, or null
+  float* s;                // shares of A x [ceil(k / 1024), m, parts, width]: all bits set before and after; null: no adapters, and the fields down to max_rank unused
+  uint32_t* readers;       // 0 before and after
   const int32_t* slots;    // [m], -1 = no adapter
-  const int32_t* ordered;  // [m] the slots in ascending order
-  const void* pool;        // of B: rows of part p in slot e at offset[p * part_stride + e], [rows of p, rank], likewise:
-  const int64_t* offset;
+  const int32_t* order;    // [m] tokens sorted by slot
+  const int32_t* ordered;  // [m] the slots in that order
+  const void* pool;        // A of part p in slot e at a_offset[p * part_stride + e], [rank, k], B [rows of p, rank]:
+  const int64_t *a_offset, *b_offset;
   const int32_t* rank;
   const float* scaling;
   const int32_t* starts;   // [parts + 1] first row of each part, then n
-  int32_t part_stride, parts, s_splits, width, num_slots, max_rank;
+  int32_t part_stride, parts, width, num_slots, max_rank;  // at most 4 parts
   int32_t m, n, k;         // m <= 64; n a multiple of 8, k of 64
   int32_t is_bf16;
   int32_t rows;            // of w in a block: a multiple of 8 up to 144
@@ -32,6 +33,7 @@ struct SkinnyLinear {
 // Bytes of shared memory that a block needs; more than the device gives: this shape cannot run.
 int64_t skinny_linear_shared_bytes(const SkinnyLinear* arguments);
 
+// With adapters all blocks, ceil(n / rows) * splits, must fit on the device at once, one a multiprocessor.
 // Enqueue on `stream`. Returns a cudaError_t, 0 = success. Never synchronises; safe to capture.
 int skinny_linear(const SkinnyLinear* arguments, void* stream);
 }

@@ -7,8 +7,8 @@ namespace {
 
 constexpr const char* kName = "skinny_linear";
 
-void linear(Tensor x, Tensor w, std::optional<Tensor> bias, std::optional<Tensor> s, std::optional<Tensor> row_scale, std::optional<Tensor> slots, std::optional<Tensor> ordered,
-            std::optional<Tensor> pool, std::optional<Tensor> offset, std::optional<Tensor> rank, std::optional<Tensor> scaling, std::optional<Tensor> starts, Tensor out,
+void linear(Tensor x, Tensor w, std::optional<Tensor> bias, std::optional<Tensor> s, std::optional<Tensor> readers, std::optional<Tensor> slots, std::optional<Tensor> order,
+            std::optional<Tensor> ordered, std::optional<Tensor> pool, std::optional<Tensor> a_offset, std::optional<Tensor> b_offset, std::optional<Tensor> rank, std::optional<Tensor> scaling, std::optional<Tensor> starts, Tensor out,
             int64_t part_stride, int64_t max_rank, int64_t rows, int64_t splits, int64_t group, bool overlap) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
@@ -27,14 +27,18 @@ void linear(Tensor x, Tensor w, std::optional<Tensor> bias, std::optional<Tensor
   a.bias = bias ? checked<void>(kName, *bias, "bias", type, device, n) : nullptr;
   a.out = checked<void>(kName, out, "out", type, device, m * n);
   if (s) {
-    STD_TORCH_CHECK(slots && ordered && pool && offset && rank && scaling && starts && s->dim() == 4, kName, ": s [splits, m, parts, width] comes with slots, tables and starts");
-    a.s_splits = (int32_t)s->size(0), a.parts = (int32_t)s->size(2), a.width = (int32_t)s->size(3);
-    a.s = checked<const float>(kName, *s, "s", ScalarType::Float, device, a.s_splits * m * a.parts * a.width);
-    a.row_scale = row_scale ? checked<const float>(kName, *row_scale, "row_scale", ScalarType::Float, device, m) : nullptr;
+    STD_TORCH_CHECK(readers && slots && order && ordered && pool && a_offset && b_offset && rank && scaling && starts && s->dim() == 4, kName,
+                    ": s [ceil(k / 1024), m, parts, width] comes with readers, slots, tables and starts");
+    a.parts = (int32_t)s->size(2), a.width = (int32_t)s->size(3);
+    STD_TORCH_CHECK(a.parts <= 4, kName, ": expected at most 4 parts, got ", a.parts);
+    a.s = checked<float>(kName, *s, "s", ScalarType::Float, device, ((k + 1023) / 1024) * m * a.parts * a.width);
+    a.readers = checked<uint32_t>(kName, *readers, "readers", ScalarType::Int, device, 1);
     a.slots = checked<const int32_t>(kName, *slots, "slots", ScalarType::Int, device, m);
+    a.order = checked<const int32_t>(kName, *order, "order", ScalarType::Int, device, m);
     a.ordered = checked<const int32_t>(kName, *ordered, "ordered", ScalarType::Int, device, m);
     a.pool = checked<void>(kName, *pool, "pool", type, device, 0);
-    a.offset = static_cast<const int64_t*>(offset->const_data_ptr());  // views of the pool's tables: part p's lie p * part_stride entries behind
+    a.a_offset = static_cast<const int64_t*>(a_offset->const_data_ptr());  // views of the pool's tables: part p's lie p * part_stride entries behind
+    a.b_offset = static_cast<const int64_t*>(b_offset->const_data_ptr());
     a.num_slots = (int32_t)rank->numel();
     a.rank = static_cast<const int32_t*>(rank->const_data_ptr());
     a.scaling = static_cast<const float*>(scaling->const_data_ptr());

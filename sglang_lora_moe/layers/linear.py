@@ -40,6 +40,10 @@ class Linear(nn.Module):
     def _create_weight(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.weight = nn.Parameter(torch.empty(rows, self.in_features, dtype=dtype, device=device), requires_grad=False)  # [sum(rows), in]
 
+    def weight_for(self, tokens: int) -> torch.Tensor | None:
+        """The weight [sum(rows), in] in the activations' dtype, where a step of so many tokens may multiply by it; None: by another form."""
+        return self.weight
+
     def _rows(self, start: int, rows: int) -> torch.Tensor | WNA16Weight:
         return self.weight[start : start + rows]
 

@@ -36,6 +36,10 @@ class DenseDelta(ABC):
         """What the kernels before and after a linear of so many tokens share to do all of this themselves; None where they cannot."""
         return None
 
+    def within(self, parts: Sequence[Part], tokens: int) -> Any:
+        """What a kernel needs that does a linear of so many tokens and all of this; None where it cannot."""
+        return None
+
     def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> Any:
         """What the kernel after a linear over x [M, in] needs to add the rest; None where it cannot."""
         return None

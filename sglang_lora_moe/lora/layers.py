@@ -54,6 +54,10 @@ class LinearWithLoRA(nn.Module):
         """For kernels around this linear that can do the adapters' work: what they share, or None. With it, call `base`, not this layer."""
         return self.delta.plan(self.parts, tokens, splits) if self.ctx.lora_active and self.used else None
 
+    def within(self, tokens: int) -> Any:
+        """As `plan`, for a kernel that does this linear and all of the adapters' work."""
+        return self.delta.within(self.parts, tokens) if self.ctx.lora_active and self.used else None
+
     def begin(self, x: torch.Tensor) -> Any:
         """As `plan`, for the kernel after this linear alone; x [M, in] are the step's tokens."""
         return self.delta.begin(x, self.parts) if self.ctx.lora_active and self.used else None

@@ -92,12 +92,13 @@ class FusedDecoder:
 
     def _input_norm(self, layer: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """x and residual [T, H] -> (norm of their sum, the sum, what the norm has begun for the adapters of the qkv linear or None)."""
-        low = _plan(layer.self_attn.qkv, x.shape[0]) if self._is_fusable(layer.self_attn) else None
+        qkv = layer.self_attn.qkv
+        alone = not self._is_fusable(layer.self_attn) or _whole(qkv, x) is not None
+        low = None if alone else _plan(qkv, x.shape[0])
         if low is not None:
             return *rms_norm_shrink(x, *_norm(layer.input_layernorm), residual, low), low
         normed = rms_norm(x, *_norm(layer.input_layernorm), residual)
-        low = _begin(layer.self_attn.qkv, normed) if self._is_fusable(layer.self_attn) else None
-        return normed, x if residual is None else residual, low
+        return normed, x if residual is None else residual, None if alone else _begin(qkv, normed)
 
     def _is_fusable(self, attention: Attention) -> bool:
         """Whether one kernel can do norm, rotation and cache write."""
@@ -122,11 +123,12 @@ class FusedDecoder:
             num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2], addend=low,
         )  # fmt: skip
         paged.calls += 1
-        o_low = _plan(attention.o_proj, t, paged.spec.num_heads) if backend.merges(paged) else None
+        o_proj, alone = attention.o_proj, _whole(attention.o_proj, q.flatten(1)) is not None  # attention's output is as large and as wide
+        o_low = _plan(o_proj, t, paged.spec.num_heads) if backend.merges(paged) and not alone else None
         out = backend.attend(q, paged, attention.sinks, o_low).flatten(1)
-        if o_low is None:
-            o_low = _begin(attention.o_proj, out)
-        return _multiply(attention.o_proj, out, o_low)
+        if o_low is None and not alone:
+            o_low = _begin(o_proj, out)
+        return _multiply(o_proj, out, o_low)
 
     def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
@@ -180,13 +182,24 @@ def _begin(linear: Any, x: torch.Tensor) -> Any:
     return linear.begin(x) if hasattr(linear, "begin") else None
 
 
+def _whole(linear: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Any, tuple[int, int, int]] | None:
+    """(weight, bias, adapters or None, shape) with which one kernel does all of a linear over x [T, in]; None where no kernel does."""
+    base, low = _without_adapters(linear), None
+    if hasattr(base, "within"):
+        base, low = base.base, base.within(x.shape[0])
+        if low is None:
+            return None
+    weight = base.weight_for(x.shape[0]) if isinstance(base, Linear) else None
+    shape = None if weight is None else skinny_linear.shape_for(x, weight, low)
+    return None if weight is None or shape is None else (weight, base.bias, low, shape)
+
+
 def _multiply(linear: Any, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
     """x [T, in] -> ([T, out], what the next kernel has yet to add to it or None). `low`: what was begun of the adapters' part, or None."""
-    base = _without_adapters(linear) if low is None else linear.base
-    shape = skinny_linear.shape_for(x, base.weight, low) if type(base) is Linear else None
-    if shape is not None:
-        return skinny_linear.skinny_linear(x, base.weight, base.bias, low, shape), None
-    return base(x), low
+    whole = _whole(linear, x) if low is None else None
+    if whole is not None:
+        return skinny_linear.skinny_linear(x, *whole), None
+    return (linear if low is None else linear.base)(x), low
 
 
 def _norm(norm: RMSNorm) -> tuple[torch.Tensor, float]:

@@ -54,6 +54,7 @@ class PartTables:
         self.block_n = block
         starts = [first for _, first, _ in parts] + [self.rows]
         self.starts = torch.tensor(starts, dtype=torch.int32, device=device)  # [parts + 1] first row of y of each part
+        self.readers = torch.zeros(1, dtype=torch.int32, device=device)  # zero between the launches of ops/skinny_linear.py
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [blocks, (part, row in it, row of y, rows of the part)]
 
     @staticmethod

@@ -1,9 +1,9 @@
-"""A linear with 16-bit weights, together with the adapters' part of its output, which the kernels before it began.
+"""A linear with 16-bit weights, together with the adapters' part of its output.
 
-    y[t] = x[t] W^T + bias + scaling * B(slot(t), part) s[t, part]      for the rows of every part; accumulated in float32
+    y[t] = x[t] W^T + bias + scaling * B(slot(t), part) (A(slot(t), part) x[t])      for the rows of every part; accumulated in float32
 
 On Hopper one kernel does all of it (csrc/skinny_linear.cu) for few tokens, if one wave of its blocks holds the whole weight in shared
-memory: `shape_for` is the rule. Otherwise the library's GEMM multiplies, and the kernel that reads y next adds the adapters' part.
+memory: `shape_for` is the rule. Otherwise the library's GEMM multiplies, and the kernels around it do the work of the adapters.
 """
 
 from __future__ import annotations
@@ -14,55 +14,73 @@ import torch
 
 from sglang_lora_moe.ops import build, launch
 from sglang_lora_moe.ops.library import LIBRARY
-from sglang_lora_moe.ops.lora_linear import LinearAddend
+from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
 
-MOST_TOKENS = 32  # at 64 the GEMM of the library is as fast, and adding adapters behind it faster
+MOST_TOKENS = 64
 DTYPES = (torch.bfloat16, torch.float16)
 SPLITS = 2  # blocks that share the columns of w: clusters of two fill all multiprocessors, larger ones leave some idle
 MOST_BYTES = 160 << 10  # of weights in a block, which leaves room for tokens and adapters
+MOST_SHARED, LISTS = 227 << 10, 12 << 10  # what a block may have, and what barriers and the lists of adapters take of it at most
 MOST_SIXTEENS = 256  # of adapters' columns in a step
+MOST_PARTS = 4  # of a linear with adapters
 
 LIBRARY.define(
-    "skinny_linear(Tensor x, Tensor w, Tensor? bias, Tensor? s, Tensor? row_scale, Tensor? slots, Tensor? ordered, Tensor? pool, Tensor? offset, Tensor? rank, "
-    "Tensor? scaling, Tensor? starts, Tensor(a!) out, int part_stride, int max_rank, int rows, int splits, int group, bool overlap) -> ()"
+    "skinny_linear(Tensor x, Tensor w, Tensor? bias, Tensor(b!)? s, Tensor(c!)? readers, Tensor? slots, Tensor? order, Tensor? ordered, Tensor? pool, "
+    "Tensor? a_offset, Tensor? b_offset, Tensor? rank, Tensor? scaling, Tensor? starts, Tensor(a!) out, int part_stride, int max_rank, int rows, int splits, "
+    "int group, bool overlap) -> ()"
 )
 
 
 @lru_cache(maxsize=64)
-def shape_of(rows: int, columns: int, multiprocessors: int) -> tuple[int, int, int] | None:
+def shape_of(rows: int, columns: int, multiprocessors: int, tokens: int = MOST_TOKENS) -> tuple[int, int, int] | None:
     """(rows of w in a block, blocks that share its columns, chunks of 64 columns in a copy) with which one wave of blocks holds w
-    [rows, columns] of 2 bytes; None where none does."""
+    [rows, columns] of 2 bytes beside two copies of so many tokens; None where none does."""
     height = -(-rows // (multiprocessors // SPLITS * 8)) * 8
     chunks = -(-columns // (64 * SPLITS))
     if rows % 8 or columns % 64 or chunks < 2 or height > 144 or height * chunks * 128 > MOST_BYTES:
         return None
-    return height, SPLITS, max(2, -(-chunks // 4))
+    for group in range(max(2, -(-chunks // 8)), 1, -1):
+        if -(-chunks // group) * group * height * 128 + 2 * group * -(-tokens // 8) * 1024 + (64 + height) * 128 + LISTS <= MOST_SHARED:
+            return height, SPLITS, group
+    return None
 
 
 def skinny_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, addend: LinearAddend | None, shape: tuple[int, int, int]) -> torch.Tensor:
-    """x [M, K], w [N, K] -> [M, N] by the kernel, in the given shape."""
+    """x [M, K], w [N, K] -> [M, N] by the kernel, in the given shape. `addend`: whose adapters; its s, of `s_shape`, is `empty_s` before and after."""
     if x.is_cuda:
         build.load()
-    low: tuple = (None,) * 9
+    low: tuple = (None,) * 11
     stride = max_rank = 0
     if addend is not None:
-        b, ordered = addend.tables.b, addend.slots if addend.ordered_slots is None else addend.ordered_slots
-        low = (addend.s, addend.row_scale, addend.slots, ordered, b.pool, b.offset, b.rank, b.scaling, addend.tables.starts)
-        stride, max_rank = addend.tables.stride, b.max_rank
+        tables, a, b = addend.tables, addend.tables.a, addend.tables.b
+        if x.is_cuda and -(-w.shape[0] // shape[0]) * shape[1] > launch.multiprocessors(x.device):
+            raise ValueError(f"skinny_linear: with adapters blocks wait for each other, and w {tuple(w.shape)} in shape {shape} has more than run at once")
+        low = (addend.s, tables.readers, addend.slots, addend.order, addend.ordered_slots, b.pool, a.offset, b.offset, b.rank, b.scaling, tables.starts)
+        stride, max_rank = tables.stride, b.max_rank
     out = x.new_empty(x.shape[0], w.shape[0])
     torch.ops.sglang_lora_moe.skinny_linear(x, w, bias, *low, out, stride, max_rank, *shape, True)
     return out
 
 
+def s_shape(tokens: int, tables: PartTables) -> tuple[int, int, int, int]:
+    """What a launch's blocks hand to each other: A x in shares of 1,024 columns, [shares, tokens, parts, width]."""
+    return -(-tables.a.dim // 1024), tokens, tables.num_parts, tables.a.shrink_width
+
+
+def empty_s(elements: int, device: torch.device | str) -> torch.Tensor:
+    """float32 [elements] of the one value that means "not there yet": so launches find their s, and leave it."""
+    return torch.full((elements,), -1, dtype=torch.int32, device=device).view(torch.float32)
+
+
 def shape_for(x: torch.Tensor, w: torch.Tensor, addend: LinearAddend | None) -> tuple[int, int, int] | None:
-    """How to multiply x [M, K] and w [N, K], or None where the kernel cannot, or is no faster: the rule in one place."""
+    """How to multiply x [M, K] and w [N, K], adapters included, or None where the kernel cannot, or is no faster: the rule in one place."""
     if not launch.has_wgmma(x.device) or not 0 < x.shape[0] <= MOST_TOKENS or x.dtype not in DTYPES or w.dtype != x.dtype:
         return None
     if addend is not None:
-        b = addend.tables.b
-        if b.pool.dtype != x.dtype or min(x.shape[0], b.num_slots) * addend.tables.num_parts * -(-b.max_rank // 16) > MOST_SIXTEENS:
+        b, parts = addend.tables.b, addend.tables.num_parts
+        if b.pool.dtype != x.dtype or parts > MOST_PARTS or min(x.shape[0], b.num_slots) * parts * -(-b.max_rank // 16) > MOST_SIXTEENS:
             return None
-    return shape_of(*w.shape, launch.multiprocessors(x.device))
+    return shape_of(*w.shape, launch.multiprocessors(x.device), -(-x.shape[0] // 32) * 32)
 
 
 def _nothing(*args: object) -> None:

@@ -15,6 +15,8 @@ from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize
 from sglang_lora_moe.quantization.wna16_method import create_wna16, get_wna16, release_wna16
 
+WIDE_FROM = 9  # tokens from which the kernel of ops/skinny_linear.py on a kept 16-bit weight is faster than Marlin's on the integers
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +30,7 @@ class QuantizedLinear(Linear):
         self.scheme = scheme
         super().__init__(parts, in_features, **options)
         self._multiply: Callable[[torch.Tensor], torch.Tensor] | None = None  # the GPU's kernel over its form of the weight
+        self.wide: torch.Tensor | None = None  # [rows, in] in 16 bit beside it
 
     def _create_weight(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> None:
         create_wna16(self, "", self._names, (rows, self.in_features), self.scheme, dtype, device)
@@ -53,7 +56,8 @@ class QuantizedLinear(Linear):
         reason = marlin_linear.why_unreadable(weight)
         if reason is None:
             packed = marlin_linear.repack_linear(weight, self.bias)
-            self._multiply = partial(marlin_linear.marlin_linear, weight=packed, wide=marlin_linear.dequantize_linear(packed) if keep_wide else None)
+            self.wide = marlin_linear.dequantize_linear(packed) if keep_wide else None
+            self._multiply = partial(marlin_linear.marlin_linear, weight=packed, wide=self.wide)
         else:
             self.weight = nn.Parameter(dequantize(weight, weight.scales.dtype), requires_grad=False)
             size = self.weight.numel() * self.weight.element_size() / 2**20
@@ -61,6 +65,11 @@ class QuantizedLinear(Linear):
                 "%s: dequantized at load, %.1f MiB in place of %.1f: the kernel cannot read it, %s", self._names, size, weight.nbytes / 2**20, reason
             )
         release_wna16(self, "")
+
+    def weight_for(self, tokens: int) -> torch.Tensor | None:
+        if self._multiply is not None:
+            return self.wide if tokens >= WIDE_FROM else None
+        return self.weight if self.packed is None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._multiply is not None:

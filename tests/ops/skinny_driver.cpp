@@ -1,12 +1,12 @@
 // Runs one case from stdin through csrc/skinny_linear.cu on the emulator. Each buffer is a heap block of its exact size, out poisoned.
-// In: the fields of Case, then x, w, bias, s, row scales, slots, ordered slots, pool, offsets, ranks, scalings, starts. Out: out.
+// In: the fields of Case, then x, w, bias, slots, order, ordered slots, pool, offsets of A and of B, ranks, scalings, starts. Out: out.
 #include "../../csrc/skinny_linear.cu"
 #include "driver_input.h"
 
 namespace {
 
 struct Case {
-  int32_t order_seed, m, n, k, is_bf16, has_bias, has_addend, has_scale, parts, s_splits, width, max_rank, part_stride, num_slots, entries, rows, group;
+  int32_t order_seed, m, n, k, is_bf16, has_bias, has_addend, parts, width, max_rank, part_stride, num_slots, entries, rows, group;
   int64_t pool;
 };
 
@@ -19,20 +19,24 @@ int main() {
   const auto x = read<uint16_t>((int64_t)c.m * c.k);
   const auto w = read<uint16_t>((int64_t)c.n * c.k);
   const auto bias = read<uint16_t>(c.has_bias ? c.n : 0);
-  const auto s = read<float>(low ? (int64_t)c.s_splits * c.m * c.parts * c.width : 0);
-  const auto row_scale = read<float>(c.has_scale ? c.m : 0);
   const auto slots = read<int32_t>(low ? c.m : 0);
+  const auto order = read<int32_t>(low ? c.m : 0);
   const auto ordered = read<int32_t>(low ? c.m : 0);
   const auto pool = read<uint16_t>(c.pool);
-  const auto offset = read<int64_t>(c.entries);
+  const auto a_offset = read<int64_t>(c.entries);
+  const auto b_offset = read<int64_t>(c.entries);
   const auto rank = read<int32_t>(c.entries);
   const auto scaling = read<float>(c.entries);
   const auto starts = read<int32_t>(low ? c.parts + 1 : 0);
   std::vector<uint16_t> out((int64_t)c.m * c.n, 0xCDCD);
-  SkinnyLinear a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), low ? s.data() : nullptr, c.has_scale ? row_scale.data() : nullptr, slots.data(),
-                    ordered.data(), pool.data(), offset.data(), rank.data(), scaling.data(), starts.data(), c.part_stride, c.parts, c.s_splits, c.width, c.num_slots, c.max_rank,
+  std::vector<uint32_t> sums(low ? (int64_t)((c.k + 1023) / 1024) * c.m * c.parts * c.width : 0, 0xffffffff);
+  uint32_t readers = 0;
+  SkinnyLinear a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), low ? (float*)sums.data() : nullptr, &readers, slots.data(), order.data(), ordered.data(),
+                    pool.data(), a_offset.data(), b_offset.data(), rank.data(), scaling.data(), starts.data(), c.part_stride, c.parts, c.width, c.num_slots, c.max_rank,
                     c.m, c.n, c.k, c.is_bf16, c.rows, 1, 0, c.group};
   const int error = skinny_linear(&a, nullptr);
+  for (const uint32_t word : sums)
+    if (word != 0xffffffff || readers != 0) emu::fail("s is not empty at the end");
   std::fwrite(out.data(), 2, out.size(), stdout);
   return error;
 }

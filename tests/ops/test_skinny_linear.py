@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import LinearTarget
 from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
-from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, shape_for, shape_of, skinny_linear
+from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_s, s_shape, shape_for, shape_of, skinny_linear
 from tests.moe_cases import Noise, generator, make_token_slots
 from tests.ops import ahead, emulator
 from tests.references import ref_linear, relative_error
@@ -39,30 +40,31 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     if GPU:
         yield
         return
-    driver, order = request.getfixturevalue("driver"), 0
+    driver, turn = request.getfixturevalue("driver"), 0
 
     def run(
-        x, w, bias, s, row_scale, slots, ordered, pool, offset, rank, scaling, starts, out, part_stride, max_rank, rows, splits, group, overlap,
+        x, w, bias, s, readers, slots, order, ordered, pool, a_offset, b_offset, rank, scaling, starts, out, part_stride, max_rank, rows, splits, group,
+        overlap,
     ) -> None:  # fmt: skip
-        nonlocal order
-        order += 1
+        nonlocal turn
+        turn += 1
         assert splits == 1
         parts = 0 if s is None else s.shape[2]
         entries = 0 if s is None else (parts - 1) * part_stride + rank.numel()
-        tables = [None if t is None else t.as_strided((entries,), (1,)) for t in (offset, rank, scaling)]
+        tables = [None if t is None else t.as_strided((entries,), (1,)) for t in (a_offset, b_offset, rank, scaling)]
         fields = (
-            order % 4, x.shape[0], w.shape[0], x.shape[1], x.dtype == torch.bfloat16, bias is not None, s is not None, row_scale is not None, parts,
-            0 if s is None else s.shape[0], 0 if s is None else s.shape[3], max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, group,
+            turn % 4, x.shape[0], w.shape[0], x.shape[1], x.dtype == torch.bfloat16, bias is not None, s is not None, parts,
+            0 if s is None else s.shape[3], max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, group,
         )  # fmt: skip
-        head = struct.pack("17ixxxxq", *map(int, fields), 0 if pool is None else pool.numel())
-        written = emulator.answer(driver, head, x, w, bias, s, row_scale, slots, ordered, pool, *tables, starts)
+        head = struct.pack("15ixxxxq", *map(int, fields), 0 if pool is None else pool.numel())
+        written = emulator.answer(driver, head, x, w, bias, slots, order, ordered, pool, *tables, starts)
         out.copy_(torch.frombuffer(written, dtype=out.dtype).view(out.shape))
 
     yield from emulator.implemented("skinny_linear", run)
 
 
-def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: str, s_splits: int, noise: Noise, *, scaled: bool, max_rank: int) -> tuple:
-    """(addend, stacks, slots of the tokens, and their x A^T is what s holds for `x`)."""
+def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: str, noise: Noise, *, max_rank: int) -> tuple:
+    """(addend, stacks, slots of the tokens)."""
     g = noise.generator
     names = [f"part{i}" for i in range(len(parts))]
     pool = LoRAMemoryPool([LinearTarget(name, k, rows) for name, rows in zip(names, parts, strict=True)], slots, max_rank, noise.dtype, DEVICE)
@@ -75,24 +77,9 @@ def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: 
     firsts = [sum(parts[:i]) for i in range(len(parts))]
     stacks = [pool.stacks_for(name) for name in names]
     tables = PartTables(list(zip(stacks, firsts, parts, strict=True)))
-    s = torch.full((s_splits, m, len(parts), tables.a.shrink_width), float("nan"), device=DEVICE)
-    scale = torch.rand(m, generator=g, device=DEVICE) + 0.5 if scaled else None
+    shape = s_shape(m, tables)
     ordered, order = token_slots.sort(stable=True)
-    return LinearAddend(s, tables, token_slots, order.int(), ordered, scale), stacks, token_slots
-
-
-def fill(addend: LinearAddend, x: torch.Tensor) -> None:
-    """s of x, in uneven shares; entries beyond a rank stay NaN, as do those of tokens without an adapter."""
-    splits, tables = addend.s.shape[0], addend.tables
-    share = torch.rand(splits, device=x.device) + 0.1
-    share /= share.sum()
-    for token, slot in enumerate(addend.slots.tolist()):
-        for part in range(tables.num_parts if slot >= 0 else 0):
-            entry = torch.tensor(part * tables.stride + slot)
-            rank, offset = (int(t.as_strided((1,), (1,), t.storage_offset() + int(entry))) for t in (tables.a.rank, tables.a.offset))
-            a = tables.a.pool[offset : offset + rank * tables.a.dim].view(rank, tables.a.dim).float()
-            low = a @ x[token].float() / (1 if addend.row_scale is None else addend.row_scale[token])
-            addend.s[:, token, part, :rank] = low * share[:, None]
+    return LinearAddend(empty_s(math.prod(shape), DEVICE).view(shape), tables, token_slots, order.int(), ordered), stacks, token_slots
 
 
 @pytest.mark.parametrize("splits", SPLITS)
@@ -111,15 +98,14 @@ def test_base(m: int, n: int, k: int, rows: int, group: int, dtype: torch.dtype,
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("m", "slots", "popularity", "s_splits", "scaled", "max_rank"),
-    [(1, 1, "identical", 1, False, 16), (5, 4, "uniform", 3, False, 40), (40, 9, "zipf", 2, True, 22), (64, 64, "distinct", 8, False, 64)],
+    ("m", "slots", "popularity", "max_rank", "k"),
+    [(1, 1, "identical", 16, 1024), (5, 4, "uniform", 40, 1024), (40, 9, "zipf", 22, 1088), (64, 64, "distinct", 64, 1024), (37, 2, "uniform", 16, 1152)],
 )
-def test_adapters(m: int, slots: int, popularity: str, s_splits: int, scaled: bool, max_rank: int, dtype: torch.dtype, splits: int) -> None:
-    parts, k = (72, 16, 24), 1024
+def test_adapters(m: int, slots: int, popularity: str, max_rank: int, k: int, dtype: torch.dtype, splits: int) -> None:
+    parts = (72, 16, 24)
     noise = Noise(generator(m, DEVICE), dtype)
     x, w = noise(m, k), noise(sum(parts), k, std=k**-0.5)
-    addend, stacks, token_slots = make_addend(parts, k, m, slots, popularity, s_splits, noise, scaled=scaled, max_rank=max_rank)
-    fill(addend, x)
+    addend, stacks, token_slots = make_addend(parts, k, m, slots, popularity, noise, max_rank=max_rank)
     found, plain = skinny_linear(x, w, None, addend, (48, splits, 2)), skinny_linear(x, w, None, None, (48, splits, 2))
     assert relative_error(found, ref_linear(x, w, None, stacks, token_slots)) < 5e-3
     assert torch.equal(found[token_slots < 0], plain[token_slots < 0]), "rows without an adapter changed"
@@ -140,8 +126,7 @@ def test_by_the_rule(m: int, dtype: torch.dtype) -> None:
     noise = Noise(generator(m, DEVICE), dtype)
     for parts, k in (((4096, 512, 512), 2048), ((2048,), 4096)):
         x, w = noise(m, k), noise(sum(parts), k, std=k**-0.5)
-        addend, stacks, token_slots = make_addend(parts, k, m, 8, "uniform", 4, noise, scaled=True, max_rank=64)
-        fill(addend, x)
+        addend, stacks, token_slots = make_addend(parts, k, m, 8, "uniform", noise, max_rank=64)
         shape = shape_for(x, w, addend)
         assert shape is not None
         found = skinny_linear(x, w, None, addend, shape)
