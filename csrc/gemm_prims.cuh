@@ -18,6 +18,7 @@ DEVICE float reciprocal(float x) {  // within 2^-23
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+DEVICE float inverse_root(float x) { return rsqrtf(x); }
 
 template <class Vector>
 DEVICE uint32_t as_word(Vector v) {
@@ -48,6 +49,9 @@ DEVICE void load_words(uint32_t (&r)[4], const void* p) {
 DEVICE void load_words(uint32_t (&r)[2], const void* p) {
   const uint2 v = *(const uint2*)p;
   r[0] = v.x, r[1] = v.y;
+}
+DEVICE void load_words_once(uint32_t (&r)[4], const void* p) {  // leaves L1 to what is read again
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p) : "memory");
 }
 DEVICE void store_words(void* p, uint32_t a, uint32_t b) { *(uint2*)p = make_uint2(a, b); }
 DEVICE void store_words(void* p, const uint32_t (&r)[4]) { *(uint4*)p = make_uint4(r[0], r[1], r[2], r[3]); }
@@ -208,6 +212,7 @@ inline uint32_t as_bits(float value) {
 }
 inline float exp2_of(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.f / x; }
+inline float inverse_root(float x) { return 1.f / std::sqrt(x); }
 inline float low_bf16(uint32_t pair) { return emu::from_bf16((uint16_t)pair); }
 inline float high_bf16(uint32_t pair) { return emu::from_bf16((uint16_t)(pair >> 16)); }
 inline float low_fp16(uint32_t pair) { return emu::from_fp16((uint16_t)pair); }
@@ -222,6 +227,7 @@ inline uint32_t double_low(uint32_t pair) { return pair << 16 | (pair & 0xffff);
 inline uint32_t double_high(uint32_t pair) { return pair >> 16 | (pair & 0xffff0000u); }
 inline uint32_t multiply_fp16(uint32_t a, uint32_t b) { return pack_fp16(low_fp16(a) * low_fp16(b), high_fp16(a) * high_fp16(b)); }
 inline void load_words(uint32_t (&r)[4], const void* p) { std::memcpy(r, p, 16); }
+inline void load_words_once(uint32_t (&r)[4], const void* p) { load_words(r, p); }
 inline void load_words(uint32_t (&r)[2], const void* p) { std::memcpy(r, p, 8); }
 inline void store_words(void* p, uint32_t a, uint32_t b) {
   const uint32_t words[2] = {a, b};

@@ -21,7 +21,7 @@ import torch
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import build
-from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.library import LIBRARY, define
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, pack, unpack
 
@@ -33,8 +33,8 @@ GROUP_SIZES = (32, 64, 128)  # and one group for each row
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_POOL_BYTES = 1 << 36  # the kernels count places in adapters in pieces of 16 bytes, in 32 bits
 
-LIBRARY.define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) packed) -> ()")
-LIBRARY.define(
+define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) packed) -> ()")
+define(
     "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? tiles, Tensor? counts, Tensor? sorted_pairs, "
     "Tensor topk_ids, Tensor? low, Tensor? low_pool, Tensor? low_records, Tensor? low_ranges, int low_max_rank, "
     "Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
@@ -232,10 +232,4 @@ def _repack_cpu(codes: torch.Tensor, k: int, bits: int, halves: int, packed: tor
     packed.copy_(pack(units[..., fragment_order(bits)], bits))
 
 
-def _nothing(*args: object) -> None:
-    """Only writes into the caller's buffers: nothing to infer."""
-
-
 LIBRARY.impl("marlin_moe_repack", _repack_cpu, "CPU")
-for _name in ("marlin_moe_repack", "marlin_moe_gemm"):
-    torch.library.register_fake(f"sglang_lora_moe::{_name}", _nothing, lib=LIBRARY)

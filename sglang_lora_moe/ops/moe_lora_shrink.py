@@ -7,10 +7,10 @@ import torch
 from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.ops import build, launch
-from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.library import define
 from sglang_lora_moe.ops.low_rank import Following
 
-LIBRARY.define(
+define(
     "moe_lora_shrink(Tensor x, Tensor pool, Tensor offset, Tensor stride, Tensor rank, Tensor split, Tensor scaling, Tensor b_offset, Tensor b_stride, "
     "Tensor tiles, Tensor base_tiles, Tensor counts, Tensor sorted_pairs, Tensor(a!) s, Tensor(b!) records, Tensor(c!)? ranges, Tensor(d!)? next_records, "
     "Tensor? next_offset, Tensor? next_stride, Tensor? next_rank, Tensor? next_scaling, Tensor? next_b_offset, Tensor? next_b_stride, int max_rank, int top_k, "
@@ -42,6 +42,3 @@ def group_shrink(
         made.sorted_pairs, s, records, ranges, *tables, a.max_rank, routing.top_k, routing.lora_block, gather, early,
         multiprocessors or launch.multiprocessors(rows.device), True,
     )  # fmt: skip
-
-
-torch.library.register_fake("sglang_lora_moe::moe_lora_shrink", lambda *args: None, lib=LIBRARY)  # only writes into the caller's buffers

@@ -15,7 +15,7 @@ import triton
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import build, launch
-from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.library import define
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import activation_of
 from sglang_lora_moe.ops.moe_lora_align import Alignment
@@ -23,7 +23,7 @@ from sglang_lora_moe.ops.moe_lora_align import Alignment
 TILE_ROWS = 256  # of w in a tile of the kernel
 DTYPES = (torch.bfloat16, torch.float16)
 
-LIBRARY.define(
+define(
     "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor(b!) tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
     "Tensor? ranges, Tensor(a!) out, Tensor? next_pool, Tensor? next_records, "
     "Tensor(c!)? next_parts, Tensor(d!)? next_s, int top_k, int halves, int max_rank, float alpha, float cubic, float limit, float shift, bool gather, "
@@ -98,6 +98,3 @@ def wgmma_gemm(
         *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.tokens, tile.cluster, tile.stream, reports, behind, queued, True,
     )  # fmt: skip
     return out
-
-
-torch.library.register_fake("sglang_lora_moe::moe_wgmma_gemm", lambda *args: None, lib=LIBRARY)  # only writes into the caller's buffers

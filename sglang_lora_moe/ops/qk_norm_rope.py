@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops import launch, norm_rope
 from sglang_lora_moe.ops.lora_linear import (
     NO_LINEAR_ADDEND,
     NO_SLOT,
@@ -260,6 +260,9 @@ def qk_norm_rope(
     q = qkv.new_empty(m, num_heads, d)
     common = (qkv, q, k_cache, v_cache, kv_slots, positions, cos, sin, q_weight, k_weight, eps, qkv.stride(0), hkv * d, cos.stride(0))
     meta = {"HQ": num_heads, "HKV": hkv, "D": d, "HALF_PAD": triton.next_power_of_2(d // 2), "NORM": q_weight is not None, **launch.options(qkv.device)}
+    if addend is not None and norm_rope.rotates(qkv, k_cache, cos, addend):
+        norm_rope.rotate_rows(qkv, q, (k_cache, v_cache, kv_slots, positions, cos, sin), (q_weight, k_weight), eps, addend)
+        return q
     if addend is not None and (addend.grouped or m > ROWS_MAX):
         heads = 1 if m <= FEW_TOKENS else math.gcd(4, num_heads, hkv)
         _qk_norm_rope_tiles_kernel[(triton.cdiv(m, 16), (num_heads + 2 * hkv) // heads)](

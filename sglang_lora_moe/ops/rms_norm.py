@@ -12,21 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops import launch, norm_rope
 from sglang_lora_moe.ops.lora_linear import (
     NO_LINEAR_ADDEND,
     LinearAddend,
     ShrinkShape,
-    add_tile,
     expand_rows,
-    load_row_scale,
+    linear_expand,
     load_s_sum,
     load_whole_rows,
     matrix_at,
     matrix_of,
     of_slot,
     shrink_tile,
-    tile_rows,
 )
 from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
@@ -121,42 +119,6 @@ def _norm_shrink_tiles_kernel(
         tl.store(out_ptr + row + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _add_norm_tiles_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, H, M,
-    s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
-    SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program per block of tokens: residual += x + delta a block of columns at a time, then the norm of what was stored."""
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    rm, slots, inside = tile_rows(order_ptr, slots_ptr, M, tl.program_id(0), BM)
-    pdl_wait(PDL)
-    row_scale = load_row_scale(row_scale_ptr, rm, slots)
-    squares = tl.zeros((BM,), dtype=tl.float32)
-    for n in tl.range(0, H, BN):
-        cols = n + tl.arange(0, BN)
-        wanted = inside[:, None] & (cols < H)[None, :]
-        place = rm[:, None] * H + cols[None, :]
-        x = tl.load(x_ptr + place, mask=wanted, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + place, mask=wanted, other=0.0).to(tl.float32)
-        x = add_tile(
-            x, s_ptr, row_scale, rm, slots, cols, cols < H, 0, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
-            SPLITS, BR, PRECISION, DTYPE,
-        )  # fmt: skip
-        total = (x.to(DTYPE).to(tl.float32) + residual).to(DTYPE)  # as the linear would have rounded it
-        tl.store(residual_ptr + place, total, mask=wanted)
-        squares += tl.sum(total.to(tl.float32) * total.to(tl.float32), axis=1)
-    scale = tl.rsqrt(squares / H + eps)
-    tl.debug_barrier()  # other threads than those that read may have stored
-    for n in tl.range(0, H, BN):
-        cols = n + tl.arange(0, BN)
-        wanted = inside[:, None] & (cols < H)[None, :]
-        place = rm[:, None] * H + cols[None, :]
-        weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-        total = tl.load(residual_ptr + place, mask=wanted, other=0.0).to(tl.float32)
-        tl.store(out_ptr + place, (total * scale[:, None] * weight[None, :]).to(out_ptr.dtype.element_ty), mask=wanted)
-
-
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -165,9 +127,12 @@ def rms_norm(
     out: torch.Tensor | None = None,
     addend: LinearAddend | None = None,
 ) -> torch.Tensor:
-    """Return the norm of x [M, H] (or of residual + x, which is written back to residual). Raises ValueError on strided rows."""
+    """Return the norm of x [M, H] (or of residual + x, which is written back to residual; with an addend x may be too). Raises ValueError on strided rows."""
     if addend is not None and residual is not None and (addend.grouped or x.shape[0] > ADD_ROWS_MAX):
-        return _add_norm_tiles(x, weight, eps, residual, out, addend)
+        _check(x, residual)
+        if norm_rope.norms(x, addend):
+            return norm_rope.norm_rows(x, residual, weight, torch.empty_like(x) if out is None else out, eps, addend)
+        x, addend = linear_expand(x, addend), None
     return _launch(x, weight, eps, residual, residual, out, addend, None)
 
 
@@ -188,17 +153,6 @@ def rms_norm_shrink(x: torch.Tensor, weight: torch.Tensor, eps: float, residual:
         BLOCK=triton.next_power_of_2(h), num_warps=4, **launch.options(x.device),
     )  # fmt: skip
     return out, total
-
-
-def _add_norm_tiles(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, out: torch.Tensor | None, addend: LinearAddend) -> torch.Tensor:
-    _check(x, residual)
-    (m, h), (splits, _, _, width) = x.shape, addend.s.shape
-    out = torch.empty_like(x) if out is None else out
-    _add_norm_tiles_kernel[(triton.cdiv(m, 16),)](
-        x, residual, weight, out, eps, h, m, *addend.tile_args(), width, SPLITS=splits, BM=16, BN=min(1024, triton.next_power_of_2(h)),
-        BR=addend.tile_rank_block, PRECISION=launch.dot_precision(x.dtype), num_warps=8, **launch.options(x.device),
-    )  # fmt: skip
-    return out
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor | None) -> None:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from sglang_lora_moe.ops import build, launch
-from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.library import define
 from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
 
 MOST_TOKENS = 64
@@ -24,7 +24,7 @@ MOST_SHARED, LISTS = 227 << 10, 12 << 10  # what a block may have, and what barr
 MOST_SIXTEENS = 256  # of adapters' columns in a step
 MOST_PARTS = 4  # of a linear with adapters
 
-LIBRARY.define(
+define(
     "skinny_linear(Tensor x, Tensor w, Tensor? bias, Tensor(b!)? s, Tensor(c!)? readers, Tensor? slots, Tensor? order, Tensor? ordered, Tensor? pool, "
     "Tensor? a_offset, Tensor? b_offset, Tensor? rank, Tensor? scaling, Tensor? starts, Tensor(a!) out, int part_stride, int max_rank, int rows, int splits, "
     "int group, bool overlap) -> ()"
@@ -81,10 +81,3 @@ def shape_for(x: torch.Tensor, w: torch.Tensor, addend: LinearAddend | None) -> 
         if b.pool.dtype != x.dtype or parts > MOST_PARTS or min(x.shape[0], b.num_slots) * parts * -(-b.max_rank // 16) > MOST_SIXTEENS:
             return None
     return shape_of(*w.shape, launch.multiprocessors(x.device), -(-x.shape[0] // 32) * 32)
-
-
-def _nothing(*args: object) -> None:
-    """Only writes into the caller's buffers: nothing to infer."""
-
-
-torch.library.register_fake("sglang_lora_moe::skinny_linear", _nothing, lib=LIBRARY)

@@ -25,7 +25,7 @@ def test_kernels_compile_for_both_caches_without_spills(kernels: list[dict]) -> 
     names = {kernel["name"] for kernel in kernels}
     assert names >= {
         "_norm_shrink_tiles_kernel",
-        "_add_norm_tiles_kernel",
+        "_expand_kernel",
         "_qk_norm_rope_tiles_kernel",
         "_shrink_kernel",
         "_merge_kernel",
