@@ -316,24 +316,6 @@ def load_row_scale(scale_ptr, rm, slots):
 
 
 @triton.jit
-def add_tile(
-    acc, s_ptr, row_scale, rm, slots, rn, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
-    SPLITS: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """acc [BM, BN] + scaling * s B[rn]^T of one part, one pass for each distinct slot of the block."""
-    slot = next_slot(slots, -1)
-    while slot < NO_SLOT:
-        entry = part * part_stride + slot
-        rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
-        b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
-        for r0 in tl.range(0, rank, BR, num_stages=1):
-            low = load_tile_s(s_ptr, row_scale * scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
-            acc = tl.dot(low, load_tile_b(b_ptr, rn, inside, rank, r0, BR, DTYPE), acc, input_precision=PRECISION)
-        slot = next_slot(slots, slot)
-    return acc
-
-
-@triton.jit
 def _expand_kernel(
     y_ptr, s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, blocks_ptr, M,
     y_stride, width, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -349,10 +331,16 @@ def _expand_kernel(
     y_ptrs = y_ptr + rm[:, None] * y_stride + (first + tl.arange(0, BN))[None, :]
     mask = (slots >= 0)[:, None] & inside[None, :]
     acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    acc = add_tile(
-        acc, s_ptr, load_row_scale(row_scale_ptr, rm, slots), rm, slots, rn, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr,
-        part_stride, s_stride, split_stride, width, SPLITS, BR, PRECISION, DTYPE,
-    )  # fmt: skip
+    row_scale = load_row_scale(row_scale_ptr, rm, slots)
+    slot = next_slot(slots, -1)
+    while slot < NO_SLOT:  # one pass for each distinct slot of the block
+        entry = part * part_stride + slot
+        rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
+        b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
+        for r0 in tl.range(0, rank, BR, num_stages=1):
+            low = load_tile_s(s_ptr, row_scale * scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
+            acc = tl.dot(low, load_tile_b(b_ptr, rn, inside, rank, r0, BR, DTYPE), acc, input_precision=PRECISION)
+        slot = next_slot(slots, slot)
     tl.store(y_ptrs, acc.to(DTYPE), mask=mask)
 
 

@@ -218,7 +218,7 @@ def _add_halves(
     a, b, s_ptr, row_scale, rm, slots, row, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
     HALF: tl.constexpr, SPLITS: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """As `lora_linear.add_tile` for both halves of heads, whose rows of B lie HALF apart."""
+    """As `lora_linear._expand_kernel` adds B s, for both halves of heads, whose rows of B lie HALF apart."""
     slot = next_slot(slots, -1)
     while slot < NO_SLOT:
         entry = part * part_stride + slot
