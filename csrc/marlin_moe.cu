@@ -2,11 +2,12 @@
 //
 //   * A block works on whole tiles (block_rows of one expert's weight x up to block_tokens of its tokens) or, where those would leave
 //     multiprocessors idle, on an equal share of all (tile, k) units; blocks that share a tile leave float32 sums in `partials`, and the last
-//     to arrive adds them in block order, so that results do not depend on timing. Nobody waits for anybody.
+//     to arrive adds them in block order, so that results do not depend on timing. Nobody waits for anybody, but for s in marlin_moe_lora.cuh.
 //   * A ring of cp.async stages runs ahead across tiles; each warp loads its own weights, 32 rows, and dequantizes 32 k of them from one 16-byte
 //     load a lane (int4) to exactly the 16-bit value of (q - z) * s; tokens come by ldmatrix from rows swizzled as wgmma wants them too.
 //   * Many tokens on sm_90: by wgmma, 256 rows x 144 tokens a block, with a warpgroup that only copies (gemm_by_warpgroups).
-//   * Adapters are more k of the same product, in 16 bit: stages of the same ring behind a tile's weights (load_adapters). Bias and activation are
+//   * Adapters are more k of the same product, in 16 bit: stages of the same ring behind a tile's weights (load_adapters; of few sorted rows
+//     marlin_moe_lora.cuh). Bias and activation are
 //     part of the end of a tile.
 //   * Tiles of one expert are neighbours with the row tile outermost: several token tiles read the same weights one after another, from L2.
 #include "marlin_moe_kernels.cuh"
@@ -79,8 +80,7 @@ extern "C" int64_t marlin_moe_partials(MarlinMoePlan plan) {
 }
 
 extern "C" int32_t marlin_moe_counters(MarlinMoePlan plan) {
-  const int32_t blocks = marlin_moe_blocks(plan);
-  return blocks < 2 ? 2 : blocks;
+  return marlin_moe_blocks(plan) + 2 * kSlotCounters;
 }
 
 extern "C" int marlin_moe_repack(const MarlinMoeRepack* arguments, void* stream) {

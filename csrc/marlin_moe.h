@@ -14,6 +14,20 @@ struct MarlinMoeRepack {
   int32_t halves;  // 2: the first half of the rows (gate) and the second (up) alternate by fragment; else 1
 };
 
+// The adapters of sorted rows by slot, for tiles of up to 32 tokens; tables as sglang_lora_moe/lora/stacks.py has them.
+struct MarlinMoeSlots {
+  const int32_t* slots;                // [tokens] or -1
+  const int32_t *rank, *split;         // [slots]
+  const int64_t *b_offset, *b_stride;  // [slots]
+  // What down needs to compute s itself, where tiles have 16 tokens; else `pool` is null and `low` filled by the kernel before.
+  const void* pool;                // of A
+  const int64_t *offset, *stride;  // [slots]
+  const float* scaling;            // [slots]
+  const int32_t* tiles;            // [.., 4] LoRA tiles: expert, slot, start, rows <= 16; counts[2] of them
+  int32_t num_slots;
+  int32_t parts;  // items of a LoRA tile, each of every so many eight rows of A
+};
+
 // out[row] = act(w[expert] x[row] + bias[expert]) for the rows of every tile.
 struct MarlinMoeGemm {
   const void* x;                // [.., k] of the activation type
@@ -34,6 +48,7 @@ struct MarlinMoeGemm {
   const int64_t* low_records;  // [.., 5] first sorted row, rows, rank, whether gate and up have their own A, place of B in 16 bytes
   const int32_t* low_ranges;   // [tiles, 2] records that meet each tile; without tiles each pair is one
   int32_t low_width, low_max_rank;
+  const MarlinMoeSlots* by_slot;  // on the host; instead of records and ranges
   int32_t experts, pairs, top_k;
   int32_t rows, k;              // logical widths of a weight: rows = 2I or H
   int32_t row_units, k_units, groups;  // groups of the padded k
@@ -59,7 +74,7 @@ struct MarlinMoeShape {
 MarlinMoeShape marlin_moe_shape(int32_t config);
 int32_t marlin_moe_blocks(MarlinMoePlan plan);
 int64_t marlin_moe_partials(MarlinMoePlan plan);  // floats of scratch
-int32_t marlin_moe_counters(MarlinMoePlan plan);  // of blocks that share tiles, or by wgmma the two queues of tiles
+int32_t marlin_moe_counters(MarlinMoePlan plan);  // of blocks that share tiles, or by wgmma the two queues of tiles; behind them those of adapters by slot
 
 // Enqueue on `stream`. Return a cudaError_t, 0 = success. Never synchronise; safe to capture.
 int marlin_moe_repack(const MarlinMoeRepack* arguments, void* stream);

@@ -31,7 +31,9 @@ void marlin_moe_repack_op(Tensor codes, int64_t k, int64_t bits, int64_t halves,
 
 void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, std::optional<Tensor> tiles,
                         std::optional<Tensor> counts, std::optional<Tensor> sorted_pairs, Tensor topk_ids, std::optional<Tensor> low, std::optional<Tensor> low_pool,
-                        std::optional<Tensor> low_records, std::optional<Tensor> low_ranges, int64_t low_max_rank, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
+                        std::optional<Tensor> low_records, std::optional<Tensor> low_ranges, int64_t low_max_rank, std::optional<Tensor> slots, std::optional<Tensor> rank,
+                        std::optional<Tensor> split, std::optional<Tensor> b_offset, std::optional<Tensor> b_stride, std::optional<Tensor> a_pool, std::optional<Tensor> a_offset,
+                        std::optional<Tensor> a_stride, std::optional<Tensor> scaling, std::optional<Tensor> lora_tiles, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
                         int64_t group_size, int64_t halves, bool activation, double alpha, double cubic, double limit, double shift, bool gather, bool scatter, int64_t config, int64_t sms,
                         bool overlap, int64_t early) {
   const int32_t device = x.get_device_index();
@@ -46,7 +48,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) >= pairs && out.size(1) == width, "marlin_moe_gemm: expected out [", pairs, ", ", width, "], got width ", out.size(out.dim() - 1));
   STD_TORCH_CHECK(!activation || halves == 2, "marlin_moe_gemm: an activation needs halves 2, got ", halves);
   STD_TORCH_CHECK(tiles.has_value() == counts.has_value() && tiles.has_value() == sorted_pairs.has_value(), "marlin_moe_gemm: tiles, counts and sorted_pairs come together");
-  STD_TORCH_CHECK(!low || (low_pool && low_records && low_ranges), "marlin_moe_gemm: adapters need low, low_pool, low_records and low_ranges together");
+  STD_TORCH_CHECK(!low || (low_pool && ((low_records && low_ranges) || slots)), "marlin_moe_gemm: adapters need low, low_pool, and low_records and low_ranges or slots");
   STD_TORCH_CHECK(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, "marlin_moe_gemm: expected groups of 32, 64, 128 or 0 (one), got ", group_size);
   check_packed(packed, rows, k, bits, halves);
   const int64_t experts = packed.size(0), row_units = packed.size(1), groups = group_size ? packed.size(2) * 32 / group_size : 1, scale_elements = experts * row_units * groups * 32;
@@ -67,9 +69,32 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   const int64_t most = tiles ? tiles->numel() / 3 : pairs;
   a.low = low ? checked<void>("marlin_moe", *low, "low", type, device, pairs) : nullptr;
   a.low_pool = low ? checked<void>("marlin_moe", *low_pool, "low_pool", type, device, 0) : nullptr;
-  a.low_records = low ? checked<const int64_t>("marlin_moe", *low_records, "low_records", ScalarType::Long, device, 0) : nullptr;
-  a.low_ranges = low ? checked<const int32_t>("marlin_moe", *low_ranges, "low_ranges", ScalarType::Int, device, 2 * most) : nullptr;
+  a.low_records = low_records ? checked<const int64_t>("marlin_moe", *low_records, "low_records", ScalarType::Long, device, 0) : nullptr;
+  a.low_ranges = low_ranges ? checked<const int32_t>("marlin_moe", *low_ranges, "low_ranges", ScalarType::Int, device, 2 * most) : nullptr;
   a.low_width = low ? (int32_t)low->size(low->dim() - 1) : 0, a.low_max_rank = (int32_t)low_max_rank;
+  MarlinMoeSlots by_slot = {};
+  a.by_slot = nullptr;
+  if (slots) {
+    STD_TORCH_CHECK(low && rank && split && b_offset && b_stride && tiles && marlin_moe_shape((int32_t)config).block_tokens <= 32,
+                    "marlin_moe_gemm: adapters by slot need low, B's tables and tiles of at most 32 tokens");
+    const int64_t known = rank->numel();
+    by_slot.slots = checked<const int32_t>("marlin_moe", *slots, "slots", ScalarType::Int, device, topk_ids.size(0));
+    by_slot.rank = checked<const int32_t>("marlin_moe", *rank, "rank", ScalarType::Int, device, known);
+    by_slot.split = checked<const int32_t>("marlin_moe", *split, "split", ScalarType::Int, device, known);
+    by_slot.b_offset = checked<const int64_t>("marlin_moe", *b_offset, "b_offset", ScalarType::Long, device, known);
+    by_slot.b_stride = checked<const int64_t>("marlin_moe", *b_stride, "b_stride", ScalarType::Long, device, known);
+    by_slot.num_slots = (int32_t)known, by_slot.parts = a.low_width > 8 ? 2 : 1;
+    a.by_slot = &by_slot;
+  }
+  if (a_pool) {
+    STD_TORCH_CHECK(a.by_slot && a_offset && a_stride && scaling && lora_tiles && !gather && marlin_moe_shape((int32_t)config).block_tokens == 16,
+                    "marlin_moe_gemm: A needs adapters by slot, its tables, LoRA tiles, and a down with tiles of 16 tokens");
+    by_slot.pool = checked<void>("marlin_moe", *a_pool, "a_pool", type, device, 0);
+    by_slot.offset = checked<const int64_t>("marlin_moe", *a_offset, "a_offset", ScalarType::Long, device, by_slot.num_slots);
+    by_slot.stride = checked<const int64_t>("marlin_moe", *a_stride, "a_stride", ScalarType::Long, device, by_slot.num_slots);
+    by_slot.scaling = checked<const float>("marlin_moe", *scaling, "scaling", ScalarType::Float, device, by_slot.num_slots);
+    by_slot.tiles = checked<const int32_t>("marlin_moe", *lora_tiles, "lora_tiles", ScalarType::Int, device, 0);
+  }
   a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)topk_ids.size(1);
   a.rows = (int32_t)rows, a.k = (int32_t)k, a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups;
   a.group_size = (int32_t)group_size, a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16, a.halves = (int32_t)halves;

@@ -1,6 +1,6 @@
 // The two kernels of the grouped GEMM of marlin_moe.cu, and the shapes of tiles that are built.
 #pragma once
-#include "marlin_moe_tiles.cuh"
+#include "marlin_moe_lora.cuh"
 
 namespace {
 
@@ -44,15 +44,6 @@ DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, 
 #pragma unroll 1
   for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, d, w, s, l, i, i >= loaded), cp_commit();
 }
-
-// Blocks of a multiprocessor that registers are shared among: no more than fit its memory, which before Hopper is 164 KB at most.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <class S>
-constexpr int kResident = S::kBlocks * S::kStages * S::kStageBytes <= 164 * 1024 ? S::kBlocks : 164 * 1024 / (S::kStages * S::kStageBytes);
-#else
-template <class S>
-constexpr int kResident = S::kBlocks;
-#endif
 
 template <class S>
 KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, Derived d) {
@@ -298,6 +289,11 @@ int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
     how.threads += kCopyThreads;
     return launch(how, gemm_by_warpgroups<S>, a, d);
   } else {
+    if constexpr (kBySlot<S>) {
+      if constexpr (S::kTokens == 16)
+        if (a.by_slot && a.by_slot->pool) return launch(how, gemm_by_slot<Shrinking<S>>, a, *a.by_slot, d);
+      if (a.by_slot) return launch(how, gemm_by_slot<S>, a, *a.by_slot, d);
+    }
     return launch(how, gemm<S>, a, d);
   }
 }

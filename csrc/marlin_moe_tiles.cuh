@@ -209,13 +209,12 @@ struct Loader {
   Adapters adapters;
 };
 
+// Where weights and rows of a tile begin.
 template <class S>
-DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
-  const Tile tile = find_tile<false>(a, d, w, l.unit / w.k_steps);
+DEVICE void place_tile(const MarlinMoeGemm& a, const Derived& d, const Shared& s, const Tile& tile, Loader<S>& l) {
   const int slot = l.entered++ % kQueue, warp = warp_index(), unit_in_expert = tile.row_tile * S::kWarpsM + warp % S::kWarpsM;
   if (thread_index() == 0) s.tiles[slot] = tile;
   l.rows = tile.rows, l.present = unit_in_expert < a.row_units;
-  if (a.low && (!a.early || l.entered > 1)) l.adapters.ask(a, tile.index);
   const int row_unit = tile.expert * a.row_units + unit_in_expert;
   l.weights = (uint32_t)((row_unit * a.k_units + (l.k_step * S::kWarpsK + warp / S::kWarpsM) * S::kKU) * S::kUnitPieces + lane_index());
   l.scales = (uint32_t)(row_unit * a.groups * 4 + lane_index());
@@ -227,6 +226,13 @@ DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, 
     l.x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + thread_index() % S::kXPieces;
     if (thread_index() % S::kXPieces == 0) s.pairs[slot * S::kTokens + row] = pair;
   }
+}
+
+template <class S>
+DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
+  const Tile tile = find_tile<false>(a, d, w, l.unit / w.k_steps);
+  if (a.low && (!a.early || l.entered > 0)) l.adapters.ask(a, tile.index);
+  place_tile<S>(a, d, s, tile, l);
 }
 
 DEVICE const uint8_t* piece_of(const void* base, uint32_t index) { return (const uint8_t*)base + (uint64_t)index * 16; }
@@ -311,6 +317,15 @@ DEVICE bool load_adapters(const MarlinMoeGemm& a, const Tile& tile, A& l, uint8_
   if constexpr (S::kWarpgroup) l.fetch(a);
   return copied;
 }
+
+// Blocks of a multiprocessor that registers are shared among: no more than fit its memory, which before Hopper is 164 KB at most.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class S>
+constexpr int kResident = S::kBlocks * S::kStages * S::kStageBytes <= 164 * 1024 ? S::kBlocks : 164 * 1024 / (S::kStages * S::kStageBytes);
+#else
+template <class S>
+constexpr int kResident = S::kBlocks;
+#endif
 
 // ---- Arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -488,9 +503,9 @@ DEVICE void load_adapter_fragments(const Shared& s, int slot, uint32_t (&fragmen
   }
 }
 
-// One stage of adapters, by the first warps along k.
+// One stage of adapters, `sixteens` times 16 ranks, by the first warps along k.
 template <class S>
-DEVICE void multiply_adapters(const MarlinMoeGemm& a, const Shared& s, int slot, int live, Sums<S>& sums) {
+DEVICE void multiply_adapters(const MarlinMoeGemm& a, const Shared& s, int slot, int live, Sums<S>& sums, int sixteens = S::kSixteens) {
   using T = typename S::Type;
   if (S::kWarpsK > 1 && warp_index() >= S::kWarpsM) return;
   const int lane = lane_index(), piece = (lane / 8 ^ lane % 8) * 16;
@@ -505,6 +520,7 @@ DEVICE void multiply_adapters(const MarlinMoeGemm& a, const Shared& s, int slot,
     load_matrix_x4(low[1], matrices + n * 1024 + (a.halves == 2 ? piece ^ 64 : piece));
 #pragma unroll
     for (int i = 0; i < 2 * S::kSixteens; i++) {
+      if (i / 2 >= sixteens) break;
       const uint32_t half[2] = {low[i % 2][i / 2 * 2], low[i % 2][i / 2 * 2 + 1]};
       T::mma(sums.value[i % 2][n], fragments[i / 2][i % 2], half);
     }

@@ -41,6 +41,7 @@ class LowRank:
     records: torch.Tensor | None = None  # int64 [LoRA tiles, 5]; per pair for tensor cores [P, 5]
     ranges: torch.Tensor | None = None  # int32 [base tiles or P, 2]
     following: Following | None = None
+    a: Stack | None = None  # for a GEMM that finds adapters by slot; without records it computes s itself
 
     @property
     def _ranks(self) -> int:

@@ -37,6 +37,8 @@ define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) 
 define(
     "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? tiles, Tensor? counts, Tensor? sorted_pairs, "
     "Tensor topk_ids, Tensor? low, Tensor? low_pool, Tensor? low_records, Tensor? low_ranges, int low_max_rank, "
+    "Tensor? slots, Tensor? rank, Tensor? split, Tensor? b_offset, Tensor? b_stride, "
+    "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? scaling, Tensor? lora_tiles, "
     "Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
     "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap, int early) -> ()"
 )
@@ -176,8 +178,8 @@ class GemmScratch:
     @classmethod
     def allocate(cls, sms: int, device: torch.device) -> GemmScratch:
         floats = max(2 * sms * s.blocks_per_sm * s.block_rows * s.block_tokens for s in SHAPES)
-        blocks = max(sms * s.blocks_per_sm for s in SHAPES)
-        return cls(torch.empty(floats, dtype=torch.float32, device=device), torch.zeros(blocks, dtype=torch.int32, device=device))
+        counters = max(sms * s.blocks_per_sm for s in SHAPES) + 8  # adapters by slot: csrc/marlin_moe_lora.cuh
+        return cls(torch.empty(floats, dtype=torch.float32, device=device), torch.zeros(counters, dtype=torch.int32, device=device))
 
 
 def marlin_moe_gemm(
@@ -201,27 +203,31 @@ def marlin_moe_gemm(
 
     out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens; without
     an alignment every pair is a tile of its own, in pair order. Rows of pairs without an expert are not written.
-    `addend`: of a shrink over the same alignment, or for tensor cores per pair; B s is added before the activation.
+    `addend`: of a shrink over the same alignment, or for tensor cores per pair; B s is added before the activation. With A it is
+    found by slot, for tiles of up to 32 tokens; without records the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16.
     With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
     written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone.
     """
     tiles, counts, order = (None, None, None) if alignment is None else (alignment.base_tiles, alignment.counts, alignment.sorted_pairs)
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
-        x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, *_addend_args(addend),
+        x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, *_addend_args(addend, alignment),
         out, scratch.partials, scratch.arrivals, weight.rows, weight.group_size, weight.halves,
         *activation_of(activation), gather, scatter, config, sms, overlap, early,
     )  # fmt: skip
     return out
 
 
-def _addend_args(addend: LowRank | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int]:
+def _addend_args(addend: LowRank | None, alignment: Alignment | None) -> tuple[torch.Tensor | int | None, ...]:
     if addend is None:
-        return None, None, None, None, 0
-    assert addend.records is not None, "the GEMM needs an addend with records"
-    if addend.b.pool.nbytes > MOST_POOL_BYTES:
-        found = addend.b.pool.nbytes / 2**30
+        return *(None,) * 4, 0, *(None,) * 10
+    a, b = addend.a, addend.b
+    assert addend.records is not None or a is not None, "the GEMM needs an addend with records, or with A"
+    if b.pool.nbytes > MOST_POOL_BYTES:
+        found = b.pool.nbytes / 2**30
         raise ValueError(f"marlin_moe_gemm: the adapter pool has {found:.0f} GiB of at most 64: lower --max-loras-per-batch or --max-lora-rank")
-    return addend.s, addend.b.pool, addend.records, addend.ranges, addend.b.max_rank
+    slots = (None,) * 5 if a is None else (addend.token_slots, b.rank, b.split_a, b.offset, b.expert_stride)
+    own = (None,) * 5 if a is None or alignment is None or addend.records is not None else (a.pool, a.offset, a.expert_stride, b.scaling, alignment.lora_tiles)
+    return addend.s, b.pool, addend.records, addend.ranges, b.max_rank, *slots, *own
 
 
 def _repack_cpu(codes: torch.Tensor, k: int, bits: int, halves: int, packed: torch.Tensor) -> None:

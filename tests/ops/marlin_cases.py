@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import torch
 
+from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.spec import MoESpec, apply_activation
 from sglang_lora_moe.ops import marlin_moe as op
+from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_lora_align import Alignment, moe_lora_align_block_size
 from sglang_lora_moe.quantization.wna16 import WNA16Weight, dequantize, pack, unpack
 from tests.moe_cases import generator, make_topk_ids
@@ -28,7 +31,44 @@ class Adapters:
 
     def addend(self) -> SimpleNamespace:
         s, pool, records, ranges = (t.cuda() for t in (self.s[None], self.pool, self.records, self.ranges))
-        return SimpleNamespace(s=s, b=SimpleNamespace(pool=pool, max_rank=self.max_rank), records=records, ranges=ranges)
+        return SimpleNamespace(s=s, b=SimpleNamespace(pool=pool, max_rank=self.max_rank), records=records, ranges=ranges, a=None)
+
+    def products(self, case: Case) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(first row, B, s of the first half, s of the second) of each record, in float32."""
+        for start, count, rank, split, place in self.records.tolist():
+            low = self.s[start : start + count].float()
+            b = self.pool[place * 8 :][: case.rows * rank].view(case.rows, rank).float()
+            yield start, b, low[:, :rank], low[:, split * self.max_rank :][:, :rank]
+
+
+@dataclass(frozen=True)
+class SlotAdapters:
+    """Adapters by slot; s is what a shrink leaves, or NaN where the GEMM computes it itself."""
+
+    s: torch.Tensor  # [P, width]
+    a: Stack
+    b: Stack
+    token_slots: torch.Tensor
+    shrinks: bool  # the GEMM computes s
+
+    def addend(self) -> LowRank:
+        def on_gpu(stack: Stack) -> Stack:
+            return replace(stack, **{f.name: getattr(stack, f.name).cuda() for f in fields(stack) if isinstance(getattr(stack, f.name), torch.Tensor)})
+
+        records = None if self.shrinks else torch.empty(0, 5, dtype=torch.int64, device="cuda")
+        return LowRank(self.s[None].cuda(), on_gpu(self.b), self.token_slots.cuda(), records, a=on_gpu(self.a))
+
+    def products(self, case: Case) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        align, x = case.alignment(), case.inputs()[0].float()
+        assert align is not None
+        for expert, slot, start, count in align.lora_tiles[: int(align.counts[2])].tolist():
+            rank, rows = int(self.a.rank[slot]), torch.arange(start, start + count)
+            all_ranks = rank * (1 + int(self.a.split_a[slot]))
+            at_a, at_b = (int(t.offset[slot] + expert * t.expert_stride[slot]) for t in (self.a, self.b))
+            matrix = self.a.pool[at_a:][: all_ranks * case.k].view(all_ranks, case.k).float()
+            rows = align.sorted_pairs[rows].long() // case.top_k if case.halves == 2 else rows
+            low = (x[rows] @ matrix.T * self.b.scaling[slot]).to(case.dtype).float()
+            yield start, self.b.pool[at_b:][: case.rows * rank].view(case.rows, rank).float(), low[:, :rank], low[:, all_ranks - rank :]
 
 
 @dataclass(frozen=True)
@@ -53,6 +93,7 @@ class Case:
     by_pair: bool = False
     order: int = 0
     ranks: tuple[int, ...] = ()  # of adapters in turn, some rows between them without
+    by_slot: bool = False  # adapters by slot, one of each rank, in place of records
     x_is_identity: bool = False  # the output is the weights themselves
     sizes: float = 1.0  # of the weights
 
@@ -71,13 +112,41 @@ class Case:
         return x, ids, torch.randn(self.experts, self.rows, generator=g).to(self.dtype) if self.bias else None
 
     def alignment(self) -> Alignment | None:
-        return None if self.by_pair else moe_lora_align_block_size(self.inputs()[1], None, self.experts, 0, op.SHAPES[self.config].block_tokens, 16)
+        slots = self.token_slots()
+        number = 0 if slots is None else len(self.ranks)
+        return None if self.by_pair else moe_lora_align_block_size(self.inputs()[1], slots, self.experts, number, op.SHAPES[self.config].block_tokens, 16)
 
-    def adapters(self) -> Adapters | None:
+    def token_slots(self) -> torch.Tensor | None:
+        return torch.randint(-1, len(self.ranks), (self.tokens,), generator=generator(self.tokens), dtype=torch.int32) if self.by_slot else None
+
+    def _by_slot(self, slots: torch.Tensor) -> SlotAdapters:
+        """One adapter a slot; every second has an A of its own for up, every third the same matrices for all experts."""
+        g, most, split = generator(self.tokens), max(self.ranks), [i % 2 * (self.halves == 2) for i in range(len(self.ranks))]
+
+        def stack(sizes: list[int], dim: int) -> Stack:
+            strides = torch.tensor([0 if i % 3 == 2 else size for i, size in enumerate(sizes)])
+            ends = torch.tensor(sizes).cumsum(0) * self.experts
+            pool = (torch.randn(int(ends[-1]), generator=g) * self.k**-0.5).to(self.dtype)
+            ranks, scaling = torch.tensor(self.ranks, dtype=torch.int32), torch.arange(1, len(sizes) + 1) / 2
+            offset = ends - torch.tensor(sizes) * self.experts
+            return Stack(pool, offset, strides, ranks, scaling, torch.tensor(split, dtype=torch.int32), dim, most, self.halves == 2)
+
+        a = stack([rank * (1 + s) * self.k for rank, s in zip(self.ranks, split, strict=True)], self.k)
+        s = torch.full((self.tokens * self.top_k, a.shrink_width), float("nan"), dtype=self.dtype)
+        found = SlotAdapters(s, a, stack([rank * self.rows for rank in self.ranks], self.rows), slots, self.config == 1 and self.halves == 1)
+        if not found.shrinks:
+            for start, b, low, low_up in found.products(self):
+                s[start : start + len(low), : b.shape[1]] = low.to(s.dtype)
+                s[start : start + len(low), -most:][:, : b.shape[1]] = low_up.to(s.dtype)
+        return found
+
+    def adapters(self) -> Adapters | SlotAdapters | None:
         """Runs of 5 rows of one adapter in records of up to 3, cut where an expert ends, or single pairs; every second has an A of its own for up."""
-        align = self.alignment()
+        align, slots = self.alignment(), self.token_slots()
         if not self.ranks:
             return None
+        if slots is not None:
+            return self._by_slot(slots)
         g, ids, most = generator(self.tokens), self.inputs()[1].flatten(), max(self.ranks)
         if align is None:
             return self._adapters_by_pair(ids.tolist(), g)
@@ -118,13 +187,10 @@ class Case:
             mine = flat[order] == expert
             sums[mine] = rows[mine] @ weights[expert].T + (0 if bias is None else bias[expert].float())
         adapters = self.adapters()
-        for start, count, rank, split, place in [] if adapters is None else adapters.records.tolist():
-            assert adapters is not None
-            b, low = adapters.pool[place * 8 :][: self.rows * rank].view(self.rows, rank).float(), adapters.s[start : start + count].float()
-            half = self.rows // self.halves
-            sums[start : start + count, :half] += low[:, :rank] @ b[:half].T
-            if self.halves == 2:
-                sums[start : start + count, half:] += low[:, split * adapters.max_rank :][:, :rank] @ b[half:].T
+        half = self.rows // self.halves
+        for start, b, low, low_up in () if adapters is None else adapters.products(self):
+            sums[start : start + len(low), :half] += low @ b[:half].T
+            sums[start : start + len(low), half:] += low_up @ b[half:].T
         out, written = torch.zeros_like(sums), torch.zeros(flat.numel(), dtype=torch.bool)
         to = order if self.halves == 1 else torch.arange(len(order))
         out[to], written[to] = sums, valid[order]
@@ -134,8 +200,8 @@ class Case:
 def encode_repack(weight: WNA16Weight, halves: int) -> bytes:
     experts, rows, k = weight.packed.shape[0], weight.out_features, weight.in_features
     sizes = op.padded_units(rows, k, halves)
-    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 24
-    return struct.pack("35i", *head) + weight.packed.numpy().tobytes()
+    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 28
+    return struct.pack("39i", *head) + weight.packed.numpy().tobytes()
 
 
 def encode_gemm(case: Case) -> bytes:
@@ -157,11 +223,21 @@ def encode_gemm(case: Case) -> bytes:
     ]
     head += [ids.numel(), case.top_k, x.shape[0], ids.numel(), columns, active, case.halves == 2, case.halves == 1, sorted_pairs.numel()]
     adapters = case.adapters()
-    head += [0, 0, 0, 0] if adapters is None else [adapters.s.shape[1], adapters.max_rank, adapters.pool.numel(), len(adapters.records)]
-    low = () if adapters is None else (adapters.s, adapters.pool, adapters.records, adapters.ranges if tiles is None else adapters.ranges[: len(tiles)])
+    low: tuple[torch.Tensor, ...] = ()
+    if isinstance(adapters, Adapters):
+        head += [adapters.s.shape[1], adapters.max_rank, adapters.pool.numel(), len(adapters.records), 0, 0, 0, 0]
+        low = adapters.s, adapters.pool, adapters.records, adapters.ranges if tiles is None else adapters.ranges[: len(tiles)]
+    elif adapters is None:
+        head += [0] * 8
+    else:
+        assert align is not None
+        a, b, lora_tiles = adapters.a, adapters.b, align.lora_tiles[: int(align.counts[2])]
+        head += [a.shrink_width, a.max_rank, b.pool.numel(), 0, a.pool.numel() if adapters.shrinks else 0, a.num_slots, len(lora_tiles), case.tokens]
+        low = adapters.s, b.pool, adapters.token_slots, b.rank, b.split_a, b.offset, b.expert_stride
+        low += (*((a.pool,) if adapters.shrinks else ()), a.offset, a.expert_stride, b.scaling, lora_tiles)
     tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, sorted_pairs, ids, *low)
     blobs = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None and t.numel())
-    return struct.pack("31i4f", *map(int, head), *formula) + blobs
+    return struct.pack("35i4f", *map(int, head), *formula) + blobs
 
 
 def unpack_weight(weight: op.MarlinWeight) -> WNA16Weight:

@@ -67,7 +67,7 @@ def test_emulated_repack_equals_torch(driver: Path, bits: int) -> None:
 
 
 def test_shapes_are_those_of_the_kernels(driver: Path) -> None:
-    found = torch.frombuffer(emulator.answer(driver, struct.pack("35i", 2, *[0] * 34)), dtype=torch.int32).view(-1, 6).tolist()
+    found = torch.frombuffer(emulator.answer(driver, struct.pack("39i", 2, *[0] * 38)), dtype=torch.int32).view(-1, 6).tolist()
     assert found == [list(astuple(shape)) for shape in op.SHAPES]
 
 
@@ -145,6 +145,23 @@ def test_emulated_gemm_adds_adapters(driver: Path, config: int) -> None:
     cases = [replace(base, halves=h, dtype=d, spec=spec) for d in op.DTYPES for h, spec in ((1, None), (2, None), (2, SILU))]
     cases += [replace(base, routing="some_invalid"), replace(base, sms=7, halves=2), replace(base, tokens=1), replace(base, ranks=(2,), bias=True)]
     cases += [replace(base, routing="one_expert", ranks=ranks, top_k=1, tokens=64) for ranks in (RANKS, (8, 16))]
+    check(driver, cases)
+
+
+@pytest.mark.parametrize("config", [1, 2])
+def test_emulated_gemm_finds_adapters_by_slot(driver: Path, config: int) -> None:
+    """Down with tiles of 16 tokens computes s itself. Odd ranks, one matrix for all experts, shared tiles, tiles of one stage, many adapters in one, none."""
+    base = Case(19, config=config, ranks=RANKS, k=512, rows=80, by_slot=True)
+    cases = [replace(base, halves=h, dtype=d, spec=spec, order=i) for d in op.DTYPES for i, (h, spec) in enumerate(((1, None), (2, None), (2, SILU)))]
+    cases += [replace(base, routing=r, k=1200, group=1200, halves=h) for r in ("some_invalid", "all_invalid") for h in (1, 2)]
+    cases += [
+        replace(base, sms=7, halves=2),
+        replace(base, tokens=1),
+        replace(base, ranks=(2,), bias=True),
+        replace(base, k=128, sms=1),
+        replace(base, k=32, ranks=(8,)),
+    ]
+    cases += [replace(base, routing="one_expert", ranks=ranks, top_k=1, tokens=64, halves=2) for ranks in (RANKS, (8, 16))]
     check(driver, cases)
 
 
@@ -241,6 +258,9 @@ def test_gpu_gemm_adds_adapters_and_rounds_weights_once(config: int) -> None:
     base = Case(150, config=config, ranks=RANKS, k=512, rows=384)
     for dtype, (halves, spec) in itertools.product(op.DTYPES, ((1, None), (2, None), (2, SILU))):
         check_on_gpu(replace(base, halves=halves, dtype=dtype, spec=spec))
+        if op.SHAPES[config].block_tokens in (16, 32):
+            for k, tokens in itertools.product((64, 768, 2048), (1, 33, 150)):
+                check_on_gpu(replace(base, halves=halves, dtype=dtype, spec=spec, k=k, tokens=tokens, by_slot=True))
     for sizes in (1.0, 2.0**20, 2.0**-60):
         case = weights_case(config, sizes)
         assert_are_weights(run_on_gpu(case), case)
@@ -259,11 +279,13 @@ def test_gpu_gemm_up_to_4097_tokens(config: int) -> None:
 
 def test_pool_beyond_32_bit_places_is_refused() -> None:
     def addend(elements: int) -> Any:
-        return SimpleNamespace(records=1, s=2, ranges=3, b=SimpleNamespace(pool=torch.empty(elements, dtype=torch.bfloat16, device="meta"), max_rank=16))
+        return SimpleNamespace(
+            records=1, s=2, ranges=3, a=None, b=SimpleNamespace(pool=torch.empty(elements, dtype=torch.bfloat16, device="meta"), max_rank=16)
+        )
 
-    assert op._addend_args(addend(1 << 35))[2:] == (1, 3, 16)
+    assert op._addend_args(addend(1 << 35), None)[2:5] == (1, 3, 16)
     with pytest.raises(ValueError, match="has 65 GiB of at most 64: lower --max-loras-per-batch or --max-lora-rank"):
-        op._addend_args(addend(65 << 29))
+        op._addend_args(addend(65 << 29), None)
 
 
 @pytest.mark.gpu

@@ -145,7 +145,7 @@ class MarlinRunnerCore(MoeRunnerCore):
     ) -> torch.Tensor:
         plan = self._plan(inp)
         # what comes before: a shrink that others are done before, the alignment or the router, gate_up, or the second shrink and gate_up beside it
-        early = 1 if not gather and (addend is None or routing.rows == "pair") else 2 if addend is not None else 0
+        early = 1 if not gather and (addend is None or addend.records is None or routing.rows == "pair") else 2 if addend is not None else 0
         return marlin_moe_gemm(
             x, weight, None if routing.rows == "pair" else routing.alignment, routing.topk_ids, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,

@@ -10,11 +10,17 @@ from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.ops.fused_moe_lora import moe_shrink, pair_shrink_for_mma
 from sglang_lora_moe.ops.low_rank import LowRank
 
+BY_SLOT_ROWS, OWN_SHRINK_ROWS = 32, 16  # of a base tile, up to which the GEMM finds adapters by slot, and down computes s itself: more take too many registers
+
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
     """What the GEMM adds before its store. NOTE: it must be the very next launch."""
     gather = rows_from == "tokens"
     name, a, b = ("lora.13", stacks.a13, stacks.b13) if gather else ("lora.2", stacks.a2, stacks.b2)
-    if routing.rows != "pair":
-        return moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048)
-    return pair_shrink_for_mma(rows, a, b, routing, inp.workspace, gather=gather, name=name)
+    if routing.rows == "pair":
+        return pair_shrink_for_mma(rows, a, b, routing, inp.workspace, gather=gather, name=name)
+    if max(routing.base_block, routing.lora_block) <= OWN_SHRINK_ROWS and not gather:
+        assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
+        return LowRank(inp.workspace.get(f"{name}.s", (1, routing.num_pairs, a.shrink_width), rows.dtype), b, inp.token_slots, a=a)
+    low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048)
+    return LowRank(low.s, b, low.token_slots, low.records, low.ranges, a=a if routing.base_block <= BY_SLOT_ROWS else None)
