@@ -10,7 +10,7 @@ from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.ops.fused_moe_lora import moe_shrink, pair_shrink_for_mma
 from sglang_lora_moe.ops.low_rank import LowRank
 
-BY_SLOT_ROWS, OWN_SHRINK_ROWS = 32, 16  # of a base tile, up to which the GEMM finds adapters by slot, and down computes s itself: more take too many registers
+OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
 
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
@@ -23,4 +23,4 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
         assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
         return LowRank(inp.workspace.get(f"{name}.s", (1, routing.num_pairs, a.shrink_width), rows.dtype), b, inp.token_slots, a=a)
     low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048)
-    return LowRank(low.s, b, low.token_slots, low.records, low.ranges, a=a if routing.base_block <= BY_SLOT_ROWS else None)
+    return LowRank(low.s, b, low.token_slots, low.records, low.ranges, a=a if OWN_SHRINK_ROWS < routing.base_block <= BY_SLOT_ROWS else None)
