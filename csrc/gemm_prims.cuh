@@ -122,6 +122,10 @@ DEVICE void hold_here(uint32_t (&fragments)[2][2][4]) {
 #pragma unroll
   for (int i = 0; i < 16; i++) asm volatile("" : "+r"(fragments[i / 8][i / 4 % 2][i % 4])::"memory");
 }
+template <class T>
+DEVICE void hold_here(T*& address) {
+  asm volatile("" : "+l"(address));
+}
 // Between this thread's finished copies into shared memory and the barrier before a wgmma that reads them.
 DEVICE void publish_to_wgmma() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -133,6 +137,25 @@ template <int NT>  // eights of columns; d may have more
 DEVICE void wgmma_bf16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 template <int NT>
 DEVICE void wgmma_fp16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
+// The registers of so many eights of columns, in the text of an instruction.
+#define LIST_1 "%0,%1,%2,%3"
+#define LIST_2 LIST_1 ",%4,%5,%6,%7"
+#define LIST_3 LIST_2 ",%8,%9,%10,%11"
+#define LIST_4 LIST_3 ",%12,%13,%14,%15"
+#define LIST_5 LIST_4 ",%16,%17,%18,%19"
+#define LIST_6 LIST_5 ",%20,%21,%22,%23"
+#define LIST_7 LIST_6 ",%24,%25,%26,%27"
+#define LIST_8 LIST_7 ",%28,%29,%30,%31"
+#define LIST_9 LIST_8 ",%32,%33,%34,%35"
+#define LIST_10 LIST_9 ",%36,%37,%38,%39"
+#define LIST_11 LIST_10 ",%40,%41,%42,%43"
+#define LIST_12 LIST_11 ",%44,%45,%46,%47"
+#define LIST_13 LIST_12 ",%48,%49,%50,%51"
+#define LIST_14 LIST_13 ",%52,%53,%54,%55"
+#define LIST_15 LIST_14 ",%56,%57,%58,%59"
+#define LIST_16 LIST_15 ",%60,%61,%62,%63"
+#define LIST_17 LIST_16 ",%64,%65,%66,%67"
+#define LIST_18 LIST_17 ",%68,%69,%70,%71"
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // Both for NT eights: COLUMNS = 8 NT, DS the registers of d in the text, AS those of a and B that of b behind them; the operands of d follow.
 #define WGMMA(NT, COLUMNS, DS, AS, B, ...) \
@@ -148,38 +171,20 @@ DEVICE void wgmma_fp16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 #define D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define D8(i) D4(i), D4(i + 1)
 #define D16(i) D8(i), D8(i + 2)
-WGMMA(2, "16",
-      "%0, %1, %2, %3, %4, %5, %6, %7",
-      "%8, %9, %10, %11", "%12", D8(0))
-WGMMA(4, "32",
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15",
-      "%16, %17, %18, %19", "%20", D16(0))
-WGMMA(6, "48",
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23",
-      "%24, %25, %26, %27", "%28", D16(0), D8(4))
-WGMMA(8, "64",
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31",
-      "%32, %33, %34, %35", "%36", D16(0), D16(4))
-WGMMA(12, "96",
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47",
-      "%48, %49, %50, %51", "%52", D16(0), D16(4), D16(8))
-WGMMA(16, "128",
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",
-      "%64, %65, %66, %67", "%68", D16(0), D16(4), D16(8), D16(12))
-WGMMA(18, "144",
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71",
-      "%72, %73, %74, %75", "%76", D16(0), D16(4), D16(8), D16(12), D8(16))
+WGMMA(2, "16", LIST_2, "%8, %9, %10, %11", "%12", D8(0))
+WGMMA(4, "32", LIST_4, "%16, %17, %18, %19", "%20", D16(0))
+WGMMA(6, "48", LIST_6, "%24, %25, %26, %27", "%28", D16(0), D8(4))
+WGMMA(8, "64", LIST_8, "%32, %33, %34, %35", "%36", D16(0), D16(4))
+WGMMA(9, "72", LIST_9, "%36, %37, %38, %39", "%40", D16(0), D16(4), D4(8))
+WGMMA(10, "80", LIST_10, "%40, %41, %42, %43", "%44", D16(0), D16(4), D8(8))
+WGMMA(11, "88", LIST_11, "%44, %45, %46, %47", "%48", D16(0), D16(4), D8(8), D4(10))
+WGMMA(12, "96", LIST_12, "%48, %49, %50, %51", "%52", D16(0), D16(4), D16(8))
+WGMMA(13, "104", LIST_13, "%52, %53, %54, %55", "%56", D16(0), D16(4), D16(8), D4(12))
+WGMMA(14, "112", LIST_14, "%56, %57, %58, %59", "%60", D16(0), D16(4), D16(8), D8(12))
+WGMMA(15, "120", LIST_15, "%60, %61, %62, %63", "%64", D16(0), D16(4), D16(8), D8(12), D4(14))
+WGMMA(16, "128", LIST_16, "%64, %65, %66, %67", "%68", D16(0), D16(4), D16(8), D16(12))
+WGMMA(17, "136", LIST_17, "%68, %69, %70, %71", "%72", D16(0), D16(4), D16(8), D16(12), D4(16))
+WGMMA(18, "144", LIST_18, "%72, %73, %74, %75", "%76", D16(0), D16(4), D16(8), D16(12), D8(16))
 #undef D16
 #undef D8
 #undef D4
@@ -252,6 +257,8 @@ inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16);
 inline uint32_t arrive(uint32_t* counter, uint32_t one = 1) { return (*counter += one) - one; }
 inline uint32_t take_ticket(uint32_t* counter, uint32_t one = 1) { return (*counter += one) - one; }
 inline void hold_here(uint32_t (&)[2][2][4]) {}
+template <class T>
+void hold_here(T*&) {}
 // In hopper_prims.cuh, as is what goes with them.
 template <int NT>
 void wgmma_bf16(float (*d)[4], const uint32_t (&a)[4], uint64_t b);

@@ -79,6 +79,12 @@ DEVICE void copy_bulk(void* target, const void* source, int bytes, Barrier* barr
                : "memory");
 #endif
 }
+// What this thread has seen other blocks write, before the tensor copy engine reads it.
+DEVICE void publish_rows() {
+#if SM90
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
 constexpr uint64_t kKeep = 0x1000000000000000, kStream = 0x12F0000000000000;  // how L2 ranks what it reads, as createpolicy makes them: as usual; first to leave
 // A box of a three-dimensional tensor into shared memory, in 128-byte rows swizzled as wgmma wants them; its bytes count on `barrier`.
 DEVICE void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t policy) {
@@ -238,24 +244,6 @@ DEVICE void copy_16_bytes(void* target, const void* source) { *(uint4*)target = 
 // d[64 x 8 NT] (+)= a[64 x 16] b[16 x 8 NT], one warpgroup, both in shared memory: rows of 64 values swizzled by their last three bits;
 // accumulate = false: d is overwritten.
 #define D4(i) "+f"(d[4 * (i)]), "+f"(d[4 * (i) + 1]), "+f"(d[4 * (i) + 2]), "+f"(d[4 * (i) + 3])
-#define LIST_1 "%0,%1,%2,%3"
-#define LIST_2 LIST_1 ",%4,%5,%6,%7"
-#define LIST_3 LIST_2 ",%8,%9,%10,%11"
-#define LIST_4 LIST_3 ",%12,%13,%14,%15"
-#define LIST_5 LIST_4 ",%16,%17,%18,%19"
-#define LIST_6 LIST_5 ",%20,%21,%22,%23"
-#define LIST_7 LIST_6 ",%24,%25,%26,%27"
-#define LIST_8 LIST_7 ",%28,%29,%30,%31"
-#define LIST_9 LIST_8 ",%32,%33,%34,%35"
-#define LIST_10 LIST_9 ",%36,%37,%38,%39"
-#define LIST_11 LIST_10 ",%40,%41,%42,%43"
-#define LIST_12 LIST_11 ",%44,%45,%46,%47"
-#define LIST_13 LIST_12 ",%48,%49,%50,%51"
-#define LIST_14 LIST_13 ",%52,%53,%54,%55"
-#define LIST_15 LIST_14 ",%56,%57,%58,%59"
-#define LIST_16 LIST_15 ",%60,%61,%62,%63"
-#define LIST_17 LIST_16 ",%64,%65,%66,%67"
-#define LIST_18 LIST_17 ",%68,%69,%70,%71"
 #define SUMS_1 D4(0)
 #define SUMS_2 SUMS_1, D4(1)
 #define SUMS_3 SUMS_2, D4(2)
@@ -389,6 +377,7 @@ inline uint8_t* swizzled(uint8_t* address) {  // as if shared memory began at a 
   const int64_t offset = address - emu::block.shared.get();
   return emu::block.shared.get() + (offset ^ (offset >> 7 & 7) << 4);
 }
+inline void publish_rows() {}
 constexpr uint64_t kKeep = 0, kStream = 1;
 inline void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t) {
   const TensorMap m = *map;

@@ -58,6 +58,7 @@ struct MarlinMoeGemm {
   float alpha, cubic, limit, shift;
   int32_t early;                // what the kernel before this one in the stream may have written: 0 anything; 1 x alone; 2 low* alone
   int32_t gather, scatter;      // x by token (pair / top_k) rather than by row; out by pair rather than by row
+  int32_t report, behind;       // by wgmma: count in `tiles` what is stored of each; x is that of the kernel before, which reports each tile so often
 };
 
 struct MarlinMoePlan {

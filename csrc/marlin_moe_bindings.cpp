@@ -35,7 +35,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
                         std::optional<Tensor> split, std::optional<Tensor> b_offset, std::optional<Tensor> b_stride, std::optional<Tensor> a_pool, std::optional<Tensor> a_offset,
                         std::optional<Tensor> a_stride, std::optional<Tensor> scaling, std::optional<Tensor> lora_tiles, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
                         int64_t group_size, int64_t halves, bool activation, double alpha, double cubic, double limit, double shift, bool gather, bool scatter, int64_t config, int64_t sms,
-                        bool overlap, int64_t early) {
+                        bool overlap, int64_t early, bool report, int64_t behind) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
   const int64_t pairs = topk_ids.numel(), bits = packed.size(3) / 32, k = x.size(x.dim() - 1), width = activation ? rows / 2 : rows;
@@ -98,7 +98,8 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)topk_ids.size(1);
   a.rows = (int32_t)rows, a.k = (int32_t)k, a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups;
   a.group_size = (int32_t)group_size, a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16, a.halves = (int32_t)halves;
-  a.activation = activation, a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift, a.early = (int32_t)early, a.gather = gather, a.scatter = scatter;
+  a.activation = activation, a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift, a.early = (int32_t)early;
+  a.report = report, a.behind = (int32_t)behind, a.gather = gather, a.scatter = scatter;
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = marlin_moe_gemm(&a, plan, current_stream(device));

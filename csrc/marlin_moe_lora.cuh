@@ -125,7 +125,7 @@ DEVICE bool by_queue(const Work& w) { return w.grain == w.k_steps; }
 
 template <class S>
 DEVICE void enter_tile(const MarlinMoeGemm& a, const MarlinMoeSlots& b, const Derived& d, const Work& w, const Shared& s, RowLoader<S>& l) {
-  const Tile tile = find_tile<false>(a, d, w, l.unit / w.k_steps);
+  const Tile tile = find_tile(a, d, w, l.unit / w.k_steps);
   const int pair = lane_index() < tile.rows ? a.sorted_pairs[tile.start + lane_index()] : -1;
   place_tile<S>(a, d, s, tile, l);
   if (by_queue(w) && thread_index() == 0) s.before[1 + l.entered % 2] = gridDim.x + take_ticket(slot_counters(a));  // the tile after this one

@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kQueue = 8;  // tiles between the loader and the epilogue; more than stages
+constexpr int kReport = 1 << 16;  // of a tile's rows, whose own number is smaller, what is counted above it
 constexpr int kNoGroups = 30;
 constexpr float kNoLimit = 1e38f;  // of an activation, this or more
 
@@ -53,8 +54,8 @@ struct Shared {
   Tile* tiles;       // [kQueue]
   int32_t* pairs;    // [kQueue][tokens]
   float* sums;       // of the warps beyond the first along k
-  uint32_t* before;  // arrivals before this block's; by wgmma the next output
-  int32_t* more;     // of each stage: whether it holds adapters; by wgmma, whether another stage of adapters follows this one
+  uint32_t* before;  // arrivals before this block's; by wgmma the next tile
+  int32_t* more;     // of each stage: whether it holds adapters; by wgmma, twice the parts of adapters, and 1 if another stage of them follows
   uint64_t* barriers;
   int bytes;
 };
@@ -146,37 +147,47 @@ DEVICE int same_expert(const MarlinMoeGemm& a, int t, int step, int tiles, int e
   }
 }
 
-// NEAR: lane l looks at tile t - 16 + l, so that one round of loads finds the tiles of most experts that have several; of experts with one
-// the other way takes one round too, and fewer instructions.
-template <bool NEAR>
-DEVICE Tile find_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) {
-  const int t = output / d.row_tiles;
-  if (a.tiles == nullptr) {
-    const int expert = a.topk_ids[t];
-    const bool valid = expert >= 0 && expert < a.experts;
-    return {valid ? expert : 0, output - t * d.row_tiles, t, (int)valid, t};
-  }
-  if constexpr (!NEAR) {
-    const int32_t* record = a.tiles + 3 * (int64_t)t;
-    const int expert = record[0], start = record[1], rows = record[2];
-    const int below = t > 0 ? record[-3] : -1, above = t + 1 < w.tiles ? record[3] : -1;
-    if (below != expert && above != expert) return {expert, output - t * d.row_tiles, start, rows, t};
-    const int first = t - same_expert(a, t, -1, w.tiles, expert), count = t - first + 1 + same_expert(a, t, 1, w.tiles, expert);
-    const int place = output - first * d.row_tiles, row_tile = place / count, index = first + place - row_tile * count;
-    return {expert, row_tile, a.tiles[3 * (int64_t)index + 1], a.tiles[3 * (int64_t)index + 2], index};
-  }
-  const int base = t - 16, i = base + lane_index();
-  const int32_t* record = a.tiles + 3 * (int64_t)i;
-  const bool inside = i >= 0 && i < w.tiles;
-  const int expert = inside ? record[0] : -1, start = inside ? record[1] : 0, rows = inside ? record[2] : 0, mine = (int)shuffle((uint32_t)expert, 16);
-  const uint32_t others = ~warp_ballot(expert == mine);
-  int below = 15 - highest_bit(others & 0xffff), above = lowest_bit(others >> 17);
-  if (below == 16) below += same_expert(a, base, -1, w.tiles, mine);
-  if (above < 0) above = 15 + same_expert(a, t + 15, 1, w.tiles, mine);
-  const int first = t - below, count = below + 1 + above, place = output - first * d.row_tiles, row_tile = place / count, index = first + place - row_tile * count;
-  if (index < base || index >= base + 32) return {mine, row_tile, a.tiles[3 * (int64_t)index + 1], a.tiles[3 * (int64_t)index + 2], index};
-  return {mine, row_tile, (int)shuffle((uint32_t)start, index - base), (int)shuffle((uint32_t)rows, index - base), index};
+// Without an alignment: a pair is a tile.
+DEVICE Tile pair_tile(const MarlinMoeGemm& a, const Derived& d, int output) {
+  const int pair = output / d.row_tiles, expert = a.topk_ids[pair];
+  const bool valid = expert >= 0 && expert < a.experts;
+  return {valid ? expert : 0, output - pair * d.row_tiles, pair, (int)valid, pair};
 }
+
+DEVICE Tile find_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) {
+  if (a.tiles == nullptr) return pair_tile(a, d, output);
+  const int t = output / d.row_tiles;
+  const int32_t* record = a.tiles + 3 * (int64_t)t;
+  const int expert = record[0], start = record[1], rows = record[2];
+  const int below = t > 0 ? record[-3] : -1, above = t + 1 < w.tiles ? record[3] : -1;
+  if (below != expert && above != expert) return {expert, output - t * d.row_tiles, start, rows, t};
+  const int first = t - same_expert(a, t, -1, w.tiles, expert), count = t - first + 1 + same_expert(a, t, 1, w.tiles, expert);
+  const int place = output - first * d.row_tiles, row_tile = place / count, index = first + place - row_tile * count;
+  return {expert, row_tile, a.tiles[3 * (int64_t)index + 1], a.tiles[3 * (int64_t)index + 2], index};
+}
+
+// The same in two halves for loads that are to be on their way before they are needed: lane l looks at tile t - 16 + l, so that one round of
+// loads finds the tiles of most experts that have several; of experts with one the other way takes one round too, and fewer instructions.
+struct Nearby {
+  int expert = -1, start = 0, rows = 0;
+  DEVICE void look(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) {
+    const int i = output / d.row_tiles - 16 + lane_index();
+    const bool inside = a.tiles != nullptr && i >= 0 && i < w.tiles;
+    const int64_t record = inside ? 3 * (int64_t)i : 0;
+    expert = inside ? a.tiles[record] : -1, start = inside ? a.tiles[record + 1] : 0, rows = inside ? a.tiles[record + 2] & (kReport - 1) : 0;
+  }
+  DEVICE Tile find(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) const {
+    if (a.tiles == nullptr) return pair_tile(a, d, output);
+    const int t = output / d.row_tiles, base = t - 16, mine = (int)shuffle((uint32_t)expert, 16);
+    const uint32_t others = ~warp_ballot(expert == mine);
+    int below = 15 - highest_bit(others & 0xffff), above = lowest_bit(others >> 17);
+    if (below == 16) below += same_expert(a, base, -1, w.tiles, mine);
+    if (above < 0) above = 15 + same_expert(a, t + 15, 1, w.tiles, mine);
+    const int first = t - below, count = below + 1 + above, place = output - first * d.row_tiles, row_tile = place / count, index = first + place - row_tile * count;
+    if (index < base || index >= base + 32) return {mine, row_tile, a.tiles[3 * (int64_t)index + 1], a.tiles[3 * (int64_t)index + 2] & (kReport - 1), index};
+    return {mine, row_tile, (int)shuffle((uint32_t)start, index - base), (int)shuffle((uint32_t)rows, index - base), index};
+  }
+};
 
 // ---- Loading ---------------------------------------------------------------------------------------------------------
 
@@ -230,7 +241,7 @@ DEVICE void place_tile(const MarlinMoeGemm& a, const Derived& d, const Shared& s
 
 template <class S>
 DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
-  const Tile tile = find_tile<false>(a, d, w, l.unit / w.k_steps);
+  const Tile tile = find_tile(a, d, w, l.unit / w.k_steps);
   if (a.low && (!a.early || l.entered > 0)) l.adapters.ask(a, tile.index);
   place_tile<S>(a, d, s, tile, l);
 }
@@ -270,26 +281,15 @@ DEVICE void load_x(const MarlinMoeGemm& a, const Shared& s, const Loader<S>& l, 
 
 // Adapters are more k of the same product: behind a tile's weights come stages with 16 ranks of B, or twice 16, in the place of weights (1 KB for the
 // 32 rows of a warp, as ldmatrix reads them) and of s in the place of x: by rows, first those for the first fragment's half, 64 bytes on the up half's,
-// zero in the rows of other adapters. Returns whether all of it is on its way by cp.async; ranks that do not divide by 8 are stored.
-template <class S, int THREADS, class A>
-DEVICE bool load_adapters(const MarlinMoeGemm& a, const Tile& tile, A& l, uint8_t* stage, int thread) {
+// zero in the rows of other adapters. By cp.async but for ranks that do not divide by 8, which are stored.
+template <class S>
+DEVICE void load_adapters(const MarlinMoeGemm& a, const Tile& tile, Adapters& l, uint8_t* stage, int thread) {
   const int lane = thread % 32, half_rows = a.rows / a.halves, apart = a.halves == 2 ? half_rows : 2;
-  [[maybe_unused]] const int base = l.next;
-  bool copied = true;
 #pragma unroll 1
   for (int i = 0; i < S::kSixteens; i++) {
     int first = 0, end = 0, rank = 0, up = 0, next = l.next;
     int64_t place = 0;
-    if constexpr (S::kWarpgroup) {
-      const int at_hand = l.last - base < l.kAtHand ? l.last - base : l.kAtHand;
-      int record = next - base;
-      if (record < at_hand) {
-        first = l.field(record, 0) - tile.start, end = first + l.field(record, 1), rank = l.field(record, 2), up = l.field(record, 3) * a.low_max_rank;
-        place = (uint32_t)l.field(record, 4);
-        for (record++; record < at_hand && l.field(record, 4) == (int)place && l.field(record, 0) - tile.start == end; record++) end += l.field(record, 1);
-      }
-      next = base + record;
-    } else if (next < l.last) {
+    if (next < l.last) {
       const int64_t* record = a.low_records + 5 * (int64_t)next;
       first = (int)record[0] - tile.start, end = first + (int)record[1], rank = (int)record[2], up = (int)record[3] * a.low_max_rank, place = record[4];
       for (next++, record += 5; next < l.last && record[4] == place && (int)record[0] - tile.start == end; next++, record += 5) end += (int)record[1];
@@ -297,7 +297,7 @@ DEVICE bool load_adapters(const MarlinMoeGemm& a, const Tile& tile, A& l, uint8_
     const bool whole_b = rank % 8 == 0, whole_s = whole_b && (a.low_width | up) % 8 == 0;
     const uint16_t* b = (const uint16_t*)a.low_pool + place * 8 + l.rank + lane % 2 * 8;
 #pragma unroll
-    for (int warp = thread / 32; warp < S::kWarpsM; warp += THREADS / 32) {
+    for (int warp = thread / 32; warp < S::kWarpsM; warp += S::kThreads / 32) {
       const int unit = tile.row_tile * S::kWarpsM + warp, row = a.halves == 2 ? 16 * unit + lane / 2 : 32 * unit + lane / 4 * 4 + lane / 2 % 2;
       uint8_t* target = stage + warp * S::kWarpBytes + i * 1024 + lane / 4 * 128;
 #pragma unroll
@@ -305,17 +305,21 @@ DEVICE bool load_adapters(const MarlinMoeGemm& a, const Tile& tile, A& l, uint8_
         load_piece(target + ((4 * f + lane % 4) ^ lane / 4) * 16, b + (int64_t)(row + f * apart) * rank, row < half_rows ? rank - l.rank - lane % 2 * 8 : 0, whole_b);
     }
     const uint16_t* s = (const uint16_t*)a.low + (int64_t)tile.start * a.low_width + l.rank;
-    for (int index = thread; index < tile.rows * 2 * a.halves; index += THREADS) {
+    for (int index = thread; index < tile.rows * 2 * a.halves; index += S::kThreads) {
       const int row = index >> a.halves, half = index >> 1 & (a.halves - 1), piece = index & 1;
       load_piece(stage + S::kWeightBytes + row * 128 + ((2 * i + piece + 4 * half) ^ row % 8) * 16, s + (int64_t)row * a.low_width + half * up + piece * 8,
                  row >= first && row < end ? rank - l.rank - piece * 8 : 0, whole_s);
     }
-    copied = copied && whole_s;
     l.rank += 16;
     if (l.rank >= rank) l.rank = 0, l.next = next;
   }
-  if constexpr (S::kWarpgroup) l.fetch(a);
-  return copied;
+}
+
+// Twice 16 ranks of B of all warps' rows: in the place of weights, and by wgmma without halves, whose s takes half of the place of x, twice 16 more there.
+template <class S>
+DEVICE uint8_t* place_of_b(uint8_t* stage, int part) {
+  static_assert(!S::kWarpgroup || S::kTokens * 128 >= 2048 * S::kWarpsM, "B of a block's rows fits half of the place of x");
+  return stage + (part ? S::kWeightBytes + S::kTokens * 128 : 0);
 }
 
 // Blocks of a multiprocessor that registers are shared among: no more than fit its memory, which before Hopper is 164 KB at most.
@@ -489,11 +493,11 @@ DEVICE void multiply_live(const Derived& d, const Shared& s, int slot, int live,
   else multiply_stage<S, LIVE, false>(d, s, slot, sums);
 }
 
-// 16 ranks of this warp's rows of B, or twice 16, as fragments of weights [sixteen][fragment][register].
+// 16 ranks of this warp's rows of B, or twice 16, as fragments of weights [sixteen][fragment][register]. `part`: of place_of_b.
 template <class S>
-DEVICE void load_adapter_fragments(const Shared& s, int slot, uint32_t (&fragments)[2][2][4]) {
+DEVICE void load_adapter_fragments(const Shared& s, int slot, int part, uint32_t (&fragments)[2][2][4]) {
   const int lane = lane_index();
-  const uint8_t* rows = s.stages + slot * S::kStageBytes + warp_index() * S::kWarpBytes + lane % 8 * 128;
+  const uint8_t* rows = place_of_b<S>(s.stages + slot * S::kStageBytes, part) + warp_index() * (part ? 2048 : S::kWarpBytes) + lane % 8 * 128;
 #pragma unroll
   for (int i = 0; i < 2 * S::kSixteens; i++) {
     uint32_t(&fragment)[4] = fragments[i / 2][i % 2];
@@ -511,7 +515,7 @@ DEVICE void multiply_adapters(const MarlinMoeGemm& a, const Shared& s, int slot,
   const int lane = lane_index(), piece = (lane / 8 ^ lane % 8) * 16;
   const uint8_t* matrices = s.stages + slot * S::kStageBytes + S::kWeightBytes + lane % 8 * 128;
   uint32_t fragments[2][2][4];
-  load_adapter_fragments<S>(s, slot, fragments);
+  load_adapter_fragments<S>(s, slot, 0, fragments);
 #pragma unroll
   for (int n = 0; n < S::kNT; n++) {
     if (n * 8 >= live) break;
@@ -532,6 +536,10 @@ template <class S>
 struct Stages {
   Barrier *full, *empty;
   int slot = 0, parity = 0;  // of the stage at hand: what `full` turns to when it is there
+  DEVICE void wait() const {
+    barrier_wait(full + slot, parity);
+    publish_to_wgmma();
+  }
   DEVICE void advance() {
     slot++;
     if (slot == S::kStages) slot = 0, parity ^= 1;
@@ -545,8 +553,7 @@ struct Ready {
   uint32_t fragments[2][2][2][4];  // of the unit at hand and of the one that products still read
 
   DEVICE void begin(const Derived& d, const Shared& s, const Stages<S>& stages) {
-    barrier_wait(stages.full + stages.slot, stages.parity);
-    publish_to_wgmma();
+    stages.wait();
     Unit<S> codes;
     codes.load(s, stages.slot, 0);
     load_group<S>(d, s, stages.slot, 0, rows);
@@ -554,50 +561,66 @@ struct Ready {
   }
 };
 
-// One stage by wgmma, on 128 rows a warpgroup. The next one begins behind the last products: none may be under way across a branch, or the
-// compiler makes all of them wait for each other. ADAPTERS: as many ranks as a unit has k, the up half's s `apart` 16 bytes on.
+// One stage by wgmma, on 128 rows a warpgroup. The next one of the tile, if there is one, begins behind the last products: none may be under way across
+// a branch, or the compiler makes all of them wait for each other. ADAPTERS: as many ranks as a unit has k, or twice as many, in
+// `parts`; the up half's s lie `apart` 16 bytes on.
 template <class S, bool ADAPTERS, int NT>
-DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int apart, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int apart, int parts, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
   using T = typename S::Type;
   const int slot = stages.slot;
   const uint64_t x = wgmma_matrix(s.stages + slot * S::kStageBytes + S::kWeightBytes);
-  if constexpr (ADAPTERS) load_adapter_fragments<S>(s, slot, ready.fragments[1]);
-#pragma unroll
-  for (int unit = ADAPTERS ? S::kKU - 1 : 0; unit < S::kKU; unit++) {
-    Unit<S> codes;
-    if (unit + 1 < S::kKU) codes.load(s, slot, unit + 1);
+  const auto multiply = [&](const uint32_t (&fragments)[2][2][4], const auto& place) {  // descriptors count 16 bytes
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < 2; step++)
 #pragma unroll
-      for (int f = 0; f < 2; f++) {  // descriptors count 16 bytes: 64 k are a panel of 128 bytes a row, 16 k are 32 bytes
-        const int k16 = 2 * unit + step, place = ADAPTERS ? 2 * step + f * apart : k16 / 4 * S::kTokens * 8 + k16 % 4 * 2;
-        T::template wgmma<NT>(sums.value[f], ready.fragments[unit % 2][step][f], x + (uint64_t)place);
-      }
+      for (int f = 0; f < 2; f++) T::template wgmma<NT>(sums.value[f], fragments[step][f], x + (uint64_t)place(step, f));
     wgmma_commit();
-    wgmma_wait<1>();  // the other fragments are free
-    if (unit + 1 < S::kKU) {
-      if (((unit + 1) & d.group_mask) == 0) load_group<S>(d, s, slot, (unit + 1) >> d.group_shift, ready.rows);
-      codes.dequantize(ready.fragments[(unit + 1) % 2], ready.rows);
+  };
+  if constexpr (ADAPTERS) {
+    for (int part = 0; part < parts; part++) {
+      load_adapter_fragments<S>(s, slot, part, ready.fragments[1]);
+      multiply(ready.fragments[1], [=](int step, int f) { return 4 * part + 2 * step + f * apart; });
+      wgmma_wait<0>();
+    }
+  } else {
+#pragma unroll
+    for (int unit = 0; unit < S::kKU; unit++) {
+      Unit<S> codes;
+      if (unit + 1 < S::kKU) codes.load(s, slot, unit + 1);
+      multiply(ready.fragments[unit % 2], [=](int step, int) {  // 64 k are a panel of 128 bytes a row, 16 k are 32 bytes
+        const int k16 = 2 * unit + step;
+        return k16 / 4 * S::kTokens * 8 + k16 % 4 * 2;
+      });
+      wgmma_wait<1>();  // the other fragments are free
+      if (unit + 1 < S::kKU) {
+        if (((unit + 1) & d.group_mask) == 0) load_group<S>(d, s, slot, (unit + 1) >> d.group_shift, ready.rows);
+        codes.dequantize(ready.fragments[(unit + 1) % 2], ready.rows);
+      }
     }
   }
   stages.advance();
-  ready.begin(d, s, stages);
-  hold_here(ready.fragments[0]);  // not behind the wait
+  if (begin_next) {
+    ready.begin(d, s, stages);
+    hold_here(ready.fragments[0]);  // not behind the wait
+  }
   wgmma_wait<0>();
   sync_warp();  // behind all that its lanes read of this stage and of the tile before
   if (lane_index() == 0) barrier_arrive(stages.empty + slot);
 }
 
-// With as many columns as hold `live` rows.
+// With as many columns as hold `live` rows, of the widths that are built: eights of columns, ascending. Below 32 dequantization takes longer than products.
+template <class S, bool ADAPTERS, int NT, int... WIDER>
+DEVICE void multiply_by_width(const Derived& d, const Shared& s, int live, int apart, int parts, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+  if constexpr (sizeof...(WIDER) > 0) {
+    if (live > 8 * NT) return multiply_by_width<S, ADAPTERS, WIDER...>(d, s, live, apart, parts, begin_next, stages, ready, sums);
+  }
+  multiply_stage_by_warpgroup<S, ADAPTERS, NT>(d, s, apart, parts, begin_next, stages, ready, sums);
+}
+
 template <class S, bool ADAPTERS>
-DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, int apart, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
-  if (live <= 32) multiply_stage_by_warpgroup<S, ADAPTERS, 4>(d, s, apart, stages, ready, sums);
-  else if (live <= 48) multiply_stage_by_warpgroup<S, ADAPTERS, 6>(d, s, apart, stages, ready, sums);
-  else if (live <= 64) multiply_stage_by_warpgroup<S, ADAPTERS, 8>(d, s, apart, stages, ready, sums);
-  else if (live <= 96) multiply_stage_by_warpgroup<S, ADAPTERS, 12>(d, s, apart, stages, ready, sums);
-  else if (live <= 128) multiply_stage_by_warpgroup<S, ADAPTERS, 16>(d, s, apart, stages, ready, sums);
-  else multiply_stage_by_warpgroup<S, ADAPTERS, S::kNT>(d, s, apart, stages, ready, sums);
+DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, int apart, int parts, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+  multiply_by_width<S, ADAPTERS, 4, 6, 8, 9, 10, 12, 14, 16, 17, S::kNT>(d, s, live, apart, parts, begin_next, stages, ready, sums);
 }
 
 // ---- The end of a tile -----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ define(
     "Tensor? slots, Tensor? rank, Tensor? split, Tensor? b_offset, Tensor? b_stride, "
     "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? scaling, Tensor? lora_tiles, "
     "Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
-    "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap, int early) -> ()"
+    "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap, int early, bool report, int behind) -> ()"
 )
 
 
@@ -198,6 +198,8 @@ def marlin_moe_gemm(
     addend: LowRank | None = None,
     overlap: bool = False,
     early: int = 0,
+    report: bool = False,
+    behind: int = 0,
 ) -> torch.Tensor:  # budget: the tensors of one grouped product and its launch
     """x [M, k] with `gather`, else [P, k] in routing order -> out, which it returns: [P, rows], or [P, rows / 2] with an activation.
 
@@ -207,12 +209,14 @@ def marlin_moe_gemm(
     found by slot, for tiles of up to 32 tokens; without records the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16.
     With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
     written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone.
+    By wgmma, without an addend, `report`: count beside the rows of each base tile, in its upper 16 bits, the tiles of rows that are
+    stored (more than four stages of k); `behind`: the GEMM before this one, which made x, reports so often, and only that is waited for.
     """
     tiles, counts, order = (None, None, None) if alignment is None else (alignment.base_tiles, alignment.counts, alignment.sorted_pairs)
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
         x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, *_addend_args(addend, alignment),
         out, scratch.partials, scratch.arrivals, weight.rows, weight.group_size, weight.halves,
-        *activation_of(activation), gather, scatter, config, sms, overlap, early,
+        *activation_of(activation), gather, scatter, config, sms, overlap, early, report, behind,
     )  # fmt: skip
     return out
 

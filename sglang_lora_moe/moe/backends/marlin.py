@@ -18,7 +18,7 @@ from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import LowRank
-from sglang_lora_moe.ops.marlin_moe import SHAPES, GemmScratch, MarlinWeight, fuses_activation, marlin_moe_gemm, marlin_moe_repack
+from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, UNIT, GemmScratch, MarlinWeight, fuses_activation, marlin_moe_gemm, marlin_moe_repack
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.quantization.base import QuantMethod
@@ -105,17 +105,12 @@ class MarlinRunnerCore(MoeRunnerCore):
             base_block=plan.base_block, lora_block=plan.lora_block, rows="pair" if plan.by_pair else "sorted", workspace=inp.workspace,
         )  # fmt: skip
 
-    def gate_up(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
-        out = inp.workspace.get("moe.gate_up", (routing.num_pairs, inp.spec.w13_rows), inp.x.dtype)
-        return self._gemm(inp, inp.x, quant_info.w13, routing, out, addend, gather=True)
-
-    def activation(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return moe_activation(gate_up, inp.spec, routing, self._act(inp, routing))
-
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
-        if not fuses_activation(inp.spec):
-            return self.activation(inp, self.gate_up(inp, routing, quant_info, addend), routing)
-        return self._gemm(inp, inp.x, quant_info.w13, routing, self._act(inp, routing), addend, gather=True, activation=inp.spec)
+        act = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
+        if fuses_activation(inp.spec):
+            return self._gemm(inp, inp.x, quant_info.w13, routing, act, addend, gather=True, activation=inp.spec)
+        out = inp.workspace.get("moe.gate_up", (routing.num_pairs, inp.spec.w13_rows), inp.x.dtype)
+        return moe_activation(self._gemm(inp, inp.x, quant_info.w13, routing, out, addend, gather=True), inp.spec, routing, act)
 
     def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         """[P, H] in pair order whatever the routing."""
@@ -127,9 +122,6 @@ class MarlinRunnerCore(MoeRunnerCore):
 
     def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
-
-    def _act(self, inp: RunnerInput, routing: Routing) -> torch.Tensor:
-        return inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
 
     def _gemm(
         self,
@@ -146,10 +138,14 @@ class MarlinRunnerCore(MoeRunnerCore):
         plan = self._plan(inp)
         # what comes before: a shrink that others are done before, the alignment or the router, gate_up, or the second shrink and gate_up beside it
         early = 1 if not gather and (addend is None or addend.records is None or routing.rows == "pair") else 2 if addend is not None else 0
+        # without adapters down begins with what gate_up has stored of each tile
+        shape, alone = SHAPES[plan.gate_up], addend is None and plan.overlap and min(plan.gate_up, plan.down) >= EVERYWHERE
+        report = alone and activation is not None and weight.k > shape.stages * shape.block_k
+        behind, routing.reports = routing.reports if alone and not gather else 0, -(-weight.packed.shape[1] * UNIT // shape.block_rows) if report else 0
         return marlin_moe_gemm(
             x, weight, None if routing.rows == "pair" else routing.alignment, routing.topk_ids, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,
-            addend=addend, overlap=plan.overlap, early=early,
+            addend=addend, overlap=plan.overlap, early=early, report=report, behind=behind,
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:
