@@ -75,8 +75,11 @@ def test_full_size(tmp_path: Path) -> None:
     adapters = {name: write_full_size_adapter(CONFIGS[shape], tmp_path / name, seed) for seed, name in enumerate(LAYOUTS)}
     flags = {"load_format": "dummy", "max_lora_rank": 2, "max_loras_per_batch": 2, "context_length": 4096, "chunked_prefill_size": 2048}
     memory = compare(path, adapters, **flags, max_total_tokens=16384, mem_fraction_static=0.9)  # what other tests hold counts into the fraction
-    print(memory)
-    assert memory["weights"] < 0.3 * memory["unquantized"] and memory["loading_peak"] < 1.05 * memory["weights"]
+    config = CONFIGS[shape]
+    heads, kv_heads, head_dim = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    attention = (2 * heads + 2 * kv_heads) * head_dim * config["hidden_size"]  # weights of q, k, v and o, which steps of many tokens read in 16 bit
+    copies = 2 * attention * config["num_hidden_layers"]
+    assert memory["weights"] - copies < 0.28 * memory["unquantized"] and memory["loading_peak"] < 1.05 * memory["weights"], memory
 
 
 def write_full_size_adapter(config: dict[str, Any], directory: Path, seed: int, rank: int = 2) -> Path:
