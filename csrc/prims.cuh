@@ -1,4 +1,4 @@
-// Every device instruction that our kernels use, one name each: the only file with PTX and intrinsics.
+// Every device instruction that our kernels use, one name each. What Hopper alone has is in hopper_prims.cuh, what the GEMMs share in gemm_prims.cuh; no other file has PTX.
 // Without nvcc the same names come from emulator/emu.h, so that each kernel file also compiles with g++ and runs on a CPU.
 //
 // Rules for kernels, which the emulator enforces:
