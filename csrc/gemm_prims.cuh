@@ -1,4 +1,4 @@
-// Device instructions of the tensor-core GEMMs, beside prims.cuh, under the same rules: the only other file with PTX and intrinsics.
+// Device instructions of the tensor-core GEMMs, beside prims.cuh, under the same rules. Its like for Hopper is hopper_prims.cuh.
 // The emulator's twins stand below them; wgmma exists on the device alone.
 #pragma once
 #include "prims.cuh"

@@ -20,7 +20,7 @@ from sglang_lora_moe.ops.fused_moe_lora import moe_expand, moe_shrink
 from sglang_lora_moe.ops.low_rank import Following, LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
 from tests.moe_cases import LAYOUTS, MoECase, make_case
-from tests.ops import ahead, emulator
+from tests.ops import emulator
 from tests.references import assert_near, on_host, stack_matrix
 
 DRIVER = Path(__file__).parent / "shrink_driver.cpp"
@@ -29,10 +29,6 @@ DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.skipif(GPU and torch.cuda.get_device_capability() != (9, 0), reason="the Triton kernel runs elsewhere")
 DTYPES = [torch.float16, torch.bfloat16]
 POISON = -12345.0  # what s holds before
-
-
-def waits_for(item: pytest.Item) -> ahead.Command | None:
-    return None if GPU else ahead.emulated(DRIVER)
 
 
 @pytest.fixture(scope="module", autouse=True)

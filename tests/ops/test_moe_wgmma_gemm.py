@@ -19,7 +19,7 @@ from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
 from tests.moe.test_triton import check, check_on_gpu
 from tests.moe_cases import LAYOUTS, POPULARITIES, full_grid, generator, make_case, make_topk_ids
-from tests.ops import ahead, emulator
+from tests.ops import emulator
 from tests.references import assert_near
 
 DRIVER = Path(__file__).parent / "wgmma_driver.cpp"
@@ -28,10 +28,6 @@ GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 FORMS = [(144, 1), (32, 1), *([(144, 2)] if GPU else [])]  # tokens of a block's tile, blocks of a cluster
 pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
-
-
-def waits_for(item: pytest.Item) -> ahead.Command | None:
-    return None if GPU else ahead.emulated(DRIVER)
 
 
 def tiles(form: tuple[int, int]) -> LayerTiles:

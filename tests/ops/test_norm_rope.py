@@ -18,7 +18,7 @@ from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
 from sglang_lora_moe.ops.norm_rope import most_columns, norm_rows, rotate_rows
 from tests.moe_cases import Noise, generator
-from tests.ops import ahead, emulator
+from tests.ops import emulator
 from tests.references import ref_linear, relative_error
 
 DRIVER = Path(__file__).parent / "norm_rope_driver.cpp"
@@ -27,10 +27,6 @@ DEVICE = "cuda" if GPU else "cpu"
 HQ, HKV, D, K, POSITIONS = 5, 2, 128, 64, 300
 EPS = 1e-5
 CASES = [(1, 16, 1, False), (40, 16, 2, True), (70, 24, 3, False), (33, 40, 1, True)]  # tokens, largest rank, splits of s, with scales of rows
-
-
-def waits_for(item: pytest.Item) -> ahead.Command | None:
-    return None if GPU else ahead.emulated(DRIVER)
 
 
 @pytest.fixture(scope="module", autouse=True)

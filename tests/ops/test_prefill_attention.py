@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from sglang_lora_moe.ops import build
 from sglang_lora_moe.ops.paged_attention import in_cuda, paged_attention
-from tests.ops import ahead, emulator
+from tests.ops import emulator
 from tests.ops.test_paged_attention import reference
 from tests.references import relative_error
 
@@ -31,10 +31,6 @@ CASES = {  # heads, KV heads, page, query tokens and all tokens of each request
 if GPU:
     CASES["Qwen3-30B-A3B"] = (32, 4, 16, [700, 1, 2048, 64, 513], [700, 900, 2048, 1000, 3000])
     CASES["many requests"] = (32, 8, 64, [7 * i % 50 + 1 for i in range(200)], [7 * i % 50 + 1 + 31 * i % 900 for i in range(200)])
-
-
-def waits_for(item: pytest.Item) -> ahead.Command | None:
-    return None if GPU else ahead.emulated(DRIVER)
 
 
 @pytest.fixture(scope="module", autouse=True)

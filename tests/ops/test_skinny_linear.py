@@ -19,7 +19,7 @@ from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
 from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_s, s_shape, shape_for, shape_of, skinny_linear
 from tests.moe_cases import Noise, generator, make_token_slots
-from tests.ops import ahead, emulator
+from tests.ops import emulator
 from tests.references import ref_linear, relative_error
 
 DRIVER = Path(__file__).parent / "skinny_driver.cpp"
@@ -28,10 +28,6 @@ HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
 SPLITS = [1, 2, 4, 8] if GPU else [1]
-
-
-def waits_for(item: pytest.Item) -> ahead.Command | None:
-    return None if GPU else ahead.emulated(DRIVER)
 
 
 @pytest.fixture(scope="module", autouse=True)
