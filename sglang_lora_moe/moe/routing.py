@@ -54,23 +54,13 @@ class Routing:
     @cached_property
     def alignment(self) -> align.Alignment:
         """The one launch of moe_lora_align_block_size; buffers lie in the workspace if there is one."""
-        pairs, experts, slots = self.num_pairs, self.num_experts, self.num_slots
+        sizes = (self.num_experts, self.num_slots, self.base_block, self.lora_block)
         buffers = scratch = None
         if self.workspace is not None and self.topk_ids.is_cuda:
-            get, tiles = (
-                self.workspace.get,
-                (align.max_base_tiles(pairs, experts, self.base_block), align.max_lora_tiles(pairs, experts, slots, self.lora_block)),
-            )
-            buffers = align.Alignment(
-                get("align.sorted_pairs", (pairs,), torch.int32),
-                get("align.base_tiles", (tiles[0], 3), torch.int32),
-                get("align.lora_tiles", (tiles[1], 4), torch.int32),
-                get("align.counts", (4,), torch.int32),
-            )
-            scratch = get("align.scratch", (align.workspace_elements(pairs, experts),), torch.int32)
-        return align.moe_lora_align_block_size(
-            self.topk_ids, self.token_slots, experts, slots, self.base_block, self.lora_block, buffers=buffers, workspace=scratch
-        )
+            get, shapes = self.workspace.get, align.buffer_shapes(self.num_pairs, *sizes)
+            buffers = align.Alignment(**{name: get(f"align.{name}", shape, torch.int32) for name, shape in shapes.items()})
+            scratch = get("align.scratch", (align.workspace_elements(self.num_pairs, self.num_experts),), torch.int32)
+        return align.moe_lora_align_block_size(self.topk_ids, self.token_slots, *sizes, buffers=buffers, workspace=scratch)
 
     @property
     def sorted_pairs(self) -> torch.Tensor:  # int32 [P]

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 
 from sglang_lora_moe.ops import build
-from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.library import LIBRARY, define
 
 MAX_EXPERTS, MAX_SLOTS = 1024, 256
 
-LIBRARY.define(
+define(
     "moe_lora_align_block_size(Tensor topk_ids, Tensor? token_slots, int num_experts, int num_slots, int base_block, int lora_block, "
     "Tensor(a!) sorted_pairs, Tensor(b!) base_tiles, Tensor(c!) lora_tiles, Tensor(d!) counts, Tensor(e!) workspace) -> ()"
 )
@@ -84,36 +84,26 @@ def moe_lora_align_block_size(
     pairs = topk_ids.numel()
     if buffers is None:
         buffers = empty_alignment(pairs, num_experts, num_slots, base_block, lora_block, topk_ids.device)
-    else:
-        _check_buffers(buffers, pairs, num_experts, num_slots, base_block, lora_block, topk_ids.device)
+    for name, shape in buffer_shapes(pairs, num_experts, num_slots, base_block, lora_block).items():
+        _expect(f"moe_lora_align_block_size: {name}", getattr(buffers, name), shape, topk_ids.device, at_least=name.endswith("tiles"))
     if workspace is None:
         workspace = topk_ids.new_empty(workspace_elements(pairs, num_experts) if topk_ids.is_cuda else 0, dtype=torch.int32)
     if topk_ids.is_cuda:
         build.load()
-    torch.ops.sglang_lora_moe.moe_lora_align_block_size(
-        topk_ids,
-        token_slots,
-        num_experts,
-        num_slots,
-        base_block,
-        lora_block,
-        buffers.sorted_pairs,
-        buffers.base_tiles,
-        buffers.lora_tiles,
-        buffers.counts,
-        workspace,
-    )
+    sizes = (num_experts, num_slots, base_block, lora_block)
+    torch.ops.sglang_lora_moe.moe_lora_align_block_size(topk_ids, token_slots, *sizes, *vars(buffers).values(), workspace)
     return buffers
 
 
-def empty_alignment(pairs: int, experts: int, slots: int, base_block: int, lora_block: int, device: torch.device) -> Alignment:
-    """Buffers large enough for any routing of `pairs` pairs."""
-
-    def buffer(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
+def buffer_shapes(pairs: int, experts: int, slots: int, base_block: int, lora_block: int) -> dict[str, tuple[int, ...]]:
+    """Of the buffers of an `Alignment`, by name, large enough for any routing of `pairs` pairs."""
     base, lora = max_base_tiles(pairs, experts, base_block), max_lora_tiles(pairs, experts, slots, lora_block)
-    return Alignment(buffer(pairs), buffer(base, 3), buffer(lora, 4), buffer(4))
+    return {"sorted_pairs": (pairs,), "base_tiles": (base, 3), "lora_tiles": (lora, 4), "counts": (4,)}
+
+
+def empty_alignment(pairs: int, experts: int, slots: int, base_block: int, lora_block: int, device: torch.device) -> Alignment:
+    shapes = buffer_shapes(pairs, experts, slots, base_block, lora_block)
+    return Alignment(**{name: torch.empty(shape, dtype=torch.int32, device=device) for name, shape in shapes.items()})
 
 
 def sort_pairs(topk_ids: torch.Tensor, token_slots: torch.Tensor | None, num_experts: int, num_slots: int) -> SortedPairs:
@@ -165,12 +155,7 @@ def _write_tiles(out: torch.Tensor, labels: tuple[torch.Tensor, ...], starts: to
     return len(run)
 
 
-def _align_fake(*args: object) -> None:
-    """Only writes into the caller's buffers: nothing to infer."""
-
-
 LIBRARY.impl("moe_lora_align_block_size", _align_cpu, "CPU")
-torch.library.register_fake("sglang_lora_moe::moe_lora_align_block_size", _align_fake, lib=LIBRARY)
 
 
 def _check(topk_ids: torch.Tensor, token_slots: torch.Tensor | None, num_experts: int, num_slots: int, base_block: int, lora_block: int) -> None:
@@ -186,13 +171,6 @@ def _check(topk_ids: torch.Tensor, token_slots: torch.Tensor | None, num_experts
         raise ValueError(f"{name}: expected blocks of at least 1, got base_block {base_block}, lora_block {lora_block}")
     if token_slots is not None:
         _expect(f"{name}: token_slots", token_slots, (topk_ids.shape[0],), topk_ids.device)
-
-
-def _check_buffers(buffers: Alignment, pairs: int, experts: int, slots: int, base_block: int, lora_block: int, device: torch.device) -> None:
-    base, lora = max_base_tiles(pairs, experts, base_block), max_lora_tiles(pairs, experts, slots, lora_block)
-    wanted = {"sorted_pairs": (pairs,), "base_tiles": (base, 3), "lora_tiles": (lora, 4), "counts": (4,)}
-    for name, shape in wanted.items():
-        _expect(f"moe_lora_align_block_size: {name}", getattr(buffers, name), shape, device, at_least=name.endswith("tiles"))
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device, at_least: bool = False) -> None:
