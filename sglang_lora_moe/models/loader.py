@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
 
-from sglang_lora_moe.models.places import LoadError, Piece, Place, find_places
+from sglang_lora_moe.models.places import LoadError, Piece, find_places
 from sglang_lora_moe.models.quantized import WeightFormats
 from sglang_lora_moe.quantization.wna16 import QuantizationError
 
@@ -111,14 +111,22 @@ def list_files(path: Path) -> dict[str, list[str]]:
 
 def load_weights(hf: Any, path: Path, table: NameTable, formats: WeightFormats, show_progress: bool) -> None:
     """Fill the model from the directory, strictly. Quantized storage must have been made by `formats`."""
-    places = find_places(hf)
-    ignorable = _ignorable(hf)
+    places, ignorable, files = find_places(hf), _ignorable(hf), list_files(path)
+
+    def put(opened: Any, key: str) -> bool:
+        """Bring the tensor `key` to its place; False if it has none and may not be ignored."""
+        if formats.is_quantized(key):
+            return formats.put(opened, key, places) or ignorable(key)
+        name, piece = table.place_of(key, places)
+        if name not in places:
+            return ignorable(key) or ignorable(name) or formats.is_idle_bias(opened, key)
+        places[name].put(opened, key, piece)
+        return True
+
     unused: list[str] = []
-    files = list_files(path)
     with tqdm(total=sum((path / file).stat().st_size for file in files), unit="B", unit_scale=True, desc="Loading weights", disable=not show_progress) as bar:
         for file, promised in files.items():
-            with _open(path / file) as opened:
-                _load_file(opened, path / file, promised, places, table, formats, ignorable, unused)
+            unused += _load_file(path / file, promised, put)
             bar.update((path / file).stat().st_size)
     if unused:
         raise LoadError(f"{path}: {len(unused)} tensors have no place in {type(hf).__name__}: {', '.join(unused[:8])}")
@@ -129,34 +137,22 @@ def load_weights(hf: Any, path: Path, table: NameTable, formats: WeightFormats, 
         raise LoadError(f"{path} lacks {len(absent)} tensors of {type(hf).__name__}: {listed}")
 
 
-def _load_file(
-    opened: Any,
-    file: Path,
-    promised: list[str],
-    places: dict[str, Place],
-    table: NameTable,
-    formats: WeightFormats,
-    ignorable: Callable[[str], bool],
-    unused: list[str],
-) -> None:
-    present = set(opened.keys())
-    for key in promised:
-        if key not in present:
-            raise LoadError(f"{file} lacks tensor {key}, which {INDEX} promises there")
-        try:
-            if formats.is_quantized(key):
-                if not formats.put(opened, key, places) and not ignorable(key):
+def _load_file(file: Path, promised: list[str], put: Callable[[Any, str], bool]) -> list[str]:
+    """The tensors of one file that have no place."""
+    unused: list[str] = []
+    with _open(file) as opened:
+        present = set(opened.keys())
+        for key in promised:
+            if key not in present:
+                raise LoadError(f"{file} lacks tensor {key}, which {INDEX} promises there")
+            try:
+                if not put(opened, key):
                     unused.append(key)
-                continue
-            name, piece = table.place_of(key, places)
-            if name in places:
-                places[name].put(opened, key, piece)
-            elif not ignorable(key) and not ignorable(name) and not formats.is_idle_bias(opened, key):
-                unused.append(key)
-        except LoadError as error:
-            raise LoadError(f"{file}: tensor {key} {error}") from error
-        except QuantizationError as error:
-            raise QuantizationError(f"{file}: {error}") from error
+            except LoadError as error:
+                raise LoadError(f"{file}: tensor {key} {error}") from error
+            except QuantizationError as error:
+                raise QuantizationError(f"{file}: {error}") from error
+    return unused
 
 
 def _ignorable(hf: Any) -> Callable[[str], bool]:
