@@ -55,12 +55,12 @@ def check_cache(cache: PrefixCache) -> None:
 def check_slots(slots: SlotTable) -> None:
     """Every slot is free, filling, idle or in use."""
     in_use = {slot for slot, users in enumerate(slots.users) if users > 0}
-    parts = (set(slots._free), slots._filling, set(slots._idle), in_use)
+    parts = (set(slots.free), slots.filling, set(slots._idle), in_use)
     assert sum(map(len, parts)) == len(set().union(*parts)) == slots.num_slots, (
         f"free {parts[0]}, filling {parts[1]}, idle {parts[2]}, in use {parts[3]} of {slots.num_slots}"
     )
     assert {slot: revision for revision, slot in slots._slot_of.items()} == {s: r for s, r in enumerate(slots.revision_of) if r is not None}
-    assert all(slots.revision_of[slot] is None for slot in slots._free), "a free slot has a revision"
+    assert all(slots.revision_of[slot] is None for slot in slots.free), "a free slot has a revision"
     assert set(slots.wanted) <= slots.absent, "a revision is wanted that is not absent"
 
 

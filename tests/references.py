@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.stacks import LinearStacks, Stack
 from sglang_lora_moe.moe.spec import MoESpec
 
@@ -153,6 +154,12 @@ def ref_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
             y[rows, start : start + b.dim] += ref_delta(x[rows], a, b, slot)
             start += b.dim
     return y
+
+
+def order_slots(ctx: StepContext, tokens: int) -> None:
+    """Set slot_order and ordered_slots by the first `tokens` token_slots, which were set by hand."""
+    slots, order = ctx.token_slots[:tokens].sort(stable=True)
+    ctx.ordered_slots[:tokens], ctx.slot_order[:tokens] = slots, order.int()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

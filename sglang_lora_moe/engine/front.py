@@ -11,17 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang_lora_moe.core import (
-    Abort,
-    EngineMessage,
-    LogprobOptions,
-    Reply,
-    RequestError,
-    SamplingParams,
-    Submit,
-    TokenLogprob,
-    TokenOutput,
-)
+from sglang_lora_moe.core import Abort, EngineMessage, LogprobOptions, Reply, RequestError, SamplingParams, Submit, TokenLogprob, TokenOutput
 from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
 from sglang_lora_moe.engine.seeds import derive_seed
 from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse, too_long
@@ -194,9 +184,6 @@ class Front:
         for name in names:
             del self._samples[name]
         return [Abort(name) for name in names]
-
-    def unfinished(self) -> list[str]:
-        return list(self._requests)
 
     def _on_output(self, output: TokenOutput) -> Iterable[Chunk | Abort]:
         sample = self._samples.get(output.rid)

@@ -116,12 +116,6 @@ class Sampler:
         self._plan: _Plan | None = None
         self._history = _TokenHistory(vocab_size, self.device)
 
-    def sample(self, logits: torch.Tensor, requests: list[Request]) -> tuple[list[int], dict[int, TokenLogprob]]:
-        """One token per row of logits float32 [B, V] (left unchanged); log-probabilities by row, where asked for."""
-        chosen = self.choose(logits, requests)
-        found, token_ids = self.logprobs(logits, requests, chosen), chosen.tolist()
-        return token_ids, {} if found is None else dict(zip(found[0], found[1].read([token_ids[row] for row in found[0]]), strict=True))
-
     def choose(
         self, logits: torch.Tensor, requests: list[Request], best: torch.Tensor | None = None, inputs: Callable[[], torch.Tensor] | None = None
     ) -> torch.Tensor:

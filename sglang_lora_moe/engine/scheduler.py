@@ -264,7 +264,7 @@ class Scheduler:
             for slot in [slot for slot, revision in slots.draining.items() if revision not in waiting]:
                 del slots.draining[slot]
                 self._dirty = True
-        for revision in overdue if not slots.is_filling else ():  # while a copy is under way, an empty slot would wait for the next one
+        for revision in overdue if not slots.filling else ():  # while a copy is under way, an empty slot would wait for the next one
             if slots.slot_of(revision) is not None or revision in slots.draining.values():
                 continue  # its own slot is being drained for another, which it may do in turn; or it has been served already
             left = dict.fromkeys(slots.drainable(), 0)

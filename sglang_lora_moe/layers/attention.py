@@ -29,10 +29,6 @@ class KVLayerSpec:
     k_dim: int
     v_dim: int
 
-    @property
-    def elements_per_token(self) -> int:
-        return self.num_heads * (self.k_dim + self.v_dim)
-
 
 @dataclass(frozen=True)
 class AttentionSpec:

@@ -56,11 +56,6 @@ class StepContext:
         self.seq_lens_host: list[int] = []
         self.host_cache: dict[str, Any] = {}  # what host loops derived from the buffers, each with the content it was derived from
 
-    def order_slots(self, tokens: int) -> None:
-        """Set slot_order and ordered_slots by the first `tokens` token_slots, for those who set these by hand."""
-        slots, order = self.token_slots[:tokens].sort(stable=True)
-        self.ordered_slots[:tokens], self.slot_order[:tokens] = slots, order.int()
-
     def make_inputs(self, device: torch.device | str, pin_memory: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A flat buffer with the inputs of a step and its views by name; the staging buffers of the host have the same form."""
         m, b = self.max_tokens, self.max_requests

@@ -109,7 +109,7 @@ class LoRAManager:
             self._unused.pop(target).used = True
             self._ctx.lora_layout += 1  # graphs captured without this layer's adapters are captured again
         self.slots.pinned = self.registry.pinned_revisions()
-        if self.slots.slot_of(entry.revision) is None and entry.revision in self.host and (self.slots.has_free or entry.pinned):
+        if self.slots.slot_of(entry.revision) is None and entry.revision in self.host and (self.slots.free or entry.pinned):
             self.slots.reserve(entry.revision)
             self.start_fills()
         for warning in adapter.warnings:

@@ -21,21 +21,13 @@ class SlotTable:
         self.draining: dict[int, str] = {}  # slot -> the revision it is drained for
         self.absent: set[str] = set()  # revisions whose weights are not in host memory, so that no slot can be filled with them
         self._slot_of: dict[str, int] = {}
-        self._free = list(range(num_slots - 1, -1, -1))
+        self.free = list(range(num_slots - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # resident without users, next to be reused first
-        self._filling: set[int] = set()
+        self.filling: set[int] = set()  # slots whose weights are on their way
         self._arrived = [0] * num_slots  # when each slot's adapter came
         self._arrivals = 0
         self._writes: list[tuple[int, str]] = []
         self._wanted: dict[str, None] = {}
-
-    @property
-    def has_free(self) -> bool:
-        return bool(self._free)
-
-    @property
-    def is_filling(self) -> bool:
-        return bool(self._filling)
 
     @property
     def num_resident(self) -> int:
@@ -48,11 +40,11 @@ class SlotTable:
     def is_ready(self, revision: str) -> bool:
         """Requests of `revision` could run now."""
         slot = self._slot_of.get(revision)
-        return slot is not None and slot not in self._filling
+        return slot is not None and slot not in self.filling
 
     def is_coming(self, revision: str) -> bool:
         """The weights of `revision` are on their way, from a file or to a slot: no other adapter has to make room for it."""
-        return self._slot_of.get(revision) in self._filling or revision in self._wanted
+        return self._slot_of.get(revision) in self.filling or revision in self._wanted
 
     def acquire(self, revision: str) -> int | None:
         """A slot for one more running request of `revision`. None: it has to wait; what it waits for has been asked for."""
@@ -63,7 +55,7 @@ class SlotTable:
             else:
                 self.reserve(revision)
             return None
-        if slot in self.draining or slot in self._filling:
+        if slot in self.draining or slot in self.filling:
             return None
         if self.users[slot] == 0:
             self._idle.pop(slot)
@@ -79,18 +71,18 @@ class SlotTable:
     def reserve(self, revision: str) -> int | None:
         """Give a revision that has no slot a free or idle one, to be filled; None if there is none."""
         assert revision not in self._slot_of, f"{revision} already has slot {self._slot_of[revision]}"
-        slot = self._free.pop() if self._free else self._evict()
+        slot = self.free.pop() if self.free else self._evict()
         if slot is None:
             return None
         self.revision_of[slot] = revision
         self._slot_of[revision] = slot
-        self._filling.add(slot)
+        self.filling.add(slot)
         self._writes.append((slot, revision))
         return slot
 
     def filled(self, slot: int) -> None:
         """The weights of the slot's revision are there."""
-        self._filling.remove(slot)
+        self.filling.remove(slot)
         self._idle[slot] = None
         self._arrivals += 1
         self._arrived[slot] = self._arrivals
@@ -120,10 +112,10 @@ class SlotTable:
         self.present(revision)
         slot = self._slot_of.pop(revision, None)
         if slot is not None:
-            assert self.users[slot] == 0 and slot not in self._filling, f"{revision} dropped while slot {slot} is in use"
+            assert self.users[slot] == 0 and slot not in self.filling, f"{revision} dropped while slot {slot} is in use"
             del self._idle[slot]
             self._vacate(slot)
-            self._free.append(slot)
+            self.free.append(slot)
         return slot
 
     def drainable(self) -> list[int]:

@@ -41,7 +41,7 @@ class ServedModel:
             layer.allocate(num_pages, self.kv_dtype, self.device)
 
     def kv_bytes_per_token(self) -> int:
-        return sum(spec.elements_per_token for spec in self.kv_specs) * self.kv_dtype.itemsize
+        return sum(spec.num_heads * (spec.k_dim + spec.v_dim) for spec in self.kv_specs) * self.kv_dtype.itemsize
 
     @property
     def rename_adapter_module(self) -> Callable[[str], str]:

@@ -200,7 +200,7 @@ def test_refusals(engine: Engine) -> None:
         with pytest.raises(RequestError) as error:
             engine.generate(**call)
         check_core(engine.core)
-        assert not engine.core.has_work and not engine.front.unfinished()
+        assert not engine.core.has_work and not engine.front._requests
         return error.value
 
     unknown = refused(prompt="x", lora_path="nobody")

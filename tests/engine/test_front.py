@@ -40,7 +40,7 @@ def test_one_request() -> None:
     events = feed(f, submit.rid, "hello", "length")
     (chunk,) = events  # not streamed: one chunk
     assert (chunk.rid, chunk.index, chunk.text, chunk.finish_reason, chunk.completion_tokens, chunk.prompt_tokens) == ("r", 0, "hello", "length", 5, 3)
-    assert chunk.token_ids == ids_of("hello") and f.unfinished() == []
+    assert chunk.token_ids == ids_of("hello") and not f._requests
 
 
 def test_streaming_gives_deltas() -> None:
@@ -79,7 +79,7 @@ def test_stop_string_trims_and_aborts(stream: bool) -> None:
     assert isinstance(events[-1], Abort) and events[-1].rid == submit.rid
     assert (events[-2].finish_reason, events[-2].matched_stop, events[-2].completion_tokens) == ("stop", "END", 11)
     assert f.on_message(TokenOutput(submit.rid, [], 3, finish_reason="abort")) == []  # the engine's answer to the abort
-    assert f.unfinished() == []
+    assert not f._requests
 
 
 def test_stop_string_in_the_last_token_needs_no_abort() -> None:
@@ -114,7 +114,7 @@ def test_refusal_ends_all_samples() -> None:
     failure, *aborts = f.on_message(Reply(submits[1].rid, error="queue full", status=503, retry_after=2))
     assert isinstance(failure, Failure) and (failure.rid, failure.error.status, failure.error.retry_after) == ("r", 503, 2)
     assert aborts == [Abort(submit.rid) for submit in submits]
-    assert f.on_message(TokenOutput(submits[0].rid, [4], 3)) == [] and f.unfinished() == []
+    assert f.on_message(TokenOutput(submits[0].rid, [4], 3)) == [] and not f._requests
 
 
 def test_aborts_and_forget() -> None:
@@ -198,7 +198,7 @@ def test_bad_sampling_values_name_their_field(name: str, value: Any) -> None:
     f = front()
     with pytest.raises(RequestError, match=name) as error:
         f.submit(GenerateRequest(prompt="hi", sampling=SamplingParams(**{name: value})))
-    assert (error.value.status, error.value.param) == (400, name) and f.unfinished() == []
+    assert (error.value.status, error.value.param) == (400, name) and not f._requests
 
 
 @pytest.mark.parametrize(

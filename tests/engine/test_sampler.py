@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lora_moe.core import LogprobOptions, SamplingParams
+from sglang_lora_moe.core import LogprobOptions, SamplingParams, TokenLogprob
 from sglang_lora_moe.engine.request import Request
 from sglang_lora_moe.engine.sampler import Sampler
 from sglang_lora_moe.engine.seeds import derive_seed, uniform
@@ -24,11 +24,18 @@ def request(seed: int = 0, prompt: list[int] | None = None, output: list[int] | 
     return made
 
 
+def sample(sampler: Sampler, logits: torch.Tensor, requests: list[Request]) -> tuple[list[int], dict[int, TokenLogprob]]:
+    """One token per row of logits float32 [B, V] (left unchanged); log-probabilities by row, where asked for."""
+    chosen = sampler.choose(logits, requests)
+    found, token_ids = sampler.logprobs(logits, requests, chosen), chosen.tolist()
+    return token_ids, {} if found is None else dict(zip(found[0], found[1].read([token_ids[row] for row in found[0]]), strict=True))
+
+
 def draw(logits: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
     """Frequencies of `count` draws with different seeds."""
     sampler = Sampler(logits.shape[0])
     requests = [request(seed, **sampling) for seed in range(count)]
-    tokens, _ = sampler.sample(logits.expand(count, -1), requests)
+    tokens, _ = sample(sampler, logits.expand(count, -1), requests)
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[0]).double()
 
 
@@ -106,24 +113,24 @@ def test_a_seed_gives_the_same_token_whatever_else_is_in_the_batch() -> None:
     ]
     logits = torch.randn(30, V, generator=generator).bfloat16().float()  # bfloat16: many ties
     requests = [request(seed, output=[rng.randrange(V) for _ in range(rng.randrange(5))], **rng.choice(kinds)) for seed in range(30)]
-    together, _ = Sampler(V).sample(logits, requests)
+    together, _ = sample(Sampler(V), logits, requests)
     for i in range(30):
-        alone, _ = Sampler(V).sample(logits[i : i + 1], [requests[i]])
+        alone, _ = sample(Sampler(V), logits[i : i + 1], [requests[i]])
         assert alone == [together[i]]
-    again, _ = Sampler(V).sample(logits.flip(0), requests[::-1])
+    again, _ = sample(Sampler(V), logits.flip(0), requests[::-1])
     assert again[::-1] == together
 
 
 def test_position_changes_the_draw() -> None:
     logits = torch.zeros(1, V)
-    tokens = {Sampler(V).sample(logits, [request(1, output=[0] * n)])[0][0] for n in range(30)}
+    tokens = {sample(Sampler(V), logits, [request(1, output=[0] * n)])[0][0] for n in range(30)}
     assert len(tokens) > 10
 
 
 def test_greedy_and_sampled_rows_mix() -> None:
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(2))
     requests = [request(1, temperature=0.0), request(2), request(3, top_k=1)]
-    tokens, logprobs = Sampler(V).sample(logits, requests)
+    tokens, logprobs = sample(Sampler(V), logits, requests)
     assert tokens[0] == logits[0].argmax() and tokens[2] == logits[2].argmax() and not logprobs
 
 
@@ -149,7 +156,7 @@ def test_penalties(repetition: float, presence: float, frequency: float) -> None
                 expected[v] = expected[v] / repetition if expected[v] > 0 else expected[v] * repetition
             expected[v] -= frequency * generated + presence * (generated > 0)
         for batch, rows in (([penalised, other], logits), ([other, penalised], logits.flip(0)), ([penalised], logits[:1])):
-            tokens, _ = sampler.sample(rows, batch)
+            tokens, _ = sample(sampler, rows, batch)
             assert tokens[batch.index(penalised)] == expected.argmax()
             plan = sampler._plan
             assert plan is not None
@@ -162,7 +169,7 @@ def test_history_rows_are_reused() -> None:
         one = request(i, prompt=[i % V], temperature=0.0, presence_penalty=1.0, output=[3])
         logits = torch.zeros(1, V)
         logits[0, 5] = 0.5
-        assert sampler.sample(logits, [one])[0] == [5]
+        assert sample(sampler, logits, [one])[0] == [5]
         one.finish_reason = "stop"
     assert sampler._history._counts.shape[0] == 4
 
@@ -170,7 +177,7 @@ def test_history_rows_are_reused() -> None:
 def test_logit_bias() -> None:
     logits = torch.zeros(2, V)
     logits[:, 1] = 1.0
-    tokens, _ = Sampler(V).sample(logits, [request(0, temperature=0.0, logit_bias={9: 5.0}), request(1, temperature=0.0, logit_bias={1: -100.0, 2: 0.5})])
+    tokens, _ = sample(Sampler(V), logits, [request(0, temperature=0.0, logit_bias={9: 5.0}), request(1, temperature=0.0, logit_bias={1: -100.0, 2: 0.5})])
     assert tokens == [9, 2]
     assert logits[0, 9] == 0, "the caller's logits were changed"
 
@@ -180,16 +187,16 @@ def test_min_new_tokens_forbids_stop_ids() -> None:
     logits[0, 2], logits[0, 7], logits[0, 4] = 3.0, 2.0, 1.0
     early = request(0, temperature=0.0, min_new_tokens=2, stop_token_ids=[7, 10**6], eos=2)
     sampler = Sampler(V)
-    assert sampler.sample(logits, [early])[0] == [4]
+    assert sample(sampler, logits, [early])[0] == [4]
     early.tokens.extend([4, 4])
-    assert sampler.sample(logits, [early])[0] == [2]
+    assert sample(sampler, logits, [early])[0] == [2]
 
 
 def test_logprobs_are_of_the_unmodified_logits() -> None:
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(6))
     requests = [request(1, temperature=0.3, logit_bias={4: 9.0}), request(2), request(3, temperature=0.0)]
     requests[0].logprobs, requests[2].logprobs = LogprobOptions(top=3), LogprobOptions(top=0)
-    tokens, logprobs = Sampler(V).sample(logits, requests)
+    tokens, logprobs = sample(Sampler(V), logits, requests)
     expected = torch.log_softmax(logits, -1)
     assert set(logprobs) == {0, 2}
     for row, values in logprobs.items():
@@ -201,5 +208,5 @@ def test_logprobs_are_of_the_unmodified_logits() -> None:
 def test_extreme_logits() -> None:
     logits = torch.full((1, V), -1e30)
     logits[0, 3] = 1e30
-    assert Sampler(V).sample(logits, [request(0, temperature=2.0, top_p=0.5)])[0] == [3]
-    assert Sampler(V).sample(torch.full((1, V), -math.inf).index_fill(1, torch.tensor([6]), 0.0), [request(0)])[0] == [6]
+    assert sample(Sampler(V), logits, [request(0, temperature=2.0, top_p=0.5)])[0] == [3]
+    assert sample(Sampler(V), torch.full((1, V), -math.inf).index_fill(1, torch.tensor([6]), 0.0), [request(0)])[0] == [6]

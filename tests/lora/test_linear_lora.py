@@ -15,7 +15,7 @@ from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import EmbeddingTarget, LinearTarget
 from sglang_lora_moe.lora.weights import EmbeddingLoRA, LinearLoRA
-from tests.references import ref_linear, relative_error
+from tests.references import order_slots, ref_linear, relative_error
 
 PARTS = (("attn.q_proj", 48), ("attn.k_proj", 16), ("attn.v_proj", 24))
 SLOT_PATTERNS = {
@@ -52,7 +52,7 @@ def make_linear(dtype: torch.dtype = torch.float32, slot_source: str = "tokens")
 def make_context(slots: list[int]) -> StepContext:
     ctx = StepContext(256, 8, 4, 16)
     ctx.token_slots[: len(slots)] = torch.tensor(slots, dtype=torch.int32)
-    ctx.order_slots(len(slots))
+    order_slots(ctx, len(slots))
     ctx.lora_active = any(slot >= 0 for slot in slots)
     return ctx
 

@@ -146,7 +146,7 @@ def test_absent_weights_are_asked_for_before_a_slot_is_taken() -> None:
     slots = SlotTable(1)
     slots.absent = {"A", "B"}
     assert slots.acquire("A") is None and slots.acquire("B") is None and slots.acquire("A") is None
-    assert slots.wanted == ["A", "B"] and slots.is_coming("B") and slots.has_free and slots.take_writes() == []
+    assert slots.wanted == ["A", "B"] and slots.is_coming("B") and slots.free and slots.take_writes() == []
     slots.present("B")
     assert slots.wanted == ["A"] and take(slots, "B") == 0
     slots.give_up("A")

@@ -9,6 +9,7 @@ import torch
 
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.models.served import ServedModel
+from tests.references import order_slots
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Driver:
         ctx.num_tokens = start + padding
         ctx.kv_slots[start : start + padding] = 0  # the dump page
         ctx.token_slots[start : start + padding] = -1
-        ctx.order_slots(start + padding)
+        order_slots(ctx, start + padding)
         ctx.num_logits = start
         ctx.logit_rows[:start] = torch.arange(start)
         ctx.logit_slots[:start] = ctx.token_slots[:start]

@@ -16,7 +16,7 @@ from sglang_lora_moe.lora.targets import LinearTarget
 from sglang_lora_moe.lora.triton_dense import TritonDense
 from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops import qk_norm_rope, rms_norm
-from tests.references import ref_linear, relative_error
+from tests.references import order_slots, ref_linear, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, HQ, HKV, D = 96, 4, 2, 32
@@ -40,7 +40,7 @@ class Case:
         slots = torch.randint(-1, 4, (TOKENS,))
         self.ctx = StepContext(TOKENS, 8, 4, 16, DEVICE)
         self.ctx.token_slots.copy_(slots)
-        self.ctx.order_slots(TOKENS)
+        order_slots(self.ctx, TOKENS)
         self.slots, self.dense = slots.to(DEVICE), TritonDense(self.ctx, family == "grouped")
         self.qkv = [(pool.stacks_for(name), first, rows) for (name, rows), first in zip(QKV, (0, HQ * D, (HQ + HKV) * D), strict=True)]
         self.o = [(pool.stacks_for("o"), 0, H)]

@@ -17,7 +17,7 @@ from sglang_lora_moe.lora.targets import LinearTarget
 from sglang_lora_moe.lora.triton_dense import TritonDense
 from sglang_lora_moe.lora.weights import LinearLoRA
 from tests.moe_cases import Noise, generator, make_token_slots
-from tests.references import assert_near, ref_linear
+from tests.references import assert_near, order_slots, ref_linear
 
 pytestmark = pytest.mark.gpu
 QKV, O = ((("q", 4096), ("k", 512), ("v", 512)), 2048), ((("o", 2048),), 4096)
@@ -42,7 +42,7 @@ def test_linear(parts: tuple[tuple[str, int], ...], width: int, tokens: int, dty
             adapter = {name: LinearLoRA(noise(rank, width, std=width**-0.5), noise(rows, rank, std=rank**-0.5), 0.5 + slot % 3) for name, rows in some}
             pool.write(slot, SimpleNamespace(modules=adapter))
         ctx.token_slots.copy_(make_token_slots(popularity, tokens, slots, g, base_share=0.2))
-        ctx.order_slots(tokens)
+        order_slots(ctx, tokens)
         ctx.lora_active = True
         stacks = [pool.stacks_for(name) for name, _ in parts]
         layer, x = LinearWithLoRA(base, stacks, ctx, TritonDense(ctx)), noise(tokens, width)
