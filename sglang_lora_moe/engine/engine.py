@@ -23,7 +23,6 @@ from sglang_lora_moe.engine.build import build_engine
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest, native_result
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
 from sglang_lora_moe.engine.validate import refuse, spread
-from sglang_lora_moe.lora.registry import LORA_DISABLED
 
 _SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
 
@@ -151,11 +150,8 @@ class Engine:
 
         The tensors may be on any device; they are read once, here, and not kept.
         """
-        named = dict(tensors)
         message = LoadAdapter(self._next_rid(), lora_name, "", pinned, load_inplace)
-        if self.core.lora is None:
-            raise RequestError(LORA_DISABLED, 400, "name", "lora_not_enabled")
-        self.core.lora.load_tensors(message, named, config_dict)
+        self.core.need_lora("name").load_tensors(message, dict(tensors), config_dict)
         return self._answer(message.rid)
 
     def unload_lora_adapter(self, lora_name: str) -> dict[str, Any]:

@@ -43,9 +43,9 @@ class EngineCore:
         self._handlers: dict[type, Callable[[Any], None]] = {
             Submit: self._submit,
             Abort: self._abort,
-            LoadAdapter: lambda message: self._need_lora("name").load(message),
+            LoadAdapter: lambda message: self.need_lora("name").load(message),
             UnloadAdapter: self._unload,
-            FlushCache: self._flush,
+            FlushCache: lambda message: self._reply(message.rid, {"flushed_pages": self.scheduler.cache.flush()}),
             GetStats: lambda message: self._reply(message.rid, self.stats()),
         }
         scheduler.on_release = self._release
@@ -147,7 +147,7 @@ class EngineCore:
         if message.adapter is None:
             self.scheduler.submit(request)
             return
-        lora = self._need_lora("model")
+        lora = self.need_lora("model")
         entry = lora.registry.get(message.adapter)
         request.bind(entry.name, entry.revision)
         self.scheduler.submit(request)
@@ -160,7 +160,7 @@ class EngineCore:
                 self._outbox.append(output)
 
     def _unload(self, message: UnloadAdapter) -> None:
-        self._need_lora("name").unload(message)
+        self.need_lora("name").unload(message)
         self.scheduler.wake()
 
     def _poll_adapters(self, lora: LoRAManager) -> None:
@@ -173,9 +173,6 @@ class EngineCore:
         if changed:
             self.scheduler.wake()
 
-    def _flush(self, message: FlushCache) -> None:
-        self._reply(message.rid, {"flushed_pages": self.scheduler.cache.flush()})
-
     def _release(self, request: Request) -> None:
         """A request ended: its adapter may have been waiting for that."""
         entry = self._entries.pop(request, None)
@@ -184,7 +181,8 @@ class EngineCore:
             self.lora.release(entry)
 
     # ---- small parts ------------------------------------------------------------------------------------------------
-    def _need_lora(self, param: str) -> LoRAManager:
+    def need_lora(self, param: str) -> LoRAManager:
+        """The manager of adapters; RequestError about the field `param` in a server without."""
         if self.lora is None:
             raise RequestError(LORA_DISABLED, 400, param, "lora_not_enabled")
         return self.lora

@@ -23,19 +23,7 @@ import msgspec
 import zmq
 
 from sglang_lora_moe.config import Config
-from sglang_lora_moe.core import (
-    Abort,
-    EngineMessage,
-    FlushCache,
-    FrontMessage,
-    GetStats,
-    LoadAdapter,
-    Reply,
-    RequestError,
-    Submit,
-    TokenOutput,
-    UnloadAdapter,
-)
+from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, FrontMessage, GetStats, LoadAdapter, Reply, RequestError, Submit, TokenOutput, UnloadAdapter
 from sglang_lora_moe.engine.child import EngineProcess, end_with_parent
 from sglang_lora_moe.engine.front import LONG_TEXT, Chunk, Failure, Front, GenerateRequest
 from sglang_lora_moe.engine.tokenizer import load_tokenizer

@@ -18,9 +18,7 @@ from sglang_lora_moe.server.service import Service
 class LoadAdapterRequest(RequestModel):
     """`pinned` keeps the adapter on the device; with `load_inplace` (vLLM's name) other content may replace what the name stands for."""
 
-    unsupported = {
-        "is_3d_lora_weight": ((True, False), "the file's layout is read from its tensors"),
-    }
+    unsupported = {"is_3d_lora_weight": ((True, False), "the file's layout is read from its tensors")}
     lora_name: str
     lora_path: str = Field(min_length=1, max_length=4096)
     pinned: bool = False

@@ -20,17 +20,12 @@ from sglang_lora_moe.server.logprobs import TokenText, finite
 from sglang_lora_moe.server.openai_protocol import Prompt, split_prompts
 from sglang_lora_moe.server.service import Service, new_id
 
-_CONSTRAINED = f"constrained output {f.NOT_IMPLEMENTED}"
-
 
 class NativeSampling(f.SamplingFields):
     """`sampling_params` of /generate, with SGLang's defaults."""
 
     unsupported = {
-        "json_schema": ((), _CONSTRAINED),
-        "regex": ((), _CONSTRAINED),
-        "ebnf": ((), _CONSTRAINED),
-        "structural_tag": ((), _CONSTRAINED),
+        **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), ((), f"constrained output {f.NOT_IMPLEMENTED}")),
         "stop_regex": (([],), f"stopping at a regular expression {f.NOT_IMPLEMENTED}"),
         "custom_params": (({},), f"custom logit processors {f.NOT_IMPLEMENTED}"),
         "skip_special_tokens": ((True,), "special tokens are always left out of the text"),

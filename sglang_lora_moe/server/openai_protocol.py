@@ -27,12 +27,7 @@ _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_stop_str_in_output": ((False,), "a matched stop string is always cut off"),
     "no_stop_trim": ((False,), "a matched stop string is always cut off"),
     "priority": ((0,), f"a priority {f.NOT_IMPLEMENTED}"),
-    "regex": ((), _CONSTRAINED),
-    "ebnf": ((), _CONSTRAINED),
-    "guided_json": ((), _CONSTRAINED),
-    "guided_regex": ((), _CONSTRAINED),
-    "guided_choice": ((), _CONSTRAINED),
-    "structured_outputs": ((), _CONSTRAINED),
+    **dict.fromkeys(("regex", "ebnf", "guided_json", "guided_regex", "guided_choice", "structured_outputs"), ((), _CONSTRAINED)),
 }
 
 
