@@ -3,12 +3,14 @@
     python -m benchmarks.bench_engine                                  Qwen3-30B-A3B, batch 1 to 256, 0/1/4/16 adapters of rank 16
     python -m benchmarks.bench_engine --batches 16 --active 4 --rank 64 --popularity zipf
     python -m benchmarks.bench_engine --weights int4-g128              the same model as a compressed-tensors W4A16 checkpoint has it
+    python -m benchmarks.bench_engine --one-engine --active 4 --rank 64    in seconds: one start, graphs of the measured sizes alone
 
 Method (that of the recorded peer): prompts of 32 tokens, time of 64 decode steps in the running engine, median of 3; prefill is
 the wall time of one request of one token. The base engine is a server without --enable-lora, the other one a server with it, in
 one run. Printed beside each step: what the targets allow, the floor (bytes of weights that a step must read), the peer's time,
 `busy` = the share of the loop in which a step's graph runs (events around each replay), `host_us` = what the host does in a step
-beside waiting for tokens. A run that was cut goes on with the same --out: rows that are there are not measured again.
+beside waiting for tokens. A run that was cut goes on with the same --out: rows that are there are not measured again. With --one-engine
+the base's rows are steps without adapters of the server that has them, whose kernels and arguments are the same (a test compares them).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from benchmarks import timing
 from benchmarks.dummy_model import CONFIGS, QUANTIZATIONS, WEIGHT_BYTES, is_adapted, make_adapters, write_config
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import SamplingParams, Submit
-from sglang_lora_moe.engine.build import build_engine
+from sglang_lora_moe.engine import build
 from sglang_lora_moe.lora.targets import LinearTarget
 
 KEYS = ("shape", "backend", "weights", "phase", "batch", "input", "rank", "active", "popularity")
@@ -114,7 +116,9 @@ class Bench:
             disable_prefix_cache=True, disable_cuda_graph=args.eager, disable_overlap=args.no_overlap,
         )  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
-        self.core, self.config, info = build_engine(config)
+        if args.one_engine:
+            build.ladder, build.prefill_ladder = lambda most: sorted(args.batches), lambda tokens, most: [(PREFILL, min(most, 16))]
+        self.core, self.config, info = build.build_engine(config)
         self.memory = info["memory"] | {"start_s": round(time.monotonic() - begin, 1), "reserved": torch.cuda.memory_reserved()}
         self.model: Any = self.core.runner.model  # type: ignore[attr-defined]
         self.rank, self.profiled = rank, args.profile
@@ -286,12 +290,13 @@ def measured(results: timing.Results, args: argparse.Namespace, rank: int, activ
 
 def measure(bench: Bench, args: argparse.Namespace, results: timing.Results, active: int, popularity: str, deadline: timing.Deadline) -> None:
     """All batches and prefills of one engine and one load that `results` lacks, as its rows."""
-    there = measured(results, args, bench.rank, active, popularity)
+    rank = bench.rank if active else 0
+    there = measured(results, args, rank, active, popularity)
     common = {
         "shape": args.shape,
         "backend": bench.model.moe_runner_backend,
         "weights": args.weights,
-        "rank": bench.rank,
+        "rank": rank,
         "active": active,
         "popularity": popularity,
     }
@@ -353,18 +358,21 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the time of each kernel")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--no-overlap", action="store_true")
+    parser.add_argument("--one-engine", action="store_true", help="the base's rows from the server with adapters; graphs of the measured sizes alone")
     args = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(name)s: %(message)s")
     deadline = timing.Deadline(args.time_limit)
     overrides: dict[str, Any] = {"num_hidden_layers": args.layers} if args.layers else {}
     CONFIGS[args.shape] |= overrides
-    settings = {"steps": STEPS, "prompt": PROMPT, "graphs": not args.eager, "overlap": not args.no_overlap, **overrides}
+    settings = {"steps": STEPS, "prompt": PROMPT, "graphs": not args.eager, "overlap": not args.no_overlap, "one_engine": args.one_engine, **overrides}
     results = timing.Results(args.out, "engine", KEYS, settings, commit=args.commit, peer="vllm 0.33.0")
     with tempfile.TemporaryDirectory() as folder:
         path = write_config(args.shape, Path(folder) / args.shape, **QUANTIZATIONS[args.weights])
-        loads = [(0, 0, [(0, "none")]), (args.rank, max(args.active, default=0), list(itertools.product(args.active, args.popularity)))]
-        for rank, slots, of_engine in loads:  # the server without adapters, then the one with
-            missing = [load for load in of_engine if set(steps_of(args)) - measured(results, args, rank, *load)]
+        base, adapted = [(0, "none")], list(itertools.product(args.active, args.popularity))
+        engines = [(0, base), (args.rank, adapted)]  # the server without adapters, then the one with
+        for rank, loads in [(args.rank, base + adapted)] if args.one_engine else engines:
+            slots = max(active for active, _ in loads)
+            missing = [load for load in loads if set(steps_of(args)) - measured(results, args, rank if load[0] else 0, *load)]
             if not missing or deadline.reached():
                 continue
             bench = Bench(args, path, rank, slots)

@@ -52,3 +52,8 @@ def test_a_cut_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert made == [(0, 0), (16, 4)] and decoded == [(64, 0), (64, 4)] and len(more) == 11
     assert more[-1]["base_step_us"] == 64000.0 and more[-1]["step_us"] == 64400.0
     assert run("--batches", "256", "--active", "4", "--time-limit", "0") == more and made == []
+    decoded.clear()
+    one = run("--batches", "1", "--active", "4", "--one-engine", "--out", str(tmp_path / "one.json"))
+    assert one == more and made == [(16, 4)] and decoded == [(1, 0), (1, 1)]
+    rows = json.loads((tmp_path / "one.json").read_text())["rows"]
+    assert [(row["rank"], row["active"], row["base_step_us"]) for row in rows if row["phase"] == "decode"] == [(0, 0, 1000.0), (16, 4, 1000.0)]
