@@ -97,14 +97,13 @@ class LoRAManager:
 
     def register(self, name: str, adapter: PackedAdapter, pinned: bool = False, in_place: bool = False) -> tuple[AdapterEntry, bool]:
         """Give a name to an adapter that was read; its entry, and whether it was there already. It gets a slot if one is free, a pinned one an idle one too."""
-        room = [] if adapter.revision in self.host else self.host.make_room(self._may_go)
-        self._dropped(room or [])
-        if room is None and not adapter.path:
+        has_room = adapter.revision in self.host or self._make_room()
+        if not has_room and not adapter.path:
             raise RequestError(f"{len(self.host)} adapters are in use, as many as --max-loaded-loras lets host memory hold; unload one first", 400, "name")
         entry, known, old = self.registry.add(name, adapter, pinned, in_place)
         if old is not None and not old.in_use:
             self._forget(old)
-        self._keep(adapter, room is not None)
+        self._keep(adapter, has_room)
         for target in adapter.targets & self._unused.keys():
             self._unused.pop(target).used = True
             self._ctx.lora_layout += 1  # graphs captured without this layer's adapters are captured again
@@ -230,9 +229,7 @@ class LoRAManager:
             if not any(entry.users for entry in entries):
                 self.slots.give_up(revision)
                 continue
-            room = self.host.make_room(self._may_go)
-            if room is not None:
-                self._dropped(room)
+            if self._make_room():
                 self._reading = revision, self._thread.submit(self.reader.read, entries[0].path)
             return
 
@@ -249,9 +246,7 @@ class LoRAManager:
         except RequestError as error:
             self.slots.give_up(revision)
             return RequestError(error.message, 500, "model", "adapter_unreadable")
-        room = self.host.make_room(self._may_go)
-        self._dropped(room or [])
-        self._keep(adapter, room is not None)
+        self._keep(adapter, self._make_room())
         return None
 
     # ---- host memory ------------------------------------------------------------------------------------------------
@@ -270,10 +265,13 @@ class LoRAManager:
         waiting = any(entry.users for entry in entries) and self.slots.slot_of(adapter.revision) is None
         return all(entry.path and not entry.pinned for entry in entries) and not waiting
 
-    def _dropped(self, adapters: list[PackedAdapter]) -> None:
-        for adapter in adapters:
+    def _make_room(self) -> bool:
+        """Whether host memory has room for one more adapter, after what may go for it has gone."""
+        going = self.host.make_room(self._may_go)
+        for adapter in going or ():
             self.slots.absent.add(adapter.revision)
             self._loader.discard(adapter.image)
+        return going is not None
 
     def _state(self, revision: str) -> str:
         """Where the weights are: "resident" in a slot, "loading" into one or from files, in "host" memory, or only on "disk"."""
