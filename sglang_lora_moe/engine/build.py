@@ -136,16 +136,8 @@ def _run_largest_step(model: ServedModel, with_adapters: bool) -> None:
 def _make_manager(config: Config, model: ServedModel, budget: MemoryBudget) -> LoRAManager:
     assert config.max_lora_rank is not None
     targets, left_out = choose_targets(model.hf, config.lora_target_modules)
-    rules = AdapterRules(
-        targets,
-        model.rename_adapter_module,
-        config.max_lora_rank,
-        model.dtype,
-        config.lora_root,
-        config.model_path,
-        model.refused_adapter_modules,
-        left_out,
-    )
+    refused = model.refused_adapter_modules
+    rules = AdapterRules(targets, model.rename_adapter_module, config.max_lora_rank, model.dtype, config.lora_root, config.model_path, refused, left_out)
     budget.plan_adapters(PoolLayout(list(targets.values()), config.max_lora_rank, model.dtype))
     pool = LoRAMemoryPool(list(targets.values()), config.max_loras_per_batch, config.max_lora_rank, model.dtype, model.device)
     reader = AdapterReader(rules, pool.layout)

@@ -14,7 +14,7 @@ from typing import Any
 from sglang_lora_moe.core import Abort, EngineMessage, LogprobOptions, Reply, RequestError, SamplingParams, Submit, TokenLogprob, TokenOutput
 from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
 from sglang_lora_moe.engine.seeds import derive_seed
-from sglang_lora_moe.engine.validate import check_logprobs, check_samples, check_sampling, check_stops, is_int, refuse, too_long
+from sglang_lora_moe.engine.validate import check_request, is_int, refuse, too_long
 
 Triple = tuple[float | None, int, str | None]  # SGLang's (logprob, token id, text or None)
 LONG_TEXT = 20_000  # characters; what is longer the server tokenizes in a thread, so that no stream waits for it
@@ -137,10 +137,7 @@ class Front:
 
     def submit(self, request: GenerateRequest, ids: list[int] | None = None) -> list[Submit]:
         """Check and register a request, giving it an id if it has none. The messages go to the engine, in order. `ids`: what `tokenize` gave."""
-        check_sampling(request.sampling, self.vocab_size)
-        check_stops(request.stop)
-        check_samples(request.n)
-        check_logprobs(request.logprobs, self.vocab_size)
+        check_request(request.sampling, request.stop, request.n, request.logprobs, self.vocab_size)
         if request.adapter is not None and not isinstance(request.adapter, str):
             raise refuse("lora_path", "the name of an adapter", request.adapter)
         request.rid = request.rid or uuid.uuid4().hex

@@ -64,7 +64,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_sampling(params: SamplingParams, vocab_size: int) -> None:
+def check_request(params: SamplingParams, stops: list[str], n: int, logprobs: LogprobOptions | None, vocab_size: int) -> None:
     """Raise for the first field whose value can never be right."""
     for name, (is_right, expected) in _CHECKS.items():
         value = getattr(params, name)
@@ -77,22 +77,11 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
             raise refuse("logit_bias", f"token ids from 0 to {vocab_size - 1}", token)
         if not is_number(bias) or abs(bias) > MAX_BIAS:
             raise refuse("logit_bias", f"biases from -{MAX_BIAS:g} to {MAX_BIAS:g}", bias)
-
-
-def check_stops(stops: list[str]) -> None:
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
         raise refuse("stop", f"a list of at most {MAX_STOPS} texts, none of them empty", stops)
-
-
-def check_samples(n: int) -> None:
     if not is_int(n) or not 1 <= n <= MAX_SAMPLES:
         raise refuse("n", f"an integer from 1 to {MAX_SAMPLES}", n)
-
-
-def check_logprobs(options: LogprobOptions | None, vocab_size: int) -> None:
-    if options is None:
-        return
-    if not is_int(options.top) or not 0 <= options.top <= vocab_size:
-        raise refuse("top_logprobs", f"an integer from 0 to {vocab_size}", options.top)
-    if options.prompt_start is not None and (not is_int(options.prompt_start) or options.prompt_start < 0):
-        raise refuse("logprob_start_len", "an integer of at least 0", options.prompt_start)
+    if logprobs is not None and (not is_int(logprobs.top) or not 0 <= logprobs.top <= vocab_size):
+        raise refuse("top_logprobs", f"an integer from 0 to {vocab_size}", logprobs.top)
+    if logprobs is not None and logprobs.prompt_start is not None and (not is_int(logprobs.prompt_start) or logprobs.prompt_start < 0):
+        raise refuse("logprob_start_len", "an integer of at least 0", logprobs.prompt_start)
