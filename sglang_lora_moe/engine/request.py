@@ -87,10 +87,6 @@ class Batch:
     lora_active: bool  # some request of the step has an adapter
     ends: list[int] | None = None  # `num_computed` of each request after the step, once it is launched
 
-    @property
-    def starts(self) -> list[int]:
-        return [request.num_computed for request in self.requests]
-
 
 @dataclass(slots=True)
 class StepResult:

@@ -37,8 +37,3 @@ class Workspace:
                 self._outgrown.append(buffer)
             buffer = self._buffers[name] = torch.empty(-(-nbytes // _ALIGN) * _ALIGN, dtype=torch.uint8, device=self.device)
         return buffer[:nbytes].view(dtype).view(shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held now, those of outgrown buffers among them."""
-        return sum(buffer.numel() for buffer in [*self._buffers.values(), *self._outgrown])

@@ -80,10 +80,6 @@ class MarlinWeight:
     group_size: int
     halves: int
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.packed, self.scales, self.zeros) if t is not None)
-
 
 def padded_units(rows: int, k: int, halves: int) -> tuple[int, int]:
     """(row units, k units). With halves 2 each half is padded to 64, so that both end in the same unit."""

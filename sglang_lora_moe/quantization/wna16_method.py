@@ -17,14 +17,11 @@ MARLIN_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class WNA16QuantInfo:
-    """The canonical tensors of `wna16.py`, which a core may convert once: w13 [E, 2I, H] and w2 [E, H, I] with scales in the
-    activation dtype, biases [E, 2I] and [E, H] or None."""
+class WNA16QuantInfo(TritonQuantInfo):
+    """`TritonQuantInfo` of integer weights, which a core may convert once."""
 
     w13: WNA16Weight
     w2: WNA16Weight
-    b13: torch.Tensor | None
-    b2: torch.Tensor | None
 
 
 class DequantizedExperts:
