@@ -155,13 +155,13 @@ def source_hash(architectures: Sequence[str]) -> str:
 def cache_folder() -> Path:
     """The user's cache folder, or one in the temporary folder where there is no writable home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(base) if base else Path.home() / ".cache") / "sglang_lora_moe"
     try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "sglang_lora_moe"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass  # a read-only or missing home: the temporary folder serves
+    except (OSError, RuntimeError):
+        pass  # a read-only or missing home, or a user without one: the temporary folder serves
     folder = Path(tempfile.gettempdir()) / f"sglang_lora_moe-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():

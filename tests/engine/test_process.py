@@ -117,20 +117,18 @@ def test_a_long_prompt_stops_nobody(session: Session, monkeypatch: pytest.Monkey
         time.sleep(0.5)
         return [1] * len(text)
 
-    async def longest_pause() -> float:
-        refused = asyncio.ensure_future(session.collect(prompt="a" * 30_000, input_ids=None))
-        pause = 0.0
+    async def turns_meanwhile() -> int:
+        refused, turns = asyncio.ensure_future(session.collect(prompt="a" * 30_000, input_ids=None)), 0
         while not refused.done():
-            begin = time.perf_counter()
             await asyncio.sleep(0.001)
-            pause = max(pause, time.perf_counter() - begin)
+            turns += 1
         with pytest.raises(RequestError, match="the prompt has 30000 tokens; .* exceeds the 512 ") as error:
             refused.result()
         assert error.value.code == "context_length_exceeded"
-        return pause
+        return turns
 
     monkeypatch.setattr(session.engine._front.tokenizer, "encode", encode)
-    assert session.run(longest_pause()) < 0.4
+    assert session.run(turns_meanwhile()) > 5
 
 
 def test_facts_of_the_model(session: Session) -> None:
@@ -289,7 +287,7 @@ def test_the_child_ends_with_its_parent() -> None:
     assert is_running(child)
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running(child):
         assert time.monotonic() < deadline, "the engine process outlived its parent"
         time.sleep(0.02)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_concurrent_processes_build_once(nvcc: Path, checkout: Path) -> None:
     processes = [context.Process(target=_build_and_time, args=(build.PACKAGE, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    found = {results.get(timeout=60) for _ in processes}
+    found = {results.get(timeout=600) for _ in processes}
     for process in processes:
         process.join()
     assert ctypes.CDLL(found.copy().pop()[0]).answer() == 42
@@ -194,6 +195,18 @@ def test_compiler_errors_are_shown(nvcc: Path, checkout: Path) -> None:
     with pytest.raises(build.BuildError, match=r"answer.cu"):
         build.library_path(("90a",))
     assert not list(build.cache_folder().glob("*.so"))
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container may run as a user without a name or a home."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert build.cache_folder().parent == tmp_path
 
 
 def test_wheel_compiler_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_without_lora(client_of: Any) -> None:
 
 def test_unload_waits_for_running_requests_and_refuses_new_ones(client: TestClient, engine: FakeEngine) -> None:
     client.post("/load_lora_adapter", json=LOAD)
-    engine.delay = 0.02
+    engine.delay = 0.5  # of each token, until what must happen meanwhile has happened
     body = {"model": "a", "prompt": "hello", "max_tokens": 20, "temperature": 0}
     answers: dict[str, Any] = {}
     with client:  # one event loop for all threads
@@ -73,6 +73,7 @@ def test_unload_waits_for_running_requests_and_refuses_new_ones(client: TestClie
         assert client.post("/v1/completions", json=body).status_code == 404
         time.sleep(0.05)
         assert unload.is_alive() and running.is_alive()
+        engine.delay = 0.0
         running.join()
         unload.join()
     assert answers["first"].json()["usage"]["completion_tokens"] == 20 and answers["unload"].status_code == 200

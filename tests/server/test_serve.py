@@ -55,13 +55,13 @@ class Served:
         """Exit status, further output, errors."""
         if number is not None:
             self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=60)
         return self.process.returncode, out, err
 
     def post(self, answers: list[Any], **body: Any) -> threading.Thread:
-        thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{self.url}/v1/completions", json={"prompt": "hello"} | body, timeout=20)))
+        thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{self.url}/v1/completions", json={"prompt": "hello"} | body, timeout=60)))
         thread.start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while httpx.get(f"{self.url}/server_info").json()["stats"]["running"] == 0:
             assert time.monotonic() < deadline
         return thread
