@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -53,6 +54,7 @@ def readme_first_screen() -> tuple[str, str]:
     return found.group(1), found.group(2)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
 def test_readme_request_prints_what_the_readme_says() -> None:
     script, printed = readme_first_screen()
     with demo_server() as url:
