@@ -98,7 +98,7 @@ class Layer:
         if gate_up:
             self.core.gate_up_activation(inp, routing, weights)
         if down:
-            self.core.down(inp, act, routing, weights)
+            (self.core.down_combine if routing.rows == "pair" else self.core.down)(inp, act, routing, weights)
 
     @property
     def expert_bytes(self) -> float:
@@ -168,24 +168,20 @@ def peer_us(row: Row) -> float | None:
 
 
 def sweep(shapes: list[str], tokens: list[int], weights: str, device: torch.device, out: Path) -> None:
-    """Microseconds of gate_up and of down by shape of tiles; `*` = by pair."""
+    """Microseconds of gate_up and of down by shape of tiles; `pairs`: by the kernels of single pairs."""
     lines = []
     for name in shapes:
         for m in tokens:
             row, found = Row(SHAPES[name], weights, m), {}
-            for by_pair in (True, False):
-                for config, shape in enumerate(marlin_moe.SHAPES):
-                    if (
-                        by_pair
-                        and (config > 1 or m > 8)
-                        or not by_pair
-                        and m * row.shape.top_k * 8 < shape.block_tokens * row.shape.experts
-                        and shape.block_tokens > 16
-                    ):
-                        continue
-                    layer = Layer.build(row, device, MarlinPlan(config, config, by_pair))
-                    times = [timing.time_calls(layer.gemm_calls(g, not g), count=max(4, len(layer.inputs)), budget_ms=8.0).us for g in (True, False)]
-                    found[f"{config}{'*' if by_pair else ''}"] = times
+            plans = {
+                str(i): MarlinPlan(i, i)
+                for i, s in enumerate(marlin_moe.SHAPES)
+                if s.block_tokens <= 16 or m * row.shape.top_k * 8 >= s.block_tokens * row.shape.experts
+            }
+            for label, chosen in (({"pairs": MarlinPlan(1, 1, by_pair=True)} if m <= 8 else {}) | plans).items():
+                layer = Layer.build(row, device, chosen)
+                times = [timing.time_calls(layer.gemm_calls(g, not g), count=max(4, len(layer.inputs)), budget_ms=8.0).us for g in (True, False)]
+                found[label] = times
             bytes_us = layer.expert_bytes / 4.28e6
             lines.append(f"{name:16} M={m:<5} copy {bytes_us:7.1f} | " + "  ".join(f"{c}: {g:.1f}+{d:.1f}" for c, (g, d) in found.items()))
             print(lines[-1], flush=True)

@@ -24,15 +24,15 @@ def layer_parts(inputs: LayerInputs) -> dict[str, list[Callable[[], object]]]:
         weights, stacks = inputs.weights[i % len(inputs.weights)], inputs.stacks[i % len(inputs.stacks)]
         core = inputs.runner.core
         routing = core.make_routing(inp)
-        low13 = triton_lora.addend(inp, inp.x, stacks.a13, stacks.b13, routing, "tokens")
+        low13 = triton_lora.addend(inp, inp.x, stacks, routing, "tokens")
         act = torch.randn(routing.num_pairs, inp.spec.intermediate_size, device=inp.x.device, dtype=inp.x.dtype)
-        low2 = triton_lora.addend(inp, act, stacks.a2, stacks.b2, routing, "pairs")
+        low2 = triton_lora.addend(inp, act, stacks, routing, "pairs")
         if routing.rows == "sorted" and has_cuda_align():
             add("align", _align, core, inp)
-        add("shrink13", triton_lora.addend, inp, inp.x, stacks.a13, stacks.b13, routing, "tokens")
+        add("shrink13", triton_lora.addend, inp, inp.x, stacks, routing, "tokens")
         add("gate_up", core.gate_up_activation, inp, routing, weights)
         add("gate_up+B", core.gate_up_activation, inp, routing, weights, low13)
-        add("shrink2", triton_lora.addend, inp, act, stacks.a2, stacks.b2, routing, "pairs")
+        add("shrink2", triton_lora.addend, inp, act, stacks, routing, "pairs")
         finish = core.down_combine if routing.rows == "pair" else core.down
         add("down", finish, inp, act, routing, weights)
         add("down+B", finish, inp, act, routing, weights, low2)

@@ -207,8 +207,8 @@ def shrink_calls(inputs: LayerInputs, tile: ShrinkTile) -> dict[str, list[Callab
             Routing(inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots, lora_block=tile.m, rows="pair" if by_pair else "sorted")
         )
         act = torch.randn(routing.num_pairs, inp.spec.intermediate_size, device=inp.x.device, dtype=inp.x.dtype)
-        calls["shrink13"].append(functools.partial(_shrink, tile, inp, inp.x, stacks.a13, stacks.b13, routing, "tokens"))
-        calls["shrink2"].append(functools.partial(_shrink, tile, inp, act, stacks.a2, stacks.b2, routing, "pairs"))
+        calls["shrink13"].append(functools.partial(_shrink, tile, inp, inp.x, stacks, routing, "tokens"))
+        calls["shrink2"].append(functools.partial(_shrink, tile, inp, act, stacks, routing, "pairs"))
     return calls
 
 

@@ -78,6 +78,7 @@ DEVICE void load_words_l2(uint32_t (&r)[4], const void* p) {
   const uint4 v = __ldcg((const uint4*)p);
   r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
 }
+DEVICE float load_float_l2(const float* p) { return __ldcg(p); }
 DEVICE void load_floats(float (&r)[4], const float* p) {
   const float4 v = *(const float4*)p;
   r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
@@ -251,6 +252,7 @@ inline void load_floats_relaxed(float (&r)[4], const float* p) { std::memcpy(r, 
 inline void prefetch(const void*) {}
 inline void look_again(const void* word) { emu::wait_for(*(const unsigned*)word); }
 inline void load_words_l2(uint32_t (&r)[4], const void* p) { std::memcpy(r, p, 16); }
+inline float load_float_l2(const float* p) { return *p; }
 inline void load_floats(float (&r)[4], const float* p) { std::memcpy(r, p, 16); }
 inline void store_two_floats(float* p, float a, float b) { p[0] = a, p[1] = b; }
 inline void store_floats(float* p, const float (&r)[4]) { std::memcpy(p, r, 16); }

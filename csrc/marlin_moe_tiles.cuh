@@ -626,8 +626,8 @@ DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, i
 // ---- The end of a tile -----------------------------------------------------------------------------------------------
 
 // PLAIN: g * sigmoid(g) * u. slope = -alpha * log2(e)
-template <bool PLAIN>
-DEVICE float activate(const MarlinMoeGemm& a, float slope, float gate, float up) {
+template <bool PLAIN, class Arguments>
+DEVICE float activate(const Arguments& a, float slope, float gate, float up) {
   if constexpr (PLAIN) return gate * reciprocal(1.f + exp2_of(slope * gate)) * up;
   const float g = fminf(gate, a.limit), u = fminf(fmaxf(up, -a.limit), a.limit);
   return g * reciprocal(1.f + exp2_of(slope * (g + a.cubic * g * g * g))) * (u + a.shift);

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.routing import Routing
@@ -96,59 +95,6 @@ def _shrink_pair_kernel(
                 x_ptr, s_ptr, a_ptr, pair + rm, source + rm * 0, rm < 1, rank, rank_rows, scaling, r0, k_begin, k_end, cols, split * num_pairs,
                 width, MAX_RANK, BM, BR, BK, EVEN_K, STAGES, PRECISION,
             )  # fmt: skip
-
-
-@triton.jit
-def _shrink_pair_mma_kernel(
-    x_ptr, s_ptr, records_ptr, ranges_ptr, topk_ids_ptr, slots_ptr,
-    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, scaling_ptr, b_offset_ptr, b_stride_ptr, cols, width, num_experts, num_slots,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid (pairs, blocks of A's rows). What a GEMM on tensor cores takes: s in its own dtype, a record and a range for every pair.
-
-    By the plain multipliers, all columns of a few rows of A under way at once. The second shrink fetches A before its rows are there,
-    and lets the GEMM start meanwhile, which must wait for it before it reads what any kernel before wrote after the first shrink.
-    """
-    if GATHER:
-        pdl_wait(PDL)
-    elif PDL:
-        gdc_launch_dependents()
-    pair = tl.program_id(0)
-    rr = tl.program_id(1) * BR + tl.arange(0, BR)
-    rk = tl.arange(0, BK)
-    slot = tl.load(slots_ptr + pair // TOP_K)
-    expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
-    some = (slot >= 0) & (slot < num_slots) & (expert >= 0) & (expert < num_experts)
-    rank = tl.load(rank_ptr + slot, mask=some, other=0)
-    split = tl.load(split_ptr + slot, mask=some, other=0)
-    rows = rank * (1 + split)
-    if tl.program_id(1) * BR < rows:
-        scaling = tl.load(scaling_ptr + slot)
-        a_ptrs = pool_ptr + tl.multiple_of(tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot), ALIGN)
-        a_ptrs = a_ptrs + rr.to(tl.int64)[:, None] * cols + rk[None, :]
-        x_ptrs = x_ptr + (pair // TOP_K if GATHER else pair).to(tl.int64) * cols + rk
-        a = tl.load(a_ptrs, mask=(rr < rows)[:, None] & (rk < cols)[None, :], other=0.0)
-        if not GATHER:
-            pdl_wait(PDL)
-        acc = a.to(tl.float32) * tl.load(x_ptrs, mask=rk < cols, other=0.0).to(tl.float32)[None, :]
-        for k in tl.range(BK, cols, BK, num_stages=STAGES):
-            if EVEN_K:
-                a = tl.load(a_ptrs + k, mask=(rr < rows)[:, None], other=0.0)
-                x = tl.load(x_ptrs + k)
-            else:
-                a = tl.load(a_ptrs + k, mask=(rr < rows)[:, None] & (k + rk < cols)[None, :], other=0.0)
-                x = tl.load(x_ptrs + k, mask=k + rk < cols, other=0.0)
-            acc += a.to(tl.float32) * x.to(tl.float32)[None, :]
-        column = tl.where(rr < rank, rr, rr + MAX_RANK - rank)  # the up half has its fixed place
-        tl.store(s_ptr + pair.to(tl.int64) * width + column, (tl.sum(acc, axis=1) * scaling).to(s_ptr.dtype.element_ty), mask=rr < rows)
-    if not GATHER:
-        pdl_wait(PDL)  # programs without rows
-    if tl.program_id(1) == 0:
-        b_place = (tl.load(b_offset_ptr + slot, mask=some, other=0) + expert * tl.load(b_stride_ptr + slot, mask=some, other=0)) // ALIGN
-        _store_record(records_ptr + RECORD * pair, pair, 1, rank, split, b_place)
-        tl.store(ranges_ptr + 2 * pair, pair)
-        tl.store(ranges_ptr + 2 * pair + 1, pair + 1)
 
 
 @triton.jit
@@ -330,26 +276,6 @@ def _following(a: Stack, b: Stack, blocks: int, routing: Routing, workspace: Wor
     records = workspace.get("lora.following.records", (tiles, RECORD.value), torch.int64)
     parts = workspace.get("lora.following.parts", (blocks, pairs, triton.cdiv(a.max_rank, 16) * 16), torch.float32)
     return Following(a, LowRank(s, b, routing.token_slots, records, ranges), parts)
-
-
-def pair_shrink_for_mma(rows: torch.Tensor, a: Stack, b: Stack, routing: Routing, workspace: Workspace, *, gather: bool, name: str) -> LowRank:
-    """`moe_shrink` of rows in pair order for a GEMM on tensor cores, in the form of a grouped shrink: each pair is a tile with one record."""
-    assert routing.token_slots is not None, "a shrink needs the slots of the tokens"
-    pairs, cols, width = routing.num_pairs, a.dim, a.shrink_width
-    launch.expect("pair_shrink_for_mma: rows", rows, (pairs // routing.top_k if gather else pairs, cols), a.pool.dtype, a.pool.device)
-    s = workspace.get(f"{name}.s", (1, pairs, width), rows.dtype)
-    records = workspace.get(f"{name}.records", (pairs, RECORD.value), torch.int64)
-    made = routing.lora_ranges
-    routing.lora_ranges = ranges = workspace.get(f"{name}.ranges", (pairs, 2), torch.int32) if made is None else made
-    r = min(4, launch.next_power_of_2(max(1, pairs * width // 256)))  # so few rows that programs fill the GPU
-    k = launch.next_power_of_2(cols) if cols <= 2048 else 1024
-    _shrink_pair_mma_kernel[(pairs, triton.cdiv(width, r))](
-        rows, s, records, ranges, routing.topk_ids, routing.token_slots, a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling,
-        b.offset, b.expert_stride, cols, width, routing.num_experts, a.num_slots,
-        TOP_K=routing.top_k, GATHER=gather, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(), BR=r, BK=k, EVEN_K=cols % k == 0, STAGES=3,
-        num_warps=4, **launch.options(rows.device),
-    )  # fmt: skip
-    return LowRank(s, b, routing.token_slots, records, ranges)
 
 
 def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool) -> None:

@@ -38,8 +38,8 @@ class LowRank:
     s: torch.Tensor
     b: Stack
     token_slots: torch.Tensor  # int32 [M]
-    records: torch.Tensor | None = None  # int64 [LoRA tiles, 5]; per pair for tensor cores [P, 5]
-    ranges: torch.Tensor | None = None  # int32 [base tiles or P, 2]
+    records: torch.Tensor | None = None  # int64 [LoRA tiles, 5]
+    ranges: torch.Tensor | None = None  # int32 [base tiles, 2]
     following: Following | None = None
     a: Stack | None = None  # for a GEMM that finds adapters by slot; without records it computes s itself
 

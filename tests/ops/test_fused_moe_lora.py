@@ -9,7 +9,7 @@ from benchmarks.moe_inputs import align_on_host, has_cuda_align
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
-from sglang_lora_moe.ops.fused_moe_lora import fused_moe_lora, pair_shrink_for_mma
+from sglang_lora_moe.ops.fused_moe_lora import fused_moe_lora
 from tests.moe_cases import LAYOUTS, MoECase, make_case
 from tests.references import assert_near, on_host, ref_delta
 
@@ -47,26 +47,6 @@ def check(case: MoECase, *, rows: str, half: str) -> None:
 def test_equals_loop(device, rows, half, dtype) -> None:
     case = make_case(spec=MoESpec(4, 2, 40, 24), m=9, ranks=(8, 3, 20), layouts=LAYOUTS, active=6, slots=6, dtype=dtype, device=device, routing="partial")
     check(case, rows=rows, half=half)
-
-
-@pytest.mark.parametrize("half", ["13", "2"])
-@pytest.mark.parametrize("cols", [40, 2052], ids=["whole", "in parts"])
-def test_pair_shrink_for_mma(device, half, cols) -> None:
-    """What a GEMM finds by its records, times B, is the delta; rank 0 where there is none."""
-    case = make_case(spec=MoESpec(4, 2, cols, cols), m=5, ranks=(8, 3, 20), layouts=LAYOUTS, active=6, slots=6, device=device, routing="some_invalid")
-    a, b, gather = (case.stacks.a13, case.stacks.b13, True) if half == "13" else (case.stacks.a2, case.stacks.b2, False)
-    routing = Routing(case.topk_ids, case.token_slots, 4, case.num_slots, rows="pair")
-    x = case.x if gather else torch.randn(10, cols, device=device)
-    low = pair_shrink_for_mma(x, a, b, routing, Workspace(device), gather=gather, name="test")
-    assert low.records is not None and low.ranges is not None and low.ranges.tolist() == [[pair, pair + 1] for pair in range(10)]
-    for pair, (first, rows, rank, split, place) in enumerate(low.records.tolist()):
-        expert, slot = int(case.topk_ids.view(-1)[pair]), int(case.token_slots[pair // 2])
-        expected = ref_delta(x[pair // 2 if gather else pair][None].float(), on_host(a), on_host(b), slot, expert) if 0 <= expert < 4 else 0.0
-        assert (first, rows) == (pair, 1) and (rank > 0) == isinstance(expected, torch.Tensor)
-        if isinstance(expected, torch.Tensor):
-            matrix, s, n = b.pool[place * 4 :][: b.dim * rank].view(b.dim, rank), low.s[0, pair], b.dim // (2 if gather else 1)
-            found = torch.cat([matrix[:n] @ s[:rank], matrix[n:] @ s[split * b.max_rank :][:rank]])
-            assert_near(found[None], expected, "pair shrink for tensor cores", f"pair {pair}")
 
 
 @pytest.mark.parametrize("rows", ["pair", "sorted"])

@@ -1,8 +1,8 @@
 """The MoE backend for int4 and int8 experts on NVIDIA GPUs from sm_80 on: the two GEMMs in CUDA (`ops/marlin_moe.py`).
 
-Everything around them is the triton backend's: its alignment, activation, combine and LoRA functions. Up to
-`MAX_PAIR_TOKENS` tokens nothing is sorted and every pair is a tile of its own, beyond that rows lie sorted by expert.
-A gated activation is part of the first GEMM, adapters of both; down always scatters to pair order.
+Everything around them is the triton backend's: its alignment, activation, combine and shrinks. A gated activation is part of
+the first GEMM, adapters of both; down scatters to pair order. Up to `MAX_PAIR_TOKENS` tokens nothing is sorted, and two kernels
+of their own (`ops/marlin_moe_pairs.py`) are the whole layer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, UNIT, GemmScratch, MarlinWeight, fuses_activation, marlin_moe_gemm, marlin_moe_repack
+from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters, marlin_moe_pairs
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.quantization.base import QuantMethod
@@ -52,9 +53,9 @@ def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
     """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma."""
     pairs = tokens * spec.top_k
     rows = pairs / spec.num_experts
-    if tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts):
+    if fuses_activation(spec) and (tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts)):
         # per pair where two pairs rarely meet in an expert, whose weights would be read twice
-        return MarlinPlan(_few_rows(pairs, spec.w13_rows), _few_rows(pairs, spec.hidden_size), by_pair=True)
+        return MarlinPlan(1, 1, by_pair=True)
     if rows <= 12:
         return MarlinPlan(1, 1)
     if rows <= 24:
@@ -62,11 +63,6 @@ def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
     if hopper:
         return MarlinPlan(4, 4, lora_block=32 if rows <= 48 else 64)
     return MarlinPlan(3, 3, lora_block=32 if rows <= 64 else 64)
-
-
-def _few_rows(pairs: int, rows: int) -> int:
-    """Tiles of 32 rows where those of 128 are fewer than most multiprocessors; they cost more instructions."""
-    return 0 if pairs * -(-rows // 128) < 100 else 1
 
 
 @lru_cache(maxsize=16)
@@ -105,8 +101,12 @@ class MarlinRunnerCore(MoeRunnerCore):
             base_block=plan.base_block, lora_block=plan.lora_block, rows="pair" if plan.by_pair else "sorted", workspace=inp.workspace,
         )  # fmt: skip
 
-    def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+    def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | PairAdapters | None = None) -> torch.Tensor:
         act = inp.workspace.get("moe.act", (routing.num_pairs, inp.spec.intermediate_size), inp.x.dtype)
+        if routing.rows == "pair":
+            assert not isinstance(addend, LowRank), "single pairs have adapters of their own form"
+            return marlin_moe_pairs(inp.x, quant_info.w13, inp.topk_ids, None, act, activation=inp.spec, adapters=addend)
+        assert not isinstance(addend, PairAdapters), "sorted rows have an addend"
         if fuses_activation(inp.spec):
             return self._gemm(inp, inp.x, quant_info.w13, routing, act, addend, gather=True, activation=inp.spec)
         out = inp.workspace.get("moe.gate_up", (routing.num_pairs, inp.spec.w13_rows), inp.x.dtype)
@@ -120,7 +120,13 @@ class MarlinRunnerCore(MoeRunnerCore):
     def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
         return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
 
-    def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
+    def down_combine(
+        self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | PairAdapters | None = None
+    ) -> torch.Tensor:
+        if routing.rows == "pair":
+            assert not isinstance(addend, LowRank), "single pairs have adapters of their own form"
+            return marlin_moe_pairs(act, quant_info.w2, inp.topk_ids, inp.topk_weights, torch.empty_like(inp.x), adapters=addend)
+        assert not isinstance(addend, PairAdapters), "sorted rows have an addend"
         return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
 
     def _gemm(
@@ -136,14 +142,14 @@ class MarlinRunnerCore(MoeRunnerCore):
         activation: MoESpec | None = None,
     ) -> torch.Tensor:
         plan = self._plan(inp)
-        # what comes before: a shrink that others are done before, the alignment or the router, gate_up, or the second shrink and gate_up beside it
-        early = 1 if not gather and (addend is None or addend.records is None or routing.rows == "pair") else 2 if addend is not None else 0
+        # what comes before: a shrink that others are done before, the alignment, gate_up, or the second shrink and gate_up beside it
+        early = 1 if not gather and (addend is None or addend.records is None) else 2 if addend is not None else 0
         # without adapters down begins with what gate_up has stored of each tile
         shape, alone = SHAPES[plan.gate_up], addend is None and plan.overlap and min(plan.gate_up, plan.down) >= EVERYWHERE
         report = alone and activation is not None and weight.k > shape.stages * shape.block_k
         behind, routing.reports = routing.reports if alone and not gather else 0, -(-weight.packed.shape[1] * UNIT // shape.block_rows) if report else 0
         return marlin_moe_gemm(
-            x, weight, None if routing.rows == "pair" else routing.alignment, routing.topk_ids, out, scratch_of(x.device),
+            x, weight, routing.alignment, routing.topk_ids, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,
             addend=addend, overlap=plan.overlap, early=early, report=report, behind=behind,
         )  # fmt: skip

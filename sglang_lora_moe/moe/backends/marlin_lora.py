@@ -1,4 +1,4 @@
-"""LoRA functions of the marlin backend (`lora.hooks.AddendOps`): grouped the triton backend's, per pair as tensor cores take them."""
+"""LoRA functions of the marlin backend (`lora.hooks.AddendOps`): grouped the triton backend's, per pair part of the GEMMs' own launches."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import torch
 from sglang_lora_moe.lora.stacks import ExpertStacks
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
-from sglang_lora_moe.ops.fused_moe_lora import moe_shrink, pair_shrink_for_mma
+from sglang_lora_moe.ops.fused_moe_lora import moe_shrink
 from sglang_lora_moe.ops.low_rank import LowRank
+from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters
 
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
 
 
-def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
+def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank | PairAdapters:
     """What the GEMM adds before its store. NOTE: it must be the very next launch."""
     gather = rows_from == "tokens"
     name, a, b = ("lora.13", stacks.a13, stacks.b13) if gather else ("lora.2", stacks.a2, stacks.b2)
     if routing.rows == "pair":
-        return pair_shrink_for_mma(rows, a, b, routing, inp.workspace, gather=gather, name=name)
+        if gather:
+            assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
+            routing.following = PairAdapters.allocate(stacks, inp.token_slots, inp.spec, inp.workspace)
+        return routing.following
     if max(routing.base_block, routing.lora_block) <= OWN_SHRINK_ROWS and not gather:
         assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
         return LowRank(inp.workspace.get(f"{name}.s", (1, routing.num_pairs, a.shrink_width), rows.dtype), b, inp.token_slots, a=a)

@@ -1,0 +1,102 @@
+"""The two expert GEMMs of a few tokens over the layout of `ops/marlin_moe.py`, a pair at a time, with their adapters inside.
+
+    gate_up   out[p] = act(w13[e] x[m] + b13[e] + B13 s13)                               p = m * K + k, e = topk_ids[m, k]
+    down      out[m] = sum over k of weight[m, k] * (w2[e] act[p] + b2[e] + B2 s2)       the combine is inside
+
+s13 = scaling * A13 x is made in shares by each pair's first blocks, s2 = scaling * A2 act in parts by all of gate_up's. Both are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from sglang_lora_moe.lora.stacks import ExpertStacks
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import build, launch
+from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.marlin_moe import MarlinWeight, activation_of, padded_units
+from sglang_lora_moe.ops.skinny_linear import empty_s
+
+LIBRARY.define(
+    "marlin_moe_pairs(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor topk_ids, Tensor? topk_weights, Tensor? slots, "
+    "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? b_pool, Tensor? b_offset, Tensor? b_stride, Tensor? rank, Tensor? split, Tensor? scaling, "
+    "Tensor? next_pool, Tensor? next_offset, Tensor? next_stride, Tensor? next_rank, Tensor? next_scaling, Tensor? then_pool, Tensor? then_offset, "
+    "Tensor? then_stride, Tensor(b!)? s, Tensor(c!)? other_s, Tensor(a!) out, int rows, int group_size, float alpha, float cubic, float limit, "
+    "float shift, int units, int shrinks, bool overlap) -> ()"
+)
+torch.library.register_fake("sglang_lora_moe::marlin_moe_pairs", lambda *args: None, lib=LIBRARY)  # only writes into the caller's buffers
+
+MOST_SHRINKS, MOST_SHARES = 16, 4  # blocks that share a pair's A x and wait for each other; shares of A's columns
+MOST_UNITS, RESIDENT = 16, 2  # units of a block of gate_up; blocks that a multiprocessor holds
+
+
+@dataclass(frozen=True)
+class PairAdapters:
+    """A layer's adapters for tokens of these slots (int32 [M], -1 = none), and what its launches hand on, float32: s13 [P, width, shares of A's columns],
+    `empty_s` before and after the layer, s2 [P, gate_up's blocks of a pair, width]."""
+
+    stacks: ExpertStacks
+    slots: torch.Tensor
+    s13: torch.Tensor
+    s2: torch.Tensor
+    shrinks: int  # blocks that share a pair's A x
+
+    @classmethod
+    def allocate(cls, stacks: ExpertStacks, slots: torch.Tensor, spec: MoESpec, workspace: Workspace) -> PairAdapters:
+        pairs, row_units, sms = slots.shape[0] * spec.top_k, padded_units(spec.w13_rows, spec.hidden_size, 2)[0], launch.multiprocessors(slots.device)
+        parts, width = -(-row_units // units_of(pairs, row_units, sms, False)), stacks.a13.shrink_width
+        shrinks = max(1, min(MOST_SHRINKS, parts, sms // 2))
+        shares = max(1, min(MOST_SHARES, 8 * shrinks // width))
+        s2 = workspace.get("lora.2.s", (pairs, parts, stacks.a2.shrink_width), torch.float32)
+        elements = 1 << max(12, (pairs * width * shares - 1).bit_length())
+        return cls(stacks, slots, _exchange(elements, slots.device)[: pairs * width * shares].view(pairs, width, shares), s2, shrinks)
+
+    def arguments(self, down: bool) -> tuple[torch.Tensor | None, ...]:
+        s = self.stacks
+        if down:
+            tables = (None, None, None, s.b2.pool, s.b2.offset, s.b2.expert_stride, s.b2.rank, s.b2.split_a, s.b2.scaling, *(None,) * 8)
+            return (self.slots, *tables, self.s2, self.s13)
+        first = (s.a13.pool, s.a13.offset, s.a13.expert_stride, s.b13.pool, s.b13.offset, s.b13.expert_stride, s.b13.rank, s.b13.split_a, s.b13.scaling)
+        second = (s.a2.pool, s.a2.offset, s.a2.expert_stride, s.a2.rank, s.b2.scaling, s.b2.pool, s.b2.offset, s.b2.expert_stride)
+        return (self.slots, *first, *second, self.s13, self.s2)
+
+
+@lru_cache(maxsize=64)
+def _exchange(elements: int, device: torch.device) -> torch.Tensor:
+    return empty_s(elements, device)
+
+
+@lru_cache(maxsize=256)
+def units_of(owners: int, row_units: int, sms: int, down: bool) -> int:
+    """Units of 32 rows of a block: as few as let all blocks run at once. For down 1, or 0 for half of one."""
+    if down:
+        return int(10 * owners * row_units > 9 * sms)
+    return next((units for units in range(1, MOST_UNITS) if owners * -(-row_units // units) <= RESIDENT * sms), MOST_UNITS)
+
+
+def marlin_moe_pairs(
+    x: torch.Tensor, weight: MarlinWeight, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, out: torch.Tensor, *,
+    activation: MoESpec | None = None, adapters: PairAdapters | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """gate_up with an `activation`: x [M, k] -> out [P, rows / 2]; down with `topk_weights` [M, K]: x [P, k] -> out [M, rows]. Returns out.
+
+    Rows of gate_up of pairs without an expert are not written, and not read by down. Ids and weights must be older than what the kernel
+    before down wrote. ValueError unless exactly one of both is given; RuntimeError for wrong shapes, types and devices.
+    """
+    down = topk_weights is not None
+    if down == (activation is not None):
+        raise ValueError("marlin_moe_pairs: gate_up has an activation and down router weights, never both")
+    sms = launch.multiprocessors(x.device)
+    units = units_of(topk_ids.shape[0] if down else topk_ids.numel(), weight.packed.shape[1], sms, down)
+    if x.is_cuda:
+        build.load()
+    torch.ops.sglang_lora_moe.marlin_moe_pairs(
+        x, weight.packed, weight.scales, weight.zeros, weight.bias, topk_ids, topk_weights,
+        *((None,) * 20 if adapters is None else adapters.arguments(down)),
+        out, weight.rows, weight.group_size, *activation_of(activation)[1:], units, 1 if adapters is None else adapters.shrinks, True,
+    )  # fmt: skip
+    return out
