@@ -135,12 +135,15 @@ def _shrink_group_kernel(
             scaling = tl.load(scaling_ptr + slot)
             a_ptr = pool_ptr + tl.multiple_of(tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot), ALIGN)
             source = tl.load(sorted_pairs_ptr + place, mask=live, other=0) // TOP_K if GATHER else place
-            if r0 == 0:
+            target = place
+            if records_ptr is None:  # s is for the combine, in pair order
+                target = tl.load(sorted_pairs_ptr + place, mask=live, other=0)
+            elif r0 == 0:
                 b_place = (tl.load(b_offset_ptr + slot) + expert * tl.load(b_stride_ptr + slot)) // ALIGN
                 _store_record(records_ptr + RECORD * t, start, rows, rank, split, b_place)
             if r0 < rank * (1 + split):
                 _shrink_tile(
-                    x_ptr, s_ptr, a_ptr, place, source, live, rank, rank * (1 + split), scaling, r0, 0, cols, cols, 0, width, MAX_RANK,
+                    x_ptr, s_ptr, a_ptr, target, source, live, rank, rank * (1 + split), scaling, r0, 0, cols, cols, 0, width, MAX_RANK,
                     BM, BR, BK, EVEN_K, STAGES, PRECISION,
                 )  # fmt: skip
             t += tl.num_programs(0)
@@ -225,23 +228,16 @@ def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: in
 
 
 def moe_shrink(
-    rows: torch.Tensor,
-    stack_a: Stack,
-    stack_b: Stack,
-    routing: Routing,
-    workspace: Workspace,
-    *,
-    gather: bool,
-    name: str,
-    by_cuda: bool = False,
-    following: tuple[Stack, Stack, int] | None = None,
-) -> LowRank:  # budget: a shrink's inputs, and who makes them
+    rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, workspace: Workspace, *,
+    gather: bool, name: str, by_cuda: bool = False, following: tuple[Stack, Stack, int] | None = None, scatter: bool = False,
+) -> LowRank:  # fmt: skip  # budget: a shrink's inputs, and who makes them
     """scaling * A x of every pair with an adapter in `routing.rows` order, as the addend that B of the same adapters completes.
 
     rows [M, cols] by token with `gather`, else [P, cols] in routing order. `name` prefixes the workspace buffers. Grouped, the
     shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it. `by_cuda`: by the
     kernel of ops/moe_lora_shrink.py where `can_shrink`; the caller knows beside which GEMM that is faster. `following`, with that kernel: A and B
-    of the layer's second projection, whose shrink the GEMM does within itself, in so many blocks of columns.
+    of the layer's second projection, whose shrink the GEMM does within itself, in so many blocks of columns. `scatter`: s of grouped rows goes to
+    pair order, without records, as the combine adds it.
     """
     pairs, cols, slots = routing.num_pairs, stack_a.dim, routing.token_slots
     assert slots is not None, "a shrink needs the slots of the tokens"
@@ -252,6 +248,9 @@ def moe_shrink(
     s = workspace.get(f"{name}.s", (tile.split, pairs, stack_a.shrink_width), torch.float32 if by_pair else rows.dtype)
     if by_pair:
         _launch_pair_shrink(rows, s, stack_a, stack_b, routing, tile, gather)
+        return LowRank(s, stack_b, slots)
+    if scatter:
+        _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, None, None)
         return LowRank(s, stack_b, slots)
     align = routing.alignment
     records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
@@ -264,7 +263,7 @@ def moe_shrink(
         routing.lora_ranges = ranges
         return LowRank(s, stack_b, slots, records, ranges, then)
     assert following is None, "the records of a following shrink are written by the CUDA kernel alone"
-    _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges, made is None)
+    _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges if made is None else None)
     routing.lora_ranges = ranges
     return LowRank(s, stack_b, slots, records, ranges)
 
@@ -291,16 +290,16 @@ def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack,
 
 def _launch_group_shrink(
     rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool,
-    records: torch.Tensor, ranges: torch.Tensor, write_ranges: bool,
+    records: torch.Tensor | None, ranges: torch.Tensor | None,
 ) -> None:  # fmt: skip  # budget: what the pair form takes, and the three buffers of grouped rows
     align = routing.alignment
     rank_blocks = triton.cdiv(a.shrink_width, tile.r)
     programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas))
-    _shrink_group_kernel[(programs, rank_blocks + write_ranges)](
+    _shrink_group_kernel[(programs, rank_blocks + (ranges is not None))](
         rows, s, align.lora_tiles, align.base_tiles, align.counts, align.sorted_pairs, records, ranges,
         a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride,
         a.dim, a.shrink_width, rank_blocks,
-        TOP_K=routing.top_k, GATHER=gather, RANGES=write_ranges, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
+        TOP_K=routing.top_k, GATHER=gather, RANGES=ranges is not None, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
         BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % tile.k == 0, STAGES=tile.stages,
         PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),
     )  # fmt: skip

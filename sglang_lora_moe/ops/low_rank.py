@@ -44,6 +44,11 @@ class LowRank:
     a: Stack | None = None  # for a GEMM that finds adapters by slot; without records it computes s itself
 
     @property
+    def of_combine(self) -> LowRank | None:
+        """This, where the combine of grouped rows adds it: s in pair order, which no GEMM finds."""
+        return self if self.records is self.a is None else None
+
+    @property
     def _ranks(self) -> int:
         """Rank columns that the widest adapter needs, as a power of two; a tensor-core product takes at least 16."""
         return max(16, triton.next_power_of_2(self.b.max_rank))
@@ -241,4 +246,16 @@ def load_b_rows(pool_ptr, place, rn, N, rank, rr, ALIGN: tl.constexpr):
         b = tl.load(b_ptr + rn.to(tl.int64)[:, None] * (rank // ALIGN * ALIGN) + rr[None, :], mask=mask, other=0.0)
     else:
         b = tl.load(b_ptr + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=(rn < N)[:, None] & (rr < rank)[None, :], other=0.0)
+    return b
+
+
+@triton.jit
+def load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN: tl.constexpr):
+    """B[rn, rr] of the matrices at `place` (one per column, constant over runs of rr), [BN, columns]."""
+    if rank % ALIGN == 0:
+        mask = (rn < N)[:, None] & tl.max_constancy(routed & (rr // ALIGN < rank // ALIGN), ALIGN)[None, :]
+        b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * (rank // ALIGN * ALIGN) + rr[None, :], mask=mask, other=0.0)
+    else:
+        mask = (rn < N)[:, None] & (routed & (rr < rank))[None, :]
+        b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask, other=0.0)
     return b

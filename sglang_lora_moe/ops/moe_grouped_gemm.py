@@ -25,6 +25,8 @@ from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.ops.wna16_tile import load_wna16
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
+FIRST_ROUND = 6  # programs of a multiprocessor that run at once, at most
+
 
 @dataclass(frozen=True)
 class GemmTile:
@@ -164,14 +166,18 @@ def _grouped_gemm_kernel(
     AHEAD: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+):  # fmt: skip  # budget: what a tile needs is fetched one and two tiles ahead
     """A walk over (tile, block of columns). What a tile needs before its main loop is fetched during the one before: a chain of
     dependent loads (tile, pairs, records) would otherwise stand between any two. With TAIL, tiles of few rows run at half height.
 
-    LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end.
+    LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end. Without an
+    addend programs from number LATE on wait for it first: it is over by then, and the kernel after may start.
     """
     if not LATE:
         pdl_wait(PDL)
+    elif not ADDEND:  # noqa: SIM102  # compile time, then run time
+        if tl.program_id(0) >= LATE:
+            pdl_wait(PDL)
     num_tiles = tl.load(counts_ptr + 1)
     n_blocks = tl.cdiv(N, BN)
     total = num_tiles * n_blocks
@@ -215,24 +221,14 @@ def _grouped_gemm_kernel(
 
 
 def grouped_gemm(
-    a: torch.Tensor,
-    w: torch.Tensor | WNA16Weight,
-    bias: torch.Tensor | None,
-    alignment: Alignment,
-    out: torch.Tensor,
-    tile: GemmTile,
-    *,
-    top_k: int,
-    gather: bool,
-    scatter: bool,
-    activation: MoESpec | None = None,
-    addend: LowRank | None = None,
-) -> torch.Tensor:  # budget: the tensors of one grouped product, its row orders and its addend
+    a: torch.Tensor, w: torch.Tensor | WNA16Weight, bias: torch.Tensor | None, alignment: Alignment, out: torch.Tensor, tile: GemmTile, *,
+    top_k: int, gather: bool, scatter: bool, activation: MoESpec | None = None, addend: LowRank | None = None, beside: bool = False,
+) -> torch.Tensor:  # fmt: skip  # budget: the tensors of one grouped product, its row orders and its addend
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
     a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K], plain or with 4 or 8 bits and scales in a's dtype;
     bias [E, N or 2N]. `activation` = the layer's spec where the epilogue activates (gate_up), None for a plain product.
-    `tile.m` must be the alignment's base_block.
+    `tile.m` must be the alignment's base_block. `beside`: without an addend, too, the kernel before wrote nothing that this one reads.
     """
     matrix, scales, zeros, bits, group = _storage(w)
     (num_experts, w_rows), k = matrix.shape[:2], a.shape[1]
@@ -254,7 +250,7 @@ def grouped_gemm(
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
         **(NO_TILE_OPTIONS if addend is None else addend.tile_options(tile.m * w_rows // n * tile.n // (32 * tile.warps), several=several)),
-        LATE=addend is not None and not tile.ctas,
+        LATE=0 if tile.ctas else 1 if addend is not None else beside * FIRST_ROUND * launch.multiprocessors(a.device),
         EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_rows, load_s, pdl_early, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_columns, load_b_rows, load_s, pdl_early, pdl_wait, row_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 
 
@@ -100,18 +100,6 @@ def _pair_gate_up_kernel(
 
 
 @triton.jit
-def _load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN: tl.constexpr):
-    """B[rn, rr] of the matrices at `place` (one per column, constant over runs of rr), [BN, columns]."""
-    if rank % ALIGN == 0:
-        mask = (rn < N)[:, None] & tl.max_constancy(routed & (rr // ALIGN < rank // ALIGN), ALIGN)[None, :]
-        b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * (rank // ALIGN * ALIGN) + rr[None, :], mask=mask, other=0.0)
-    else:
-        mask = (rn < N)[:, None] & (routed & (rr < rank))[None, :]
-        b = tl.load(pool_ptr + (place * ALIGN)[None, :] + rn.to(tl.int64)[:, None] * rank + rr[None, :], mask=mask, other=0.0)
-    return b
-
-
-@triton.jit
 def _pair_down_kernel(
     a_ptr, w_ptr, bias_ptr, out_ptr, topk_ids_ptr, topk_weights_ptr,  # [P, K], [E, N, K], [E, N], [M, N]
     slots_ptr, s_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, s_width,
@@ -140,7 +128,7 @@ def _pair_down_kernel(
         routed = (chosen >= 0) & (chosen < num_experts)
         gain = tl.load(topk_weights_ptr + token * TOP_K + of_k, mask=of_k < TOP_K, other=0.0)
         place = tl.max_constancy((offset + tl.where(routed, chosen, 0) * stride) // ALIGN, RANK_BLOCK)  # the hints let loads take 16 bytes
-        b = _load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN)
+        b = load_b_columns(pool_ptr, place, rn, N, rank, rr, routed, ALIGN)
     k_blocks = tl.cdiv(K, BK)
     acc = tl.zeros((BN, BK), dtype=tl.float32)
     for j in tl.range(0, TOP_K * k_blocks, num_stages=STAGES):  # the K experts of the token, end to end
@@ -167,7 +155,7 @@ def _pair_down_kernel(
             total += tl.sum(b.to(tl.float32) * tl.where(mask, low, 0.0)[None, :], axis=1)
             r0 += RANK_BLOCK
             if r0 < rank:
-                b = _load_b_columns(pool_ptr, place, rn, N, rank, r0 + rr, routed, ALIGN)
+                b = load_b_columns(pool_ptr, place, rn, N, rank, r0 + rr, routed, ALIGN)
     if bias_ptr is not None:
         for j in range(TOP_K):
             expert = tl.load(topk_ids_ptr + token * TOP_K + j).to(tl.int64)

@@ -145,6 +145,13 @@ def test_gpu_real_shapes(shape: tuple[int, ...], tokens: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("routing", ["uniform", "some_invalid", "partial"])
+def test_gpu_few_pairs_of_many_experts(routing: str) -> None:
+    """Where the combine adds B s of the second projection."""
+    check_on_gpu(spec=MoESpec(128, 8, 1024, 512), m=15, routing=routing, layouts=LAYOUTS, active=5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 4, 33, 500])
 def test_gpu_graph_replay_follows_its_inputs(tokens: int) -> None:
     case, quant = quantized(make_case(spec=SPEC, m=tokens, dtype=torch.bfloat16, device="cuda", ranks=(4, 16)))

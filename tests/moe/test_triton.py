@@ -88,6 +88,15 @@ def test_formulas(device, spec, tokens, lora) -> None:
     check(make_case(spec=spec, m=tokens, device=device, ranks=(8, 4), active=2), lora=lora)
 
 
+@pytest.mark.parametrize("routing", ["uniform", "some_invalid", "partial"])
+def test_few_pairs_of_many_experts(device, routing) -> None:
+    """Where the combine adds B s of the second projection."""
+    case = make_case(experts=32, top_k=3, hidden=72, inter=48, m=9, device=device, layouts=LAYOUTS, active=5, routing=routing)
+    inp = case.runner_input(Workspace(case.x.device))
+    assert triton_lora.combine_adds(case.stacks, Core().make_routing(inp))
+    check(case)
+
+
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("tokens", [2, 13])
 def test_adapters_by_popularity(device, popularity, tokens) -> None:

@@ -18,7 +18,17 @@ from benchmarks.shapes import SHAPES
 from sglang_lora_moe.ops import launch
 
 # (arch, tokens, rank, active): a whole layer of Qwen3-30B-A3B, with the launch shapes it has at that size where no wgmma kernel takes over
-LAYERS = ((90, 1, 16, 4), (90, 64, 16, 4), (90, 256, 0, 0), (90, 1024, 0, 0), (90, 1024, 16, 4), (90, 4096, 16, 4), (80, 64, 16, 4), (100, 64, 0, 0))
+LAYERS = (
+    (90, 1, 16, 4),
+    (90, 16, 16, 4),
+    (90, 64, 16, 4),
+    (90, 256, 0, 0),
+    (90, 1024, 0, 0),
+    (90, 1024, 16, 4),
+    (90, 4096, 16, 4),
+    (80, 64, 16, 4),
+    (100, 64, 0, 0),
+)
 
 
 def main() -> None:

@@ -117,8 +117,8 @@ class MarlinRunnerCore(MoeRunnerCore):
         out = inp.workspace.get("moe.down", (routing.num_pairs, inp.spec.hidden_size), inp.x.dtype)
         return self._gemm(inp, act, quant_info.w2, routing, out, addend, gather=False)
 
-    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
+    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing, addend: LowRank | None = None) -> torch.Tensor:
+        return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x), addend)
 
     def down_combine(
         self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | PairAdapters | None = None
@@ -127,7 +127,7 @@ class MarlinRunnerCore(MoeRunnerCore):
             assert not isinstance(addend, LowRank), "single pairs have adapters of their own form"
             return marlin_moe_pairs(act, quant_info.w2, inp.topk_ids, inp.topk_weights, torch.empty_like(inp.x), adapters=addend)
         assert not isinstance(addend, PairAdapters), "sorted rows have an addend"
-        return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
+        return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing, addend and addend.of_combine)
 
     def _gemm(
         self,
@@ -143,7 +143,8 @@ class MarlinRunnerCore(MoeRunnerCore):
     ) -> torch.Tensor:
         plan = self._plan(inp)
         # what comes before: a shrink that others are done before, the alignment, gate_up, or the second shrink and gate_up beside it
-        early = 1 if not gather and (addend is None or addend.records is None) else 2 if addend is not None else 0
+        early = 1 if not gather and (addend is None or addend.records is None and addend.a is not None) else 2 if addend is not None else 0
+        addend = None if addend is None or addend.of_combine else addend
         # without adapters down begins with what gate_up has stored of each tile
         shape, alone = SHAPES[plan.gate_up], addend is None and plan.overlap and min(plan.gate_up, plan.down) >= EVERYWHERE
         report = alone and activation is not None and weight.k > shape.stages * shape.block_k

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from sglang_lora_moe.lora.stacks import ExpertStacks
+from sglang_lora_moe.moe.backends.triton_lora import combine_adds
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.ops.fused_moe_lora import moe_shrink
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters
 
+COMBINED_PAIRS = 96  # from which a launch for s and a combine that adds B s take less than down's own shrink: measured
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
 
 
@@ -23,6 +25,8 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
             assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
             routing.following = PairAdapters.allocate(stacks, inp.token_slots, inp.spec, inp.workspace)
         return routing.following
+    if not gather and routing.num_pairs >= COMBINED_PAIRS and combine_adds(stacks, routing):
+        return moe_shrink(rows, a, b, routing, inp.workspace, gather=False, name=name, scatter=True)
     if max(routing.base_block, routing.lora_block) <= OWN_SHRINK_ROWS and not gather:
         assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
         return LowRank(inp.workspace.get(f"{name}.s", (1, routing.num_pairs, a.shrink_width), rows.dtype), b, inp.token_slots, a=a)

@@ -43,15 +43,9 @@ class TritonRunnerCore(MoeRunnerCore):
     def make_routing(self, inp: RunnerInput) -> Routing:
         tiles = self._tiles(inp)
         routing = Routing(
-            inp.topk_ids,
-            inp.token_slots,
-            inp.spec.num_experts,
-            inp.num_slots,
-            base_block=tiles.base_block,
-            lora_block=tiles.lora_block,
-            rows="pair" if tiles.by_pair else "sorted",
-            workspace=inp.workspace,
-        )
+            inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots,
+            base_block=tiles.base_block, lora_block=tiles.lora_block, rows="pair" if tiles.by_pair else "sorted", workspace=inp.workspace,
+        )  # fmt: skip
         if isinstance(tiles.gate_up, WgmmaTile) and isinstance(tiles.down, WgmmaTile):
             routing.wgmma = tiles.gate_up
         return routing
@@ -75,18 +69,20 @@ class TritonRunnerCore(MoeRunnerCore):
         tiles = self._tiles(inp)
         assert not isinstance(tiles.down, GemvTile), "per pair, down and the sum over k are one kernel"
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": False, "scatter": True, "addend": addend}
+        if addend is not None and addend.of_combine is not None:
+            options |= {"addend": None, "beside": True}
         if isinstance(tiles.down, WgmmaTile):
             options["behind"], routing.reports = routing.reports, 0
             return wgmma_gemm(act, _plain(quant_info.w2), quant_info.b2, routing.alignment, out, tiles.down, **options)
         return grouped_gemm(act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, **options)
 
-    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x))
+    def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing, addend: LowRank | None = None) -> torch.Tensor:
+        return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x), addend)
 
     def down_combine(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
         tiles = self._tiles(inp)
         if not isinstance(tiles.down, GemvTile):
-            return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing)
+            return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing, addend and addend.of_combine)
         out = torch.empty_like(inp.x)
         return pair_down(act, _plain(quant_info.w2), quant_info.b2, inp.topk_ids, inp.topk_weights, out, tiles.down, addend=addend)
 

@@ -18,13 +18,19 @@ from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 MAX_FOLLOWING_RANK = 16  # rank 64 with 16 adapters takes 963 us for 945 at 1,024 tokens
 
 
+def combine_adds(stacks: ExpertStacks, routing: Routing) -> bool:
+    """Whether the combine adds B s of the second projection: it reads B once a pair, which pays while few pairs share one (measured)."""
+    return routing.rows == "sorted" and routing.base_block <= 16 and stacks.b2.max_rank <= 16 and routing.num_pairs <= routing.num_experts
+
+
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
     """What a triton core adds to its GEMM. NOTE: the GEMM must be the very next launch; it waits for the shrink alone."""
     tile = routing.wgmma  # beside Triton's GEMMs the layer ends 1 % later with the CUDA shrink
     if rows_from == "pairs":
         if routing.following is not None:
             return routing.following
-        return moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None)
+        scatter = combine_adds(stacks, routing)
+        return moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=scatter)
     following = None
     if tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK:
         following = (stacks.a2, stacks.b2, tile.blocks(inp.spec.intermediate_size))
