@@ -129,6 +129,7 @@ class Bench:
                 self.core.lora.register(f"a{i}", adapter)
             while self.core.is_loading:
                 self.core.step()
+                time.sleep(0.0005)  # else this loop keeps the interpreter from the thread that copies: seconds for large adapters
         torch.cuda.synchronize()
         print(f"engine (rank {rank}, {slots} slots) ready after {self.memory['start_s']} s; bytes: {self.memory}", flush=True)
         self.random = random.Random(0)
