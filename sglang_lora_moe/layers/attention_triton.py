@@ -38,21 +38,10 @@ class TritonAttention:
         ctx, spec, requests = self.ctx, layer.spec, self.ctx.num_requests
         decode = ctx.num_tokens == requests  # every request has one token
         return paged_attention(
-            q.contiguous(),
-            layer.k_cache,
-            layer.v_cache,
-            ctx.page_table[:requests],
-            ctx.query_starts[: requests + 1],
-            ctx.seq_lens[:requests],
-            page_size=ctx.page_size,
-            scale=spec.scaling,
-            decode=decode,
-            window=spec.window,
-            sinks=sinks,
-            scratch=self._decode_scratch(layer) if decode else None,
-            low=low,
-            tickets=self._tickets,
-        )
+            q.contiguous(), layer.k_cache, layer.v_cache, ctx.page_table[:requests], ctx.query_starts[: requests + 1], ctx.seq_lens[:requests],
+            page_size=ctx.page_size, scale=spec.scaling, decode=decode, window=spec.window, sinks=sinks,
+            scratch=self._decode_scratch(layer) if decode else None, low=low, tickets=self._tickets,
+        )  # fmt: skip
 
     def _decode_scratch(self, layer: PagedAttention) -> torch.Tensor:
         """Sized once for the largest decode step of any layer so far: the first step of a model is the largest, before graphs are captured."""

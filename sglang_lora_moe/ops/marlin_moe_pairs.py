@@ -17,18 +17,17 @@ from sglang_lora_moe.lora.stacks import ExpertStacks
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import build, launch
-from sglang_lora_moe.ops.library import LIBRARY
+from sglang_lora_moe.ops.library import define
 from sglang_lora_moe.ops.marlin_moe import MarlinWeight, activation_of, padded_units
 from sglang_lora_moe.ops.skinny_linear import empty_s
 
-LIBRARY.define(
+define(
     "marlin_moe_pairs(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor topk_ids, Tensor? topk_weights, Tensor? slots, "
     "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? b_pool, Tensor? b_offset, Tensor? b_stride, Tensor? rank, Tensor? split, Tensor? scaling, "
     "Tensor? next_pool, Tensor? next_offset, Tensor? next_stride, Tensor? next_rank, Tensor? next_scaling, Tensor? then_pool, Tensor? then_offset, "
     "Tensor? then_stride, Tensor(b!)? s, Tensor(c!)? other_s, Tensor(a!) out, int rows, int group_size, float alpha, float cubic, float limit, "
     "float shift, int units, int shrinks, bool overlap) -> ()"
 )
-torch.library.register_fake("sglang_lora_moe::marlin_moe_pairs", lambda *args: None, lib=LIBRARY)  # only writes into the caller's buffers
 
 MOST_SHRINKS, MOST_SHARES = 16, 4  # blocks that share a pair's A x and wait for each other; shares of A's columns
 MOST_UNITS, RESIDENT = 16, 2  # units of a block of gate_up; blocks that a multiprocessor holds

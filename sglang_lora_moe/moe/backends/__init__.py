@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +14,12 @@ from sglang_lora_moe.quantization.base import QuantMethod
 if TYPE_CHECKING:
     from sglang_lora_moe.lora.hooks import ExpertLoRAOps
 
-BACKENDS = ("marlin", "triton", "torch_native")
+# name, also of its module here -> (its core there, the module of its LoRA functions); imported when asked for: not every machine has Triton
+BACKENDS = {
+    "marlin": ("MarlinRunnerCore", "marlin_lora"),
+    "triton": ("TritonRunnerCore", "triton_lora"),
+    "torch_native": ("TorchNativeCore", "torch_lora"),
+}
 # Without a GPU, Triton kernels run in its interpreter, for tests.
 _ON_CPU = ("torch_native", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch_native",)
 
@@ -40,31 +46,13 @@ def get_moe_runner_backend(name: str, device: torch.device | str, quant_method: 
 
 def make_core(name: str) -> MoeRunnerCore:
     """The core of a backend that `get_moe_runner_backend` returned."""
-    if name == "torch_native":
-        from sglang_lora_moe.moe.backends.torch_native import TorchNativeCore
-
-        return TorchNativeCore()
-    if name == "triton":
-        from sglang_lora_moe.moe.backends.triton import TritonRunnerCore
-
-        return TritonRunnerCore()
-    from sglang_lora_moe.moe.backends.marlin import MarlinRunnerCore
-
-    return MarlinRunnerCore()
+    core: MoeRunnerCore = getattr(import_module(f"{__name__}.{name}"), BACKENDS[name][0])()
+    return core
 
 
 def make_lora_ops(name: str) -> ExpertLoRAOps:
     """The LoRA functions of a backend; a backend without them refuses adapters here, when the layer is built."""
-    if name == "torch_native":
-        from sglang_lora_moe.moe.backends import torch_lora
-
-        return torch_lora
-    if name == "triton":
-        from sglang_lora_moe.moe.backends import triton_lora
-
-        return triton_lora
-    if name == "marlin":
-        from sglang_lora_moe.moe.backends import marlin_lora
-
-        return marlin_lora
-    raise ValueError(f"the {name} MoE backend cannot apply adapters to experts; use --moe-runner-backend torch_native")
+    if name not in BACKENDS:
+        raise ValueError(f"the {name} MoE backend cannot apply adapters to experts; use --moe-runner-backend torch_native")
+    ops: Any = import_module(f"{__name__}.{BACKENDS[name][1]}")
+    return ops
