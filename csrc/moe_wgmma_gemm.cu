@@ -10,7 +10,7 @@
 //   * Without one, down runs behind gate_up: that reports in the list of tiles what it has stored of each, so that down's blocks begin where
 //     gate_up's last round leaves multiprocessors idle, with tiles from a queue, and wait for a tile's rows rather than for the kernel.
 //   * With adapters the next product's A is multiplied in gate_up too, of what is in shared memory for its store; a tile's columns give parts of s,
-//     which are added up by the block that reports the last of them.
+//     which are added up by the multiplying warps of the block that reports the last of them.
 //
 // Barriers of a stage: `full` (128 fetching threads, one more and the engine's bytes), `empty` (the multiplying warps of all blocks).
 #include "moe_wgmma_gemm.h"
@@ -27,6 +27,7 @@ constexpr int kRows = 256, kK = 64;
 constexpr int kFetchers = 128, kThreads = 384, kRecord = 5;
 constexpr int kWeightBytes = kRows * 128;
 constexpr int kLowRows = 128, kLowUnits = kLowRows / 16;  // of the next product's A in a stage, in rows of 128 columns
+constexpr int kTold = -2;
 constexpr int kLower = 0xffff, kOne = kLower + 1;  // of a word of a tile: what it says, and one of what is counted above
 
 // What a kernel is compiled for: tokens of a tile, and with fewer of them more stages.
@@ -45,10 +46,15 @@ struct Form {
 struct Note {  // from the fetching warps, with a stage
   int32_t expert, start, rows, n0;  // the tile, of a cluster's tile this block's part; expert -1: no more
   int32_t products, last;           // addend only: sixteens of k in this stage, and whether it ends the tile; with the next product's A: its runs
+  int32_t open;                     // with the last of A's stages: which tile before has its parts, for this block to add up, or -1
 };
 
 struct LowRun {  // with a stage of the next product's A: rows within this block's part, and which sixteens of the stage are theirs
   int32_t low, high, unit, units;
+};
+
+struct OpenTile {  // rows of s whose parts are to be added up, and the LoRA tiles that they meet
+  int32_t tile, start, rows, first, end;
 };
 
 template <class F>
@@ -58,7 +64,9 @@ struct Shared {
   int32_t* rows;  // of the output, for each group's tile
   Barrier *full, *empty, *stored;  // stored: the multiplying warps of this block have stored a tile
   Note* notes;
-  uint32_t* taken;  // tiles from the queue: of an even and of an odd turn; behind these, so too, whether a tile's last report was this block's
+  uint32_t* taken;  // tiles from the queue: of an even and of an odd turn
+  int32_t* open;    // likewise: which of the following is to be added up, or -1
+  OpenTile* opened;  // the last four tiles
 
   DEVICE explicit Shared(uint8_t* memory) : stages(memory) {
     out = memory + F::kStages * F::kStageBytes;
@@ -68,6 +76,8 @@ struct Shared {
     stored = empty + F::kStages;
     notes = (Note*)(stored + 1);
     taken = (uint32_t*)(notes + F::kStages);
+    open = (int32_t*)(taken + 2);
+    opened = (OpenTile*)(open + 2);
   }
 };
 
@@ -87,7 +97,7 @@ struct Fetcher {
   const MoeWgmmaGemm& a;
   const Shared<F>& shared;
   uint32_t step = 0, tiles_told = 0, ticket = 0;
-  int told_of = -1;  // a tile before this one whose end nobody was told of; below -1 (-2 less its number): one whose parts may be this block's to add up
+  int told_of = -1;  // a tile before this one whose end nobody was told of; kTold: of whose end all were told, and whose parts may be this block's to add up
 
   // The last of the fetching warps tells kernels behind this one that the tile before is stored, once that needs no pause.
   DEVICE void tell() {
@@ -98,52 +108,16 @@ struct Fetcher {
       if (lane_index() == 0 && a.next.parts) ticket = arrive(word, kOne);
       else if (lane_index() == 0) publish_add(word, kOne);
     }
-    tiles_told++, told_of = a.next.parts ? -2 - told_of : -1;
+    tiles_told++, told_of = a.next.parts ? kTold : -1;
   }
-  // The report that came last: the tile's parts are there.
+  // Notes the tile told of where its report was the last of all, so that its parts are there, else -1.
   DEVICE void settle() {
-    if (told_of > -2) return;
-    const int open = -2 - told_of;
-    uint32_t* const word = shared.taken + 2 + (tiles_told & 1);
-    if (thread_index() == kFetchers - 32) *word = (int)(ticket / kOne) + 1 == a.report;
+    tell();
+    if (thread_index() == kFetchers - 32) *open_word() = told_of == kTold && (int)(ticket / kOne) + 1 == a.report ? (int)((tiles_told - 1) & 3) : -1;
     sync_warpgroup(3);
-    if (*word) {
-      add_parts(open);
-      sync_warpgroup(3);
-      if (thread_index() == 0) publish_add((uint32_t*)a.tiles + 3 * open + 2, kOne);
-    }
     told_of = -1;
   }
-  DEVICE void add_parts(int open) {
-    const int start = a.tiles[3 * open + 1], stop = start + (a.tiles[3 * open + 2] & kLower), last = a.ranges[2 * open + 1], parts = divide_up(a.n, kRows / 2);
-    const int64_t apart = (int64_t)a.pairs * a.next.width;
-    for (int t = a.ranges[2 * open], turn = warp_index(); t < last; t++) {
-      const int64_t* const record = a.next.records + (int64_t)kRecord * t;
-      const int from = (int)record[0], low = from > start ? from : start, end = from + (int)record[1], high = end < stop ? end : stop, fours = divide_up((int)record[2], 4);
-      const float scaling = as_float((uint32_t)(record[1] >> 32));
-      const int pieces = (high - low) * fours;
-      for (int i = (turn & 3) * 32 + lane_index(); i < pieces; i += kFetchers) {
-        const int row = low + i / fours, r = i % fours * 4;
-        const float* const part = a.next.parts + (int64_t)row * a.next.width + r;
-        float sum[4] = {};
-#pragma unroll 3
-        for (int j = 0; j < parts; j++) {
-          float more[4];
-          load_floats_l2(more, part + j * apart);
-#pragma unroll
-          for (int k = 0; k < 4; k++) sum[k] += more[k];
-        }
-        uint32_t words[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) words[h] = a.is_bf16 ? pack_bf16(sum[2 * h] * scaling, sum[2 * h + 1] * scaling) : pack_fp16(sum[2 * h] * scaling, sum[2 * h + 1] * scaling);
-        uint16_t* const out = (uint16_t*)a.next.s + (int64_t)row * a.next.s_width + r;
-        if (a.next.s_width % 4 == 0) store_words(out, words[0], words[1]);
-        else
-          for (int k = 0; k < 4 && r + k < a.next.s_width; k++) out[k] = (uint16_t)(words[k / 2] >> (k % 2 * 16));
-      }
-      turn -= divide_up(pieces, 32);  // the next run's pieces begin with the next warp
-    }
-  }
+  DEVICE int32_t* open_word() { return shared.open + (tiles_told & 1); }
   DEVICE uint8_t* begin() {  // a stage that nobody reads any more, in neither block
     barrier_wait(&shared.empty[step % F::kStages], (step / F::kStages & 1) ^ 1);
     return stage_of(shared, step);
@@ -285,7 +259,7 @@ DEVICE void fetch_low(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note
       for (int row = row0; row < units * 16; row += kFetchers / 16, source += kFetchers / 16 * a.n) cp16(low_piece_of(stage, unit * 16 + row, piece), source, inside && row < u.rank);
       note.products++;
     }
-    note.last = --stages <= 0 && !u.any;
+    note.last = --stages <= 0 && !u.any, note.open = note.last ? *f.open_word() : -1;
     note.rows = u.any ? u.low : INT32_MAX;  // rows before this one need no other stage
     f.note(note);
     note.rows = rows;
@@ -308,7 +282,7 @@ DEVICE Place place_of(const MoeWgmmaGemm& a, int64_t t, int tiles, int column_bl
 // This block's rows of a tile, and what the fetching thread gathers by, on its way.
 template <class F>
 DEVICE Note part_of(const MoeWgmmaGemm& a, const Place& place, int (&rows)[F::kPasses]) {
-  Note note = {place.expert, place.start, place.rows, place.n0, 0, 0};
+  Note note = {place.expert, place.start, place.rows, place.n0, 0, 0, -1};
   if (F::kCluster == 2) {  // each block has half of the rows, the first the odd ones
     const int share = divide_up(note.rows, 16) * 8;
     if (cluster_rank() == 0) note.rows = note.rows < share ? note.rows : share;
@@ -371,7 +345,7 @@ struct Walk {
   uint32_t coming = 0, turns = 0;
 
   DEVICE void ask() {  // for the tile behind `after`, told in turn()
-    if (a.queued && thread_index() == 0) coming = take_ticket((uint32_t*)a.tiles, kOne);
+    if (a.queued && thread_index() == 0) coming = take_ticket((uint32_t*)a.tiles + (a.behind ? 0 : 3), kOne);  // each product of a layer has its own count
   }
   DEVICE int64_t told() {
     if (!a.queued) return after + stride;
@@ -428,31 +402,30 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
         u.ask(a.ranges[2 * place.tile], a.ranges[2 * place.tile + 1]);
         range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
       }
-      if constexpr (F::kHalves == 2) {
-        if (a.next.parts) {
-          Addend v{a, a.next.records};
-          const int first = u.first;
-          fetch_addend(f, a, u, note);
-          v.ask(first, u.end);
-          fetch_low(f, a, v, note);
-        } else {
-          fetch_addend(f, a, u, note);
+      const int first = u.first;
+      fetch_addend(f, a, u, note);
+      if (F::kHalves == 2 && a.next.parts) {
+        f.settle();
+        if (thread_index() == 0) {
+          const bool whole = F::kCluster == 1;
+          shared.opened[f.tiles_told & 3] = {place.tile, whole ? note.start : a.tiles[3 * place.tile + 1], whole ? note.rows : a.tiles[3 * place.tile + 2] & kLower, first, u.end};
         }
-      } else {
-        fetch_addend(f, a, u, note);
+        Addend v{a, a.next.records};
+        v.ask(first, u.end);
+        fetch_low(f, a, v, note);
       }
     }
-    if (a.report) f.tell(), f.settle(), f.told_of = place.tile;
+    if (a.report) f.tell(), f.told_of = place.tile;
     note = next_note, place = next, next = after;
 #pragma unroll
     for (int i = 0; i < F::kPasses; i++) rows[i] = next_rows[i];
   }
   if (waits) wait_for_previous_kernel(), allow_next_kernel();  // blocks without a tile: whoever follows relies on all of them
+  f.settle();
   f.begin();
-  f.note({-1, 0, 0, 0, 0, 0});
+  f.note({-1, 0, 0, 0, 0, 0, *f.open_word()});
   if (thread_index() == 0) barrier_arrive(&shared.full[f.step % F::kStages]);
   f.end();
-  f.tell(), f.settle();
 }
 
 // ---- multiplying -----------------------------------------------------------------------------------------------------------------------
@@ -534,9 +507,8 @@ DEVICE void multiply_tile(float (&d)[2][72], Multiplier<F>& m, int steps, bool a
 }
 
 DEVICE float activate(const MoeWgmmaGemm& a, float gate, float up) {
-  gate = gate < a.limit ? gate : a.limit;
-  up = up < a.limit ? (up > -a.limit ? up : -a.limit) : a.limit;
-  return gate * sigmoid(a.alpha * (gate + a.cubic * gate * gate * gate)) * (up + a.shift);
+  gate = fminf(gate, a.limit), up = fmaxf(fminf(up, a.limit), -a.limit);
+  return gate * reciprocal(1.f + exp2_of(-1.44269504f * (a.alpha * (gate + a.cubic * gate * gate * gate)))) * (up + a.shift);
 }
 
 template <class T>
@@ -587,9 +559,9 @@ DEVICE void multiply_low(const MoeWgmmaGemm& a, const Note& note, Multiplier<F>&
   }
 }
 
-// This warpgroup's part of a tile: to 16 bit, transposed through shared memory, out in pieces of 16 bytes.
+// This warpgroup's part of a tile: to 16 bit, transposed through shared memory, out in pieces of 16 bytes. Returns a tile to add up, or -1.
 template <class T, class F>
-DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], Multiplier<F>& m, const int (&row)[2]) {
+DEVICE int store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], Multiplier<F>& m, const int (&row)[2]) {
   const Shared<F>& shared = m.shared;
   const int group = m.group;
   const bool low = F::kHalves == 2 && a.next.parts;
@@ -597,7 +569,7 @@ DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)
     if (low) sync_two_warpgroups(4);
     else sync_warpgroup(1 + group);
   };
-  constexpr int kColumns = 128 / F::kHalves, kPieces = kColumns / 8;
+  constexpr int kColumns = 128 / F::kHalves, kPieces = kColumns / 8, kTogether = 128 / kPieces, kEach = F::kChunk / kTogether;
   const int tid = thread_index_here() & 127, lane = tid & 31, warp = tid / 32;
   const int column0 = note.n0 + group * kColumns;
   uint8_t* const out = shared.out + group * F::kOutBytes;
@@ -607,9 +579,10 @@ DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)
   for (int half = 0; half < 2; half++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int column = column0 + (F::kHalves == 2 ? 0 : half * 64) + warp * 16 + h * 8 + lane / 4;
-      bias[half][h] = bias_of<T>(a, ((int64_t)note.expert * F::kHalves + (F::kHalves == 2 ? half : 0)) * a.n + column, column < a.n);
+      const int of = column0 + (F::kHalves == 2 ? 0 : half * 64) + warp * 16 + h * 8 + lane / 4;
+      bias[half][h] = bias_of<T>(a, ((int64_t)note.expert * F::kHalves + (F::kHalves == 2 ? half : 0)) * a.n + of, of < a.n);
     }
+  const int token0 = tid / kPieces, piece = tid % kPieces, column = column0 + piece * 8;
   uint8_t* const mine = out + (lane & 7) * F::kPitch + warp * 32 + (lane >> 3 & 1) * 16;
 #pragma unroll
   for (int c = 0; c < F::kTokens; c += F::kChunk) {
@@ -644,48 +617,114 @@ DEVICE void store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)
       if (low) multiply_low<T>(a, note, m, c, c + F::kChunk < note.rows ? c + F::kChunk : note.rows);
     }
     const int tokens = note.rows - c < F::kChunk ? note.rows - c : F::kChunk;
-    for (int index = tid; index < tokens * kPieces; index += 128) {
-      const int token = index / kPieces, piece = index % kPieces, column = column0 + piece * 8;
+    uint32_t words[kEach][4];
+#pragma unroll
+    for (int i = 0; i < kEach; i++) load_words(words[i], out + (token0 + i * kTogether) * F::kPitch + piece * 16);
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int token = token0 + i * kTogether;
+      if (token >= tokens || column >= a.n) continue;
       const int to = F::kHalves == 1 ? rows[c + token] : note.start + c + token;
-      if (column < a.n) copy_16_bytes((uint16_t*)a.out + (int64_t)to * a.n + column, out + token * F::kPitch + piece * 16);
+      store_words((uint16_t*)a.out + (int64_t)to * a.n + column, words[i]);
     }
   }
+  int open = -1;
   for (bool last = !low; !last; m.step++) {  // what is left of A's stages
     m.wait();
-    last = m.told(&Note::last);
+    last = m.told(&Note::last), open = m.told(&Note::open);
     sync_warp();
     m.release(m.step);
   }
+  return open;
+}
+
+// s of a tile whose parts are all there, by the multiplying warps, whose sums hold nothing now: four columns a thread, whose parts are asked for at
+// once, since each wait is a round trip through L2.
+DEVICE void add_parts(const MoeWgmmaGemm& a, const OpenTile& open) {
+  constexpr int kParts = 6, kAdders = kThreads - kFetchers;
+  const int start = open.start, rows = open.rows, from = open.first, to = open.end, tile = open.tile;
+  const int parts = divide_up(a.n, kRows / 2), fours = a.next.width / 4, thread = thread_index_here() - kFetchers, lane = thread & 31;
+  const int64_t apart = (int64_t)a.pairs * a.next.width;
+  for (int first = from; first < to; first += 32) {  // lane l has LoRA tile first + l
+    int64_t record[3] = {};
+    if (first + lane < to)
+#pragma unroll
+      for (int i = 0; i < 3; i++) record[i] = a.next.records[(int64_t)kRecord * (first + lane) + i];
+    for (int i = 0; i < rows * fours; i += kAdders) {
+      const int row = (i + thread) / fours, r = (i + thread) % fours * 4;
+      const float* const part = a.next.parts + (int64_t)(start + row) * a.next.width + r;
+      float sum[4] = {}, scaling = 0.f;
+      for (int j0 = 0; j0 < parts; j0 += kParts) {
+        float more[kParts][4];
+#pragma unroll
+        for (int j = 0; j < kParts; j++)
+          if (row < rows && j0 + j < parts) load_floats_l2(more[j], part + (j0 + j) * apart);
+#pragma unroll
+        for (int j = 0; j < kParts; j++)
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+            if (row < rows && j0 + j < parts) sum[k] += more[j][k];
+      }
+      int rank = 0;
+      for (int t = 0; t < 32 && first + t < to; t++) {
+        const int low = (int)shuffle((uint32_t)record[0], t) - start, high = low + (int)shuffle((uint32_t)record[1], t), run_rank = (int)shuffle((uint32_t)record[2], t);
+        const float run_scaling = as_float(shuffle((uint32_t)(record[1] >> 32), t));
+        if (row < rows && row >= low && row < high) rank = run_rank, scaling = run_scaling;
+      }
+      if (r >= rank) continue;
+      uint32_t words[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) words[h] = a.is_bf16 ? pack_bf16(sum[2 * h] * scaling, sum[2 * h + 1] * scaling) : pack_fp16(sum[2 * h] * scaling, sum[2 * h + 1] * scaling);
+      uint16_t* const out = (uint16_t*)a.next.s + (int64_t)(start + row) * a.next.s_width + r;
+      if (a.next.s_width % 4 == 0) store_words(out, words[0], words[1]);
+      else
+        for (int k = 0; k < 4 && r + k < a.next.s_width; k++) out[k] = (uint16_t)(words[k / 2] >> (k % 2 * 16));
+    }
+  }
+  sync_two_warpgroups(4);
+  if (thread == 0) publish_add((uint32_t*)a.tiles + 3 * tile + 2, kOne);
+}
+
+template <class T, class F>
+DEVICE int multiply_and_store(const MoeWgmmaGemm& a, Multiplier<F>& m, int steps, int expert, int start, int packed) {
+  float d[2][72] = {};  // all, and no first product that overwrites: from there to the store before, their registers are free
+  int row[2];           // asked for before the products, needed after
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int token = (thread_index() & 127) + 128 * i;
+    row[i] = start + token;
+    if (F::kHalves == 1 && a.scatter && token < (packed & 255)) row[i] = a.sorted_pairs[row[i]];
+  }
+  const bool addend = a.s != nullptr;
+  switch (divide_up(packed & 255, 8)) {
+#define CASE(NT) \
+  case NT: if constexpr (8 * NT <= F::kTokens) multiply_tile<T, NT>(d, m, steps, addend); break;
+    CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
+#undef CASE
+  }
+  const int again = anew(packed);
+  return store_tile<T, F>(a, {expert, start, again & 255, again >> 8, 0, 0, -1}, d, m, row);
 }
 
 template <class T, class F>
 DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
   Multiplier<F> m{shared, uniform(warp_index() / 4) - 1};
   const int steps = divide_up(a.k, kK);
-  const bool addend = a.s != nullptr;
-  while (true) {
-    float d[2][72] = {};  // all, and no first product that overwrites: from there to the store before, their registers are free
+  for (bool more = true; more;) {
     m.wait();
     const int expert = m.told(&Note::expert), start = m.told(&Note::start), packed = m.told(&Note::rows) | m.told(&Note::n0) << 8;  // registers are few
-    if (expert < 0) break;
-    int row[2];  // asked for before the products, needed after
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int token = (thread_index() & 127) + 128 * i;
-      row[i] = start + token;
-      if (F::kHalves == 1 && a.scatter && token < (packed & 255)) row[i] = a.sorted_pairs[row[i]];
+    int open;
+    if (expert >= 0) {
+      open = multiply_and_store<T>(a, m, steps, expert, start, packed);
+      if (a.report) {
+        sync_warp();
+        if (lane_index() == 0) barrier_arrive(shared.stored);
+      }
+    } else {
+      open = m.told(&Note::open), more = false;
     }
-    switch (divide_up(packed & 255, 8)) {
-#define CASE(NT) \
-  case NT: if constexpr (8 * NT <= F::kTokens) multiply_tile<T, NT>(d, m, steps, addend); break;
-      CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
-#undef CASE
-    }
-    const int again = anew(packed);
-    store_tile<T, F>(a, {expert, start, again & 255, again >> 8, 0, 0}, d, m, row);
-    if (a.report) {
-      sync_warp();
-      if (lane_index() == 0) barrier_arrive(shared.stored);
+    if constexpr (F::kHalves == 2) {
+      if (open >= 0) add_parts(a, shared.opened[open]);
     }
   }
 }

@@ -22,7 +22,7 @@ struct MoeWgmmaGemm {
   const void* bias;             // [experts, halves * n], or null
   void* out;                    // [.., n]
   // [.., 3] expert, start, rows <= tokens * cluster, in the lower 16 bits. In the upper ones, zero at first, kernels of a layer count: beside the
-  // rows what is stored of a tile (report), beside the first expert the tiles that blocks have taken (queued).
+  // rows what is stored of a tile (report), beside the first expert the tiles that down's blocks have taken (queued), beside the second gate_up's.
   int32_t* tiles;
   const int32_t* counts;        // counts[1] = tiles
   const int32_t* sorted_pairs;  // [pairs]

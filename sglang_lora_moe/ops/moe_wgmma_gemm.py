@@ -79,7 +79,7 @@ def wgmma_gemm(
 
     `report`: count beside the rows of each base tile, in its upper 16 bits, what is stored of it; `behind`: the product before this
     one reports so often and made `a`, so that a tile's rows are read when they are there, and blocks take their tiles from a queue. With an addend that
-    has a `following`, s of the second product is made too, and reported as one more.
+    has a `following`, s of the second product is made too, and reported as one more; blocks that add it up take fewer tiles of a queue.
     """
     halves = 1 if activation is None else 2
     columns = triton.cdiv(out.shape[1], TILE_ROWS // halves)
@@ -88,8 +88,9 @@ def wgmma_gemm(
         if not launch.has_wgmma(a.device):
             raise ValueError(f"moe_wgmma_gemm: runs on compute capability 9.0 alone, got {a.device}")
         build.load()
-    queued = behind > 0 and tile.cluster == 1 and alignment.base_tiles.shape[0] * columns + 3 * blocks < 1 << 16  # what 16 bits count
     following = None if addend is None else addend.following
+    uneven = behind > 0 or (following is not None and columns > 2)  # between two parts of s there is little to add up
+    queued = uneven and tile.cluster == 1 and len(alignment.base_tiles) > 1 and len(alignment.base_tiles) * columns + 3 * blocks < 1 << 16  # what 16 bits count
     then = (None,) * 4 if following is None else (following.a.pool, following.low.records, following.parts, following.low.s)
     low = (None,) * 4 if addend is None else (addend.s, addend.b.pool, addend.records, addend.ranges)
     reports = tile.reports(out.shape[1]) if report else 0
