@@ -1,25 +1,293 @@
 // The kernels after the attention's linears for many tokens: norm, rotation and cache write of q, k and v; residual, norm. Both add what adapters
-// have to add to the linear's output on the way, with tensor cores and without shared memory.
+// have to add to the linear's output on the way, with tensor cores: a warp owns 8 tokens, in the order of their slots, and 128 columns. Rows of other
+// slots have s = 0, so that a product leaves them as they are.
 //
-//   * A warp owns 8 tokens, in the order of their slots, and 128 columns; a lane 8 columns next to each other of every 32, of one token: 16-byte
-//     loads and stores. An m16n8k16 product has these tokens as half of its rows, the others are zero: fewer registers, more warps at a time.
-//     Its columns are assigned to match, ranks so that a lane's four lie next to each other.
-//   * B and s are read through L1, past which go the activations; blocks of the rotation take all tokens for one block of heads, then the next, so
-//     that a multiprocessor has the B of few heads at a time.
-//   * Rows of other slots have s = 0, so that a product leaves them as they are.
+//   * Rotation: columns are the first operand of the m16n8k16 products, tokens the second one. A lane has 8 columns next to each other in both halves
+//     of a head, of two tokens: what is turned lies in one lane. A block goes over tiles of 8 tokens, as many blocks as a GPU holds at once; B stays
+//     in registers while the slot stays. What a tile needs comes into shared memory two tiles ahead: rows by the copy engine, since the kernel is
+//     bound by instructions (copies by each lane took 30 % of them and half of the time), the short rows of s and of angles by cp.async.
+//   * Norm: tokens are half of the first operand's rows, the others are zero: fewer registers, more warps at a time; no shared memory. A lane has 8
+//     columns next to each other of every 32, of one token. B and s are read through L1, past which go the activations.
 #include "norm_rope.h"
 
-#include "gemm_prims.cuh"
+#include "hopper_prims.cuh"
 
 namespace {
 
-constexpr int kRows = 8, kColumns = 128, kWarps = 4;
+constexpr int kRows = 8, kColumns = 128;
+constexpr int kHeads = 8, kBlocks = 2, kMostStages = 3;  // rotation: of a block, of a multiprocessor, tiles in shared memory
+constexpr int kTokens = kHeads * 32;                     // of a block, at most
+constexpr int kRotateRow = kHeads * kColumns * 2 + 16;   // bytes of a row in shared memory: what a warp reads at a time lies in different banks
+constexpr int kMemory = 227 * 1024, kReserved = 1024;    // of a multiprocessor, and what each block takes of it beside its own
 constexpr int kNone = 1 << 30;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBlocks = 5;  // of the rotation on a multiprocessor: with six registers do not suffice there
-#else
-constexpr int kBlocks = 6;
-#endif
+
+// The smallest slot of a tile above `slot`, or kNone. `mine`: of the lane's row.
+DEVICE int next_slot(int mine, int slot) { return -warp_max(mine > slot ? -mine : -kNone); }
+
+// ---- rotation --------------------------------------------------------------------------------------------------------------------------
+
+struct Tokens {  // of a block, absent ones -1
+  Barrier there[kMostStages + 1];  // of each stage: its tile is; what follows lies on a 16-byte boundary
+  int token[kTokens], slot[kTokens];
+  int place[kTokens], target[kTokens];  // rotation: first element of its row in the tables of angles, its row in the cache
+};
+
+struct Share {  // of a block: tiles
+  int first, count;
+};
+
+DEVICE Share share_of(int m, int index, int shares) {
+  const int64_t tiles = (m + kRows - 1) / kRows;
+  const int first = (int)(tiles * index / shares);
+  return {first, (int)(tiles * (index + 1) / shares) - first};
+}
+
+// A tile is there when each of its rows has been asked for and has come, and the copies of each thread.
+DEVICE void begin_ring(Tokens& tokens) {
+  if (thread_index() != 0) return;
+  for (int stage = 0; stage < kMostStages; stage++) barrier_init(tokens.there + stage, kRows + warps_per_block() * 32);
+  publish_barriers();
+}
+
+DEVICE int load_token(Tokens& tokens, const AddedRows& a, int m, int i, const Share& share) {
+  const int place = share.first * kRows + i;
+  tokens.slot[i] = place < m ? a.slots[place] : -1;
+  return tokens.token[i] = place < m ? a.order[place] : -1;
+}
+
+// A lane's part of B for COUNT of the eight products from `first` on, and 16 ranks from r0 on. Product i is for columns 2 (i % 4) and the next of the
+// lane's eight in half i / 4; the lane's eight begin at 8 (lane / 4).
+template <int COUNT>
+DEVICE void load_b(uint32_t (&b)[COUNT][4], const uint16_t* matrix, int rank, int r0, int first) {
+  const int r = r0 + lane_index() % 4 * 4;
+  const uint16_t* const own = matrix + (first / 4 * 64 + lane_index() / 4 * 8 + first % 4 * 2) * rank + r;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+      const uint16_t* const row = own + (i / 4 * 64 + i % 4 * 2 + odd) * rank;
+      uint32_t ranks[2] = {};
+      if (rank % 4 == 0) {
+        if (r < rank) load_words(ranks, row);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (r + e < rank) ranks[e / 2] |= (uint32_t)row[e] << e % 2 * 16;
+      }
+      b[i][odd] = ranks[0], b[i][2 + odd] = ranks[1];
+    }
+  }
+}
+
+// A tile's s of the linear's parts from `part` on, splits x rows x pieces of 16 bytes: a split by each warp.
+DEVICE void copy_s(uint8_t* target, const int* tile_tokens, const AddedRows& a, int m, int part, int pieces) {
+  const int row = lane_index() / 4, token = tile_tokens[row];
+  for (int split = warp_index(); split < a.splits; split += warps_per_block()) {
+    const float* const source = a.s + (((int64_t)split * m + (token < 0 ? 0 : token)) * a.parts + part) * a.width;
+    for (int piece = lane_index() % 4; piece < pieces; piece += 4) cp16(target + ((split * kRows + row) * pieces + piece) * 16, source + piece * 4, token >= 0);
+  }
+}
+
+// What of an adapter a warp has in registers.
+template <bool WIDE>
+struct Held {
+  int slot = -1, rank;
+  float scaling;
+  const uint16_t* matrix;  // the warp's rows of B
+  uint32_t b[WIDE ? 1 : 8][4];
+};
+
+template <bool WIDE>
+DEVICE void hold(Held<WIDE>& held, const AddedRows& a, int slot, int part, int first_row) {
+  const int entry = part * a.part_stride + slot;
+  held.slot = slot, held.rank = a.rank[entry], held.scaling = a.scaling[entry];
+  held.matrix = (const uint16_t*)a.pool + a.offset[entry] + (int64_t)first_row * held.rank;
+  if (!WIDE) load_b(held.b, held.matrix, held.rank, 0, 0);
+}
+
+// Four ranks of token lane / 4 from the tile's s, summed over the splits, `apart` bytes from each other, times `factor`; zeros from `left` ranks on.
+template <class T>
+DEVICE void read_s(uint32_t (&out)[2], const uint8_t* s, int splits, int apart, int left, float factor) {
+  float sum[4] = {};
+  if (left > 0)
+#pragma unroll 1
+    for (int split = 0; split < splits; split++, s += apart) {
+      float value[4];
+      load_floats(value, (const float*)s);
+#pragma unroll
+      for (int e = 0; e < 4; e++) sum[e] += value[e];
+    }
+#pragma unroll
+  for (int e = 0; e < 4; e++) sum[e] = e < left ? sum[e] * factor : 0.f;
+  out[0] = T::pack(sum[0], sum[1]), out[1] = T::pack(sum[2], sum[3]);
+}
+
+// What the first tile needs, while its copies are under way. `slot`: that of token lane / 4.
+template <bool WIDE>
+DEVICE void hold_first(Held<WIDE>& held, const AddedRows& a, int slot, int part, int first_row) {
+  const int first = next_slot(slot, -1);
+  if (first != kNone) hold(held, a, first, part, first_row);
+}
+
+// A lane's part of a warp's tile: tokens 2 (lane % 4) and the next, both halves, eight columns in packed pairs.
+using Piece = uint32_t[2][2][4];
+
+// x += B s, rounded as the linear would have rounded it. WIDE: ranks beyond 16. `token` (in shared memory, read if needed), `mine`, `s`: token
+// lane / 4 of the tile, its slot, its s.
+template <class T, bool WIDE>
+DEVICE void add_tile(Piece& x, Held<WIDE>& held, const AddedRows& a, const int& token, int mine, int part, int first_row, const uint8_t* s, int apart) {
+  int slot = next_slot(mine, -1);
+  if (slot == kNone) return;
+  float sum[8][4];
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) sum[i][e] = T::low(x[e][i / 4][i % 4]), sum[i][2 + e] = T::high(x[e][i / 4][i % 4]);
+#pragma unroll 1
+  for (; slot != kNone; slot = next_slot(mine, slot)) {
+    if (held.slot != slot) hold(held, a, slot, part, first_row);
+    const float factor = a.row_scale && mine == slot ? held.scaling * a.row_scale[token] : held.scaling;
+#pragma unroll 1
+    for (int r0 = 0; r0 < (WIDE ? held.rank : 1); r0 += 16) {
+      const int r = r0 + lane_index() % 4 * 4;
+      uint32_t low[2];
+      read_s<T>(low, s + r * 4, a.splits, apart, mine == slot ? held.rank - r : 0, factor);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if (WIDE) load_b(held.b, held.matrix, held.rank, r0, i);
+        T::mma(sum[i], held.b[WIDE ? 0 : i], low);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) x[e][i / 4][i % 4] = T::pack(sum[i][e], sum[i][2 + e]);
+}
+
+DEVICE float sum_of_eight(float value) {  // over the lanes of a token
+  value += as_float(shuffle_xor(as_bits(value), 4));
+  value += as_float(shuffle_xor(as_bits(value), 8));
+  return value + as_float(shuffle_xor(as_bits(value), 16));
+}
+
+template <class T>
+DEVICE float squares(const uint32_t (&x)[2][4]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) sum += T::low(x[i / 4][i % 4]) * T::low(x[i / 4][i % 4]) + T::high(x[i / 4][i % 4]) * T::high(x[i / 4][i % 4]);
+  return sum;
+}
+
+// One pair of packed columns of a head's halves: norm's scale and weights (rounded between, as transformers does), then the turn.
+template <class T>
+DEVICE void turn(uint32_t& low, uint32_t& high, float scale, uint32_t low_weight, uint32_t high_weight, const float* cos, const float* sin) {
+  low = T::pack(T::low(low) * scale * T::low(low_weight), T::high(low) * scale * T::high(low_weight));
+  high = T::pack(T::low(high) * scale * T::low(high_weight), T::high(high) * scale * T::high(high_weight));
+  const float a[2] = {T::low(low), T::high(low)}, b[2] = {T::low(high), T::high(high)};
+  low = T::pack(a[0] * cos[0] - b[0] * sin[0], a[1] * cos[1] - b[1] * sin[1]);
+  high = T::pack(b[0] * cos[0] + a[0] * sin[0], b[1] * cos[1] + a[1] * sin[1]);
+}
+
+// How blocks go over tiles and heads, and where a tile's angles and s lie in its stage of shared memory.
+struct RotatePlan {
+  int groups, shares, angles, s, bytes;
+};
+
+HOST_DEVICE int part_of(const RotateRows& a, int head) { return head < a.heads ? 0 : head < a.heads + a.kv_heads ? 1 : 2; }
+
+// Parts that a block's heads are of.
+HOST_DEVICE int parts_of(const RotateRows& a, int group) {
+  const int last = group * kHeads + kHeads - 1, heads = a.heads + 2 * a.kv_heads;
+  return part_of(a, last < heads ? last : heads - 1) - part_of(a, group * kHeads) + 1;
+}
+
+// By which a row's pieces of angles are exchanged, so that the rows that a warp reads at a time lie in different banks.
+DEVICE int turned(int row) { return (row >> 1 & 1) | (row >> 2 & 1) << 2; }
+
+template <class T, bool WIDE>
+KERNEL void __launch_bounds__(kHeads * 32, kBlocks) rotate(const RotateRows a, const RotatePlan plan) {
+  SMEM_DECL;
+  constexpr int kStages = WIDE ? 2 : kMostStages;  // tiles in shared memory: s of more ranks takes more of it
+  Tokens& tokens = *(Tokens*)smem_;
+  uint8_t* const ring = smem_ + sizeof(Tokens);
+  const int heads = a.heads + 2 * a.kv_heads, group = (int)blockIdx.x % plan.groups, warp = warp_index(), lane = lane_index();
+  const int head = group * kHeads + warp, part = part_of(a, head), first_part = part_of(a, group * kHeads);
+  const int head_in_part = head - (part == 0 ? 0 : part == 1 ? a.heads : a.heads + a.kv_heads);
+  const int row_bytes = (heads - group * kHeads < kHeads ? heads - group * kHeads : kHeads) * kColumns * 2, pieces = parts_of(a, group) * a.added.width / 4;
+  const Share share = share_of(a.m, (int)blockIdx.x / plan.groups, plan.shares);
+  if (thread_index() < share.count * kRows) {  // what no kernel of a step writes is read before the linear is complete
+    const int i = thread_index(), token = load_token(tokens, a.added, a.m, i, share);
+    tokens.place[i] = token < 0 ? 0 : (int)a.positions[token] * a.table_stride;
+    tokens.target[i] = token < 0 ? 0 : (int)a.kv_slots[token];
+  }
+  begin_ring(tokens);
+  sync_block();
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const auto copy_tile = [&](int tile) {  // a row by each warp
+    if (tile >= share.count) return;
+    uint8_t* const stage = ring + tile % kStages * plan.bytes;
+    Barrier* const there = tokens.there + tile % kStages;
+    const int row = tile * kRows + warp, token = tokens.token[row];
+    if (lane == 0 && token < 0) barrier_arrive(there);
+    if (lane == 0 && token >= 0) {
+      barrier_expect(there, row_bytes);
+      copy_bulk(stage + warp * kRotateRow, (const uint16_t*)a.qkv + ((int64_t)token * heads + group * kHeads) * kColumns, row_bytes, there);
+    }
+    cp16(stage + plan.angles + (warp * 32 + (lane ^ turned(warp))) * 16, (lane < 16 ? a.cos : a.sin) + tokens.place[row] + lane % 16 * 4, true);
+    copy_s(stage + plan.s, tokens.token + tile * kRows, a.added, a.m, first_part, pieces);
+    barrier_arrive_after_copies(there);
+  };
+  const void* const weight = part == 0 ? a.q_weight : a.k_weight;
+  const bool norm = part < 2 && weight != nullptr;
+  const uint32_t one = T::pack(1.f, 1.f);  // times which nothing changes
+  uint32_t weights[2][4] = {{one, one, one, one}, {one, one, one, one}};
+  if (norm) load_words(weights[0], (const uint16_t*)weight + lane / 4 * 8), load_words(weights[1], (const uint16_t*)weight + 64 + lane / 4 * 8);
+  Held<WIDE> held;
+#pragma unroll 1
+  for (int tile = 1 - kStages; tile < share.count; tile++) {
+    if (tile > 0) sync_block();  // all are done with the tile before, whose memory is filled again
+    copy_tile(tile + kStages - 1);
+    if (tile < 0) {
+      if (tile == -1 && head < heads) hold_first(held, a.added, tokens.slot[lane / 4], part, head_in_part * kColumns);
+      continue;
+    }
+    barrier_wait(tokens.there + tile % kStages, tile / kStages & 1);
+    if (head >= heads) continue;
+    const uint8_t* const stage = ring + tile % kStages * plan.bytes;
+    const uint8_t* const source = stage + lane % 4 * 2 * kRotateRow + warp * kColumns * 2 + lane / 4 * 16;
+    const int row = tile * kRows + lane / 4;
+    Piece x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) load_words(x[i / 2][i % 2], source + i / 2 * kRotateRow + i % 2 * kColumns);
+    const uint8_t* const s = stage + plan.s + lane / 4 * pieces * 16 + (part - first_part) * a.added.width * 4;
+    add_tile<T, WIDE>(x, held, a.added, tokens.token[row], tokens.slot[row], part, head_in_part * kColumns, s, kRows * pieces * 16);
+    uint16_t* const out = (part == 0 ? (uint16_t*)a.q : (uint16_t*)(part == 1 ? a.k_cache : a.v_cache)) + head_in_part * kColumns + lane / 4 * 8;
+    const int* const targets = (part == 0 ? tokens.token : tokens.target) + tile * kRows + lane % 4 * 2;
+    const int columns = (part == 0 ? a.heads : a.kv_heads) * kColumns;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      if (part < 2) {
+        const float scale = norm ? inverse_root(sum_of_eight(squares<T>(x[e])) / kColumns + a.eps) : 1.f;
+        const uint8_t* const angles = stage + plan.angles + (lane % 4 * 2 + e) * 512;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float cos[4], sin[4];
+          const int piece = ((lane / 4 * 2 + i) ^ turned(lane % 4 * 2)) * 16;
+          load_floats(cos, (const float*)(angles + piece)), load_floats(sin, (const float*)(angles + 256 + piece));
+#pragma unroll
+          for (int j = 0; j < 2; j++)
+            turn<T>(x[e][0][2 * i + j], x[e][1][2 * i + j], scale, weights[0][2 * i + j], weights[1][2 * i + j], cos + 2 * j, sin + 2 * j);
+        }
+      }
+      uint16_t* const target = out + (int64_t)targets[e] * columns;
+      if (tokens.token[tile * kRows + lane % 4 * 2 + e] >= 0) store_words(target, x[e][0]), store_words(target + 64, x[e][1]);
+    }
+  }
+}
+
+// ---- norm ------------------------------------------------------------------------------------------------------------------------------
 
 struct Row {  // a lane's token
   int token, slot;
@@ -31,9 +299,6 @@ DEVICE Row row_of(const AddedRows& a, int m, int tile) {
   const bool inside = place < m;
   return {inside ? a.order[place] : 0, inside ? a.slots[place] : -1, inside};
 }
-
-// The smallest slot of the tile above `slot`, or kNone.
-DEVICE int next_slot(const Row& row, int slot) { return -warp_max(row.slot > slot ? -row.slot : -kNone); }
 
 // A lane's part of B for 32 columns: of column (n / 2) * 8 + 2 j + n % 2, n = lane / 4, the ranks 4 (lane % 4) .. + 3 from r0 on.
 DEVICE void load_b(uint32_t (&b)[4][2], const uint16_t* matrix, int rank, int r0) {
@@ -82,7 +347,7 @@ DEVICE void add_row(uint32_t (&x)[4][4], const AddedRows& a, const Row& row, int
 #pragma unroll
   for (int i = 0; i < 16; i++) sum[i][0] = T::low(x[i / 4][i % 4]), sum[i][1] = T::high(x[i / 4][i % 4]);
 #pragma unroll 1
-  for (int slot = next_slot(row, -1); slot != kNone; slot = next_slot(row, slot)) {
+  for (int slot = next_slot(row.slot, -1); slot != kNone; slot = next_slot(row.slot, slot)) {
     const int entry = part * a.part_stride + slot, rank = a.rank[entry];
     const uint16_t* const matrix = (const uint16_t*)a.pool + a.offset[entry] + (int64_t)first_row * rank;
 #pragma unroll 1
@@ -125,65 +390,6 @@ DEVICE float squares(const uint32_t (&x)[4][4]) {
   return sum;
 }
 
-// ---- rotation --------------------------------------------------------------------------------------------------------------------------
-
-// One pair of packed columns of a head's halves: norm's scale and weights (rounded between, as transformers does), then the turn.
-template <class T>
-DEVICE void turn(uint32_t& low, uint32_t& high, bool norm, float scale, uint32_t low_weight, uint32_t high_weight, const float* cos, const float* sin) {
-  if (norm) {
-    low = T::pack(T::low(low) * scale * T::low(low_weight), T::high(low) * scale * T::high(low_weight));
-    high = T::pack(T::low(high) * scale * T::low(high_weight), T::high(high) * scale * T::high(high_weight));
-  }
-  const float a[2] = {T::low(low), T::high(low)}, b[2] = {T::low(high), T::high(high)};
-  low = T::pack(a[0] * cos[0] - b[0] * sin[0], a[1] * cos[1] - b[1] * sin[1]);
-  high = T::pack(b[0] * cos[0] + a[0] * sin[0], b[1] * cos[1] + a[1] * sin[1]);
-}
-
-template <class T, bool WIDE>
-KERNEL void __launch_bounds__(kWarps * 32, WIDE ? 4 : kBlocks) rotate(const RotateRows a, int tiles) {
-  const int heads = a.heads + 2 * a.kv_heads, head = (int)blockIdx.x / tiles * kWarps + warp_index(), quarter = lane_index() % 4 * 8;
-  const int part = head < a.heads ? 0 : head < a.heads + a.kv_heads ? 1 : 2;
-  const int head_in_part = head - (part == 0 ? 0 : part == 1 ? a.heads : a.heads + a.kv_heads);
-  const Row row = row_of(a.added, a.m, (int)blockIdx.x % tiles);
-  const void* const weight = part == 0 ? a.q_weight : a.k_weight;
-  const bool norm = part < 2 && weight != nullptr;
-  int place = 0, target_row = row.token;  // what no kernel of a step writes is read before the linear is complete
-  if (row.inside && part < 2) place = (int)a.positions[row.token] * a.table_stride + quarter;
-  if (row.inside && part > 0) target_row = (int)a.kv_slots[row.token];
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  if (head >= heads) return;
-  uint32_t x[4][4] = {};
-  const uint16_t* const source = (const uint16_t*)a.qkv + ((int64_t)row.token * heads + head) * kColumns + quarter;
-#pragma unroll
-  for (int g = 0; g < 4; g++)
-    if (row.inside) load_words_once(x[g], source + g * 32);
-  add_row<T, WIDE>(x, a.added, row, a.m, part, head_in_part * kColumns);
-  const float scale = norm ? inverse_root(sum_of_four(squares<T>(x)) / kColumns + a.eps) : 1.f;
-  if (!row.inside) return;
-  if (part < 2) {
-#pragma unroll
-    for (int g = 0; g < 2; g++) {
-      uint32_t weights[2][4] = {};
-      if (norm) load_words(weights[0], (const uint16_t*)weight + g * 32 + quarter), load_words(weights[1], (const uint16_t*)weight + (g + 2) * 32 + quarter);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float cos[4], sin[4];
-        load_floats(cos, a.cos + place + g * 32 + i * 4), load_floats(sin, a.sin + place + g * 32 + i * 4);
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-          turn<T>(x[g][2 * i + j], x[g + 2][2 * i + j], norm, scale, weights[0][2 * i + j], weights[1][2 * i + j], cos + 2 * j, sin + 2 * j);
-      }
-    }
-  }
-  uint16_t* const out = part == 0 ? (uint16_t*)a.q : (uint16_t*)(part == 1 ? a.k_cache : a.v_cache);
-  uint16_t* const target = out + ((int64_t)target_row * (part == 0 ? a.heads : a.kv_heads) + head_in_part) * kColumns + quarter;
-#pragma unroll
-  for (int g = 0; g < 4; g++) store_words(target + g * 32, x[g]);
-}
-
-// ---- norm ------------------------------------------------------------------------------------------------------------------------------
-
 template <class T, bool WIDE>
 KERNEL void __launch_bounds__(WIDE ? 512 : 1024, 1) add_norm(const NormRows a) {
   SMEM_DECL;
@@ -222,11 +428,25 @@ KERNEL void __launch_bounds__(WIDE ? 512 : 1024, 1) add_norm(const NormRows a) {
   }
 }
 
+// In how many shares blocks go over the tiles: as many as are held at once, and no more tokens each than a block has places for.
+int shares_of(int m, int held) {
+  const int tiles = (m + kRows - 1) / kRows, least = (tiles * kRows + kTokens - 1) / kTokens + 1;
+  return held > tiles ? tiles : held > least ? held : least;
+}
+
 template <class T>
 int rotate_as(const RotateRows& a, void* stream) {
-  const int tiles = (a.m + kRows - 1) / kRows, head_blocks = (a.heads + 2 * a.kv_heads + kWarps - 1) / kWarps;
-  const Launch how = {(unsigned)(head_blocks * tiles), kWarps * 32, 0, stream, a.overlap && can_overlap()};
-  return a.added.width <= 16 ? launch(how, rotate<T, false>, a, tiles) : launch(how, rotate<T, true>, a, tiles);
+  const bool wide = a.added.width > 16;
+  const int groups = (a.heads + 2 * a.kv_heads + kHeads - 1) / kHeads;
+  int parts = 1;
+  for (int group = 0; group < groups; group++) parts = parts_of(a, group) > parts ? parts_of(a, group) : parts;
+  RotatePlan plan = {groups, 0, kRows * kRotateRow, kRows * (kRotateRow + 512), 0};
+  plan.bytes = plan.s + a.added.splits * kRows * parts * a.added.width * 4;
+  const size_t shared = sizeof(Tokens) + (wide ? 2 : kMostStages) * plan.bytes;
+  const int fit = (int)(kMemory / (shared + kReserved));
+  plan.shares = shares_of(a.m, a.multiprocessors * (fit < kBlocks ? fit : kBlocks) / groups);
+  const Launch how = {(unsigned)(groups * plan.shares), kHeads * 32, shared, stream, a.overlap && can_overlap()};
+  return wide ? launch(how, rotate<T, true>, a, plan) : launch(how, rotate<T, false>, a, plan);
 }
 
 template <class T>

@@ -18,7 +18,8 @@ struct AddedRows {
   int32_t part_stride, parts, splits, width;
 };
 
-// Norm and rotation of each head of q and k; k and v go to rows kv_slots[t] of the cache. Parts of what is added: q, k, v.
+// Norm and rotation of each head of q and k; k and v go to rows kv_slots[t] of the cache. Parts of what is added: q, k, v. Hopper alone; s of a
+// width that is a multiple of 4, table_stride too.
 struct RotateRows {
   const void* qkv;                  // [m, (heads + 2 kv_heads) * 128]
   void *q, *k_cache, *v_cache;      // [m, heads, 128], [rows, kv_heads, 128] twice
@@ -26,7 +27,7 @@ struct RotateRows {
   const float *cos, *sin;           // [positions, 64], rows table_stride apart
   const void *q_weight, *k_weight;  // [128], or both null: no norm
   float eps;
-  int32_t table_stride, m, heads, kv_heads, is_bf16, overlap;
+  int32_t table_stride, m, heads, kv_heads, is_bf16, overlap, multiprocessors;
   AddedRows added;
 };
 

@@ -27,13 +27,13 @@ void check_type(const char* name, ScalarType type) {
 
 void rotate(Tensor qkv, Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_slots, Tensor positions, Tensor cos, Tensor sin, std::optional<Tensor> q_weight,
             std::optional<Tensor> k_weight, Tensor s, std::optional<Tensor> row_scale, Tensor order, Tensor slots, Tensor pool, Tensor offset, Tensor rank, Tensor scaling,
-            int64_t part_stride, double eps, bool overlap) {
+            int64_t part_stride, double eps, bool overlap, int64_t multiprocessors) {
   constexpr const char* kName = "rotate_rows";
   const int32_t device = qkv.get_device_index();
   const ScalarType type = qkv.scalar_type();
   check_type(kName, type);
-  STD_TORCH_CHECK(q.dim() == 3 && q.size(2) == 128 && k_cache.dim() == 3 && k_cache.size(2) == 128 && cos.dim() == 2 && cos.size(1) >= 64, kName,
-                  ": expected heads of 128 columns and tables of at least 64, got ", describe(q), ", ", describe(k_cache), ", ", describe(cos));
+  STD_TORCH_CHECK(q.dim() == 3 && q.size(2) == 128 && k_cache.dim() == 3 && k_cache.size(2) == 128 && cos.dim() == 2 && cos.size(1) >= 64 && cos.size(1) % 4 == 0, kName,
+                  ": expected heads of 128 columns and tables of at least 64, a multiple of 4, got ", describe(q), ", ", describe(k_cache), ", ", describe(cos));
   const int64_t m = q.size(0), heads = q.size(1), kv_heads = k_cache.size(1);
   STD_TORCH_CHECK(k_cache.size(0) < (1ll << 31) && cos.numel() < (1ll << 31), kName, ": rows of the cache and elements of the tables are counted in 32 bits");
   STD_TORCH_CHECK((q_weight && k_weight) || (!q_weight && !k_weight), kName, ": q and k are both normed or neither");
@@ -49,8 +49,9 @@ void rotate(Tensor qkv, Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_slot
   a.q_weight = q_weight ? checked<const void>(kName, *q_weight, "q_weight", type, device, 128) : nullptr;
   a.k_weight = k_weight ? checked<const void>(kName, *k_weight, "k_weight", type, device, 128) : nullptr;
   a.added = added_rows(kName, type, device, m, s, row_scale, order, slots, pool, offset, rank, scaling, part_stride);
+  STD_TORCH_CHECK(a.added.width % 4 == 0, kName, ": expected s in pieces of four ranks, got ", describe(s));
   a.eps = (float)eps, a.table_stride = (int32_t)cos.size(1), a.m = (int32_t)m, a.heads = (int32_t)heads, a.kv_heads = (int32_t)kv_heads;
-  a.is_bf16 = type == ScalarType::BFloat16, a.overlap = overlap;
+  a.is_bf16 = type == ScalarType::BFloat16, a.overlap = overlap, a.multiprocessors = (int32_t)multiprocessors;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int error = rotate_rows(&a, current_stream(device));
   STD_TORCH_CHECK(error == 0, kName, ": launch failed: ", cuda_error_text(error));

@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr int kMultiprocessors = 2;  // few, so that blocks go over several tiles
+
 struct Case {
   int32_t order_seed, rotates, m, heads, kv_heads, rows, positions, table_stride, columns, is_bf16, has_norm, has_scale, parts, splits, width, part_stride, entries;
   float eps;
@@ -38,7 +40,7 @@ int main() {
   if (c.rotates) {
     std::vector<uint16_t> q((int64_t)c.m * c.heads * 128, 0xCDCD), keys((int64_t)c.rows * c.kv_heads * 128, 0xCDCD), values(keys);
     const RotateRows a = {x.data(), q.data(), keys.data(), values.data(), kv_slots.data(), positions.data(), cos.data(), sin.data(),
-                          c.has_norm ? q_weight.data() : nullptr, c.has_norm ? k_weight.data() : nullptr, c.eps, c.table_stride, c.m, c.heads, c.kv_heads, c.is_bf16, 0, added};
+                          c.has_norm ? q_weight.data() : nullptr, c.has_norm ? k_weight.data() : nullptr, c.eps, c.table_stride, c.m, c.heads, c.kv_heads, c.is_bf16, 0, kMultiprocessors, added};
     const int error = rotate_rows(&a, nullptr);
     write(q), write(keys), write(values);
     return error;
