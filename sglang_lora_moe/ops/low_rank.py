@@ -28,6 +28,8 @@ from sglang_lora_moe.lora.stacks import Stack
 RECORD = tl.constexpr(5)  # int64 fields of a record
 COLUMNS_AT_ONCE = 32  # rank columns of several adapters that one product adds; more cost the GEMM's registers more than they save
 
+FEW_ACCUMULATORS = 8  # of a thread: of so small programs as many as fit run at once, which hides their loads
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -67,11 +69,11 @@ class LowRank:
         assert self.records is not None and self.ranges is not None and self.s.shape[0] == 1, "a grouped kernel needs the addend of a grouped shrink"
         return (self.s, self.b.pool, self.records, self.ranges, self.s.shape[2])
 
-    def tile_options(self, accumulators: int, *, several: bool = False) -> dict[str, int | bool]:
-        """For a kernel with so many accumulators a thread: what the registers beside them can hold of an adapter, or of `several` at once."""
+    def tile_options(self, accumulators: int, *, several: bool = False, ahead: bool = False) -> dict[str, int | bool]:
+        """For a kernel with so many accumulators a thread: what the registers beside them can hold of an adapter, or of `several` at once, `ahead` too."""
         block = min(64 if accumulators <= 64 else 32, self._ranks)
-        at_once = max(1, COLUMNS_AT_ONCE // block) if several and accumulators <= 64 else 1
-        return {**self._options(block), "SEVERAL": at_once, "AHEAD": block == 16 and at_once == 1}
+        at_once = max(1, COLUMNS_AT_ONCE // block) if several and FEW_ACCUMULATORS < accumulators <= 64 else 1
+        return {**self._options(block), "SEVERAL": at_once, "AHEAD": block == 16 and accumulators > FEW_ACCUMULATORS and (ahead or at_once == 1)}
 
 
 @dataclass(frozen=True)

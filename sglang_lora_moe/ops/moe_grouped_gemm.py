@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_records, pdl_wait, tile_delta
+from sglang_lora_moe.ops.low_rank import FEW_ACCUMULATORS, NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_records, pdl_wait, tile_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.ops.wna16_tile import load_wna16
@@ -107,7 +107,7 @@ def _one_tile(
     expert, start, rows, n0, N, K, BITS: tl.constexpr, W_GROUP: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, SEVERAL: tl.constexpr,
-    AHEAD: tl.constexpr, LATE: tl.constexpr,
+    AHEAD: tl.constexpr, early,
     EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Main loop, addend, bias, activation and store of one tile of at most BM rows."""
@@ -117,7 +117,8 @@ def _one_tile(
     place = start + rm
     rn = n0 + tl.arange(0, BN)
     source = pair // TOP_K if GATHER else place
-    if ADDEND and not LATE:
+    low, b, high, b_up = 0, 0, 0, 0
+    if ADDEND:  # of no record where the shrink may not be over yet
         l_start, l_rows, l_rank, l_split, b_place, whole = load_records(records_ptr, first, last, RANK_BLOCK, SEVERAL, ALIGN)
         if AHEAD:  # in flight during the main loop
             low, b, high, b_up = load_block(
@@ -127,13 +128,11 @@ def _one_tile(
         a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, source, live, expert, start, n0, N, K, BITS, W_GROUP, GATED, EVEN_K, BM, BN, BK, STAGES, PRECISION
     )  # fmt: skip
     if ADDEND:
-        if LATE:
+        if not early:
             pdl_wait(PDL)  # the shrink is the kernel before this one; everything else was there before it
             first = tl.load(ranges_ptr + 2 * tile)
             last = tl.load(ranges_ptr + 2 * tile + 1)
             l_start, l_rows, l_rank, l_split, b_place, whole = load_records(records_ptr, first, last, RANK_BLOCK, SEVERAL, ALIGN)
-        if LATE or not AHEAD:
-            low, b, high, b_up = 0, 0, 0, 0
             if AHEAD:
                 low, b, high, b_up = load_block(
                     s_ptr, s_width, l_start, l_rows, l_rank, l_split, b_place, whole, 0, place, rn, N, pool_ptr, GATED, RANK_BLOCK, MAX_RANK, ALIGN, SEVERAL
@@ -170,14 +169,14 @@ def _grouped_gemm_kernel(
     """A walk over (tile, block of columns). What a tile needs before its main loop is fetched during the one before: a chain of
     dependent loads (tile, pairs, records) would otherwise stand between any two. With TAIL, tiles of few rows run at half height.
 
-    LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end. Without an
-    addend programs from number LATE on wait for it first: it is over by then, and the kernel after may start.
+    LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end. Programs from
+    number LATE on, if not 1, begin when that is over: they wait first, have the addend under way during the main loop, and the kernel after may start.
     """
-    if not LATE:
+    early = True
+    if LATE:
+        early = (tl.program_id(0) >= LATE) & (LATE > 1)
+    if early:
         pdl_wait(PDL)
-    elif not ADDEND:  # noqa: SIM102  # compile time, then run time
-        if tl.program_id(0) >= LATE:
-            pdl_wait(PDL)
     num_tiles = tl.load(counts_ptr + 1)
     n_blocks = tl.cdiv(N, BN)
     total = num_tiles * n_blocks
@@ -187,6 +186,9 @@ def _grouped_gemm_kernel(
     tile1, expert1, start1, rows1, n1 = tile, expert, start, rows, n0
     pair = tl.load(sorted_pairs_ptr + start + rm, mask=rm < rows, other=0)
     first, last = 0, 0
+    if LATE and ADDEND:
+        first = tl.load(ranges_ptr + 2 * tile, mask=early, other=0)
+        last = tl.load(ranges_ptr + 2 * tile + 1, mask=early, other=0)
     if not LATE:
         tile1, expert1, start1, rows1, n1 = _find_tile(tl.program_id(0) + step, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
         if ADDEND:
@@ -206,13 +208,13 @@ def _grouped_gemm_kernel(
             _one_tile(
                 a_ptr, tail_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, few, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr,
                 s_width, expert, start, rows, n0, N, K, BITS, W_GROUP, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK,
-                ALIGN, SEVERAL, AHEAD, LATE, EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
+                ALIGN, SEVERAL, AHEAD, early, EVEN_K, BM // 2, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
         else:
             _one_tile(
                 a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr,
                 s_width, expert, start, rows, n0, N, K, BITS, W_GROUP, TOP_K, GATHER, SCATTER, GATED, ACT, ALPHA, LIMIT, ADDEND, RANK_BLOCK, MAX_RANK,
-                ALIGN, SEVERAL, AHEAD, LATE, EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
+                ALIGN, SEVERAL, AHEAD, early, EVEN_K, BM, BN, BK, STAGES, PRECISION, PDL,
             )  # fmt: skip
         tile, expert, start, rows, n0, pair, first, last = tile1, expert1, start1, rows1, n1, pair1, first1, last1
         tile1, expert1, start1, rows1, n1 = tile2, expert2, start2, rows2, n2
@@ -241,7 +243,9 @@ def grouped_gemm(
     tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
     grid = (max(1, min(tiles, launch.multiprocessors(a.device) * tile.ctas) if tile.ctas else tiles),)
     options = launch.options(a.device)
-    several = tile.m <= 32 and w_desc is not None  # else the main loop's addresses take the registers
+    added, early = NO_TILE_OPTIONS, beside
+    if addend is not None:
+        added, early = _addend_options(addend, tile, w_rows // n, w_desc is not None)
     _grouped_gemm_kernel[grid](
         a, a_desc, tail_desc if tile.tail else None, matrix, w_desc, bias, out, scales, zeros,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
@@ -249,12 +253,19 @@ def grouped_gemm(
         n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        **(NO_TILE_OPTIONS if addend is None else addend.tile_options(tile.m * w_rows // n * tile.n // (32 * tile.warps), several=several)),
-        LATE=0 if tile.ctas else 1 if addend is not None else beside * FIRST_ROUND * launch.multiprocessors(a.device),
+        **added, LATE=0 if tile.ctas else FIRST_ROUND * launch.multiprocessors(a.device) if early else int(addend is not None),
         EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
     )  # fmt: skip
     return out
+
+
+def _addend_options(addend: LowRank, tile: GemmTile, halves: int, tma: bool) -> tuple[dict[str, int | bool], bool]:
+    """How the kernel adds, and whether programs after the first round have the addend under way early: where that measured faster."""
+    accumulators, small = tile.m * halves * tile.n // (32 * tile.warps), tile.m <= 32 and tma  # else the main loop's addresses take the registers
+    early = small and (halves == 2 or (accumulators > FEW_ACCUMULATORS and tile.n * tile.k <= 8192))
+    added = addend.tile_options(accumulators, several=small, ahead=early)
+    return added, early and bool(added["AHEAD"] or accumulators <= FEW_ACCUMULATORS)
 
 
 def _storage(w: torch.Tensor | WNA16Weight) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int, int]:

@@ -16,6 +16,7 @@ from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunner, RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import moe_grouped_gemm
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.quantization.base import TritonQuantInfo
@@ -89,8 +90,10 @@ def test_formulas(device, spec, tokens, lora) -> None:
 
 
 @pytest.mark.parametrize("routing", ["uniform", "some_invalid", "partial"])
-def test_few_pairs_of_many_experts(device, routing) -> None:
-    """Where the combine adds B s of the second projection."""
+@pytest.mark.parametrize("short", [0, 512], ids=["combine", "down"])
+def test_few_pairs_of_many_experts(device, monkeypatch, routing, short) -> None:
+    """Where the combine adds B s of the second projection, but for few columns of act."""
+    monkeypatch.setattr(triton_lora, "SHORT_DOWN", short)
     case = make_case(experts=32, top_k=3, hidden=72, inter=48, m=9, device=device, layouts=LAYOUTS, active=5, routing=routing)
     inp = case.runner_input(Workspace(case.x.device))
     assert triton_lora.combine_adds(case.stacks, Core().make_routing(inp))
@@ -114,6 +117,14 @@ def test_mixed_layouts(device, tokens, dtype) -> None:
 def test_skewed_routing(device, routing) -> None:
     tiles = LayerTiles(GemmTile(16, 16, 32, 4, 2), GemmTile(16, 32, 16, 4, 2, 1, 2))
     check(make_case(**SMALL, m=40, dtype=torch.float16, device=device, ranks=(8, 4), routing=routing), tiles)
+
+
+@pytest.mark.parametrize(("up", "down"), [((16, 32), (32, 32)), ((64, 32), (128, 32)), ((64, 32), (128, 128))], ids=["few", "ahead", "gate_up alone"])
+def test_programs_that_begin_after_the_shrink(device, monkeypatch, up, down) -> None:
+    """With and without the addend under way during the main loop, one adapter or two in a product, tiles with more of them."""
+    monkeypatch.setattr(moe_grouped_gemm, "FIRST_ROUND", 1)
+    tiles = LayerTiles(GemmTile(16, *up, 4, 2, 0), GemmTile(16, *down, 4, 2, 0))
+    check(make_case(**SMALL, m=24, dtype=torch.float16, device=device, ranks=(16, 8, 5), layouts=("split", "dense"), active=5, slots=6), tiles)
 
 
 @pytest.mark.parametrize("load", ["base", "adapters"])
