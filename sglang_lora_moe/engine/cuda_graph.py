@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FEW_REQUESTS = 16
-Size = TypeVar("Size", int, tuple[int, int])
+Size = tuple[int, int]  # tokens and requests of a step, with padding
 
 
 def ladder(max_requests: int) -> list[int]:
@@ -35,7 +35,7 @@ def ladder(max_requests: int) -> list[int]:
     return [size for size in sizes if size < max_requests] + [max_requests]
 
 
-def prefill_ladder(max_tokens: int, max_requests: int) -> list[tuple[int, int]]:
+def prefill_ladder(max_tokens: int, max_requests: int) -> list[Size]:
     """(tokens, requests): up to 16 requests, 128 tokens and then steps of 256 up to 2,560, as far as steps may be; larger ones keep the
     GPU busy without graphs. For more requests, of which padding costs attention some programs, a few sizes. Never as many requests as
     tokens, which would be a decode step."""
@@ -44,14 +44,14 @@ def prefill_ladder(max_tokens: int, max_requests: int) -> list[tuple[int, int]]:
     return [(tokens, requests) for tokens, requests in few + many if tokens <= max_tokens]
 
 
-class _Graphs(Generic[Size]):
+class _Graphs:
     """Captured steps of one model by size and family. `families`: (False,) without adapters, (False, True) with."""
 
     what = "steps"
 
     def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[Size]) -> None:
         self.model, self.families = model, tuple(families)
-        self.sizes: list[Size] = sorted(sizes)
+        self.sizes = sorted(sizes)
         self._graphs: dict[tuple[Size, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._layouts: dict[Size, int] = {}  # size -> ctx.lora_layout at the capture of its "lora" graph
         self.nbytes = 0  # device memory that they took
@@ -70,7 +70,7 @@ class _Graphs(Generic[Size]):
         torch.cuda.synchronize()
         self.nbytes = free - torch.cuda.mem_get_info()[0]
         seconds, mib = time.monotonic() - begin, self.nbytes / 2**20
-        logger.info("captured %d graphs of %s, up to %s, in %.1f s, %.0f MiB", len(work), self.what, self.sizes[-1], seconds, mib)
+        logger.info("captured %d graphs of %s, up to %d tokens, in %.1f s, %.0f MiB", len(work), self.what, self.sizes[-1][0], seconds, mib)
 
     @torch.inference_mode()
     def _capture_one(self, size: Size, lora: bool) -> None:
@@ -95,30 +95,26 @@ class _Graphs(Generic[Size]):
             self._capture_one(size, True)
             self.model.ctx.sampled.copy_(sampled)
 
-    def _shape(self, size: Size) -> tuple[int, int]:
-        """Tokens and requests of a step of this size, with padding."""
-        raise NotImplementedError
-
     def _step(self, size: Size) -> torch.Tensor:
         raise NotImplementedError
 
     def _set_padding(self, size: Size, lora: bool) -> None:
         """A step of padding only."""
         ctx = self.model.ctx
-        ctx.num_tokens, ctx.num_requests = self._shape(size)
+        ctx.num_tokens, ctx.num_requests = size
         ctx.num_logits, ctx.lora_active = ctx.num_requests, lora
         ctx.query_lens, ctx.seq_lens_host = [1] * ctx.num_requests, [0] * ctx.num_requests
         ctx.inputs.copy_(ctx.make_inputs(ctx.device)[0])
 
 
-class DecodeGraphs(_Graphs[int]):
-    """Decode steps: every request has one token. A size is that of the batch."""
+class DecodeGraphs(_Graphs):
+    """Decode steps: every request has one token. `sizes` are those of batches."""
 
     what = "decode steps"
 
     def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[int]) -> None:
-        super().__init__(model, families, sizes)
-        self._by_count = [0, *(next(size for size in self.sizes if size >= n) for n in range(1, self.sizes[-1] + 1))]
+        super().__init__(model, families, [(size, size) for size in sizes])
+        self._by_count = [0, *(next(size for size, _ in self.sizes if size >= n) for n in range(1, max(sizes) + 1))]
 
     def padded_size(self, batch: Batch) -> int:
         """The size of the graph for this batch; 0 if it is no decode step, is too large or wants other logits than each request's next."""
@@ -128,30 +124,27 @@ class DecodeGraphs(_Graphs[int]):
         if any(request.num_computed + 1 != len(request.tokens) for request in batch.requests):  # a chunk of one token in the middle of a prompt
             return 0
         size = self._by_count[count]
-        self._renew(size, batch.lora_active)
+        self._renew((size, size), batch.lora_active)
         return size
 
     def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the step in the context's buffers; logits [size, V] in the model's dtype and their argmax int64 [size], valid until the next replay."""
-        graph, logits = self._graphs[size, lora_active]
+        graph, logits = self._graphs[(size, size), lora_active]
         graph.replay()
         return logits, self.model.ctx.sampled[:size]
 
-    def _shape(self, size: int) -> tuple[int, int]:
-        return size, size
-
-    def _step(self, size: int) -> torch.Tensor:
+    def _step(self, size: Size) -> torch.Tensor:
         logits = self.model.forward_logits()
-        torch.argmax(logits, dim=-1, out=self.model.ctx.sampled[:size])
+        torch.argmax(logits, dim=-1, out=self.model.ctx.sampled[: size[0]])
         return logits
 
 
-class PrefillGraphs(_Graphs[tuple[int, int]]):
-    """Steps with prompt tokens, up to the last norm. A size is (tokens, requests)."""
+class PrefillGraphs(_Graphs):
+    """Steps with prompt tokens, up to the last norm."""
 
     what = "prefill steps"
 
-    def padded_size(self, batch: Batch) -> tuple[int, int]:
+    def padded_size(self, batch: Batch) -> Size:
         """(tokens, requests) of the graph for this batch; (0, 0) if there is none."""
         tokens, requests = batch.num_tokens, len(batch.requests)
         fitting = [size for size in self.sizes if size[0] >= tokens and size[1] >= requests]
@@ -161,14 +154,11 @@ class PrefillGraphs(_Graphs[tuple[int, int]]):
         self._renew(size, batch.lora_active)
         return size
 
-    def logits(self, size: tuple[int, int], lora_active: bool) -> torch.Tensor:
+    def logits(self, size: Size, lora_active: bool) -> torch.Tensor:
         """Run the step in the context's buffers; logits [num_logits, V] in the model's dtype."""
         graph, hidden = self._graphs[size, lora_active]
         graph.replay()
         return self.model.logits_of(hidden)
 
-    def _shape(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size
-
-    def _step(self, size: tuple[int, int]) -> torch.Tensor:
+    def _step(self, size: Size) -> torch.Tensor:
         return self.model.forward_hidden()

@@ -79,7 +79,7 @@ def test_decode_graphs_survive_prefill_graphs_with_more_scratch() -> None:
     options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "chunked_prefill_size": 300, "max_running_requests": 40}
     plain, engine = (make_engine(disable_cuda_graph=disabled, **options) for disabled in (True, False))
     graphs: Any = engine.core.runner.prefill_graphs
-    assert (256, 40) in graphs.sizes and engine.core.runner.graphs.sizes[-1] == 40
+    assert (256, 40) in graphs.sizes and engine.core.runner.graphs.sizes[-1] == (40, 40)
     prompts = [[1, *range(20, 26 + i % 5), 7 + i] for i in range(40)]
     adapters = [ADAPTERS[i % len(ADAPTERS)] for i in range(40)]
     params = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
