@@ -27,7 +27,6 @@ from sglang_lora_moe.lora.stacks import Stack
 
 RECORD = tl.constexpr(5)  # int64 fields of a record
 COLUMNS_AT_ONCE = 32  # rank columns of several adapters that one product adds; more cost the GEMM's registers more than they save
-
 FEW_ACCUMULATORS = 8  # of a thread: of so small programs as many as fit run at once, which hides their loads
 
 

@@ -71,11 +71,6 @@ def scratch_of(device: torch.device) -> GemmScratch:
     return GemmScratch.allocate(launch.multiprocessors(device), device)
 
 
-@lru_cache(maxsize=16)
-def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
 class MarlinRunnerCore(MoeRunnerCore):
     """MoeRunnerCore over `MarlinQuantInfo`. `plan` fixes the launch shapes (benchmarks); None chooses by size."""
 
@@ -156,4 +151,4 @@ class MarlinRunnerCore(MoeRunnerCore):
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:
-        return self.plan or choose_plan(inp.spec, inp.x.shape[0], _hopper(inp.x.device))
+        return self.plan or choose_plan(inp.spec, inp.x.shape[0], launch.has_wgmma(inp.x.device))

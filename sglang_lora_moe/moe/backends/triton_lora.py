@@ -16,7 +16,6 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 MAX_FOLLOWING_RANK = 16  # rank 64 with 16 adapters takes 963 us for 945 at 1,024 tokens
-
 SHORT_DOWN = 512  # columns of act up to which down adds B s, which then takes less: 19 us for 24 in DeepSeek's layer of 16 tokens
 
 
