@@ -2,8 +2,8 @@
 
     out[t, h] = sum over j <= pos(t) of softmax_j(scale * q[t, h] . k[j, g(h)]) v[j, g(h)]
 
-with grouped heads (g(h) = h // (Hq / Hkv)), an optional sliding window (j > pos(t) - window) and optional sinks (one more
-logit per head that takes probability but has no value). Softmax is the
+with grouped heads (g(h) = h // (Hq / Hkv)), an optional sliding window (j > pos(t) - window), optional sinks (one more
+logit per head that takes probability but has no value) and an optional logit cap c * tanh(s / c). Softmax is the
 streaming form of Milakov & Gimelshein 2018; decode splits the keys of a request over programs and merges the partial
 results by their log-sum-exp (flash decoding), always in the same order, so that two runs are bit-equal.
 
@@ -11,7 +11,7 @@ The cache may be narrower than q (float8 e4m3): keys and values are widened as t
 
 With MLA the cache holds one latent row per token: pass the same tensor as k_cache and v_cache; v is its first `Dv` columns.
 
-On Hopper several query tokens of 16-bit heads of 128, without window or sinks, are csrc/prefill_attention.cu's: `in_cuda` is the rule.
+On Hopper several query tokens of 16-bit heads of 128, without window, sinks or cap, are csrc/prefill_attention.cu's: `in_cuda` is the rule.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q: tl.constexpr, R
 
 @triton.jit
 def _attend_blocks(
-    q, acc, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window,
+    q, acc, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
     k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Go on with the streaming softmax of q [rows, D_PAD] over keys [first_key, last_key) of one request; in powers of two.
 
@@ -76,6 +76,8 @@ def _attend_blocks(
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         k, v = k.to(q.dtype), v.to(q.dtype)  # the cache may be narrower
         scores = tl.dot(q, k, input_precision="ieee")  # times `scale`, which becomes part of the subtraction below
+        if SOFTCAP:
+            scores = (2 * tl.sigmoid(2 * (scores * scale) / (softcap * LOG2E)) - 1) * (softcap * LOG2E) / scale
         if MASKED:
             seen = in_range[None, :] & (key[None, :] <= position[:, None])
             if WINDOW:
@@ -93,10 +95,10 @@ def _attend_blocks(
 
 @triton.jit
 def _attend_keys(
-    q, maximum, total, position, first_position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window,
+    q, maximum, total, position, first_position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
     k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [first_key, last_key) of one request: whole blocks that all rows see, then what needs a mask. Returns (values, maximum, total)."""
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
@@ -104,12 +106,12 @@ def _attend_keys(
     if not WINDOW:
         masked_from = tl.maximum(tl.minimum(first_position + 1, last_key) // BLOCK_N * BLOCK_N, first_key)
         acc, maximum, total = _attend_blocks(
-            q, acc, maximum, total, position, first_key, masked_from, kv_head, k_ptr, v_ptr, pages_ptr, scale, window,
-            k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, STAGES, False,
+            q, acc, maximum, total, position, first_key, masked_from, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+            k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, False,
         )  # fmt: skip
     return _attend_blocks(
-        q, acc, maximum, total, position, masked_from, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window,
-        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, STAGES, True,
+        q, acc, maximum, total, position, masked_from, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, True,
     )  # fmt: skip
 
 
@@ -117,13 +119,13 @@ def _attend_keys(
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, page_table_ptr, query_starts_ptr, seq_lens_ptr, sinks_ptr,
     # sizes
-    num_requests, scale, window,
+    num_requests, scale, window, softcap,
     # strides (elements)
     q_stride, k_row_stride, k_head_stride, v_row_stride, v_head_stride, page_table_stride,
     # meta
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     REQUESTS_PAD: tl.constexpr, DECODE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_Q query tokens x all heads of one KV head x one share of the keys. Rows are (token, head)."""
@@ -164,8 +166,8 @@ def _attention_kernel(
         total += 1.0
     acc, maximum, total = _attend_keys(
         q, maximum, total, context + query, context + first_query, first_key, last_key, kv_head, k_ptr, v_ptr, page_table_ptr + request * page_table_stride,
-        scale * LOG2E, window, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
-        D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, STAGES,
+        scale * LOG2E, window, softcap, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+        D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, STAGES,
     )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = (token * HQ + head) * SPLITS + split
@@ -224,6 +226,7 @@ def paged_attention(
     decode: bool,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
     out: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     low: LinearAddend | None = None,
@@ -242,7 +245,7 @@ def paged_attention(
     if q.stride(2) != 1 or q.stride(1) != d or k_cache.stride(2) != 1 or v_cache.stride(2) != 1:
         raise ValueError("paged_attention: the last dimension of q, k_cache and v_cache must be contiguous, and q's heads packed")
     out = q.new_empty(m, hq, dv) if out is None else out
-    if not decode and (window, sinks) == (None, None) and tickets is not None and in_cuda(q, k_cache, v_cache, page_size):
+    if not decode and (window, sinks, softcap) == (None, None, None) and tickets is not None and in_cuda(q, k_cache, v_cache, page_size):
         build.load()
         blocks = launch.multiprocessors(q.device)
         torch.ops.sglang_lora_moe.prefill_attention(q, k_cache, v_cache, page_table, query_starts, seq_lens, tickets, out, page_size, scale, blocks, True)
@@ -255,11 +258,11 @@ def paged_attention(
     block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size())
     _attention_kernel[(requests if decode else m // block_q + requests, hkv, splits)](
         q, k_cache, v_cache, partial, lse, page_table, query_starts, seq_lens, sinks if sinks is not None else q,
-        requests, scale, window or 0,
+        requests, scale, window or 0, softcap or 0.0,
         q.stride(0), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), page_table.stride(0),
         HQ=hq, HKV=hkv, D=d, D_PAD=triton.next_power_of_2(d), DV=dv, DV_PAD=triton.next_power_of_2(dv),
         PAGE=page_size, BLOCK_Q=block_q, GROUP_PAD=group_pad, BLOCK_N=block_n,
-        SPLITS=splits, MIN_KEYS=MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None,
+        SPLITS=splits, MIN_KEYS=MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         REQUESTS_PAD=1 if decode else triton.next_power_of_2(requests), DECODE=decode, STAGES=stages, num_warps=warps, **launch.options(q.device),
     )  # fmt: skip
     assert low is None or splits > 1, "only the merge of splits fills s"

@@ -15,7 +15,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * GPU  # the interpreter computes bfloat16 wrongly
 
 
-def reference(q, k, v, table, lens, seqs, page, scale, window, sinks):
+def reference(q, k, v, table, lens, seqs, page, scale, window, sinks, softcap):
     """softmax(scale q k^T, sinks) v, request by request."""
     outs, start, groups = [], 0, q.shape[1] // k.shape[1]
     for b, (n, m) in enumerate(zip(lens, seqs, strict=True)):
@@ -23,6 +23,7 @@ def reference(q, k, v, table, lens, seqs, page, scale, window, sinks):
         rows = table[b, index // page].long() * page + index % page
         keys, values = (x[rows].double().repeat_interleave(groups, 1) for x in (k, v))
         s = torch.einsum("nhd,mhd->hnm", q[start : start + n].double(), keys) * scale
+        s = softcap * torch.tanh(s / softcap) if softcap else s
         i, j = torch.arange(m - n, m, device=q.device)[:, None], index[None]
         seen = (j <= i) & (j > i - (window or m + 1))
         s = s.masked_fill(~seen, float("-inf"))
@@ -37,6 +38,7 @@ CASES = {
     "gqa": {"heads": (8, 2), "d": 32},
     "mha_odd_dim": {"heads": (3, 3), "d": 24},
     "window_sinks": {"heads": (4, 1), "d": 16, "window": 9, "sinks": True},
+    "softcap": {"heads": (4, 2), "d": 16, "softcap": 5.0},
     "latent": {"heads": (6, 1), "d": 40, "dv": 32},
 }
 REAL = {  # Qwen3-30B-A3B, gpt-oss-20b and DeepSeek-V3's latents
@@ -87,10 +89,10 @@ def check(spec: dict[str, Any], decode: bool, dtype: torch.dtype, lens: list[int
         v = k[..., :dv] if "dv" in spec else v.to(cache)
     sinks = torch.randn(hq, device=DEVICE).to(dtype) if spec.get("sinks") else None
     starts = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    args = {"page_size": page, "scale": d**-0.5, "window": spec.get("window"), "sinks": sinks, "decode": decode}
+    args = {"page_size": page, "scale": d**-0.5, "window": spec.get("window"), "sinks": sinks, "softcap": spec.get("softcap"), "decode": decode}
     seq_lens = torch.tensor(seqs, dtype=torch.int32, device=DEVICE)
     out = op.paged_attention(q, k, v, table, starts, seq_lens, **args)
-    want = reference(q, k.to(dtype), v.to(dtype), table, lens, seqs, page, d**-0.5, args["window"], sinks)
+    want = reference(q, k.to(dtype), v.to(dtype), table, lens, seqs, page, d**-0.5, args["window"], sinks, args["softcap"])
     assert_near(out, want.float(), f"paged_attention, {'decode' if decode else 'prefill'}", spec)
     assert torch.equal(out, op.paged_attention(q, k, v, table, starts, seq_lens, **args)), "two runs differ"
 
