@@ -108,7 +108,7 @@ def test_graphs_are_captured_again_when_an_adapter_first_touches_a_rare_layer(tm
     """Router, then embedding and head: the graphs with adapters are replaced once each, those without never."""
     engine = make_engine(adapters=("r8",), device="cuda", dtype="float32", max_loras_per_batch=4, max_lora_rank=64, max_running_requests=4)
     graphs: Any = engine.core.runner.graphs
-    prompt, base_graph = PROMPTS[2], graphs._graphs[1, False]
+    prompt, base_graph = PROMPTS[2], graphs._graphs[(1, 1), False]
 
     def generate(adapter: str) -> list[int]:
         engine.flush_cache()
@@ -118,17 +118,17 @@ def test_graphs_are_captured_again_when_an_adapter_first_touches_a_rare_layer(tm
     assert generate("r8") == expected
     for layout in ("router", "embedding"):
         path = write_adapter(layout, model_path(), tmp_path / layout, rank=8, alpha=16, seed=5)
-        without = graphs._graphs[1, True]
+        without = graphs._graphs[(1, 1), True]
         engine.load_lora_adapter(layout, str(path))
         reference = merged_reference_model(model_path(), path)
         with torch.no_grad():
             out = reference.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)  # type: ignore[operator]
         assert generate(layout) == out[0, len(prompt) :].tolist(), layout
-        again = graphs._graphs[1, True]
+        again = graphs._graphs[(1, 1), True]
         assert again is not without, f"{layout}: the old graph is still there"
         assert generate("r8") == expected and generate(layout) == out[0, len(prompt) :].tolist()
-        assert graphs._graphs[1, True] is again, f"{layout}: captured more than once"
-    assert graphs._graphs[1, False] is base_graph
+        assert graphs._graphs[(1, 1), True] is again, f"{layout}: captured more than once"
+    assert graphs._graphs[(1, 1), False] is base_graph
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "adapters"])
