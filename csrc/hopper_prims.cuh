@@ -238,8 +238,6 @@ inline int describe_boxes(TensorMap* map, const void* base, bool is_bf16, const 
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : (int)cudaErrorInvalidValue;
 }
-DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
-DEVICE void copy_16_bytes(void* target, const void* source) { *(uint4*)target = *(const uint4*)source; }
 
 // d[64 x 8 NT] (+)= a[64 x 16] b[16 x 8 NT], one warpgroup, both in shared memory: rows of 64 values swizzled by their last three bits;
 // accumulate = false: d is overwritten.
@@ -465,8 +463,6 @@ inline void store_matrix_x2_transposed(void* row, uint32_t a, uint32_t b) {
         }
   });
 }
-inline float sigmoid(float x) { return 1.f / (1.f + std::exp(-x)); }
-inline void copy_16_bytes(void* target, const void* source) { std::memcpy(target, source, 16); }
 inline void publish_to_wgmma() {}
 inline uint64_t wgmma_matrix(const void* p) { return (uint64_t)((const uint8_t*)p - emu::block.shared.get()) >> 4; }
 inline void wgmma_begin() {}
