@@ -171,11 +171,11 @@ DEVICE float sum_of_eight(float value) {  // over the lanes of a token
   return value + as_float(shuffle_xor(as_bits(value), 16));
 }
 
-template <class T>
-DEVICE float squares(const uint32_t (&x)[2][4]) {
+template <class T, int GROUPS>
+DEVICE float squares(const uint32_t (&x)[GROUPS][4]) {
   float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < 8; i++) sum += T::low(x[i / 4][i % 4]) * T::low(x[i / 4][i % 4]) + T::high(x[i / 4][i % 4]) * T::high(x[i / 4][i % 4]);
+  for (int i = 0; i < 4 * GROUPS; i++) sum += T::low(x[i / 4][i % 4]) * T::low(x[i / 4][i % 4]) + T::high(x[i / 4][i % 4]) * T::high(x[i / 4][i % 4]);
   return sum;
 }
 
@@ -378,16 +378,6 @@ DEVICE void add_row(uint32_t (&x)[4][4], const AddedRows& a, const Row& row, int
 DEVICE float sum_of_four(float value) {  // over the lanes of a token
   value += as_float(shuffle_xor(as_bits(value), 1));
   return value + as_float(shuffle_xor(as_bits(value), 2));
-}
-
-template <class T>
-DEVICE float squares(const uint32_t (&x)[4][4]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int g = 0; g < 4; g++)
-#pragma unroll
-    for (int j = 0; j < 4; j++) sum += T::low(x[g][j]) * T::low(x[g][j]) + T::high(x[g][j]) * T::high(x[g][j]);
-  return sum;
 }
 
 template <class T, bool WIDE>
