@@ -4,14 +4,16 @@
     python -m benchmarks.bench_moe_lora --sweep --tokens 64     tile candidates of both expert GEMMs, best first
 
 Data as in the peers' runs: random bf16 weights, uniform routing, token t -> adapter t mod A, all experts and all three
-projections have LoRA with separate A for gate and up; weights rotate past L2. The add-on is the layer with adapters less the
-same layer without, in this run; its floor is the bytes of the touched adapter weights. Results resume from their JSON.
+projections have LoRA with separate A for gate and up; weights rotate past L2. All rows of a shape and M have one x, routing and
+base weights and are replayed in turn (`timing.time_in_turn`). The add-on is the layer with adapters less the same layer without,
+replayed beside it; its floor is the bytes of the touched adapter weights. Results resume from their JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,42 +42,49 @@ class Row:
     slots: int  # resident adapters, of which `active` are used
 
 
-def plan(shapes: list[str], tokens: list[int], ranks: list[int], active: list[int]) -> list[Row]:
-    """First, size by size, base, rank 16 with 1 and 4 adapters and rank 64 with 16, on which the targets stand; then the rest.
+TARGETS = ((16, 4), (16, 1), (64, 16))  # loads on which targets stand
 
-    The rows of one size stand together, because the chip's power state moves figures of large sizes by some percent.
-    """
-    rows: list[Row] = []
-    for name in shapes:
-        rows += [Row(SHAPES[name], m, 0, 0, 0) for m in tokens]
-        loads = sorted(((r, a) for r in ranks for a in active), key=lambda load: (load not in ((16, 4), (16, 1), (64, 16)), load))
-        rows += [Row(SHAPES[name], m, rank, a, a) for rank, a in loads for m in tokens]
-    urgent = [row for row in rows if (row.rank, row.active) in ((0, 0), (16, 4), (16, 1), (64, 16))]
-    urgent.sort(key=lambda row: (shapes.index(row.shape.name), row.tokens, row.rank))
-    resident = [Row(row.shape, row.tokens, row.rank, row.active, s) for row in urgent if (row.rank, row.active) == (16, 4) for s in (16, 64)]
-    resident = [row for row in resident if row.shape.name.startswith("qwen3") and row.tokens in (1, 64, 1024)]
-    return urgent + resident + [row for row in rows if row not in urgent]
+
+def plan(shapes: list[str], tokens: list[int], ranks: list[int], active: list[int]) -> list[list[Row]]:
+    """Rows that are replayed in turn, of one shape and M each, the base first. First all with the loads on which targets stand, then the others."""
+    loads = sorted((r, a) for r in ranks for a in active)
+    parts = ([load for load in TARGETS if load in loads], [load for load in loads if load not in TARGETS])
+    groups = []
+    for part, name, m in itertools.product([part for part in parts if part] or [[]], shapes, tokens):
+        rows = [Row(SHAPES[name], m, 0, 0, 0)] + [Row(SHAPES[name], m, rank, a, a) for rank, a in part]
+        if (16, 4) in part and name.startswith("qwen3") and m in (1, 64, 1024):  # adapters at rest
+            rows += [Row(SHAPES[name], m, 16, 4, slots) for slots in (16, 64)]
+        groups.append(rows)
+    return groups
 
 
 def setup_of(row: Row) -> Setup:
     return Setup(row.shape, row.tokens, row.rank, row.active, row.slots)
 
 
-def measure(row: Row, ceilings: timing.Ceilings, bases: dict[tuple[str, int], float], device: torch.device) -> dict[str, Any]:
-    inputs = LayerInputs.build(setup_of(row), device)
-    calls = [functools.partial(run_layer, inputs, i) for i in range(inputs.sets)]
-    found = timing.time_calls(calls, count=max(4, inputs.sets), budget_ms=40.0)
-    expert_bytes, addon_bytes = base_bytes(inputs), adapter_bytes(inputs)
-    floor = ceilings.floor_us(expert_bytes + addon_bytes, base_flops(inputs))
-    base = bases.get((row.shape.name, row.tokens))
-    peers = peer_times(row)
+def measure(rows: list[Row], ceilings: timing.Ceilings, device: torch.device) -> list[dict[str, Any]]:
+    """One record a row; the first is the base."""
+    base = LayerInputs.build(setup_of(rows[0]), device)
+    layers = [base.with_adapters(setup_of(row)) for row in rows]
+    calls = [[functools.partial(run_layer, layer, i) for i in range(layer.sets)] for layer in layers]
+    found = timing.time_in_turn(calls, count=max(4, base.sets), budget_ms=40.0)
+    return [record_of(row, layer, timed, found[0].us, ceilings) for row, layer, timed in zip(rows, layers, found, strict=True)]
+
+
+def record_of(row: Row, layer: LayerInputs, found: timing.Timing, base_us: float, ceilings: timing.Ceilings) -> dict[str, Any]:
+    addon_bytes = adapter_bytes(layer)
+    floor = ceilings.floor_us(base_bytes(layer) + addon_bytes, base_flops(layer))
     return {
-        "shape": row.shape.name, "backend": "triton", "weights": "bf16", "M": row.tokens, "rank": row.rank, "active": row.active, "slots": row.slots,
-        "popularity": "uniform",
-        "us": found.us, "low_us": found.low_us, "high_us": found.high_us, "base_us": base if row.rank else found.us,
-        "ratio": found.us / floor, "addon_us": found.us - base if row.rank and base else None,
-        "addon_floor_us": ceilings.floor_us(addon_bytes) if row.rank else None, "floor_us": floor, **peers,
+        **key_of(row), "popularity": "uniform",
+        "us": found.us, "low_us": found.low_us, "high_us": found.high_us, "base_us": base_us, "ratio": found.us / floor,
+        "addon_us": found.us - base_us if row.rank else None,
+        "addon_floor_us": ceilings.floor_us(addon_bytes) if row.rank else None, "floor_us": floor, **peer_times(row),
     }  # fmt: skip
+
+
+def key_of(row: Row) -> dict[str, Any]:
+    values = (row.shape.name, "triton", "bf16", row.tokens, row.rank, row.active, row.slots)
+    return dict(zip(KEYS, values, strict=True))
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,24 +129,25 @@ def main() -> None:
         loads = [(args.ranks[0], args.active[0]) if args.with_adapters else (0, 0)]
         sweep([SHAPES[name] for name in shapes], tokens, loads, args.out, deadline)
         return
-    rows = plan(shapes, tokens, args.ranks, args.active)
-    warm_compile(rows)
+    groups = plan(shapes, tokens, args.ranks, args.active)
+    warm_compile(list(dict.fromkeys(itertools.chain(*groups))))
     device = torch.device("cuda")
     if args.parts:
-        print_parts([setup_of(row) for row in rows if row.rank], device, deadline)
+        print_parts([setup_of(row) for row in itertools.chain(*groups) if row.rank], device, deadline)
         return
-    results = timing.Results(args.out, "moe_lora", KEYS, {"align": "included"}, commit=args.commit, peer="vllm 0.33.0, sglang 0.5.23")
+    settings = {"align": "included", "rows": "those of a shape and M in turn"}
+    results = timing.Results(args.out, "moe_lora", KEYS, settings, commit=args.commit, peer="vllm 0.33.0, sglang 0.5.23")
     ceilings = results.stored_ceilings() or timing.measure_ceilings(device)
     results.set_ceilings(ceilings)
-    bases = {(row["shape"], row["M"]): row["us"] for row in results.rows if row["rank"] == 0}
-    for row in rows:
-        if deadline.reached():
+    for rows in groups:
+        missing = [row for row in rows if results.find(**key_of(row)) is None]
+        if missing and deadline.reached():
             break
-        if results.find(shape=row.shape.name, backend="triton", weights="bf16", M=row.tokens, rank=row.rank, active=row.active, slots=row.slots) is None:
-            record = measure(row, ceilings, bases, device)
-            results.add(record)
-            if row.rank == 0:
-                bases[(row.shape.name, row.tokens)] = record["us"]
+        if missing:
+            beside = rows[:1] + [row for row in missing if row.rank]  # the base again, where it is there already
+            for row, record in zip(beside, measure(beside, ceilings, device), strict=True):
+                if row in missing:
+                    results.add(record)
     print(timing.format_table(results.rows, COLUMNS))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -94,25 +94,40 @@ class LayerInputs:
 
     @classmethod
     def build(cls, setup: Setup, device: torch.device) -> LayerInputs:
+        """x and routing depend on shape and number of tokens alone."""
         spec, m = setup.spec, setup.tokens
-        torch.manual_seed(setup.tokens * 1000 + setup.active)
-        noise = Noise(None, torch.bfloat16, device)
         sets = setup.sets or max(4, min(16, 256 // m))
-        weights = [TritonQuantInfo(*make_expert_weights(spec, noise), None, None) for _ in range(min(2, sets))]
-        stacks = [make_stacks(spec, setup.rank, setup.slots or setup.active, device) for _ in range(min(2, sets))] if setup.rank else []
-        workspace = Workspace(device)
-        slots = (torch.arange(m, dtype=torch.int32) % max(setup.active, 1)).to(device) if setup.rank else None
+        weights = make_weights(spec, min(2, sets), device)
+        torch.manual_seed(m * 1000)
+        noise, workspace = Noise(None, torch.bfloat16, device), Workspace(device)
         inputs = [
-            RunnerInput(noise(m, spec.hidden_size), ids(m, spec, device), torch.rand(m, spec.top_k, device=device), slots, workspace, spec, len_slots(setup))
-            for _ in range(sets)
+            RunnerInput(noise(m, spec.hidden_size), ids(m, spec, device), torch.rand(m, spec.top_k, device=device), None, workspace, spec) for _ in range(sets)
         ]
-        hooks: list[LoRAHooks | None] = [build_lora_hooks(s, triton_lora) for s in stacks] or [None]
-        core = TritonRunnerCore(setup.tiles) if device.type == "meta" or has_cuda_align() else AlignedAhead(setup.tiles)
-        return cls(setup, MoeRunner(core), inputs, weights, hooks, stacks)
+        base = cls(setup, MoeRunner(make_core(setup, device)), inputs, weights, [None], [])
+        return base.with_adapters(setup) if setup.rank else base
+
+    def with_adapters(self, setup: Setup) -> LayerInputs:
+        """The same x, routing and weights with the adapters of `setup`, whose shape and tokens are these; without where it has none."""
+        assert (setup.shape, setup.tokens) == (self.setup.shape, self.setup.tokens), "another layer"
+        if not setup.rank:
+            return self
+        device, resident = self.inputs[0].x.device, setup.slots or setup.active
+        slots = (torch.arange(setup.tokens, dtype=torch.int32) % setup.active).to(device)
+        inputs = [replace(inp, token_slots=slots, num_slots=resident) for inp in self.inputs]
+        stacks = [make_stacks(setup.spec, setup.rank, resident, device) for _ in self.weights]
+        hooks: list[LoRAHooks | None] = [build_lora_hooks(s, triton_lora) for s in stacks]
+        return LayerInputs(setup, MoeRunner(make_core(setup, device)), inputs, self.weights, hooks, stacks)
 
 
-def len_slots(setup: Setup) -> int:
-    return (setup.slots or setup.active) if setup.rank else 0
+@lru_cache(maxsize=1)
+def make_weights(spec: MoESpec, sets: int, device: torch.device) -> list[TritonQuantInfo]:
+    """Random bf16 weights, the same for every number of tokens."""
+    noise = Noise(None, torch.bfloat16, device)
+    return [TritonQuantInfo(*make_expert_weights(spec, noise), None, None) for _ in range(sets)]
+
+
+def make_core(setup: Setup, device: torch.device) -> TritonRunnerCore:
+    return TritonRunnerCore(setup.tiles) if device.type == "meta" or has_cuda_align() else AlignedAhead(setup.tiles)
 
 
 def run_layer(inputs: LayerInputs, index: int) -> torch.Tensor:

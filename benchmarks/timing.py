@@ -3,7 +3,8 @@
 Method (the one the peers' recorded figures were taken with, so that columns compare): a list of calls, each on its own set
 of inputs, is captured in one CUDA graph, so that launches cost what they cost in serving and one replay touches more
 memory than L2 holds; events around each replay; the median over replays divided by the number of calls. Kernel launch
-gaps inside a graph are included (an empty kernel: about 1.2 us on an H200).
+gaps inside a graph are included (an empty kernel: about 1.2 us on an H200). What is compared to a few microseconds is captured
+together and replayed in turn (`time_in_turn`): the chip's power state moves figures of the same kernels by up to 4 % over a run.
 
 `Results` writes the one JSON schema of all benchmarks, row by row, so that a run that is cut short resumes.
 Knows no kernel, no model shape and no peer.
@@ -70,32 +71,48 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 def time_replays(replay: Callable[[], object], calls: int, *, budget_ms: float = 60.0, least: int = 5, most: int = 40) -> Timing:
     """Median time of one of the `calls` calls inside `replay`, over as many replays as fit the budget."""
-    for _ in range(2):
-        replay()
-    torch.cuda.synchronize()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    replay()
-    end.record()
-    end.synchronize()
-    replays = max(least, min(most, int(budget_ms / max(begin.elapsed_time(end), 1e-3))))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
-    for first, last in events:
-        first.record()
-        replay()
-        last.record()
-    torch.cuda.synchronize()
-    per_call = sorted(first.elapsed_time(last) * 1e3 / calls for first, last in events)
-    return Timing(statistics.median(per_call), per_call[len(per_call) // 20], per_call[-1 - len(per_call) // 20], calls, replays)
+    return _replay_in_turn([replay], [calls], budget_ms, least, most)[0]
+
+
+def _replay_in_turn(replays: Sequence[Callable[[], object]], calls: Sequence[int], budget_ms: float, least: int, most: int) -> list[Timing]:
+    """A timing for each replay, which holds so many calls; round by round, each once a round. The budget is for each of them."""
+
+    def turns(rounds: int) -> list[list[float]]:  # milliseconds by replay and round
+        events = [[(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in replays] for _ in range(rounds)]
+        for events_of_round in events:
+            for replay, (first, last) in zip(replays, events_of_round, strict=True):
+                first.record()
+                replay()
+                last.record()
+        torch.cuda.synchronize()
+        return [[first.elapsed_time(last) for first, last in of_replay] for of_replay in zip(*events, strict=True)]
+
+    turns(2)
+    once = sum(elapsed for (elapsed,) in turns(1))
+    rounds = max(least, min(most, int(budget_ms * len(replays) / max(once, 1e-3))))
+    timings = []
+    for times, count in zip(turns(rounds), calls, strict=True):
+        per_call = sorted(elapsed * 1e3 / count for elapsed in times)
+        timings.append(Timing(statistics.median(per_call), per_call[len(per_call) // 20], per_call[-1 - len(per_call) // 20], count, rounds))
+    return timings
+
+
+def time_in_turn(variants: Sequence[Sequence[Callable[[], object]]], *, count: int | None = None, budget_ms: float = 60.0) -> list[Timing]:
+    """Median microseconds of one call of each variant: every variant's calls are a graph as in `time_calls`, and the graphs are replayed in turn.
+
+    A replay must leave L2 behind, so that none finds what the one before it read; all graphs and what they read are in memory at once.
+    """
+    totals = [count or max(4, min(MAX_CALLS, len(calls))) for calls in variants]
+    graphs = [capture(rotate(calls, total)) for calls, total in zip(variants, totals, strict=True)]
+    timings = _replay_in_turn([graph.replay for graph in graphs], totals, budget_ms, 5, 40)
+    for graph in graphs:
+        graph.reset()
+    return timings
 
 
 def time_calls(calls: Sequence[Callable[[], object]], *, count: int | None = None, budget_ms: float = 60.0) -> Timing:
     """Median microseconds of one call, the calls rotated `count` times (default: at least 4, at most MAX_CALLS) in one captured graph."""
-    total = count or max(4, min(MAX_CALLS, len(calls)))
-    graph = capture(rotate(calls, total))
-    timing = time_replays(graph.replay, total, budget_ms=budget_ms)
-    graph.reset()
-    return timing
+    return time_in_turn([calls], count=count, budget_ms=budget_ms)[0]
 
 
 @dataclass(frozen=True)
