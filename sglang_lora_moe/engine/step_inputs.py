@@ -76,13 +76,11 @@ class StepInputs:
         decode = padded == padded_requests
         padded_logits = padded if decode else 0
         if batch.lora_active:
-            slots: list[int] = []
-            for request, count in zip(requests, query_lens, strict=True):
-                slots += [request.slot] * count
-            by_token = np.array(_pad(slots, padded, -1), dtype=np.int32)
-            order = np.argsort(by_token, kind="stable")
-            self._write(token_slots=by_token, slot_order=order, ordered_slots=by_token[order])
-            self._write(logit_slots=_pad([slots[row] for row in rows], padded_logits, -1))
+            slots = np.full(padded or batch.num_tokens, -1, dtype=np.int32)
+            slots[: batch.num_tokens] = np.repeat([request.slot for request in requests], query_lens)
+            order = np.argsort(slots, kind="stable")
+            self._write(token_slots=slots, slot_order=order, ordered_slots=slots[order])
+            self._write(logit_slots=_pad(slots[rows].tolist(), padded_logits, -1))
         ctx.num_tokens, ctx.num_requests, ctx.num_logits = padded or batch.num_tokens, padded_requests or len(requests), padded_logits or len(rows)
         ctx.lora_active, ctx.query_lens, ctx.seq_lens_host = batch.lora_active, query_lens, ends
         self._write(input_ids=_pad(ids, padded, 0), positions=_pad(positions, padded, 0), kv_slots=_pad(kv_slots, padded, 0))  # KV row 0: dump page
