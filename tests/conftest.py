@@ -1,6 +1,6 @@
 """Test set-up: without a GPU, Triton kernels run in its interpreter, and tests marked `gpu` are skipped.
 
-The largest error of each kernel against its reference is printed at the end, and written to `--errors FILE` as
+The largest error of each kernel against its reference is printed at the end with its test, and written to `--errors FILE` as
 a results file (benchmarks/results/).
 Where the server's libraries are not installed (`./run test-gpu` installs nothing), tests of the server are not collected.
 """
@@ -64,17 +64,18 @@ def _keep_largest_errors(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    found: dict[str, float] = {}
-    for kernel, error in (pair for reports in terminalreporter.stats.values() for report in reports for pair in getattr(report, "user_properties", ())):
-        found[kernel] = max(error, found.get(kernel, 0.0))
+    found: dict[str, tuple[float, str]] = {}  # the largest error and its test
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for kernel, error in getattr(report, "user_properties", ()):
+            found[kernel] = max((error, report.nodeid), found.get(kernel, (0.0, "")))
     if found and (GPU or config.option.errors):
         terminalreporter.section("largest errors")
-        for kernel, error in sorted(found.items()):
-            terminalreporter.line(f"{error:.2e}  {kernel}")
+        for kernel, (error, test) in sorted(found.items()):
+            terminalreporter.line(f"{error:.2e}  {kernel}  ({test})")
     if config.option.errors:
         from benchmarks import timing
 
-        rows = [{"what": kernel, "error": float(f"{error:.3g}")} for kernel, error in sorted(found.items())]
+        rows = [{"what": kernel, "error": float(f"{error:.3g}"), "test": test} for kernel, (error, test) in sorted(found.items())]
         head = {"bench": "errors", "date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": timing.current_commit(), "gpu": timing.gpu_name()}
         record = {**head, "versions": timing.package_versions(), "settings": {}, "rows": rows}
         config.option.errors.write_text(json.dumps(record, indent=1) + "\n")
