@@ -19,7 +19,7 @@ struct MarlinMoeSlots {
   const int32_t* slots;                // [tokens] or -1
   const int32_t *rank, *split;         // [slots]
   const int64_t *b_offset, *b_stride;  // [slots]
-  // What down needs to compute s itself, where tiles have 16 tokens; else `pool` is null and `low` filled by the kernel before.
+  // What down needs to compute s itself, where tiles have 16 tokens; of 32 `pool` is null and `low` filled by the kernel before.
   const void* pool;                // of A
   const int64_t *offset, *stride;  // [slots]
   const float* scaling;            // [slots]
@@ -35,10 +35,9 @@ struct MarlinMoeGemm {
   const void* scales;           // [experts, row_units, groups, 32] of the activation type, rows in fragment order
   const uint8_t* zeros;         // the same shape, or null: 2^(bits - 1)
   const void* bias;             // [experts, rows] of the activation type, or null
-  const int32_t* tiles;         // [.., 3] expert, start, rows <= token block; null: one tile for each pair
+  const int32_t* tiles;         // [.., 3] expert, start, rows <= token block
   const int32_t* counts;        // counts[1] = tiles
-  const int32_t* sorted_pairs;  // [pairs], with tiles
-  const int32_t* topk_ids;      // [pairs], without
+  const int32_t* sorted_pairs;  // [pairs]
   void* out;                    // [.., out_columns]
   float* partials;              // marlin_moe_partials() floats
   uint32_t* arrivals;           // marlin_moe_counters() words, zero before and after
@@ -46,7 +45,7 @@ struct MarlinMoeGemm {
   const void* low;             // s [sorted pairs, low_width] of the activation type; with two A the up half's begin at low_max_rank
   const void* low_pool;        // B of all adapters, of the activation type
   const int64_t* low_records;  // [.., 5] first sorted row, rows, rank, whether gate and up have their own A, place of B in 16 bytes
-  const int32_t* low_ranges;   // [tiles, 2] records that meet each tile; without tiles each pair is one
+  const int32_t* low_ranges;   // [tiles, 2] records that meet each tile
   int32_t low_width, low_max_rank;
   const MarlinMoeSlots* by_slot;  // on the host; instead of records and ranges
   int32_t experts, pairs, top_k;

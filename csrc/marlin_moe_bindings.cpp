@@ -29,8 +29,8 @@ void marlin_moe_repack_op(Tensor codes, int64_t k, int64_t bits, int64_t halves,
   STD_TORCH_CHECK(error == 0, "marlin_moe_repack: launch failed: ", cuda_error_text(error));
 }
 
-void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, std::optional<Tensor> tiles,
-                        std::optional<Tensor> counts, std::optional<Tensor> sorted_pairs, Tensor topk_ids, std::optional<Tensor> low, std::optional<Tensor> low_pool,
+void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, Tensor tiles,
+                        Tensor counts, Tensor sorted_pairs, int64_t top_k, std::optional<Tensor> low, std::optional<Tensor> low_pool,
                         std::optional<Tensor> low_records, std::optional<Tensor> low_ranges, int64_t low_max_rank, std::optional<Tensor> slots, std::optional<Tensor> rank,
                         std::optional<Tensor> split, std::optional<Tensor> b_offset, std::optional<Tensor> b_stride, std::optional<Tensor> a_pool, std::optional<Tensor> a_offset,
                         std::optional<Tensor> a_stride, std::optional<Tensor> scaling, std::optional<Tensor> lora_tiles, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
@@ -38,16 +38,15 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
                         bool overlap, int64_t early, bool report, int64_t behind) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
-  const int64_t pairs = topk_ids.numel(), bits = packed.size(3) / 32, k = x.size(x.dim() - 1), width = activation ? rows / 2 : rows;
+  const int64_t pairs = sorted_pairs.numel(), bits = packed.size(3) / 32, k = x.size(x.dim() - 1), width = activation ? rows / 2 : rows;
   const MarlinMoePlan plan = {(int32_t)config, (int32_t)sms, overlap};
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "marlin_moe_gemm: expected x of bfloat16 or float16, got ", torch::headeronly::toString(type));
   STD_TORCH_CHECK(config >= 0 && marlin_moe_shape((int32_t)config).block_tokens > 0, "marlin_moe_gemm: no shape of tiles ", config);
   STD_TORCH_CHECK(x.dim() == 2 && k % 8 == 0 && rows % (8 * halves) == 0, "marlin_moe_gemm: expected x [.., k] and rows that divide by 8, got k ", k, ", rows ", rows);
-  STD_TORCH_CHECK(topk_ids.dim() == 2 && x.size(0) >= (gather ? topk_ids.size(0) : pairs), "marlin_moe_gemm: expected topk_ids [M, K] and a row of x for each ",
-                  gather ? "token" : "pair", ", got ", x.size(0), " rows");
+  STD_TORCH_CHECK(top_k > 0 && pairs % top_k == 0, "marlin_moe_gemm: expected top_k pairs of each token, got ", pairs, " pairs, top_k ", top_k);
+  STD_TORCH_CHECK(x.size(0) >= (gather ? pairs / top_k : pairs), "marlin_moe_gemm: expected a row of x for each ", gather ? "token" : "pair", ", got ", x.size(0), " rows");
   STD_TORCH_CHECK(out.dim() == 2 && out.size(0) >= pairs && out.size(1) == width, "marlin_moe_gemm: expected out [", pairs, ", ", width, "], got width ", out.size(out.dim() - 1));
   STD_TORCH_CHECK(!activation || halves == 2, "marlin_moe_gemm: an activation needs halves 2, got ", halves);
-  STD_TORCH_CHECK(tiles.has_value() == counts.has_value() && tiles.has_value() == sorted_pairs.has_value(), "marlin_moe_gemm: tiles, counts and sorted_pairs come together");
   STD_TORCH_CHECK(!low || (low_pool && ((low_records && low_ranges) || slots)), "marlin_moe_gemm: adapters need low, low_pool, and low_records and low_ranges or slots");
   STD_TORCH_CHECK(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, "marlin_moe_gemm: expected groups of 32, 64, 128 or 0 (one), got ", group_size);
   check_packed(packed, rows, k, bits, halves);
@@ -59,26 +58,25 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.scales = checked<void>("marlin_moe", scales, "scales", type, device, scale_elements);
   a.zeros = zeros ? checked<const uint8_t>("marlin_moe", *zeros, "zeros", ScalarType::Byte, device, scale_elements) : nullptr;
   a.bias = bias ? checked<void>("marlin_moe", *bias, "bias", type, device, experts * rows) : nullptr;
-  a.tiles = tiles ? checked<const int32_t>("marlin_moe", *tiles, "tiles", ScalarType::Int, device, 0) : nullptr;
-  a.counts = counts ? checked<const int32_t>("marlin_moe", *counts, "counts", ScalarType::Int, device, 2) : nullptr;
-  a.sorted_pairs = sorted_pairs ? checked<const int32_t>("marlin_moe", *sorted_pairs, "sorted_pairs", ScalarType::Int, device, pairs) : nullptr;
-  a.topk_ids = checked<const int32_t>("marlin_moe", topk_ids, "topk_ids", ScalarType::Int, device, 0);
+  a.tiles = checked<const int32_t>("marlin_moe", tiles, "tiles", ScalarType::Int, device, 0);
+  a.counts = checked<const int32_t>("marlin_moe", counts, "counts", ScalarType::Int, device, 3);
+  a.sorted_pairs = checked<const int32_t>("marlin_moe", sorted_pairs, "sorted_pairs", ScalarType::Int, device, 0);
   a.out = checked<void>("marlin_moe", out, "out", type, device, 0);
   a.partials = checked<float>("marlin_moe", partials, "partials", ScalarType::Float, device, marlin_moe_partials(plan));
   a.arrivals = checked<uint32_t>("marlin_moe", arrivals, "arrivals", ScalarType::Int, device, marlin_moe_counters(plan));
-  const int64_t most = tiles ? tiles->numel() / 3 : pairs;
   a.low = low ? checked<void>("marlin_moe", *low, "low", type, device, pairs) : nullptr;
   a.low_pool = low ? checked<void>("marlin_moe", *low_pool, "low_pool", type, device, 0) : nullptr;
   a.low_records = low_records ? checked<const int64_t>("marlin_moe", *low_records, "low_records", ScalarType::Long, device, 0) : nullptr;
-  a.low_ranges = low_ranges ? checked<const int32_t>("marlin_moe", *low_ranges, "low_ranges", ScalarType::Int, device, 2 * most) : nullptr;
+  a.low_ranges = low_ranges ? checked<const int32_t>("marlin_moe", *low_ranges, "low_ranges", ScalarType::Int, device, tiles.numel() / 3 * 2) : nullptr;
   a.low_width = low ? (int32_t)low->size(low->dim() - 1) : 0, a.low_max_rank = (int32_t)low_max_rank;
   MarlinMoeSlots by_slot = {};
   a.by_slot = nullptr;
   if (slots) {
-    STD_TORCH_CHECK(low && rank && split && b_offset && b_stride && tiles && marlin_moe_shape((int32_t)config).block_tokens <= 32,
-                    "marlin_moe_gemm: adapters by slot need low, B's tables and tiles of at most 32 tokens");
+    const int block_tokens = marlin_moe_shape((int32_t)config).block_tokens;
+    STD_TORCH_CHECK(low && rank && split && b_offset && b_stride && block_tokens == (a_pool ? 16 : 32),
+                    "marlin_moe_gemm: adapters by slot need low, B's tables, and tiles of 16 tokens with A or of 32 without, got ", block_tokens);
     const int64_t known = rank->numel();
-    by_slot.slots = checked<const int32_t>("marlin_moe", *slots, "slots", ScalarType::Int, device, topk_ids.size(0));
+    by_slot.slots = checked<const int32_t>("marlin_moe", *slots, "slots", ScalarType::Int, device, pairs / top_k);
     by_slot.rank = checked<const int32_t>("marlin_moe", *rank, "rank", ScalarType::Int, device, known);
     by_slot.split = checked<const int32_t>("marlin_moe", *split, "split", ScalarType::Int, device, known);
     by_slot.b_offset = checked<const int64_t>("marlin_moe", *b_offset, "b_offset", ScalarType::Long, device, known);
@@ -87,15 +85,14 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
     a.by_slot = &by_slot;
   }
   if (a_pool) {
-    STD_TORCH_CHECK(a.by_slot && a_offset && a_stride && scaling && lora_tiles && !gather && marlin_moe_shape((int32_t)config).block_tokens == 16,
-                    "marlin_moe_gemm: A needs adapters by slot, its tables, LoRA tiles, and a down with tiles of 16 tokens");
+    STD_TORCH_CHECK(a.by_slot && a_offset && a_stride && scaling && lora_tiles && !gather, "marlin_moe_gemm: A needs adapters by slot, its tables, LoRA tiles, and a down");
     by_slot.pool = checked<void>("marlin_moe", *a_pool, "a_pool", type, device, 0);
     by_slot.offset = checked<const int64_t>("marlin_moe", *a_offset, "a_offset", ScalarType::Long, device, by_slot.num_slots);
     by_slot.stride = checked<const int64_t>("marlin_moe", *a_stride, "a_stride", ScalarType::Long, device, by_slot.num_slots);
     by_slot.scaling = checked<const float>("marlin_moe", *scaling, "scaling", ScalarType::Float, device, by_slot.num_slots);
     by_slot.tiles = checked<const int32_t>("marlin_moe", *lora_tiles, "lora_tiles", ScalarType::Int, device, 0);
   }
-  a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)topk_ids.size(1);
+  a.experts = (int32_t)experts, a.pairs = (int32_t)pairs, a.top_k = (int32_t)top_k;
   a.rows = (int32_t)rows, a.k = (int32_t)k, a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups;
   a.group_size = (int32_t)group_size, a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16, a.halves = (int32_t)halves;
   a.activation = activation, a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift, a.early = (int32_t)early;

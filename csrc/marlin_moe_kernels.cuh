@@ -48,8 +48,7 @@ DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, 
 template <class S>
 KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, Derived d) {
   SMEM_DECL;
-  if (!a.early) wait_for_previous_kernel();
-  if (!a.early || (a.early == 2 && !a.tiles)) allow_next_kernel();  // by pair the next is the second shrink, which reads nothing of the first one's
+  if (!a.early) wait_for_previous_kernel(), allow_next_kernel();
   const Shared s = carve<S>(d, smem_);
   const Work w = share_work(a, d, S::kWarpgroup);
   const int block = (int)blockIdx.x;
@@ -193,7 +192,7 @@ struct Finder {
 #pragma unroll
     for (int i = 0; i < kPairs; i++) {
       const int row = thread + i * kCopyThreads, sorted = tile.start + row;
-      pairs[i] = !a.tiles || row >= tile.rows ? sorted : a.sorted_pairs[sorted];
+      pairs[i] = row < tile.rows ? a.sorted_pairs[sorted] : sorted;
     }
   }
   DEVICE void look() {
@@ -406,11 +405,8 @@ int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
     const int error = a.gather ? 0 : describe_boxes(&map, a.x, a.is_bf16, {(uint64_t)a.k, (uint64_t)a.pairs, 1}, {(uint64_t)a.k, (uint64_t)a.k * a.pairs}, {64, kBoxRows, 1});
     return error ? error : launch(how, gemm_by_warpgroups<S>, a, d, map);
   } else {
-    if constexpr (kBySlot<S>) {
-      if constexpr (S::kTokens == 16)
-        if (a.by_slot && a.by_slot->pool) return launch(how, gemm_by_slot<Shrinking<S>>, a, *a.by_slot, d);
-      if (a.by_slot) return launch(how, gemm_by_slot<S>, a, *a.by_slot, d);
-    }
+    if constexpr (kBySlot<S>)
+      if (a.by_slot) return kShrinks<S> == (a.by_slot->pool != nullptr) ? launch(how, gemm_by_slot<S>, a, *a.by_slot, d) : 1;
     return launch(how, gemm<S>, a, d);
   }
 }

@@ -2,7 +2,7 @@
 //
 //   * Whose adapter a row has is found by its slot, which is asked for when a tile is entered, and by tables that lie in L1 at its end: there is no chain of records.
 //   * Whole tiles are taken from a queue, so that blocks that begin late, beside a shrink, do fewer. Who does a tile changes no sum.
-//   * Down computes s = scaling * A x itself where its registers allow it (Shrinking): its blocks begin with A and the weights of their first tiles
+//   * Down computes s = scaling * A x itself where its registers allow it (kShrinks): its blocks begin with A and the weights of their first tiles
 //     while gate_up still runs, and share the items of the shrink from a queue, so that whoever waits for s waits for blocks that have started.
 //     Products straight from memory to tensor cores: they take k in any order, so that a lane reads eight neighbours of a row at once.
 #pragma once
@@ -19,13 +19,9 @@ DEVICE uint32_t* slot_counters(const MarlinMoeGemm& a) {
 
 template <class S>
 constexpr bool kBySlot = !S::kWarpgroup && S::kWarpsK == 1 && S::kTokens <= 32;
-// A shape whose s is computed here.
+// Whether s is computed here: of tiles whose registers allow it.
 template <class S>
-struct Shrinking : S {};
-template <class S>
-constexpr bool kShrinks = false;
-template <class S>
-constexpr bool kShrinks<Shrinking<S>> = true;
+constexpr bool kShrinks = S::kTokens == 16;
 
 // An item of the shrink: rows of one expert and slot by every parts-th eight rows of A. Lane l has row l / 4 of both and eight columns of each 32.
 template <class S>

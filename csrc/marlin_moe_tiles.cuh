@@ -122,7 +122,7 @@ struct Work {
 // `always`: whole tiles only.
 DEVICE Work share_work(const MarlinMoeGemm& a, const Derived& d, bool always) {
   Work w;
-  w.tiles = a.tiles ? a.counts[1] : a.pairs;
+  w.tiles = a.counts[1];
   w.k_steps = d.k_steps;
   w.outputs = w.tiles * d.row_tiles, w.units = w.outputs * w.k_steps;
   // In tenths of the time that a busy multiprocessor takes for one block's stage: whole tiles, of which a multiprocessor with few blocks
@@ -147,15 +147,7 @@ DEVICE int same_expert(const MarlinMoeGemm& a, int t, int step, int tiles, int e
   }
 }
 
-// Without an alignment: a pair is a tile.
-DEVICE Tile pair_tile(const MarlinMoeGemm& a, const Derived& d, int output) {
-  const int pair = output / d.row_tiles, expert = a.topk_ids[pair];
-  const bool valid = expert >= 0 && expert < a.experts;
-  return {valid ? expert : 0, output - pair * d.row_tiles, pair, (int)valid, pair};
-}
-
 DEVICE Tile find_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) {
-  if (a.tiles == nullptr) return pair_tile(a, d, output);
   const int t = output / d.row_tiles;
   const int32_t* record = a.tiles + 3 * (int64_t)t;
   const int expert = record[0], start = record[1], rows = record[2];
@@ -172,12 +164,11 @@ struct Nearby {
   int expert = -1, start = 0, rows = 0;
   DEVICE void look(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) {
     const int i = output / d.row_tiles - 16 + lane_index();
-    const bool inside = a.tiles != nullptr && i >= 0 && i < w.tiles;
+    const bool inside = i >= 0 && i < w.tiles;
     const int64_t record = inside ? 3 * (int64_t)i : 0;
     expert = inside ? a.tiles[record] : -1, start = inside ? a.tiles[record + 1] : 0, rows = inside ? a.tiles[record + 2] & (kReport - 1) : 0;
   }
   DEVICE Tile find(const MarlinMoeGemm& a, const Derived& d, const Work& w, int output) const {
-    if (a.tiles == nullptr) return pair_tile(a, d, output);
     const int t = output / d.row_tiles, base = t - 16, mine = (int)shuffle((uint32_t)expert, 16);
     const uint32_t others = ~warp_ballot(expert == mine);
     int below = 15 - highest_bit(others & 0xffff), above = lowest_bit(others >> 17);
@@ -233,7 +224,7 @@ DEVICE void place_tile(const MarlinMoeGemm& a, const Derived& d, const Shared& s
   for (int i = 0; i < S::kXLoads; i++) {
     const int row = thread_index() / S::kXPieces + i * S::kRowStep;
     if (row >= tile.rows) continue;
-    const int sorted = tile.start + row, pair = a.tiles ? a.sorted_pairs[sorted] : sorted;
+    const int sorted = tile.start + row, pair = a.sorted_pairs[sorted];
     l.x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + thread_index() % S::kXPieces;
     if (thread_index() % S::kXPieces == 0) s.pairs[slot * S::kTokens + row] = pair;
   }

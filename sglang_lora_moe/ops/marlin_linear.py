@@ -58,9 +58,8 @@ def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = No
     out = x.new_empty(tokens, weight.rows)
     if tokens == 0:
         return out
-    tiles, ids = _tiles(x.device, tokens, SHAPES[chosen].block_tokens)
-    sms = launch.multiprocessors(x.device)
-    return marlin_moe_gemm(x.contiguous(), weight, tiles, ids, out, scratch_of(x.device), config=chosen, sms=sms, gather=False, scatter=False, overlap=True)
+    tiles, sms = _tiles(x.device, tokens, SHAPES[chosen].block_tokens), launch.multiprocessors(x.device)
+    return marlin_moe_gemm(x.contiguous(), weight, tiles, 1, out, scratch_of(x.device), config=chosen, sms=sms, gather=False, scatter=False, overlap=True)
 
 
 def choose_config(tokens: int, weight: MarlinWeight) -> int:
@@ -86,25 +85,24 @@ def scratch_of(device: torch.device) -> GemmScratch:
 
 
 _ORDER: dict[torch.device, torch.Tensor] = {}
-_TILES: dict[tuple[torch.device, int, int], tuple[Alignment, torch.Tensor]] = {}
+_TILES: dict[tuple[torch.device, int, int], Alignment] = {}
 
 
-def _tiles(device: torch.device, tokens: int, block: int) -> tuple[Alignment, torch.Tensor]:
-    """(tiles of the tokens in order, ids int32 [M, 1] of the one expert). Kept for ever: captured graphs read them.
+def _tiles(device: torch.device, tokens: int, block: int) -> Alignment:
+    """Tiles of the tokens in order, for one expert. Kept for ever: captured graphs read them.
 
     There is one of each number of tokens of a step that was seen, which `StepContext.max_tokens` bounds.
     """
     key = (device, tokens, block)
     if key not in _TILES:
         order = _ORDER.get(device)
-        if order is None or order.shape[1] < tokens:
-            size = max(4096, triton.next_power_of_2(tokens))
-            order = _ORDER[device] = torch.stack([torch.arange(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32)]).to(device)
+        if order is None or order.numel() < tokens:
+            order = _ORDER[device] = torch.arange(max(4096, triton.next_power_of_2(tokens)), dtype=torch.int32).to(device)
         count = -(-tokens // block)
         table = [tokens, count, 0, 0, *(value for i in range(count) for value in (0, i * block, min(block, tokens - i * block)))]
         flat = torch.tensor(table, dtype=torch.int32).to(device)
         tiles = flat[4:].view(-1, 3)
-        _TILES[key] = Alignment(order[0, :tokens], tiles, tiles[:0], flat[:4]), order[1, :tokens, None]
+        _TILES[key] = Alignment(order[:tokens], tiles, tiles[:0], flat[:4])
     return _TILES[key]
 
 

@@ -35,8 +35,8 @@ MOST_POOL_BYTES = 1 << 36  # the kernels count places in adapters in pieces of 1
 
 define("marlin_moe_repack(Tensor codes, int k, int bits, int halves, Tensor(a!) packed) -> ()")
 define(
-    "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? tiles, Tensor? counts, Tensor? sorted_pairs, "
-    "Tensor topk_ids, Tensor? low, Tensor? low_pool, Tensor? low_records, Tensor? low_ranges, int low_max_rank, "
+    "marlin_moe_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor tiles, Tensor counts, Tensor sorted_pairs, "
+    "int top_k, Tensor? low, Tensor? low_pool, Tensor? low_records, Tensor? low_ranges, int low_max_rank, "
     "Tensor? slots, Tensor? rank, Tensor? split, Tensor? b_offset, Tensor? b_stride, "
     "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? scaling, Tensor? lora_tiles, "
     "Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
@@ -181,8 +181,8 @@ class GemmScratch:
 def marlin_moe_gemm(
     x: torch.Tensor,
     weight: MarlinWeight,
-    alignment: Alignment | None,
-    topk_ids: torch.Tensor,
+    alignment: Alignment,
+    top_k: int,
     out: torch.Tensor,
     scratch: GemmScratch,
     *,
@@ -199,25 +199,25 @@ def marlin_moe_gemm(
 ) -> torch.Tensor:  # budget: the tensors of one grouped product and its launch
     """x [M, k] with `gather`, else [P, k] in routing order -> out, which it returns: [P, rows], or [P, rows / 2] with an activation.
 
-    out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens; without
-    an alignment every pair is a tile of its own, in pair order. Rows of pairs without an expert are not written.
-    `addend`: of a shrink over the same alignment, or for tensor cores per pair; B s is added before the activation. With A it is
-    found by slot, for tiles of up to 32 tokens; without records the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16.
+    out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens. Rows of pairs
+    without an expert are not written.
+    `addend`: of a shrink over the same alignment; B s is added before the activation. With A it is found by slot, for tiles of 32
+    tokens, or without records, where the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16.
     With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
     written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone.
     By wgmma, without an addend, `report`: count beside the rows of each base tile, in its upper 16 bits, the tiles of rows that are
     stored (more than four stages of k); `behind`: the GEMM before this one, which made x, reports so often, and only that is waited for.
     """
-    tiles, counts, order = (None, None, None) if alignment is None else (alignment.base_tiles, alignment.counts, alignment.sorted_pairs)
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
-        x, weight.packed, weight.scales, weight.zeros, weight.bias, tiles, counts, order, topk_ids, *_addend_args(addend, alignment),
+        x, weight.packed, weight.scales, weight.zeros, weight.bias,
+        alignment.base_tiles, alignment.counts, alignment.sorted_pairs, top_k, *_addend_args(addend, alignment.lora_tiles),
         out, scratch.partials, scratch.arrivals, weight.rows, weight.group_size, weight.halves,
         *activation_of(activation), gather, scatter, config, sms, overlap, early, report, behind,
     )  # fmt: skip
     return out
 
 
-def _addend_args(addend: LowRank | None, alignment: Alignment | None) -> tuple[torch.Tensor | int | None, ...]:
+def _addend_args(addend: LowRank | None, lora_tiles: torch.Tensor) -> tuple[torch.Tensor | int | None, ...]:
     if addend is None:
         return *(None,) * 4, 0, *(None,) * 10
     a, b = addend.a, addend.b
@@ -226,7 +226,7 @@ def _addend_args(addend: LowRank | None, alignment: Alignment | None) -> tuple[t
         found = b.pool.nbytes / 2**30
         raise ValueError(f"marlin_moe_gemm: the adapter pool has {found:.0f} GiB of at most 64: lower --max-loras-per-batch or --max-lora-rank")
     slots = (None,) * 5 if a is None else (addend.token_slots, b.rank, b.split_a, b.offset, b.expert_stride)
-    own = (None,) * 5 if a is None or alignment is None or addend.records is not None else (a.pool, a.offset, a.expert_stride, b.scaling, alignment.lora_tiles)
+    own = (None,) * 5 if a is None or addend.records is not None else (a.pool, a.offset, a.expert_stride, b.scaling, lora_tiles)
     return addend.s, b.pool, addend.records, addend.ranges, b.max_rank, *slots, *own
 
 

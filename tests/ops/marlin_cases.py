@@ -23,10 +23,10 @@ from tests.quantize import quantize
 class Adapters:
     """What a shrink leaves for the GEMM, as `LowRank` of ops/low_rank.py has it."""
 
-    s: torch.Tensor  # [P, width] in sorted order, or pair order
+    s: torch.Tensor  # [P, width] in sorted order
     pool: torch.Tensor
     records: torch.Tensor  # int64 [.., 5]
-    ranges: torch.Tensor  # int32 [tiles, 2], or [P, 2]
+    ranges: torch.Tensor  # int32 [tiles, 2]
     max_rank: int
 
     def addend(self) -> SimpleNamespace:
@@ -60,7 +60,6 @@ class SlotAdapters:
 
     def products(self, case: Case) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
         align, x = case.alignment(), case.inputs()[0].float()
-        assert align is not None
         for expert, slot, start, count in align.lora_tiles[: int(align.counts[2])].tolist():
             rank, rows = int(self.a.rank[slot]), torch.arange(start, start + count)
             all_ranks = rank * (1 + int(self.a.split_a[slot]))
@@ -90,7 +89,6 @@ class Case:
     routing: str = "uniform"
     config: int = 1
     sms: int = 3
-    by_pair: bool = False
     order: int = 0
     ranks: tuple[int, ...] = ()  # of adapters in turn, some rows between them without
     by_slot: bool = False  # adapters by slot, one of each rank, in place of records
@@ -111,10 +109,11 @@ class Case:
             x = torch.eye(x.shape[0], self.k, dtype=self.dtype)
         return x, ids, torch.randn(self.experts, self.rows, generator=g).to(self.dtype) if self.bias else None
 
-    def alignment(self) -> Alignment | None:
+    def alignment(self, on: str = "cpu") -> Alignment:
         slots = self.token_slots()
         number = 0 if slots is None else len(self.ranks)
-        return None if self.by_pair else moe_lora_align_block_size(self.inputs()[1], slots, self.experts, number, op.SHAPES[self.config].block_tokens, 16)
+        made = moe_lora_align_block_size(self.inputs()[1], slots, self.experts, number, op.SHAPES[self.config].block_tokens, 16)
+        return Alignment(*(t.to(on) for t in (made.sorted_pairs, made.base_tiles, made.lora_tiles, made.counts)))
 
     def token_slots(self) -> torch.Tensor | None:
         return torch.randint(-1, len(self.ranks), (self.tokens,), generator=generator(self.tokens), dtype=torch.int32) if self.by_slot else None
@@ -141,15 +140,13 @@ class Case:
         return found
 
     def adapters(self) -> Adapters | SlotAdapters | None:
-        """Runs of 5 rows of one adapter in records of up to 3, cut where an expert ends, or single pairs; every second has an A of its own for up."""
+        """Runs of 5 rows of one adapter in records of up to 3, cut where an expert ends; every second has an A of its own for up."""
         align, slots = self.alignment(), self.token_slots()
         if not self.ranks:
             return None
         if slots is not None:
             return self._by_slot(slots)
         g, ids, most = generator(self.tokens), self.inputs()[1].flatten(), max(self.ranks)
-        if align is None:
-            return self._adapters_by_pair(ids.tolist(), g)
         ids = ids[align.sorted_pairs.long()]
         tiles = [t if i < int(align.counts[1]) else (0, 0, 0) for i, t in enumerate(align.base_tiles.tolist())]
         records, runs, place, row, valid = [], 0, 0, 1, int(align.counts[0])
@@ -165,22 +162,11 @@ class Case:
         table = torch.tensor(records, dtype=torch.int64).view(-1, 5)
         return Adapters(s.to(self.dtype), pool.to(self.dtype), table, torch.tensor(ranges, dtype=torch.int32).view(-1, 2), most)
 
-    def _adapters_by_pair(self, ids: list[int], g: torch.Generator) -> Adapters:
-        """A record for every pair; rank 0 for every third and where there is no expert."""
-        records, place, most = [], 0, max(self.ranks)
-        for pair, expert in enumerate(ids):
-            rank = self.ranks[pair % len(self.ranks)] if pair % 3 and 0 <= expert < self.experts else 0
-            records.append((pair, 1, rank, pair % 2 * (self.halves == 2), place // 8))
-            place += -(-self.rows * rank // 8) * 8
-        s, pool = torch.randn(len(ids), most * self.halves, generator=g), torch.randn(place + 8, generator=g) * 0.1
-        ranges = torch.arange(len(ids), dtype=torch.int32)[:, None] + torch.tensor([0, 1], dtype=torch.int32)
-        return Adapters(s.to(self.dtype), pool.to(self.dtype), torch.tensor(records, dtype=torch.int64), ranges, most)
-
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 output and which of its rows are written."""
         x, ids, bias = self.inputs()
         weights, flat, align = dequantize(self.weight(), self.dtype).float(), ids.flatten().long(), self.alignment()
-        order = torch.arange(flat.numel()) if align is None else align.sorted_pairs.long()
+        order = align.sorted_pairs.long()
         rows = x.float()[order // self.top_k if self.halves == 2 else torch.arange(len(order))]
         sums, valid = torch.zeros(flat.numel(), self.rows), (flat >= 0) & (flat < self.experts)
         for expert in flat[valid].unique().tolist():
@@ -200,8 +186,8 @@ class Case:
 def encode_repack(weight: WNA16Weight, halves: int) -> bytes:
     experts, rows, k = weight.packed.shape[0], weight.out_features, weight.in_features
     sizes = op.padded_units(rows, k, halves)
-    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 28
-    return struct.pack("39i", *head) + weight.packed.numpy().tobytes()
+    head = [1, 0, 0, 0, experts, rows, k, weight.bits, *sizes, halves] + [0] * 26
+    return struct.pack("37i", *head) + weight.packed.numpy().tobytes()
 
 
 def encode_gemm(case: Case) -> bytes:
@@ -209,35 +195,25 @@ def encode_gemm(case: Case) -> bytes:
     packed = op.marlin_moe_repack(weight, case.halves)
     active, *formula = op.activation_of(case.spec)
     columns = case.rows // 2 if active else case.rows
-    tiles = None if align is None else align.base_tiles[: int(align.counts[1])]
-    sorted_pairs = torch.empty(0, dtype=torch.int32) if align is None else align.sorted_pairs
+    tiles = align.base_tiles[: int(align.counts[1])]
     head = [0, case.order, case.config, case.sms, case.experts, case.rows, case.k, case.bits, *packed.packed.shape[1:3], case.halves]
-    head += [
-        packed.scales.shape[2],
-        packed.group_size,
-        case.zeros,
-        case.bias,
-        case.dtype == torch.bfloat16,
-        tiles is not None,
-        0 if tiles is None else len(tiles),
-    ]
-    head += [ids.numel(), case.top_k, x.shape[0], ids.numel(), columns, active, case.halves == 2, case.halves == 1, sorted_pairs.numel()]
+    head += [packed.scales.shape[2], packed.group_size, case.zeros, case.bias, case.dtype == torch.bfloat16, len(tiles)]
+    head += [ids.numel(), case.top_k, x.shape[0], ids.numel(), columns, active, case.halves == 2, case.halves == 1]
     adapters = case.adapters()
     low: tuple[torch.Tensor, ...] = ()
     if isinstance(adapters, Adapters):
         head += [adapters.s.shape[1], adapters.max_rank, adapters.pool.numel(), len(adapters.records), 0, 0, 0, 0]
-        low = adapters.s, adapters.pool, adapters.records, adapters.ranges if tiles is None else adapters.ranges[: len(tiles)]
+        low = adapters.s, adapters.pool, adapters.records, adapters.ranges[: len(tiles)]
     elif adapters is None:
         head += [0] * 8
     else:
-        assert align is not None
         a, b, lora_tiles = adapters.a, adapters.b, align.lora_tiles[: int(align.counts[2])]
         head += [a.shrink_width, a.max_rank, b.pool.numel(), 0, a.pool.numel() if adapters.shrinks else 0, a.num_slots, len(lora_tiles), case.tokens]
         low = adapters.s, b.pool, adapters.token_slots, b.rank, b.split_a, b.offset, b.expert_stride
         low += (*((a.pool,) if adapters.shrinks else ()), a.offset, a.expert_stride, b.scaling, lora_tiles)
-    tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, sorted_pairs, ids, *low)
+    tensors = (x, packed.packed, packed.scales, packed.zeros, bias, tiles, align.sorted_pairs, *low)
     blobs = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t is not None and t.numel())
-    return struct.pack("35i4f", *map(int, head), *formula) + blobs
+    return struct.pack("33i4f", *map(int, head), *formula) + blobs
 
 
 def unpack_weight(weight: op.MarlinWeight) -> WNA16Weight:

@@ -1,5 +1,5 @@
 // Runs cases from stdin through csrc/marlin_moe.cu on the emulator. Each buffer is a heap block of its exact size, poisoned.
-// In: 39 int32 (see Case), then for a repack the codes, for a GEMM the tensors in the order of `run_gemm`. Out: packed, or out and arrivals.
+// In: 37 int32 (see Case), then for a repack the codes, for a GEMM the tensors in the order of `run_gemm`. Out: packed, or out and arrivals.
 #include "../../csrc/marlin_moe.cu"
 #include "../../csrc/marlin_moe_int8.cu"
 #include "driver_input.h"
@@ -9,7 +9,7 @@ namespace {
 struct Case {
   int32_t is_repack, order_seed, config, sms;
   int32_t experts, rows, k, bits, row_units, k_units, halves;
-  int32_t groups, group_size, has_zeros, has_bias, is_bf16, has_tiles, tiles, pairs, top_k, x_rows, out_rows, out_columns, activation, gather, scatter, sorted, low_width, low_max_rank, low_pool, low_records;
+  int32_t groups, group_size, has_zeros, has_bias, is_bf16, tiles, pairs, top_k, x_rows, out_rows, out_columns, activation, gather, scatter, low_width, low_max_rank, low_pool, low_records;
   int32_t a_pool, slots, lora_tiles, tokens;  // adapters by slot, where there are any
   float alpha, cubic, limit, shift;
 };
@@ -36,12 +36,11 @@ int run_gemm(const Case& c) {
   const auto zeros = read<uint8_t>(c.has_zeros ? units * c.groups * 32 : 0);
   const auto bias = read<uint16_t>(c.has_bias ? (int64_t)c.experts * c.rows : 0);
   auto tiles = read<int32_t>(3 * c.tiles);
-  const auto sorted = read<int32_t>(c.sorted);
-  const auto ids = read<int32_t>(c.pairs);
+  const auto sorted = read<int32_t>(c.pairs);
   const auto low = read<uint16_t>((int64_t)c.pairs * c.low_width);
   const auto low_pool = read<uint16_t>(c.low_pool);
   const auto low_records = read<int64_t>(5 * c.low_records);
-  const auto low_ranges = read<int32_t>(c.low_width && !c.slots ? 2 * (c.has_tiles ? c.tiles : c.pairs) : 0);
+  const auto low_ranges = read<int32_t>(c.low_width && !c.slots ? 2 * c.tiles : 0);
   const auto token_slots = read<int32_t>(c.slots ? c.tokens : 0), rank = read<int32_t>(c.slots), split = read<int32_t>(c.slots);
   const auto b_offset = read<int64_t>(c.slots), b_stride = read<int64_t>(c.slots);
   const auto a_pool = read<uint16_t>(c.a_pool);
@@ -56,7 +55,7 @@ int run_gemm(const Case& c) {
   std::vector<float> partials(marlin_moe_partials(plan), NAN);
   std::vector<uint32_t> arrivals(marlin_moe_counters(plan), 0);
   MarlinMoeGemm arguments = {x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr,
-                                   c.has_tiles ? tiles.data() : nullptr, counts.data(), sorted.data(), ids.data(), out.data(), partials.data(), arrivals.data(), c.low_width ? low.data() : nullptr, low_pool.data(), low_records.data(), low_ranges.data(), c.low_width, c.low_max_rank, c.slots ? &by_slot : nullptr,
+                                   tiles.data(), counts.data(), sorted.data(), out.data(), partials.data(), arrivals.data(), c.low_width ? low.data() : nullptr, low_pool.data(), low_records.data(), low_ranges.data(), c.low_width, c.low_max_rank, c.slots ? &by_slot : nullptr,
                                    c.experts, c.pairs, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.halves,
                                    c.activation, c.alpha, c.cubic, c.limit, c.shift, c.scatter, c.gather, c.scatter, 0, 0};
   const MarlinMoeShape shape = marlin_moe_shape(c.config);

@@ -51,11 +51,10 @@ def test_shapes_of_tiles() -> None:
 
 def test_tiles_cover_the_tokens_in_order() -> None:
     for tokens, block in ((1, 8), (8, 8), (9, 8), (300, 128), (5000, 128)):
-        alignment, ids = op._tiles(torch.device("cpu"), tokens, block)
+        alignment = op._tiles(torch.device("cpu"), tokens, block)
         covered = [place for expert, start, rows in alignment.base_tiles.tolist() for place in range(start, start + rows) if expert == 0]
         assert covered == alignment.sorted_pairs.tolist() == list(range(tokens))
         assert int(alignment.counts[1]) == alignment.base_tiles.shape[0] and int(alignment.base_tiles[:, 2].max()) <= block
-        assert ids.shape == (tokens, 1) and not ids.any()
 
 
 # ---- the GPU -------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_emulated_repack_equals_torch(driver: Path, bits: int) -> None:
 
 
 def test_shapes_are_those_of_the_kernels(driver: Path) -> None:
-    found = torch.frombuffer(emulator.answer(driver, struct.pack("39i", 2, *[0] * 38)), dtype=torch.int32).view(-1, 6).tolist()
+    found = torch.frombuffer(emulator.answer(driver, struct.pack("37i", 2, *[0] * 36)), dtype=torch.int32).view(-1, 6).tolist()
     assert found == [list(astuple(shape)) for shape in op.SHAPES]
 
 
@@ -110,7 +110,7 @@ def test_emulated_gemm_shares_tiles(driver: Path, config: int) -> None:
     """Few tiles over many blocks: several blocks share one, in every order of threads; long k keeps them busy."""
     base = Case(3, config=config, k=1024, rows=64, experts=2, group=128, top_k=1)
     cases = [replace(base, sms=sms, tokens=t, order=i) for i, (sms, t) in enumerate(((1, 3), (2, 1), (3, 2), (5, 9)))]
-    check(driver, [*cases, replace(base, k=4096, sms=1), replace(base, k=1152, sms=7, by_pair=True)])
+    check(driver, [*cases, replace(base, k=4096, sms=1), replace(base, k=1152, sms=7)])
 
 
 @pytest.mark.parametrize("ranks", [(), RANKS])
@@ -122,22 +122,11 @@ def test_emulated_gemm_draws_more_tiles_than_its_queue_holds(driver: Path, ranks
         check(driver, [replace(base, k=640, halves=h, sms=2) for h in (1, 2)])
 
 
-def test_emulated_gemm_by_pair(driver: Path) -> None:
-    base = Case(3, config=0, by_pair=True, k=256)
-    check(driver, [replace(base, routing=r, halves=h, tokens=t) for r in ("uniform", "some_invalid", "all_invalid") for h in (1, 2) for t in (1, 3)])
-
-
 def test_emulated_gemm_bias_and_activation(driver: Path) -> None:
     base = Case(6, halves=2, bias=True, config=1)
     activations = [SILU, CLAMPED, replace(SILU, activation="gelu_tanh")]
     cases = [replace(base, spec=spec) for spec in activations] + [replace(base, halves=h, dtype=d) for h in (1, 2) for d in op.DTYPES]
     check(driver, [*cases, replace(base, spec=SILU, bias=False, config=0), replace(base, spec=SILU, config=3, tokens=70)])
-
-
-def test_emulated_gemm_adds_adapters_by_pair(driver: Path) -> None:
-    base = Case(3, config=0, by_pair=True, k=256, ranks=RANKS, rows=80)
-    cases = [replace(base, halves=h, dtype=d, spec=spec, config=c) for d in op.DTYPES for h, spec, c in ((1, None, 0), (2, None, 1), (2, SILU, 0))]
-    check(driver, [*cases, replace(base, routing="some_invalid", halves=2), replace(base, tokens=1, k=1024, sms=7), replace(base, ranks=(2,), bias=True)])
 
 
 @pytest.mark.parametrize("config", range(len(op.SHAPES)))
@@ -152,18 +141,20 @@ def test_emulated_gemm_adds_adapters(driver: Path, config: int) -> None:
 
 @pytest.mark.parametrize("config", [1, 2])
 def test_emulated_gemm_finds_adapters_by_slot(driver: Path, config: int) -> None:
-    """Down with tiles of 16 tokens computes s itself. Odd ranks, one matrix for all experts, shared tiles, tiles of one stage, many adapters in one, none."""
+    """Tiles of 16 tokens, of down alone, compute s. Odd ranks, one matrix for all experts, shared tiles, tiles of one stage, many adapters in one, none."""
     base = Case(19, config=config, ranks=RANKS, k=512, rows=80, by_slot=True)
-    cases = [replace(base, halves=h, dtype=d, spec=spec, order=i) for d in op.DTYPES for i, (h, spec) in enumerate(((1, None), (2, None), (2, SILU)))]
-    cases += [replace(base, routing=r, k=1200, group=1200, halves=h) for r in ("some_invalid", "all_invalid") for h in (1, 2)]
+    kinds: Any = ((1, None),) if config == 1 else ((1, None), (2, None), (2, SILU))
+    most = kinds[-1][0]
+    cases = [replace(base, halves=h, dtype=d, spec=spec, order=i) for d in op.DTYPES for i, (h, spec) in enumerate(kinds)]
+    cases += [replace(base, routing=r, k=1200, group=1200, halves=h) for r in ("some_invalid", "all_invalid") for h in {1, most}]
     cases += [
-        replace(base, sms=7, halves=2),
+        replace(base, sms=7, halves=most),
         replace(base, tokens=1),
         replace(base, ranks=(2,), bias=True),
         replace(base, k=128, sms=1),
         replace(base, k=32, ranks=(8,)),
     ]
-    cases += [replace(base, routing="one_expert", ranks=ranks, top_k=1, tokens=64, halves=2) for ranks in (RANKS, (8, 16))]
+    cases += [replace(base, routing="one_expert", ranks=ranks, top_k=1, tokens=64, halves=most) for ranks in (RANKS, (8, 16))]
     check(driver, cases)
 
 
@@ -199,21 +190,19 @@ CONFIGS = [pytest.param(i, marks=[] if i < op.EVERYWHERE else pytest.mark.skipif
 def run_on_gpu(case: Case, overlap: bool = True) -> torch.Tensor:
     """Through the operators; the output and scratch poisoned before."""
     canonical, (x, ids, bias) = case.weight(), (None if t is None else t.cuda() for t in case.inputs())
-    align = case.alignment()
+    align = case.alignment(on="cuda")
     assert x is not None and ids is not None
     weight = op.marlin_moe_repack(on("cuda", canonical), case.halves, bias)
-    if align is not None:
-        align = type(align)(*(t.cuda() for t in (align.sorted_pairs, align.base_tiles, align.lora_tiles, align.counts)))
     scratch = op.GemmScratch.allocate(132, x.device)
     out = torch.full((ids.numel(), case.rows // 2 if case.spec else case.rows), float("nan"), dtype=case.dtype, device="cuda")
     gather = case.halves == 2
     adapters = case.adapters()
     options: dict[str, Any] = {"config": case.config, "sms": 132, "gather": gather, "scatter": not gather, "activation": case.spec, "overlap": overlap}
     options["addend"] = None if adapters is None else adapters.addend()
-    op.marlin_moe_gemm(x, weight, align, ids, out, scratch, **options)
+    op.marlin_moe_gemm(x, weight, align, case.top_k, out, scratch, **options)
     first = out.clone()
     out.fill_(float("nan"))
-    op.marlin_moe_gemm(x, weight, align, ids, out, scratch, **options)
+    op.marlin_moe_gemm(x, weight, align, case.top_k, out, scratch, **options)
     assert torch.equal(first.view(torch.int16), out.view(torch.int16)), f"two runs differ: {case}"
     assert not scratch.arrivals.any(), f"counters are left: {case}"
     return out
@@ -260,7 +249,7 @@ def test_gpu_gemm_adds_adapters_and_rounds_weights_once(config: int) -> None:
     base = Case(150, config=config, ranks=RANKS, k=512, rows=384)
     for dtype, (halves, spec) in itertools.product(op.DTYPES, ((1, None), (2, None), (2, SILU))):
         check_on_gpu(replace(base, halves=halves, dtype=dtype, spec=spec))
-        if op.SHAPES[config].block_tokens in (16, 32):
+        if op.SHAPES[config].block_tokens == 32 or config == halves == 1:
             for k, tokens in itertools.product((64, 768, 2048), (1, 33, 150)):
                 check_on_gpu(replace(base, halves=halves, dtype=dtype, spec=spec, k=k, tokens=tokens, by_slot=True))
     for sizes in (1.0, 2.0**20, 2.0**-60):
@@ -285,23 +274,26 @@ def test_pool_beyond_32_bit_places_is_refused() -> None:
             records=1, s=2, ranges=3, a=None, b=SimpleNamespace(pool=torch.empty(elements, dtype=torch.bfloat16, device="meta"), max_rank=16)
         )
 
-    assert op._addend_args(addend(1 << 35), None)[2:5] == (1, 3, 16)
+    tiles = torch.empty(0, 4)
+    assert op._addend_args(addend(1 << 35), tiles)[2:5] == (1, 3, 16)
     with pytest.raises(ValueError, match="has 65 GiB of at most 64: lower --max-loras-per-batch or --max-lora-rank"):
-        op._addend_args(addend(65 << 29), None)
+        op._addend_args(addend(65 << 29), tiles)
 
 
 @pytest.mark.gpu
 def test_gpu_refusals_name_expected_and_actual() -> None:
-    case = Case(3, by_pair=True, config=0)
+    case = Case(3, config=0)
+    align = case.alignment(on="cuda")
     x, ids, _ = (None if t is None else t.cuda() for t in case.inputs())
     weight, scratch = op.marlin_moe_repack(on("cuda", case.weight()), 1), op.GemmScratch.allocate(132, torch.device("cuda"))
     assert x is not None and ids is not None
     out = torch.empty(ids.numel(), case.rows, dtype=case.dtype, device="cuda")
-    good = {"x": x, "weight": weight, "ids": ids, "out": out, "scratch": scratch, "config": 0}
+    good = {"x": x, "weight": weight, "top_k": case.top_k, "out": out, "scratch": scratch, "config": 0}
     wrong = [
         ({"x": x.float()}, "bfloat16 or float16, got Float"),
         ({"x": x.t().contiguous().t()}, "x to be contiguous .* not contiguous"),
         ({"x": x[:2]}, "a row of x for each pair, got 2 rows"),
+        ({"top_k": 4}, "top_k pairs of each token, got 6 pairs, top_k 4"),
         ({"weight": replace(weight, scales=weight.scales.half())}, "scales to be contiguous BFloat16 .* got Half"),
         ({"weight": replace(weight, packed=weight.packed.cpu())}, "packed to be .* not on a GPU"),
         ({"out": out[:, :64].contiguous()}, r"expected out \[6, 128\], got width 64"),
@@ -311,4 +303,4 @@ def test_gpu_refusals_name_expected_and_actual() -> None:
     for changed, message in wrong:
         a: dict[str, Any] = good | changed
         with pytest.raises(RuntimeError, match=message):
-            op.marlin_moe_gemm(a["x"], a["weight"], None, a["ids"], a["out"], a["scratch"], config=a["config"], sms=132, gather=False, scatter=True)
+            op.marlin_moe_gemm(a["x"], a["weight"], align, a["top_k"], a["out"], a["scratch"], config=a["config"], sms=132, gather=False, scatter=True)

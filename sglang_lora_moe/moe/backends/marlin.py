@@ -145,7 +145,7 @@ class MarlinRunnerCore(MoeRunnerCore):
         report = alone and activation is not None and weight.k > shape.stages * shape.block_k
         behind, routing.reports = routing.reports if alone and not gather else 0, -(-weight.packed.shape[1] * UNIT // shape.block_rows) if report else 0
         return marlin_moe_gemm(
-            x, weight, routing.alignment, routing.topk_ids, out, scratch_of(x.device),
+            x, weight, routing.alignment, routing.top_k, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,
             addend=addend, overlap=plan.overlap, early=early, report=report, behind=behind,
         )  # fmt: skip
