@@ -221,6 +221,8 @@ def test_chat_samples_seed_and_stop_with_the_official_client(server: Server) -> 
         assert "".join(event.choices[0].text for event in events) == whole[: whole.find(whole[4:6])] and events[-1].choices[0].finish_reason == "stop"
         with pytest.raises(openai.BadRequestError, match="512"):
             api.completions.create(model="tiny", prompt="x" * 600)
+        with pytest.raises(openai.BadRequestError, match="min_tokens: expected at most the 16 tokens"):
+            api.completions.create(model="tiny", prompt="x", extra_body={"min_tokens": 17})
         with pytest.raises(openai.NotFoundError, match="tiny, a, b"):
             api.completions.create(model="nobody", prompt="x")
 
