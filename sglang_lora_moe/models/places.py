@@ -117,19 +117,14 @@ class QuantizedPlace:
 
     def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
         """Take the tensors of the linear `name` as they are."""
-        weight = self.weight
         if (piece is None) != (self.num_parts == 0):
             raise LoadError("is one expert's tensor where a whole linear is expected, or the other way round")
-        rows = slice(None) if piece is None else _rows_of(piece, weight.packed, self.num_parts)
-        packed, scales = weight.packed[rows], weight.scales[rows]
-        source = read_weight(name, tensors, (packed.shape[0], weight.in_features), scheme, packed.device)  # AWQ's order takes a CPU some ms
-        packed.copy_(source.packed)
-        scales.copy_(source.scales)
+        weight = self.weight if piece is None else self.weight[_rows_of(piece, self.weight.packed, self.num_parts)]
+        source = read_weight(name, tensors, (weight.out_features, weight.in_features), scheme, weight.packed.device)  # AWQ's order takes a CPU some ms
+        weight.packed.copy_(source.packed)
+        weight.scales.copy_(source.scales)
         if weight.zeros is not None:
-            if source.zeros is None:
-                weight.zeros[rows].fill_(1 << (weight.bits - 1))
-            else:
-                weight.zeros[rows].copy_(source.zeros)
+            weight.zeros[:] = 1 << (weight.bits - 1) if source.zeros is None else source.zeros
         self.pieces.add(piece or (0, 0))
         return False
 

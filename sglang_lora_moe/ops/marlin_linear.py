@@ -41,9 +41,7 @@ def why_unreadable(weight: WNA16Weight) -> str | None:
 def repack_linear(weight: WNA16Weight, bias: torch.Tensor | None = None) -> MarlinWeight:
     """A weight [rows, k] on a GPU, with its bias [rows], as one expert in the layout of `ops/marlin_moe.py`."""
     scratch_of(weight.packed.device)
-    zeros = None if weight.zeros is None else weight.zeros[None]
-    one = WNA16Weight(weight.packed[None], weight.scales[None], zeros, weight.bits, weight.group_size)
-    return marlin_moe_repack(one, 1, None if bias is None else bias[None])
+    return marlin_moe_repack(weight[None], 1, None if bias is None else bias[None])
 
 
 def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = None, wide: torch.Tensor | None = None) -> torch.Tensor:

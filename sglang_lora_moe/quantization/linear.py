@@ -40,8 +40,7 @@ class QuantizedLinear(Linear):
         return " + ".join(name for name, _ in self.parts)
 
     def _rows(self, start: int, rows: int) -> WNA16Weight:
-        w, part = get_wna16(self, "", self.scheme), slice(start, start + rows)
-        return WNA16Weight(w.packed[part], w.scales[part], None if w.zeros is None else w.zeros[part], w.bits, w.group_size)
+        return get_wna16(self, "", self.scheme)[start : start + rows]
 
     def finalize(self, keep_wide: bool = False) -> None:
         """On a GPU: keep the weight in the form that its kernels read, in place of the canonical one. Call once, after loading.

@@ -13,7 +13,8 @@ Sources: compressed-tensors `pack_to_int32`; AutoGPTQ `qlinear_cuda`; AutoAWQ `W
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -68,7 +69,11 @@ class WNA16Weight:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.packed, self.scales, self.zeros) if t is not None)
+        return sum(t.nbytes for t in (self.packed, self.scales, self.zeros) if t is not None)
+
+    def __getitem__(self, index: Any) -> WNA16Weight:
+        """Views of some experts or rows, or with None of one more dimension."""
+        return replace(self, packed=self.packed[index], scales=self.scales[index], zeros=None if self.zeros is None else self.zeros[index])
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -118,8 +123,8 @@ def _take(name: str, leaf: str, tensors: dict[str, torch.Tensor], shape: tuple[i
     return tensor
 
 
-def num_groups(name: str, in_features: int, group_size: int, bits: int) -> int:
-    """Groups of one row; refuses widths that do not divide. -1 = the whole row is one group."""
+def split_row(name: str, in_features: int, group_size: int, bits: int) -> tuple[int, int]:
+    """(groups of one row, inputs of a group); refuses widths that do not divide. -1 = the whole row is one group."""
     group_size = in_features if group_size == -1 else group_size
     if bits not in (4, 8):
         raise QuantizationError(f"{name}: {bits}-bit weights; int4 and int8 are served")
@@ -128,7 +133,7 @@ def num_groups(name: str, in_features: int, group_size: int, bits: int) -> int:
             f"{name}: {in_features} input features do not divide into groups of {group_size} and words of {32 // bits}; "
             "requantize with a group size that divides them"
         )
-    return in_features // group_size
+    return in_features // group_size, group_size
 
 
 def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> WNA16Weight:
@@ -137,8 +142,7 @@ def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: 
     `shape` is the logical (O, I); group_size -1 = one scale per row. Raises QuantizationError naming `name`.
     """
     out, inn = shape
-    group = inn if group_size == -1 else group_size
-    groups = num_groups(name, inn, group_size, bits)
+    groups, group = split_row(name, inn, group_size, bits)
     if symmetric and "weight_zero_point" in tensors:
         raise QuantizationError(f"{name}.weight_zero_point is present, but the quantization config declares symmetric weights")
     packed = _take(name, "weight_packed", tensors, (out, inn * bits // 32), _WORDS)
@@ -173,8 +177,7 @@ def from_gptq(
     `zero_offset` 1 for checkpoint_format "gptq" (zeros are stored minus one), 0 for "gptq_v2".
     """
     out, inn = shape
-    group = inn if group_size == -1 else group_size
-    groups = num_groups(name, inn, group_size, bits)
+    groups, group = split_row(name, inn, group_size, bits)
     packed = _take(name, "qweight", tensors, (inn * bits // 32, out), _WORDS).t().contiguous()
     scales = _take(name, "scales", tensors, (groups, out), _SCALES).t().contiguous()
     words = _take(name, "qzeros", tensors, (groups, out * bits // 32), _WORDS)
@@ -197,8 +200,7 @@ def from_gptq(
 def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int) -> WNA16Weight:
     """AWQ gemm tensors (qweight [I, O/8], qzeros [G, O/8], scales [G, O]) -> canonical."""
     out, inn = shape
-    group = inn if group_size == -1 else group_size
-    groups = num_groups(name, inn, group_size, bits)
+    groups, group = split_row(name, inn, group_size, bits)
     packed = _take(name, "qweight", tensors, (inn, out // 8), _WORDS)
     scales = _take(name, "scales", tensors, (groups, out), _SCALES)
     zeros = _awq_columns(_take(name, "qzeros", tensors, (groups, out // 8), _WORDS)).contiguous()

@@ -10,7 +10,7 @@ from torch import nn
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo, TritonQuantInfo
-from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, num_groups
+from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, split_row
 
 MARLIN_GROUPS = frozenset({32, 64, 128, -1})  # what the marlin backend reads, as `ops/marlin_moe.py` checks
 MARLIN_DTYPES = (torch.bfloat16, torch.float16)
@@ -31,9 +31,7 @@ class DequantizedExperts:
         self.weight = weight
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        w = self.weight
-        one = WNA16Weight(w.packed[expert], w.scales[expert], None if w.zeros is None else w.zeros[expert], w.bits, w.group_size)
-        return dequantize(one, w.scales.dtype).t()
+        return dequantize(self.weight[expert], self.weight.scales.dtype).t()
 
 
 class WNA16Method(QuantMethod):
@@ -78,7 +76,7 @@ class WNA16Method(QuantMethod):
 def create_wna16(layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...], scheme: WNA16Scheme, dtype: torch.dtype, device: torch.device | str) -> None:
     """Register `{prefix}packed`, `{prefix}scales` and `{prefix}zeros` of a weight [.., O, I]; refuses widths that do not divide."""
     *outer, inputs = shape
-    groups = num_groups(name, inputs, scheme.group_size, scheme.bits)
+    groups, _ = split_row(name, inputs, scheme.group_size, scheme.bits)
     sizes: dict[str, tuple[int, torch.dtype] | None] = {
         "packed": (inputs * scheme.bits // 32, torch.int32),
         "scales": (groups, dtype),
