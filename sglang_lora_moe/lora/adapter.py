@@ -19,7 +19,7 @@ import torch
 from sglang_lora_moe.lora.adapter_config import AdapterConfig, parse_config, read_config
 from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterFile, AdapterMemory, AdapterTensors
 from sglang_lora_moe.lora.adapter_layouts import INNER, OUTER, PROJECTIONS, AdapterSource, ExpertKey, missing_half, read_experts
-from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
+from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, PairTarget, Target
 from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModuleLoRA
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -208,8 +208,8 @@ class _Names:
         module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
         if key.endswith(".base_layer.weight") and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
             target = self.targets.get(self._resolve(module) or "")
-            expected = [target.vocab, target.hidden] if isinstance(target, EmbeddingTarget) else None
-            expected = [target.out_features, target.in_features] if isinstance(target, LinearTarget) else expected
+            sizes = [target.out_features, target.in_features] if isinstance(target, PairTarget) else None
+            expected = sizes[::-1] if sizes and isinstance(target, EmbeddingTarget) else sizes
             found = list(self.source.shape(key))
             if expected is not None and found == expected:
                 note = "PEFT's copy of the base weight, which is not read"
@@ -241,9 +241,8 @@ def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> Linear
     for half in "AB":
         if half not in pair.halves:
             raise missing_half(source, next(iter(pair.halves.values())))
-    embedding = isinstance(target, EmbeddingTarget)
-    assert isinstance(target, LinearTarget | EmbeddingTarget)
-    inputs, outputs = (target.vocab, target.hidden) if isinstance(target, EmbeddingTarget) else (target.in_features, target.out_features)
+    assert isinstance(target, PairTarget)
+    inputs, outputs = target.in_features, target.out_features
     a_key, b_key = pair.halves["A"], pair.halves["B"]
     a_shape, b_shape = source.shape(a_key), source.shape(b_key)
     if len(a_shape) != 2 or a_shape[1] != inputs:
@@ -258,7 +257,7 @@ def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> Linear
     name = parameter if any(f".{parameter}".endswith(f".{item}") for item in source.config.target_parameters) else pair.module
     source.check_rank(a_key, rank, name)
     a, b = (source.file.read(key).to(source.dtype) for key in (a_key, b_key))
-    return (EmbeddingLoRA if embedding else LinearLoRA)(a, b, source.config.scaling(rank, name))
+    return (EmbeddingLoRA if isinstance(target, EmbeddingTarget) else LinearLoRA)(a, b, source.config.scaling(rank, name))
 
 
 def _check_float16(source: AdapterSource, modules: Mapping[str, ModuleLoRA]) -> None:

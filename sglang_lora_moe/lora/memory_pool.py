@@ -14,7 +14,7 @@ import torch
 
 from sglang_lora_moe.lora.packed import PackedStack, PoolLayout
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks, Stack
-from sglang_lora_moe.lora.targets import EmbeddingTarget, LinearTarget, Target
+from sglang_lora_moe.lora.targets import EmbeddingTarget, PairTarget, Target
 
 
 class LoRAMemoryPool:
@@ -75,10 +75,9 @@ class LoRAMemoryPool:
             tables = (self._offset[i], self._expert_stride[i], self._rank[i], self._scaling[i], self._split_a[i])
             return Stack(self.pool, *tables, dim=dim, max_rank=self.layout.max_rank, may_split=may_split)
 
-        if isinstance(target, LinearTarget):
-            return LinearStacks(stack(target.in_features), stack(target.out_features))
-        if isinstance(target, EmbeddingTarget):
-            return EmbeddingStacks(stack(target.vocab), stack(target.hidden))
+        if isinstance(target, PairTarget):
+            kind = EmbeddingStacks if isinstance(target, EmbeddingTarget) else LinearStacks
+            return kind(stack(target.in_features), stack(target.out_features))
         return ExpertStacks(stack(target.hidden, target.gated), stack(target.w13_rows, target.gated), stack(target.intermediate), stack(target.hidden))
 
     def _write_column(self, slot: int, stacks: Sequence[PackedStack]) -> None:

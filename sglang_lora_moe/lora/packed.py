@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
+from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, PairTarget, Target
 from sglang_lora_moe.lora.weights import AdapterWeights, ExpertLoRA, ModuleLoRA
 
 ALIGN_BYTES = 16  # vector loads of kernels
@@ -94,10 +94,8 @@ class PoolLayout:
     def _capacity(self, target: Target) -> int:
         """Elements of the largest adapter on one target: rank max_rank, gate and up with an A each, nothing shared."""
         r = self.max_rank
-        if isinstance(target, LinearTarget):
+        if isinstance(target, PairTarget):
             return self._padded(r * target.in_features) + self._padded(target.out_features * r)
-        if isinstance(target, EmbeddingTarget):
-            return self._padded(target.vocab * r) + self._padded(target.hidden * r)
         a13 = r * target.hidden * (2 if target.gated else 1)
         sizes = (a13, target.w13_rows * r, r * target.intermediate, target.hidden * r)
         return target.num_experts * sum(self._padded(size) for size in sizes)
@@ -112,10 +110,9 @@ class PoolLayout:
             return self._expert_sets(first, target, module)
         if isinstance(target, ExpertTarget) or isinstance(module, ExpertLoRA):
             raise ValueError(f"{name} is a {type(target).__name__}, the adapter has a {type(module).__name__} for it")
-        inputs, outputs = (target.in_features, target.out_features) if isinstance(target, LinearTarget) else (target.vocab, target.hidden)
         a, b, rank = module.a, module.b, module.a.shape[0]
-        self._check(f"{name} A", a, (rank, inputs), rank)
-        self._check(f"{name} B", b, (outputs, rank), rank)
+        self._check(f"{name} A", a, (rank, target.in_features), rank)
+        self._check(f"{name} B", b, (target.out_features, rank), rank)
         a = a.t() if isinstance(target, EmbeddingTarget) else a
         return [(PackedStack(first + i, 0, 0, rank, module.scaling, False), matrix.unsqueeze(0)) for i, matrix in enumerate((a, b))]
 

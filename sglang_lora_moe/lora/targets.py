@@ -14,21 +14,20 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class LinearTarget:
-    """One linear of the checkpoint (a part of a fused linear counts alone): weight [out_features, in_features]."""
+class PairTarget:
+    """What takes one A [R, in_features] and one B [out_features, R]."""
 
     name: str
     in_features: int
     out_features: int
 
 
-@dataclass(frozen=True)
-class EmbeddingTarget:
-    """Token embedding, weight [vocab, hidden]."""
+class LinearTarget(PairTarget):
+    """One linear of the checkpoint (a part of a fused linear counts alone): weight [out_features, in_features]."""
 
-    name: str
-    vocab: int
-    hidden: int
+
+class EmbeddingTarget(PairTarget):
+    """Token embedding, weight [in_features, out_features]: its inputs are the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class ExpertTarget:
         return self.intermediate * (2 if self.gated else 1)
 
 
-Target = LinearTarget | EmbeddingTarget | ExpertTarget
+Target = PairTarget | ExpertTarget
 
 
 _ALIASES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -99,6 +98,5 @@ def _layers(model: nn.Module) -> list[list[Target]]:
             sizes = spec.num_experts, spec.hidden_size, spec.intermediate_size
             layers.append([ExpertTarget(module.name, *sizes, spec.gated, module.interleaved_gate_up, module.is_transposed)])
         elif type(module).__name__ == "Embedding" and hasattr(module, "name"):  # layers.embedding.Embedding
-            vocab, hidden = module.weight.shape
-            layers.append([EmbeddingTarget(module.name, vocab, hidden)])
+            layers.append([EmbeddingTarget(module.name, *module.weight.shape)])
     return layers

@@ -89,7 +89,7 @@ def served(path: Path, backend: str) -> ServedModel:
             if isinstance(target, LinearTarget):
                 modules[name] = LinearLoRA(torch.randn(rank, target.in_features) * 0.1, torch.randn(target.out_features, rank) * 0.3, 0.7)
             elif not isinstance(target, ExpertTarget):
-                modules[name] = EmbeddingLoRA(torch.randn(rank, target.vocab) * 0.3, torch.randn(target.hidden, rank) * 0.3, 0.7)
+                modules[name] = EmbeddingLoRA(torch.randn(rank, target.in_features) * 0.3, torch.randn(target.out_features, rank) * 0.3, 0.7)
         pool.write(slot, SimpleNamespace(modules=modules))
     return model
 
