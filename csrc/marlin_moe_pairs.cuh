@@ -1,31 +1,34 @@
-// The kernel of marlin_moe_pairs.h. Eight warps stream weights, each its share of k through a ring of its own; a ninth hands on A x. Nothing but the
-// end of a block and adapters need a barrier.
+// The kernel of marlin_moe_pairs.h. Eight warps stream weights, each its share of k through a ring of its own; nothing but the end of a block needs a
+// barrier. With adapters, which are instances of their own, a ninth warp adds them beside it, on tensor cores and through shared memory alone.
 //   * gate_up: a block is some row units of one pair, its eight warps divide k. down: a block is the 32 or 16 rows of a token that its warps
 //     multiply by all its experts, one after another, so that the router's weights are applied here too.
 //   * Products are m16n8k16 with x in every column; for 16 rows the two halves of a warp hold different k, and so do columns 0 and 1.
-//   * All of an adapter is asked for before any weights, which memory answers in turn: its places before the kernel before has ended, A and B of
-//     gate_up and the next A first of all, and down's B is brought into L2 beside gate_up's weights. B s is added when these are through.
-//   * A x: the warps of a pair's first blocks share A's rows; the ninth warps of all its blocks find each value once it is there, long before weights
-//     are through. These few blocks wait for each other, later ones for earlier ones: a GPU starts them in order. down empties these values again.
-//   * A act is a sum over gate_up's blocks, of which each leaves its own part.
+//   * All of an adapter is asked for before most weights, which memory answers in turn: its places before the kernel before has ended, A, B and the next
+//     A as soon as the experts are known; down's B is brought into L2 beside gate_up's weights and asked for before its own.
+//   * A x is sixteen rows and an eighth of the columns at a time, by the pair's first blocks; all its blocks find each value once it is there, before
+//     weights are through. These few blocks wait for each other, later ones for earlier ones: a GPU starts them in order. down empties these values again.
+//   * B s has what is to be summed side by side in the eight columns: the eighths of A x, and in down the parts of A act that gate_up's blocks have left.
+//     s is two factors there, rounded and what that left.
 #pragma once
 #include "marlin_moe_pairs.h"
 #include "marlin_moe_tiles.cuh"
 
 namespace {
 
-constexpr int kWarps = 8, kSharers = 32 * kWarps, kThreads = kSharers + 32, kRing = 4;
-constexpr int kHeldA = 8, kHeldB = 4;  // pieces of 16 bytes of A, and of B, that a thread has under way
-constexpr int kShrinkStep = 256;  // columns of A that a warp takes at once
-constexpr int kHeldNext = 4;      // words of the second A
-constexpr int kHeldParts = 12;    // parts of A act that a thread has under way
-constexpr uint32_t kNotThere = 0xffffffffu;  // a value of A x: no sum has these bits
+constexpr int kWarps = 8, kSharers = 32 * kWarps, kRing = 4;
+constexpr int kShares = 8;                    // of A's columns: m16n8k16 has so many
+constexpr int kSteps = 8, kStepBytes = 1088;  // of A under way; of one, 32 columns of sixteen rows and of x
+constexpr int kHeldB = 16, kBBytes = 512;     // sixteens of B: of rows by ranks
+constexpr int kHeldNext = 4, kNextBytes = 1024;  // of the second A, 16 rows by 32 columns
+constexpr int kHeldParts = 32;                // of A act under way: eights of blocks by sixteens of ranks
+constexpr uint32_t kNotThere = 0xffffffffu;   // a value of A x: no sum has these bits
 
-template <class F, bool DOWN, bool HALF>
+template <class F, bool DOWN, bool HALF, bool LORA>
 struct Pairs {
   using Codes = F;
   using T = typename F::Type;
-  static constexpr bool kDown = DOWN, kHalf = HALF;
+  static constexpr bool kDown = DOWN, kHalf = HALF, kLora = LORA;
+  static constexpr int kThreads = kSharers + (LORA ? 32 : 0);
   static constexpr int kUnits = 16 / F::kBits, kUnitBytes = 128 * F::kBits, kWeightBytes = kUnits * kUnitBytes;
   static constexpr int kSpan = HALF ? 2 * kUnits : kUnits, kXBytes = 64 * kSpan;  // units of k of a stage
 };
@@ -37,32 +40,38 @@ struct PairsDerived {
   int steps;    // stages along k
   int group_shift, groups_log2, group_mask;  // as in Derived
   int stage_bytes, ring_bytes;               // of one stage; of all
-  int rows;     // of B in a block
-  int lanes;    // threads of such a row, of one warp
-  int columns;  // of a share of A
+  int rows;           // of a block
+  int columns;        // of a share of A, a multiple of 32
+  int chunks;         // gate_up: thirty-twos of the block's part of the activation
+  int held_b, held_s; // places in shared memory: of B; of s, or of its parts
 };
 
 struct PairsShared {
-  uint8_t *ring, *b;  // of the weights; of B
-  float *sums, *parts, *s, *shares, *act;  // of the warps; B s of the block's rows; s of all pairs, and before it is summed; the block's part of the activation
+  uint8_t *ring, *a, *b, *next, *low;  // of the weights; of A; of B; of the second A; of s or its parts
+  float *sums, *parts;                 // of the warps; B s of the block's rows
+  uint16_t* act;                       // the block's part of the activation
   int bytes;
 };
 
 template <class P>
-HOST_DEVICE PairsShared carve_pairs(const MarlinMoePairs& a, const PairsDerived& d, uint8_t* base) {
+HOST_DEVICE PairsShared carve_pairs(const PairsDerived& d, uint8_t* base) {
   PairsShared s;
-  const int sums = d.units * kWarps * 32, rows = a.slots ? d.rows : 0, low = a.slots ? (P::kDown ? a.top_k : 1) * a.width : 0;
-  const int b = a.slots ? kHeldB * kSharers * 16 : 0;
-  s.ring = base, s.b = base + d.ring_bytes;
-  s.sums = (float*)(s.b + b);
-  s.parts = s.sums + sums;
-  s.s = s.parts + rows;
-  s.shares = s.act = s.s + low;
-  s.bytes = d.ring_bytes + b + (sums + rows + low + (!P::kDown ? rows / 2 : low > kSharers ? low : kSharers)) * 4;
+  const bool first = P::kLora && !P::kDown;
+  s.ring = base;
+  s.sums = (float*)(base + d.ring_bytes);
+  s.a = (uint8_t*)(s.sums + d.units * kWarps * 32);
+  s.next = s.a + (first ? kSteps * kStepBytes : 0);
+  s.b = s.next + (first ? kHeldNext * kNextBytes : 0);
+  s.low = s.b + (P::kLora ? d.held_b * kBBytes : 0);
+  s.parts = (float*)(s.low + (P::kLora ? d.held_s * 512 : 0));
+  s.act = (uint16_t*)(s.parts + (P::kLora ? d.rows : 0));
+  s.bytes = (int)((uint8_t*)(s.act + (first ? 32 * d.chunks : 0)) - base);
   return s;
 }
 
 // ---- Adapters --------------------------------------------------------------------------------------------------------
+
+HOST_DEVICE int sixteens(int rank) { return (rank + 15) / 16; }
 
 // What a slot's tables say of one projection.
 struct PairsAdapter {
@@ -79,7 +88,7 @@ struct PairsAdapter {
 // The owner's slot, -1: no adapter.
 template <class P>
 DEVICE int slot_of(const MarlinMoePairs& a, int owner) {
-  const int slot = a.slots ? a.slots[P::kDown ? owner : owner / a.top_k] : -1;
+  const int slot = a.slots[P::kDown ? owner : owner / a.top_k];
   return slot < a.num_slots ? slot : -1;
 }
 
@@ -90,177 +99,295 @@ DEVICE int expert_of(const MarlinMoePairs& a, int owner, int j) {
   return expert >= 0 && expert < a.experts ? expert : -1;
 }
 
-DEVICE float warp_total(float value) {
+// A lane's place in m16n8k16: row (and the one eight below) of the first factor, column of the second; and which quarter of what is summed, whose
+// order is free as long as both factors have the same.
+DEVICE int row_of_lane() { return lane_index() / 4; }
+DEVICE int quarter_of_lane() { return lane_index() % 4; }
+
+// d += 16 rows by 32 columns at `rows`, 64 bytes each, times the same 32 values in every column.
+template <class T>
+DEVICE void multiply_step(float (&d)[2][4], const uint8_t* rows, const uint8_t* values) {
+  uint32_t upper[4], lower[4], x[4];
+  load_words(upper, rows + lane_index() * 16), load_words(lower, rows + 512 + lane_index() * 16), load_words(x, values + quarter_of_lane() * 16);
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += as_float(shuffle_xor(as_bits(value), mask));
-  return value;
+  for (int i = 0; i < 2; i++) {
+    const uint32_t a[4] = {upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]}, b[2] = {x[2 * i], x[2 * i + 1]};
+    T::mma(d[i], a, b);
+  }
 }
 
-// s[pair, row, share] = scaling * A x over a share of the columns: rows and shares by the warps of the pair's first blocks in turn, of which this is one.
+// Of equal columns: the first lane of four has its row, the second the one eight below; others nothing.
+DEVICE int row_of_sum() { return quarter_of_lane() < 2 ? row_of_lane() + 8 * quarter_of_lane() : -1; }
+DEVICE float sum_of_row(const float (&d)[2][4]) { return quarter_of_lane() == 0 ? d[0][0] + d[1][0] : d[0][2] + d[1][2]; }
+
+// Four ranks of s in a column as factors: rounded, and what that left.
+template <class T>
+DEVICE void split_s(uint32_t (&words)[4], const float (&s)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    words[i] = T::pack(s[2 * i], s[2 * i + 1]);
+    words[2 + i] = T::pack(s[2 * i] - T::low(words[i]), s[2 * i + 1] - T::high(words[i]));
+  }
+}
+
+// d += 16 rows by 16 ranks of B times s.
+template <class T>
+DEVICE void multiply_b(float (&d)[4], const uint8_t* b, const uint32_t (&s)[4]) {
+  uint32_t upper[2], lower[2];
+  b += row_of_lane() * 32 + quarter_of_lane() * 8;
+  load_words(upper, b), load_words(lower, b + 256);
+  const uint32_t a[4] = {upper[0], lower[0], upper[1], lower[1]}, high[2] = {s[0], s[1]}, low[2] = {s[2], s[3]};
+  T::mma(d, a, high), T::mma(d, a, low);
+}
+
+// The columns of d summed, to sixteen rows.
+DEVICE void store_parts(float* parts, const float (&d)[4]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float sum = d[2 * i] + d[2 * i + 1];
+    sum += as_float(shuffle_xor(as_bits(sum), 1));
+    sum += as_float(shuffle_xor(as_bits(sum), 2));
+    if (quarter_of_lane() == 0) parts[row_of_lane() + 8 * i] = sum;
+  }
+}
+
+// Sixteen rows of B, a lane half of one: `count` of its ranks are there.
+DEVICE void load_b(uint8_t* to, const uint16_t* from, int count, int rank) { load_piece(to + lane_index() * 16, from, count, rank % 8 == 0); }
+
+// A x of the pair: units are sixteen rows by a share of the columns, of which this block takes every `shrinks`-th.
 template <class P>
 struct PairsShrink {
-  using T = typename P::T;
-  PairsAdapter l;
-  const uint16_t* matrix = nullptr;  // null: nothing
-  uint32_t words[kHeldA][4];
+  const MarlinMoePairs& a;
+  const PairsDerived& d;
+  const PairsAdapter& l;
+  const uint16_t *matrix, *x;
+  uint8_t* steps;
+  int units, unit, step, rows, column;  // what is fetched next: of `rows` rows, this lane's first column
+  const uint16_t* from;
 
-  DEVICE int first(int row_block) const { return row_block * kWarps + warp_index(); }
-  // The pieces from column k on of what lies before `end`; no branch between loads, which would make them wait for each other.
-  DEVICE void fetch(const MarlinMoePairs& a, int unit, int k, int end) {
-    const uint16_t* row = matrix + (int64_t)(unit / a.shares) * a.k;
-#pragma unroll
-    for (int i = 0; i < kHeldA; i++) {
-      const int at = k + i * kShrinkStep + lane_index() * 8;
-      load_words(words[i], row + (at < end ? at : k));
+  DEVICE PairsShrink(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, uint8_t* steps, int pair, int row_block, int expert)
+      : a(a), d(d), l(l), matrix(l.matrix(a.a, expert)), x((const uint16_t*)a.x + (int64_t)(pair / a.top_k) * a.k), steps(steps), unit(row_block), step(0) {
+    units = row_block < d.shrinks ? sixteens(l.rank) * (1 + l.split) * kShares : 0;
+    enter();
+  }
+  DEVICE void enter() {
+    const int tile = unit / kShares, half = tile >= sixteens(l.rank), first = (tile - half * sixteens(l.rank)) * 16;
+    rows = unit < units ? l.rank - first : 0, column = unit % kShares * d.columns + quarter_of_lane() * 8;
+    from = matrix + (int64_t)(half * l.rank + first + row_of_lane()) * a.k + column;
+  }
+  DEVICE void fetch(int slot) {
+    uint8_t* to = steps + slot * kStepBytes + lane_index() * 16;
+    const bool inside = column < a.k;
+    cp16(to, from, inside && row_of_lane() < rows), cp16(to + 512, from + 8 * a.k, inside && row_of_lane() + 8 < rows);
+    if (lane_index() < 4) cp16(to + 1024, x + column, inside && rows > 0);
+    from += 32, column += 32;
+    if (++step == d.columns / 32) step = 0, unit += d.shrinks, enter();
+  }
+  DEVICE void begin() {  // all but the last step's commit
+    if (units == 0) return;
+#pragma unroll 1
+    for (int i = 0; i < kSteps; i++) {
+      if (i > 0) cp_commit();
+      fetch(i);
     }
   }
-  DEVICE void begin(const MarlinMoePairs& a, const PairsDerived& d, int row_block, int expert) {
-    if (expert < 0 || row_block >= d.shrinks || l.rank == 0) return;
-    matrix = l.matrix(a.a, expert);
-    const int unit = first(row_block), k = unit % a.shares * d.columns;
-    if (unit < l.rank * (1 + l.split) * a.shares && k < a.k) fetch(a, unit, k, k + d.columns < a.k ? k + d.columns : a.k);
-  }
-  DEVICE void run(const MarlinMoePairs& a, const PairsDerived& d, int pair, int row_block) {
-    if (matrix == nullptr) return;
-    const uint16_t* x = (const uint16_t*)a.x + (int64_t)(pair / a.top_k) * a.k;
-    for (int unit = first(row_block); unit < l.rank * (1 + l.split) * a.shares; unit += d.shrinks * kWarps) {
-      const int from = unit % a.shares * d.columns, end = from + d.columns < a.k ? from + d.columns : a.k;
-      float sum = 0.f;
-      for (int k = from; k < end; k += kHeldA * kShrinkStep) {
-        if (unit > first(row_block) || k > from) fetch(a, unit, k, end);
-#pragma unroll
-        for (int half = 0; half < kHeldA; half += kHeldA / 2) {
-          uint32_t values[kHeldA / 2][4];
-#pragma unroll
-          for (int i = 0; i < kHeldA / 2; i++) {
-            const int at = k + (half + i) * kShrinkStep + lane_index() * 8;
-            load_words(values[i], x + (at < end ? at : k));
-          }
-#pragma unroll
-          for (int i = 0; i < kHeldA / 2; i++)
-            if (k + (half + i) * kShrinkStep + lane_index() * 8 < end)
-#pragma unroll
-              for (int j = 0; j < 4; j++) sum += T::low(words[half + i][j]) * T::low(values[i][j]) + T::high(words[half + i][j]) * T::high(values[i][j]);
-        }
+  DEVICE void run(int pair, int row_block) {
+    int slot = 0;
+    for (int done = row_block; done < units; done += d.shrinks) {
+      float sums[2][4] = {};
+      for (int i = 0; i < d.columns / 32; i++) {
+        cp_wait<kSteps - 1>();
+        sync_warp();
+        multiply_step<typename P::T>(sums, steps + slot * kStepBytes, steps + slot * kStepBytes + 1024);
+        sync_warp();
+        fetch(slot), cp_commit();
+        slot = slot + 1 == kSteps ? 0 : slot + 1;
       }
-      sum = warp_total(sum);
-      if (lane_index() == 0) store_relaxed(a.s + (int64_t)pair * a.width * a.shares + unit, sum * l.scaling);
+      float* s = a.s + ((int64_t)pair * kShares + done % kShares) * a.width + done / kShares * 16;
+      if (row_of_sum() >= 0) store_relaxed(s + row_of_sum(), sum_of_row(sums) * l.scaling);
     }
   }
 };
 
-// B s: a piece is eight ranks of a row of B for one pair. The threads of a row take its pieces in turn, each through places of its own in shared memory.
+// gate_up: s of the pair as factors, each value once it is there.
+template <class T>
+DEVICE void collect_s(const MarlinMoePairs& a, const PairsAdapter& l, int pair, uint8_t* low) {
+  const float* s = a.s + ((int64_t)pair * kShares + row_of_lane()) * a.width + quarter_of_lane() * 4;
+  for (int tile = 0; tile < sixteens(l.rank) * (1 + l.split); tile++) {
+    float values[4];
+    const float* missing;
+    do {
+      missing = nullptr;
+      load_floats_relaxed(values, s + tile * 16);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (as_bits(values[i]) == kNotThere) missing = s + tile * 16 + i;
+      if (missing) look_again(missing);
+    } while (missing);
+    uint32_t words[4];
+    split_s<T>(words, values);
+    store_words(low + tile * 512 + lane_index() * 16, words);
+  }
+}
+
+// gate_up's B s: sixteen rows of the gate, then of the up half, each by sixteens of ranks.
 template <class P>
 struct PairsExpand {
   const MarlinMoePairs& a;
   const PairsDerived& d;
-  int owner, row_block;
-  const PairsShared& shared;
+  const PairsAdapter& l;
+  const uint16_t* matrix;
+  int row_block, ranks, all;
 
-  struct Piece {
-    int local, part;  // row of the block; piece of it
-  };
-  DEVICE static int pieces(const MarlinMoePairs& a, int rank) { return (P::kDown ? a.top_k : 1) * ((rank + 7) / 8); }
-  DEVICE Piece begin() const { return {thread_index() / d.lanes, thread_index() % d.lanes}; }
-  DEVICE Piece after(Piece piece, int rank) const {  // the same number for all threads of a row
-    piece.part += d.lanes;
-    if (piece.part - thread_index() % d.lanes >= pieces(a, rank)) piece = {piece.local + kSharers / d.lanes, thread_index() % d.lanes};
-    return piece;
-  }
-  DEVICE uint8_t* place(int i) const { return shared.b + (i * kSharers + thread_index()) * 16; }
-  DEVICE bool up(int local) const { return !P::kDown && local >= d.rows / 2; }
-  DEVICE int row_of(int local) const {  // of the weight; a.rows: padding
-    const int column = row_block * (P::kDown ? d.rows : d.rows / 2) + (up(local) ? local - d.rows / 2 : local), half = a.rows / 2;
-    return column >= (P::kDown ? a.rows : half) ? a.rows : up(local) ? half + column : column;
-  }
-  DEVICE void fetch(const PairsAdapter& l, Piece piece) const {
-    const int of_pair = (l.rank + 7) / 8;
+  DEVICE PairsExpand(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, int row_block, int expert)
+      : a(a), d(d), l(l), matrix(l.matrix(a.b, expert)), row_block(row_block), ranks(sixteens(l.rank)), all(2 * d.units * ranks) {}
+  DEVICE void fetch(uint8_t* b, int first) const {
+    int tile = first / ranks, rank = (first - tile * ranks) * 16 + lane_index() % 2 * 8;
 #pragma unroll 1
-    for (int i = 0; i < kHeldB && piece.local < d.rows; i++, piece = after(piece, l.rank)) {
-      const int j = P::kDown ? piece.part / of_pair : 0, rank = (piece.part - j * of_pair) * 8, row = row_of(piece.local);
-      const int expert = piece.part < pieces(a, l.rank) ? expert_of<P>(a, owner, j) : -1;
-      const bool present = row < a.rows && expert >= 0;
-      load_piece(place(i), l.matrix(a.b, present ? expert : 0) + (int64_t)(present ? row : 0) * l.rank + (present ? rank : 0), present ? l.rank - rank : 0, l.rank % 8 == 0);
+    for (int i = 0; i < d.held_b && first + i < all; i++) {
+      const bool up = tile >= d.units;
+      const int column = (row_block * d.units + tile - (up ? d.units : 0)) * 16 + lane_index() / 2, half = a.rows / 2;
+      load_b(b + i * kBBytes, matrix + (int64_t)(up ? half + column : column) * l.rank + rank, column < half ? l.rank - rank : 0, l.rank);
+      if ((rank += 16) >= ranks * 16) rank = lane_index() % 2 * 8, tile++;
     }
   }
-  // parts[row] = B s; the first pieces are there.
-  DEVICE void run(int slot, int rank, int split) const {
-    const int of_pair = (rank + 7) / 8;
-    float sum = 0.f;
-    for (Piece piece = begin(); piece.local < d.rows;) {
-#pragma unroll 1
-      for (int i = 0; i < kHeldB && piece.local < d.rows; i++) {
-        const int j = P::kDown ? piece.part / of_pair : 0, first = (piece.part - j * of_pair) * 8;
-        const float* low = shared.s + j * rank + (up(piece.local) ? split * rank : 0) + first;
-        uint32_t b[4];
-        load_words(b, place(i));
-        if (piece.part < pieces(a, rank)) {
-#pragma unroll
-          for (int r = 0; r < 8; r++)
-            if (first + r < rank) sum += low[r] * (r % 2 ? P::T::high(b[r / 2]) : P::T::low(b[r / 2]));
-        }
-        const Piece next = after(piece, rank);
-        if (next.local != piece.local) {
-          for (int mask = 1; mask < d.lanes; mask *= 2) sum += as_float(shuffle_xor(as_bits(sum), mask));
-          if (thread_index() % d.lanes == 0) shared.parts[piece.local] = sum;
-          sum = 0.f;
-        }
-        piece = next;
+  DEVICE void run(uint8_t* b, const uint8_t* low, float* parts) const {
+    int tile = 0, rank = 0;
+    float sums[4] = {};
+    for (int first = 0; first < all; first += d.held_b) {
+      if (first > 0) {
+        sync_warp();
+        fetch(b, first), cp_commit();
       }
-      if (piece.local < d.rows) {
-        PairsAdapter l;
-        l.find(a.b, slot), fetch(l, piece), cp_commit(), cp_wait<0>();
+      cp_wait<0>();
+      sync_warp();
+      for (int i = 0; i < d.held_b && first + i < all; i++) {
+        uint32_t s[4];
+        load_words(s, low + ((tile >= d.units && l.split ? ranks : 0) + rank) * 512 + lane_index() * 16);
+        multiply_b<typename P::T>(sums, b + i * kBBytes, s);
+        if (++rank < ranks) continue;
+        store_parts(parts + tile * 16, sums);
+        rank = 0, tile++;
+#pragma unroll
+        for (int j = 0; j < 4; j++) sums[j] = 0.f;
       }
     }
   }
 };
 
-// gate_up: s of the pair, each value once it is there.
-DEVICE void collect_s(const MarlinMoePairs& a, const PairsAdapter& l, int pair, float* s) {
-  for (int i = lane_index(); i < l.rank * (1 + l.split); i += 32) {
-    const float *from = a.s + ((int64_t)pair * a.width + i) * a.shares, *missing;
-    float sum;
-    do {
-      missing = nullptr, sum = 0.f;
-#pragma unroll 4
-      for (int share = 0; share < a.shares; share++) {
-        const float value = load_relaxed(from + share);
-        if (as_bits(value) == kNotThere) missing = from + share;
-        sum += value;
-      }
-      if (missing) look_again(missing);
-    } while (missing);
-    s[i] = sum;
-  }
-}
-
-// down: s of the token's pairs is the sum of what gate_up's blocks have left, which the warps that stream weights share.
+// What this block's part of the activation adds to A act: sixteen rows of A by 32 columns after another.
 template <class P>
-struct PairsSum {
-  int all, groups;  // values of s; shares of each
-  DEVICE PairsSum(const MarlinMoePairs& a, const PairsAdapter& l) : all(l.rank * a.top_k), groups(all > 0 && all < kSharers ? kSharers / all : 1) {}
-  DEVICE void share(const MarlinMoePairs& a, const PairsAdapter& l, int owner, float* shares) const {
-    for (int i = thread_index(); i < all * groups; i += kSharers) {
-      const int group = i / all, j = (i - group * all) / l.rank;
-      const float* part = a.s + (int64_t)(owner * a.top_k + j) * a.parts * a.width + (i - group * all - j * l.rank);
-      const int parts = expert_of<P>(a, owner, j) < 0 ? 0 : a.parts;
-      float sum = 0.f;
-      for (int first = group; first < parts; first += kHeldParts * groups) {
-        float values[kHeldParts];
-#pragma unroll
-        for (int b = 0; b < kHeldParts; b++) values[b] = first + b * groups < parts ? load_float_l2(part + (int64_t)(first + b * groups) * a.width) : 0.f;
-#pragma unroll
-        for (int b = 0; b < kHeldParts; b++) sum += values[b];
-      }
-      shares[i] = sum;
+struct PairsNext {
+  const MarlinMoePairs& a;
+  const PairsDerived& d;
+  const PairsAdapter& l;
+  const uint16_t* matrix;  // at the block's first column
+  int columns, all;        // of the block, without padding
+
+  DEVICE PairsNext(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, int row_block, int expert)
+      : a(a), d(d), l(l), matrix(l.matrix(a.next, expert) + row_block * (d.rows / 2)), columns(a.rows / 2 - row_block * (d.rows / 2)), all(sixteens(l.rank) * d.chunks) {}
+  DEVICE void fetch(uint8_t* next, int first) const {
+#pragma unroll 1
+    for (int i = 0; i < kHeldNext && first + i < all; i++) {
+      const int tile = (first + i) / d.chunks, row = tile * 16 + row_of_lane(), column = (first + i - tile * d.chunks) * 32 + quarter_of_lane() * 8;
+      const uint16_t* from = matrix + (int64_t)row * (a.rows / 2) + column;
+      const bool inside = column < columns && column < d.rows / 2;
+      uint8_t* to = next + i * kNextBytes + lane_index() * 16;
+      cp16(to, from, inside && row < l.rank), cp16(to + 512, from + 8 * (a.rows / 2), inside && row + 8 < l.rank);
     }
   }
-  DEVICE void finish(const MarlinMoePairs& a, const PairsAdapter& l, int owner, const float* shares, float* s) const {
-    for (int i = lane_index(); i < all; i += 32) {
-      float sum = 0.f;
-      for (int group = 0; group < groups; group++) sum += shares[group * all + i];
-      s[i] = sum * a.topk_weights[owner * a.top_k + i / l.rank];
+  DEVICE void run(uint8_t* next, const uint16_t* act, int owner, int row_block) const {
+    float* s = a.other_s + ((int64_t)owner * d.blocks + row_block) * a.next_width;
+    float sums[2][4] = {};
+    int tile = 0, chunk = 0;
+    for (int first = 0; first < all; first += kHeldNext) {
+      if (first > 0) fetch(next, first), cp_commit(), cp_wait<0>();
+      for (int i = 0; i < kHeldNext && first + i < all; i++) {
+        multiply_step<typename P::T>(sums, next + i * kNextBytes, (const uint8_t*)(act + chunk * 32));
+        if (++chunk < d.chunks) continue;
+        if (row_of_sum() >= 0) s[tile * 16 + row_of_sum()] = sum_of_row(sums) * l.scaling;
+        chunk = 0, tile++;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j / 4][j % 4] = 0.f;
+      }
     }
+  }
+};
+
+// The ninth warp of down: s of the token's pairs is the sum of what gate_up's blocks have left.
+template <class P>
+struct PairsDown {
+  static constexpr int kTiles = P::kHalf ? 1 : 2;  // sixteens of rows
+  const MarlinMoePairs& a;
+  const PairsDerived& d;
+  const PairsAdapter& l;
+  int owner, row_block, ranks, values, eights;  // sixteens of s of all pairs; eights of its parts
+
+  DEVICE PairsDown(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, int owner, int row_block)
+      : a(a), d(d), l(l), owner(owner), row_block(row_block), ranks(sixteens(l.rank)), values(a.top_k * ranks), eights((a.parts + 7) / 8) {}
+  DEVICE void fetch_b(uint8_t* b, int first) const {
+    int j = first / ranks, rank = (first - j * ranks) * 16 + lane_index() % 2 * 8;
+#pragma unroll 2
+    for (int i = 0; i < d.held_b / kTiles && first + i < values; i++) {
+      const int expert = expert_of<P>(a, owner, j);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile++) {
+        const int row = row_block * d.rows + tile * 16 + lane_index() / 2;
+        const bool present = row < a.rows && expert >= 0;
+        load_b(b + (i * kTiles + tile) * kBBytes, l.matrix(a.b, present ? expert : 0) + (int64_t)(present ? row : 0) * l.rank + (present ? rank : 0), present ? l.rank - rank : 0, l.rank);
+      }
+      if ((rank += 16) >= ranks * 16) rank = lane_index() % 2 * 8, j++;
+    }
+  }
+  DEVICE void fetch_parts(uint8_t* low, int first) const {
+    int value = first / eights, part = (first - value * eights) * 8 + row_of_lane();
+#pragma unroll 2
+    for (int i = 0; i < d.held_s && first + i < values * eights; i++) {
+      const int j = value / ranks, rank = (value - j * ranks) * 16 + quarter_of_lane() * 4;
+      const float* from = a.s + ((int64_t)(owner * a.top_k + j) * a.parts + part) * a.width + rank;
+      cp16(low + i * 512 + lane_index() * 16, from, part < a.parts && expert_of<P>(a, owner, j) >= 0);
+      if ((part += 8) >= eights * 8) part = row_of_lane(), value++;
+    }
+  }
+  DEVICE void run(uint8_t* b, uint8_t* low, float* parts) const {
+    float sums[kTiles][4] = {}, s[4] = {};
+    int value = 0, eight = 0, held = 0;  // held: values of B taken of those that are there
+    for (int first = 0; first < values * eights; first += d.held_s) {
+      if (first > 0) fetch_parts(low, first), cp_commit();
+      cp_wait<0>();
+      sync_warp();
+      const int end = values * eights - first;
+      for (int i = 0; i < d.held_s && i < end;) {
+        const int most = d.held_s - i < eights - eight ? d.held_s - i : eights - eight;
+#pragma unroll 4
+        for (int e = 0; e < most; e++) {
+          float more[4];
+          load_floats(more, (const float*)(low + (i + e) * 512 + lane_index() * 16));
+#pragma unroll
+          for (int r = 0; r < 4; r++) s[r] += more[r];
+        }
+        i += most, eight += most;
+        if (eight < eights) continue;
+        const float weight = a.topk_weights[owner * a.top_k + value / ranks];
+#pragma unroll
+        for (int r = 0; r < 4; r++) s[r] *= weight;
+        uint32_t words[4];
+        split_s<typename P::T>(words, s);
+        if (held == d.held_b / kTiles) {
+          sync_warp();
+          fetch_b(b, value), cp_commit(), cp_wait<0>();
+          sync_warp();
+          held = 0;
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) multiply_b<typename P::T>(sums[tile], b + (held * kTiles + tile) * kBBytes, words);
+        held++, value++, eight = 0;
+#pragma unroll
+        for (int r = 0; r < 4; r++) s[r] = 0.f;
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++) store_parts(parts + tile * 16, sums[tile]);
   }
 };
 
@@ -362,56 +489,9 @@ DEVICE void take_sums(float (&sums)[2][2][4], float (&rows)[4]) {
   for (int i = 0; i < 16; i++) sums[i / 8][i / 4 % 2][i % 4] = 0.f;
 }
 
-// What this block's part of the activation adds to A act: rows of A by warps in turn, two columns a word.
-template <class P>
-struct PairsNext {
-  PairsAdapter l;
-  const uint16_t* matrix = nullptr;  // at the block's first column; null: nothing
-  uint32_t held[kHeldNext];
-
-  DEVICE static int words(const PairsDerived& d) { return (d.rows / 4 + 31) / 32; }  // of a row, a lane's
-  DEVICE static int columns(const MarlinMoePairs& a, const PairsDerived& d, int row_block) {  // of the block, without padding
-    const int left = a.rows / 2 - row_block * (d.rows / 2);
-    return left < d.rows / 2 ? left : d.rows / 2;
-  }
-  DEVICE int row(const PairsDerived& d, int i) const { return warp_index() + i / words(d) * kWarps; }
-  DEVICE void begin(const MarlinMoePairs& a, const PairsDerived& d, int row_block, int expert) {
-    if (l.rank == 0 || expert < 0) return;
-    matrix = l.matrix(a.next, expert) + row_block * (d.rows / 2);
-    fetch(a, d, row_block, 0);
-  }
-  DEVICE void fetch(const MarlinMoePairs& a, const PairsDerived& d, int row_block, int first) {
-    const int end = columns(a, d, row_block);
-#pragma unroll
-    for (int i = 0; i < kHeldNext; i++) {
-      const int column = 2 * (lane_index() + 32 * ((first + i) % words(d)));
-      held[i] = row(d, first + i) < l.rank && column < end ? *(const uint32_t*)(matrix + (int64_t)row(d, first + i) * (a.rows / 2) + column) : 0;
-    }
-  }
-  DEVICE void run(const MarlinMoePairs& a, const PairsDerived& d, int owner, int row_block, const float* act) {
-    if (matrix == nullptr) return;
-    float* s = a.other_s + ((int64_t)owner * d.blocks + row_block) * a.next_width;
-    const int end = columns(a, d, row_block);
-    float sum = 0.f;
-    for (int first = 0; row(d, first) < l.rank; first += kHeldNext) {
-      if (first > 0) fetch(a, d, row_block, first);
-#pragma unroll
-      for (int i = 0; i < kHeldNext; i++) {
-        const int part = (first + i) % words(d), column = 2 * (lane_index() + 32 * part);
-        if (column < end) sum += P::T::low(held[i]) * act[column] + P::T::high(held[i]) * act[column + 1];
-        if (part + 1 < words(d)) continue;
-        sum = warp_total(sum);
-        if (lane_index() == 0 && row(d, first + i) < l.rank) s[row(d, first + i)] = sum * l.scaling;
-        sum = 0.f;
-      }
-    }
-  }
-};
-
 // A warp's share of the block's weights; its sums to shared memory.
 template <class P>
-DEVICE void stream_weights(const MarlinMoePairs& a, const PairsDerived& d, const PairsShared& shared, int owner, int row_block, PairsShrink<P>& shrink, const PairsExpand<P>& expand,
-                           const PairsAdapter& adapter) {
+DEVICE void stream_weights(const MarlinMoePairs& a, const PairsDerived& d, const PairsShared& shared, int owner, int row_block) {
   const int warp = warp_index(), lane = lane_index();
   Walk walk;
   int left, per_outer;
@@ -439,18 +519,11 @@ DEVICE void stream_weights(const MarlinMoePairs& a, const PairsDerived& d, const
   };
 #pragma unroll 1
   for (int i = 0; i < kRing; i++) load(i, true, !P::kDown), cp_commit();
-  if constexpr (!P::kDown) {
-    shrink.run(a, d, owner, row_block);
-  } else {
-    if (adapter.rank > 0) expand.fetch(adapter, expand.begin());
+  if constexpr (P::kDown) {
     wait_for_previous_kernel();
     ahead = walk, to_load = left;
 #pragma unroll 1
     for (int i = 0; i < kRing; i++) load(i, false, true), cp_commit();
-    if (a.slots) {
-      PairsSum<P>(a, adapter).share(a, adapter, owner, shared.shares);
-      sync_block();
-    }
   }
   float sums[2][2][4] = {}, rows[4], total[4] = {};
   const bool writes = lane % 4 == 0 && (!P::kHalf || lane < 16);
@@ -483,11 +556,11 @@ DEVICE void stream_weights(const MarlinMoePairs& a, const PairsDerived& d, const
 
 // The sum of all warps at a place of a row unit, and B s of that row.
 template <class P>
-DEVICE float row_sum(const MarlinMoePairs& a, const PairsShared& shared, int unit, int place, int local) {
+DEVICE float row_sum(const PairsShared& shared, int unit, int place, int local) {
   float sum = 0.f;
 #pragma unroll
   for (int w = 0; w < kWarps; w++) sum += shared.sums[(unit * kWarps + w) * 32 + place];
-  if (a.slots) sum += shared.parts[local];
+  if (P::kLora) sum += shared.parts[local];
   return sum;
 }
 
@@ -498,58 +571,66 @@ constexpr int kResidentPairs = 1;
 constexpr int kResidentPairs = 2;
 #endif
 
+// The ninth warp until weights are through: parts = B s.
 template <class P>
-KERNEL void __launch_bounds__(kThreads, kResidentPairs) pairs_gemm(MarlinMoePairs a, PairsDerived d) {
-  SMEM_DECL;
-  using T = typename P::T;
-  const PairsShared shared = carve_pairs<P>(a, d, smem_);
-  const int owner = (int)blockIdx.x / d.blocks, row_block = (int)blockIdx.x - owner * d.blocks, i = thread_index(), half = a.rows / 2, slot = slot_of<P>(a, owner);
-  const bool streams = warp_index() < kWarps;
-  PairsAdapter adapter, then;
-  PairsShrink<P> shrink;
-  PairsNext<P> next;
-  adapter.find(a.b, slot);
-  if constexpr (!P::kDown) {
-    if (!streams) then.find(a.then, slot);
-    else shrink.l.find(a.a, slot), next.l.find(a.next, slot);
+DEVICE void adapt(const MarlinMoePairs& a, const PairsDerived& d, const PairsShared& shared, int owner, int row_block, const PairsAdapter& next) {
+  const int slot = slot_of<P>(a, owner);
+  PairsAdapter l;
+  l.find(a.b, slot);
+  bool adapts = l.rank > 0;
+  if constexpr (P::kDown) {
+    const PairsDown<P> down(a, d, l, owner, row_block);
+    if (adapts) down.fetch_b(shared.b, 0);
     wait_for_previous_kernel();
-  }
-  allow_next_kernel();
-  const int expert = P::kDown ? 0 : expert_of<P>(a, owner, 0);
-  const PairsExpand<P> expand = {a, d, owner, row_block, shared};
-  if (streams) {
-    if constexpr (!P::kDown) {
-      shrink.begin(a, d, row_block, expert), next.begin(a, d, row_block, expert);
-      if (adapter.rank > 0 && expert >= 0) expand.fetch(adapter, expand.begin());
-    }
-    stream_weights<P>(a, d, shared, owner, row_block, shrink, expand, adapter);
-  } else if constexpr (P::kDown) {
+    if (adapts) down.fetch_parts(shared.low, 0);
+    cp_commit();
+    for (int at = (int)blockIdx.x * 32 + lane_index(); at < a.exchanged; at += (int)gridDim.x * 32) a.other_s[at] = as_float(kNotThere);
+    if (adapts) down.run(shared.b, shared.low, shared.parts);
+  } else {
+    PairsAdapter first, then;
+    first.find(a.a, slot), then.find(a.then, slot);
     wait_for_previous_kernel();
-    if (a.slots) {
-      for (int at = (int)blockIdx.x * 32 + lane_index(); at < a.exchanged; at += (int)gridDim.x * 32) a.other_s[at] = as_float(kNotThere);
-      sync_block();
-      PairsSum<P>(a, adapter).finish(a, adapter, owner, shared.shares, shared.s);
-    }
-  } else if (expert >= 0) {
-    if (then.rank > 0) {
+    const int expert = expert_of<P>(a, owner, 0);
+    adapts = adapts && expert >= 0;
+    PairsShrink<P> shrink(a, d, first, shared.a, owner, row_block, expert < 0 ? 0 : expert);
+    const PairsExpand<P> expand(a, d, l, row_block, expert < 0 ? 0 : expert);
+    if (adapts) shrink.begin(), expand.fetch(shared.b, 0);
+    if (next.rank > 0 && expert >= 0) PairsNext<P>(a, d, next, row_block, expert).fetch(shared.next, 0);
+    cp_commit();
+    if (then.rank > 0 && expert >= 0) {
       const uint8_t* matrix = (const uint8_t*)then.matrix(a.then, expert);
       for (int at = (row_block * 32 + lane_index()) * 128; at < a.k * then.rank * 2; at += d.blocks * 32 * 128) prefetch(matrix + at);
     }
-    if (adapter.rank > 0) collect_s(a, adapter, owner, shared.s);
+    if (adapts) shrink.run(owner, row_block), collect_s<typename P::T>(a, l, owner, shared.low), expand.run(shared.b, shared.low, shared.parts);
+    cp_wait<0>();
   }
-  cp_wait<0>();  // B, where a warp has no weights
+  for (int at = lane_index(); !adapts && at < d.rows; at += 32) shared.parts[at] = 0.f;
+}
+
+template <class P>
+KERNEL void __launch_bounds__(P::kThreads, kResidentPairs) pairs_gemm(MarlinMoePairs a, PairsDerived d) {
+  SMEM_DECL;
+  using T = typename P::T;
+  const PairsShared shared = carve_pairs<P>(d, smem_);
+  const int owner = (int)blockIdx.x / d.blocks, row_block = (int)blockIdx.x - owner * d.blocks, i = thread_index(), half = a.rows / 2;
+  PairsAdapter next;
+  if (P::kLora && warp_index() == kWarps) {
+    if (!P::kDown) next.find(a.next, slot_of<P>(a, owner));
+    allow_next_kernel();
+    adapt<P>(a, d, shared, owner, row_block, next);
+  } else {
+    if (!P::kDown) wait_for_previous_kernel();
+    allow_next_kernel();
+    stream_weights<P>(a, d, shared, owner, row_block);
+  }
+  const int expert = P::kDown ? 0 : expert_of<P>(a, owner, 0);
   sync_block();
-  if (a.slots) {
-    if (streams && adapter.rank > 0 && expert >= 0) expand.run(slot, adapter.rank, adapter.split);
-    else for (int at = i; streams && at < d.rows; at += kSharers) shared.parts[at] = 0.f;
-    sync_block();
-  }
 
   const uint16_t* bias = (const uint16_t*)a.bias;
   if constexpr (P::kDown) {
     const int row = row_block * d.rows + i;
     if (i >= d.rows || row >= a.rows) return;
-    float value = row_sum<P>(a, shared, 0, i, i);
+    float value = row_sum<P>(shared, 0, i, i);
     if (bias)
       for (int j = 0; j < a.top_k; j++) {
         const int chosen = expert_of<P>(a, owner, j);
@@ -558,16 +639,18 @@ KERNEL void __launch_bounds__(kThreads, kResidentPairs) pairs_gemm(MarlinMoePair
     ((uint16_t*)a.out)[(int64_t)owner * a.rows + row] = (uint16_t)T::pack(value, 0.f);
   } else {
     const int column = row_block * (d.rows / 2) + i, place = 4 * (i % 16 / 2) + i % 2;
+    uint32_t act = 0;
     if (i < d.rows / 2 && column < half && expert >= 0) {
-      float gate = row_sum<P>(a, shared, i / 16, place, i), up = row_sum<P>(a, shared, i / 16, place + 2, d.rows / 2 + i);
+      float gate = row_sum<P>(shared, i / 16, place, i), up = row_sum<P>(shared, i / 16, place + 2, d.rows / 2 + i);
       if (bias) gate += T::low(bias[(int64_t)expert * a.rows + column]), up += T::low(bias[(int64_t)expert * a.rows + half + column]);
-      const uint32_t act = T::pack(activate<false>(a, -1.4426950408889634f * a.alpha, gate, up), 0.f);
+      act = T::pack(activate<false>(a, -1.4426950408889634f * a.alpha, gate, up), 0.f);
       ((uint16_t*)a.out)[(int64_t)owner * half + column] = (uint16_t)act;
-      if (a.slots) shared.act[i] = T::low(act);
     }
-    if (a.slots == nullptr) return;
-    sync_block();
-    if (warp_index() < kWarps && expert >= 0) next.run(a, d, owner, row_block, shared.act);
+    if constexpr (P::kLora) {
+      if (i < 32 * d.chunks) shared.act[i] = (uint16_t)act;
+      sync_block();
+      if (warp_index() == kWarps && next.rank > 0 && expert >= 0) PairsNext<P>(a, d, next, row_block, expert).run(shared.next, shared.act, owner, row_block);
+    }
   }
 }
 
@@ -585,9 +668,9 @@ PairsDerived derive_pairs(const MarlinMoePairs& a, MarlinMoePairsPlan plan) {
   const int most = P::kDown ? ceil_div(a.top_k * d.steps, kWarps) : ceil_div(d.steps, kWarps) * d.units;  // stages of a warp
   d.ring_bytes = kWarps * (most < kRing ? most : kRing) * d.stage_bytes;
   d.rows = P::kHalf ? 16 : 32 * d.units;
-  d.lanes = 1;
-  while (2 * d.lanes * d.rows <= kSharers) d.lanes *= 2;
-  d.columns = a.slots && !P::kDown ? ceil_div(ceil_div(a.k, 8), a.shares) * 8 : 0;
+  d.columns = ceil_div(ceil_div(a.k, kShares), 32) * 32, d.chunks = ceil_div(d.rows, 64);
+  const int sixteens_b = a.width / 16 * (P::kDown ? a.top_k * d.rows / 16 : 2 * d.units), sixteens_s = a.width / 16 * (P::kDown ? a.top_k * ceil_div(a.parts, 8) : 1);
+  d.held_b = sixteens_b < kHeldB ? sixteens_b : kHeldB, d.held_s = P::kDown && sixteens_s > kHeldParts ? kHeldParts : sixteens_s;
   return d;
 }
 
@@ -595,16 +678,21 @@ template <class P>
 int launch_pairs(const MarlinMoePairs& a, MarlinMoePairsPlan plan, void* stream) {
   const PairsDerived d = derive_pairs<P>(a, plan);
   const int owners = a.tokens * (P::kDown ? 1 : a.top_k);
-  const Launch how = {(unsigned)(d.blocks * owners), (unsigned)kThreads, (size_t)carve_pairs<P>(a, d, (uint8_t*)1024).bytes, stream,
+  const Launch how = {(unsigned)(d.blocks * owners), (unsigned)P::kThreads, (size_t)carve_pairs<P>(d, (uint8_t*)1024).bytes, stream,
                       plan.overlap && can_overlap()};
   return launch_together(how, pairs_gemm<P>, a, d);
 }
 
+template <class F, bool LORA>
+int dispatch_pairs_kernel(const MarlinMoePairs& a, MarlinMoePairsPlan plan, void* stream) {
+  if (a.topk_weights == nullptr) return launch_pairs<Pairs<F, false, false, LORA>>(a, plan, stream);
+  if (plan.units > 0) return launch_pairs<Pairs<F, true, false, LORA>>(a, plan, stream);
+  return launch_pairs<Pairs<F, true, true, LORA>>(a, plan, stream);
+}
+
 template <class F>
 int dispatch_pairs(const MarlinMoePairs& a, MarlinMoePairsPlan plan, void* stream) {
-  if (a.topk_weights == nullptr) return launch_pairs<Pairs<F, false, false>>(a, plan, stream);
-  if (plan.units > 0) return launch_pairs<Pairs<F, true, false>>(a, plan, stream);
-  return launch_pairs<Pairs<F, true, true>>(a, plan, stream);
+  return a.slots ? dispatch_pairs_kernel<F, true>(a, plan, stream) : dispatch_pairs_kernel<F, false>(a, plan, stream);
 }
 
 template <int BITS>

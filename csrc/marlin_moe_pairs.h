@@ -25,10 +25,10 @@ struct MarlinMoePairs {
   void* out;                    // gate_up [tokens * top_k, rows / 2], where there is an expert; down [tokens, rows]
   const int32_t* slots;         // [tokens], or null: no adapters
   MarlinMoeTable a, b, next, then;  // of this projection, without A for down; gate_up: A and B of down
-  float* s;                     // gate_up [pairs, width, shares], all bits set before gate_up and after down; down [pairs, parts, width]
+  float* s;                     // gate_up [pairs, 8, width], in shares of A's columns, all bits set before gate_up and after down; down [pairs, parts, width]
   float* other_s;               // of the other one
-  int32_t num_slots, width, next_width;  // slots; rows that A may have, of this projection and of down
-  int32_t shares, exchanged;    // gate_up: of A's columns; down: values of gate_up's s
+  int32_t num_slots, width, next_width;  // slots; rows that A may have, in sixteens for each half, of this projection and of down
+  int32_t exchanged;            // down: values of gate_up's s
   int32_t parts;                // gate_up's blocks of a pair, for down
   int32_t experts, tokens, top_k;
   int32_t rows, k;              // logical widths of a weight: rows = 2I or H

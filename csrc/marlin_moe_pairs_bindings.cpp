@@ -49,10 +49,12 @@ void marlin_moe_pairs_op(Tensor x, Tensor packed, Tensor scales, std::optional<T
     a.slots = checked<const int32_t>(name, *slots, "slots", ScalarType::Int, device, tokens);
     a.b = table(b_pool, b_offset, b_stride, *rank, *scaling);
     a.b.split = checked<const int32_t>(name, *split, "split", ScalarType::Int, device, num_slots);
-    const Tensor &first = down ? *other_s : *s, &second = down ? *s : *other_s;  // [pairs, width, shares]; [pairs, parts, width]
-    STD_TORCH_CHECK(first.size(0) == pairs && second.size(0) == pairs, name, ": expected s of ", pairs, " pairs, got ", first.size(0), " and ", second.size(0));
-    a.num_slots = (int32_t)num_slots, a.exchanged = (int32_t)first.numel(), a.shares = (int32_t)first.size(2), a.parts = (int32_t)second.size(1);
-    a.width = (int32_t)(down ? second.size(2) : first.size(1)), a.next_width = (int32_t)second.size(2);
+    const Tensor &first = down ? *other_s : *s, &second = down ? *s : *other_s;  // [pairs, 8, width]; [pairs, parts, width]
+    STD_TORCH_CHECK(first.size(0) == pairs && second.size(0) == pairs && first.size(1) == 8 && first.size(2) % 16 == 0 && second.size(2) % 16 == 0, name,
+                    ": expected s [", pairs, ", 8, ..] and [", pairs, ", .., ..] of sixteens, got [", first.size(0), ", ", first.size(1), ", ", first.size(2), "] and [", second.size(0), ", ..,",
+                    second.size(2), "]");
+    a.num_slots = (int32_t)num_slots, a.exchanged = (int32_t)first.numel(), a.parts = (int32_t)second.size(1);
+    a.width = (int32_t)(down ? second.size(2) : first.size(2)), a.next_width = (int32_t)second.size(2);
     a.s = checked<float>(name, *s, "s", ScalarType::Float, device, 0), a.other_s = checked<float>(name, *other_s, "other_s", ScalarType::Float, device, 0);
     if (!down) {
       STD_TORCH_CHECK(next_rank && next_scaling && a.parts == (packed.size(1) + units - 1) / units, name, ": gate_up needs the tables of A and of the next A, and parts of its s for all blocks, got ",

@@ -8,12 +8,13 @@ s13 = scaling * A13 x is made in shares by each pair's first blocks, s2 = scalin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from sglang_lora_moe.lora.stacks import ExpertStacks
+from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import build, launch
@@ -29,14 +30,14 @@ define(
     "float shift, int units, int shrinks, bool overlap) -> ()"
 )
 
-MOST_SHRINKS, MOST_SHARES = 16, 4  # blocks that share a pair's A x and wait for each other; shares of A's columns
+MOST_SHRINKS, SHARES = 16, 8  # blocks that share a pair's A x and wait for each other; shares of A's columns
 MOST_UNITS, RESIDENT = 16, 2  # units of a block of gate_up; blocks that a multiprocessor holds
 
 
 @dataclass(frozen=True)
 class PairAdapters:
-    """A layer's adapters for tokens of these slots (int32 [M], -1 = none), and what its launches hand on, float32: s13 [P, width, shares of A's columns],
-    `empty_s` before and after the layer, s2 [P, gate_up's blocks of a pair, width]."""
+    """A layer's adapters for tokens of these slots (int32 [M], -1 = none), and what its launches hand on, float32: s13 [P, shares of A's columns, width],
+    `empty_s` before and after the layer, s2 [P, gate_up's blocks of a pair, width]. Widths are of ranks in sixteens."""
 
     stacks: ExpertStacks
     slots: torch.Tensor
@@ -47,12 +48,10 @@ class PairAdapters:
     @classmethod
     def allocate(cls, stacks: ExpertStacks, slots: torch.Tensor, spec: MoESpec, workspace: Workspace) -> PairAdapters:
         pairs, row_units, sms = slots.shape[0] * spec.top_k, padded_units(spec.w13_rows, spec.hidden_size, 2)[0], launch.multiprocessors(slots.device)
-        parts, width = -(-row_units // units_of(pairs, row_units, sms, False)), stacks.a13.shrink_width
-        shrinks = max(1, min(MOST_SHRINKS, parts, sms // 2))
-        shares = max(1, min(MOST_SHARES, 8 * shrinks // width))
-        s2 = workspace.get("lora.2.s", (pairs, parts, stacks.a2.shrink_width), torch.float32)
-        elements = 1 << max(12, (pairs * width * shares - 1).bit_length())
-        return cls(stacks, slots, _exchange(elements, slots.device)[: pairs * width * shares].view(pairs, width, shares), s2, shrinks)
+        parts, shape = -(-row_units // units_of(pairs, row_units, sms, False)), (pairs, SHARES, _sixteens(stacks.a13))
+        s2 = workspace.get("lora.2.s", (pairs, parts, _sixteens(stacks.a2)), torch.float32)
+        elements = 1 << max(12, (math.prod(shape) - 1).bit_length())
+        return cls(stacks, slots, _exchange(elements, slots.device)[: math.prod(shape)].view(shape), s2, max(1, min(MOST_SHRINKS, parts, sms // 2)))
 
     def arguments(self, down: bool) -> tuple[torch.Tensor | None, ...]:
         s = self.stacks
@@ -62,6 +61,10 @@ class PairAdapters:
         first = (s.a13.pool, s.a13.offset, s.a13.expert_stride, s.b13.pool, s.b13.offset, s.b13.expert_stride, s.b13.rank, s.b13.split_a, s.b13.scaling)
         second = (s.a2.pool, s.a2.offset, s.a2.expert_stride, s.a2.rank, s.b2.scaling, s.b2.pool, s.b2.offset, s.b2.expert_stride)
         return (self.slots, *first, *second, self.s13, self.s2)
+
+
+def _sixteens(a: Stack) -> int:
+    return -(-a.max_rank // 16) * 16 * (2 if a.may_split else 1)
 
 
 @lru_cache(maxsize=64)

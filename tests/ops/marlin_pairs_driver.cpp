@@ -8,7 +8,7 @@ namespace {
 
 struct Case {
   int32_t order_seed, experts, tokens, top_k, rows, k, row_units, k_units, groups, group_size, bits, is_bf16, has_zeros, has_bias, down, has_slots, num_slots, width, next_width, parts,
-      shares, units, shrinks;
+      units, shrinks;
   float alpha, cubic, limit, shift;
   int64_t a_pool, b_pool, next_pool, then_pool;
 };
@@ -44,14 +44,14 @@ int main() {
   const auto next_rank = read<int32_t>(c.next_pool ? slots : 0);
   const auto next_scaling = read<float>(c.next_pool ? slots : 0);
   const Table then(c.then_pool, slots);
-  const int64_t first = pairs * c.width * c.shares, second = pairs * c.parts * c.next_width;
+  const int64_t first = pairs * c.width * 8, second = pairs * c.parts * c.next_width;
   auto s = read<float>(c.down ? second : first), other_s = read<float>(c.down ? first : second);
   std::vector<uint16_t> out(c.down ? (int64_t)c.tokens * c.rows : pairs * c.rows / 2, 0xCDCD);
   const MarlinMoePairs arguments = {
       x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr, ids.data(), c.down ? weights.data() : nullptr, out.data(),
       c.has_slots ? token_slots.data() : nullptr, a.with(rank.data(), split.data(), scaling.data()), b.with(rank.data(), split.data(), scaling.data()),
       next.with(next_rank.data(), nullptr, next_scaling.data()), then.with(next_rank.data(), nullptr, next_scaling.data()), s.data(), other_s.data(), c.num_slots,
-      c.down ? c.next_width : c.width, c.next_width, c.shares, (int32_t)first, c.parts, c.experts, c.tokens, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.alpha, c.cubic, c.limit, c.shift};
+      c.down ? c.next_width : c.width, c.next_width, (int32_t)first, c.parts, c.experts, c.tokens, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.alpha, c.cubic, c.limit, c.shift};
   const int error = marlin_moe_pairs(&arguments, {c.units, c.shrinks, 0}, nullptr);
   std::fwrite(out.data(), 2, out.size(), stdout);
   if (!s.empty()) std::fwrite(s.data(), 4, s.size(), stdout);

@@ -52,7 +52,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         nonlocal order
         order += 1
         first, second = (other_s, s) if topk_weights is not None else (s, other_s)
-        low = (0,) * 4 if slots is None else (first.shape[1], second.shape[2], second.shape[1], first.shape[2])
+        low = (0,) * 3 if slots is None else (first.shape[2], second.shape[2], second.shape[1])
         fields = (
             order % 4, packed.shape[0], *topk_ids.shape, rows, x.shape[1], *packed.shape[1:3], scales.shape[2], group_size, packed.shape[3] // 32,
             x.dtype == torch.bfloat16, zeros is not None, bias is not None, topk_weights is not None, slots is not None, 0 if rank is None else rank.numel(),
@@ -63,7 +63,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
             x, packed, scales, zeros, bias, topk_ids, topk_weights, slots, a_pool, a_offset, a_stride, b_pool, b_offset, b_stride, rank, split, scaling,
             next_pool, next_offset, next_stride, next_rank, next_scaling, then_pool, then_offset, then_stride, s, other_s,
         )  # fmt: skip
-        written = emulator.answer(driver, struct.pack("23i4f4q", *map(int, fields), alpha, cubic, limit, shift, *pools), *inputs)
+        written = emulator.answer(driver, struct.pack("22i4f4q", *map(int, fields), alpha, cubic, limit, shift, *pools), *inputs)
         where = 0
         for tensor in (out, s, other_s):
             if tensor is not None:
