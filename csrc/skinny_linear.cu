@@ -4,9 +4,10 @@
 //     copies of weights are under way before the kernel before this one is complete: they depend on nothing.
 //   * The tokens, brought in chunks of 64 columns, are wgmma's 64 rows, weights its columns: any multiple of eight rows of w fits, so that
 //     one wave of blocks fills the GPU; rows of absent tokens compute garbage that nobody reads.
-//   * Adapters: s = A x first. Eight rows of A of one adapter and 1,024 columns of them are one block's work, and in its registers before the
-//     tokens are known. The sums go to memory, where all blocks wait for those that they need: one wave holds all blocks. A sum that is there
-//     differs from kEmpty; the last block to have read all of its own makes s empty again.
+//   * Adapters: s = A x first. Eight rows of A of one adapter and 1,024 columns of them are one block's work, for eight tokens, and in its
+//     registers before the tokens are known. The sums go to memory, where all blocks wait for those that they need: one wave holds all blocks.
+//     A sum that is there differs from kEmpty; the last block to have read all of its own makes s empty again. Until then who has what to do is
+//     on the way of everything: tables are asked for by all warps at once, first of all, and what waits for s has its addresses in registers.
 //   * Then B s is more k of the same product: 16 columns of B of one adapter against 16 of s, zero for the tokens of others. B comes while the
 //     weights stream; the blocks of a cluster share these columns too.
 //   * Blocks leave their sums in shared memory, and each adds up and writes a share of the output, in the order of the blocks.
@@ -30,14 +31,19 @@ constexpr int kEight = 8, kCut = 1024, kHeld = kCut / 128;  // rows and columns 
 constexpr uint32_t kEmpty = 0xffffffff;                     // a word of s: a NaN that no arithmetic makes
 constexpr int kEightSums = 3 * 32 * 2;                      // floats that three warps hand to the first
 constexpr int kMostParts = 4;                               // of a linear with adapters
+constexpr int kSixteenBits = 12;                            // of a word that counts sixteens, and eights above
 
-struct Piece {    // of an adapter's part: 16 columns of B that one product adds, or eight rows of a cut of A
-  int64_t place;  // of B(slot, part)[0, r0] or A(slot, part)[r0, 0] in the pool
+struct Sixteen {  // columns of B of one adapter's part, which one product adds
+  int64_t place;  // of B(slot, part)[0, r0] in the pool
   int32_t slot, part, rank, r0;
-  int32_t first, tokens;  // of the slot, in the order of slots
-  int32_t cut;
   int32_t from, to;  // rows of the part, counted from this block's first
   float scaling;
+};
+
+struct Eight {  // rows of a cut of A, for at most eight tokens of the slot
+  int64_t place;  // of A(slot, part)[r0, 0] in the pool
+  int32_t part, rank, r0, cut;
+  int32_t first, tokens;  // in the order of slots
 };
 
 HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -48,7 +54,8 @@ struct Layout {
   int w, low, barriers, eight_sums, list, total;  // offsets
   int sixteens, eights;               // most of a block
   int shift;                          // of splits
-  Divider pieces, blocks;             // rows / 8; of the grid
+  int blocks;                         // of the grid
+  Divider pieces, cuts;               // rows / 8; of A's columns
 };
 
 constexpr int kGroups = 64;  // most groups of chunks of w
@@ -63,9 +70,9 @@ inline Layout layout_of(const SkinnyLinear& a) {
   l.x_bytes = divide_up(a.m, 8) * 8 * 128;
   const int w_bytes = divide_up(l.chunks, a.group) * a.group * a.rows * 128, low_bytes = a.s ? kTokens * 128 + a.rows * 128 : 0;
   const int adapters = a.m < a.num_slots ? a.m : a.num_slots, blocks = divide_up(a.n, a.rows) * a.splits;
-  l.sixteens = divide_up(adapters * a.parts * divide_up(a.max_rank, 16), a.splits) + 1;
-  l.eights = divide_up(adapters * a.parts * divide_up(a.max_rank, kEight) * cuts_of(a), blocks);
-  const int list_bytes = a.s ? (l.sixteens + l.eights) * (int)sizeof(Piece) + a.num_slots * 4 + 16 + 2 * kEightSums * 4 : 0;
+  l.sixteens = divide_up(adapters * a.parts * divide_up(a.max_rank, 16), a.splits) + a.parts;
+  l.eights = divide_up((adapters + (a.m - adapters) / 8) * a.parts * divide_up(a.max_rank, kEight) * cuts_of(a), blocks);
+  const int list_bytes = a.s ? l.sixteens * (int)sizeof(Sixteen) + l.eights * (int)sizeof(Eight) + kMostParts * a.num_slots * 4 + 32 + 2 * kEightSums * 4 : 0;
   const int barriers = (kGroups + 2 * kStages + 2) * (int)sizeof(Barrier);
   l.stages = (kMostShared - w_bytes - low_bytes - list_bytes - barriers) / (l.x_bytes * a.group);
   const int groups = divide_up(l.chunks, a.group);
@@ -78,7 +85,7 @@ inline Layout layout_of(const SkinnyLinear& a) {
   l.list = l.eight_sums + (a.s ? 2 * kEightSums * 4 : 0);
   l.total = l.eight_sums + list_bytes;
   l.shift = a.splits == 8 ? 3 : a.splits / 2;
-  l.pieces = make_divider(a.rows / 8), l.blocks = make_divider(blocks);
+  l.blocks = blocks, l.pieces = make_divider(a.rows / 8), l.cuts = make_divider(cuts_of(a));
   const int sums = 2 * a.m * pitch_of(a.rows) * 4;
   if (l.total < l.w + kTokens * 128) l.total = l.w + kTokens * 128;
   if (l.total < l.w + sums) l.total = l.w + sums;
@@ -88,9 +95,10 @@ inline Layout layout_of(const SkinnyLinear& a) {
 struct Shared {
   uint8_t *x, *w, *low_s, *low_b;
   Barrier *w_full, *x_full, *x_empty, *low_full, *low_empty;
-  int32_t* count;            // sixteens and eights of this block
-  Piece *sixteens, *eights;
-  int32_t* runs;             // [num_slots]
+  int32_t* count;            // sixteens and eights of this block, then of each part
+  Sixteen* sixteens;
+  Eight* eights;
+  int32_t* runs;             // [parts, num_slots]
   float* eight_sums;         // [2, 3 warps, 32 lanes, 2]
   float* sums;               // over w, when it has been read
 };
@@ -101,7 +109,7 @@ DEVICE Shared carve(uint8_t* memory, const Layout& l) {
   s.low_s = memory + l.low, s.low_b = s.low_s + kTokens * 128;
   s.w_full = (Barrier*)(memory + l.barriers), s.x_full = s.w_full + kGroups, s.x_empty = s.x_full + kStages;
   s.low_full = s.x_empty + kStages, s.low_empty = s.low_full + 1;
-  s.count = (int32_t*)(memory + l.list), s.sixteens = (Piece*)(memory + l.list + 16), s.eights = s.sixteens + l.sixteens;
+  s.count = (int32_t*)(memory + l.list), s.sixteens = (Sixteen*)(memory + l.list + 32), s.eights = (Eight*)(s.sixteens + l.sixteens);
   s.runs = (int32_t*)(s.eights + l.eights);
   s.eight_sums = (float*)(memory + l.eight_sums);
   s.sums = (float*)s.w;
@@ -139,88 +147,130 @@ DEVICE void fetch_tokens(const SkinnyLinear& a, const TensorMap& x_map, const La
 
 // ---- adapters --------------------------------------------------------------------------------------------------------------------------
 
-// Where each slot's tokens are, in the order of slots: the first one above, how many below. One warp.
-DEVICE void find_runs(const SkinnyLinear& a, const Shared& shared) {
-  const int lane = lane_index();
-  int slot[2];
-  uint32_t begins[2];  // tokens whose slot differs from that of the one before
+// What a warp knows of its part before the kernel before is complete: a slot each lane, and the slots of the tokens.
+struct Known {
+  int rank, slot[2], before[2], from, to;
+  int64_t a_place, b_place;
+  float scaling;
+};
+
+DEVICE void know(const SkinnyLinear& a, int p, int slot, Known& k) {
+  const bool real = p < a.parts && slot < a.num_slots;
+  const int entry = p * a.part_stride + slot;
+  k.rank = real ? a.rank[entry] : 0, k.a_place = real ? a.a_offset[entry] : 0, k.b_place = real ? a.b_offset[entry] : 0, k.scaling = real ? a.scaling[entry] : 0.f;
+}
+
+DEVICE void know_tokens(const SkinnyLinear& a, const Part& part, int p, Known& k) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    const int i = 32 * h + lane;
-    slot[h] = i < a.m ? a.ordered[i] : -1;
-    begins[h] = warp_ballot(i < a.m && (i == 0 || slot[h] != a.ordered[i - 1]));
+    const int i = 32 * h + lane_index();
+    k.slot[h] = i < a.m ? a.ordered[i] : -1, k.before[h] = i < a.m && i > 0 ? a.ordered[i - 1] : -1;
   }
-  for (int i = lane; i < a.num_slots; i += 32) shared.runs[i] = 0;
+  k.from = p < a.parts ? a.starts[p] - part.n0 : 0, k.to = p < a.parts ? a.starts[p + 1] - part.n0 : 0;
+}
+
+// Where each slot's tokens are, in the order of slots: the first one above, how many below. One warp.
+DEVICE void find_runs(const SkinnyLinear& a, const Known& k, int32_t* runs) {
+  const int lane = lane_index();
+  uint32_t begins[2];  // tokens whose slot differs from that of the one before
+#pragma unroll
+  for (int h = 0; h < 2; h++) begins[h] = warp_ballot(32 * h + lane < a.m && (32 * h + lane == 0 || k.slot[h] != k.before[h]));
+#pragma unroll 1
+  for (int i = lane; i < a.num_slots; i += 32) runs[i] = 0;
   sync_warp();
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int i = 32 * h + lane;
     const uint32_t later = lane < 31 ? begins[h] >> (lane + 1) : 0u;
     const int end = later ? i + 1 + lowest_bit(later) : h == 0 && begins[1] ? 32 + lowest_bit(begins[1]) : a.m;
-    if (slot[h] >= 0 && (begins[h] >> lane & 1)) shared.runs[slot[h]] = i << 16 | (end - i);
+    if (k.slot[h] >= 0 && (begins[h] >> lane & 1)) runs[k.slot[h]] = i << 16 | (end - i);
   }
   sync_warp();
 }
 
-// What this block does of the step's adapters, in the order of slots: every splits-th of the sixteens that touch its rows, and its own of all eights.
-// One warp, a lane for each slot, so that no load waits for another.
-DEVICE void list_pieces(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part) {
-  const int cuts = cuts_of(a), lane = lane_index();
-  int eights = 0, sixteens = 0, from[kMostParts], to[kMostParts];
-  for (int begin = 0; begin < a.num_slots; begin += 32) {
-    const int slot = begin + lane;
-    int rank[kMostParts];
-    int64_t a_place[kMostParts], b_place[kMostParts];
-    float scaling[kMostParts];
-#pragma unroll
-    for (int p = 0; p < kMostParts; p++) {
-      const bool real = p < a.parts && slot < a.num_slots;
-      const int entry = p * a.part_stride + slot;
-      rank[p] = real ? a.rank[entry] : 0, a_place[p] = real ? a.a_offset[entry] : 0, b_place[p] = real ? a.b_offset[entry] : 0, scaling[p] = real ? a.scaling[entry] : 0.f;
-    }
-    if (begin == 0) {
-#pragma unroll
-      for (int p = 0; p < kMostParts; p++) from[p] = p < a.parts ? a.starts[p] - part.n0 : 0, to[p] = p < a.parts ? a.starts[p + 1] - part.n0 : 0;
-      find_runs(a, shared);
-    }
-    const int run = slot < a.num_slots ? shared.runs[slot] : 0, first = run >> 16, tokens = run & 0xffff;
-    int mine = 0;  // eights above, sixteens below
-#pragma unroll
-    for (int p = 0; p < kMostParts; p++) {
-      if (tokens == 0) rank[p] = 0;
-      mine += divide_up(rank[p], kEight) * cuts << 16 | (from[p] < a.rows && to[p] > 0 ? divide_up(rank[p], 16) : 0);
-    }
-    int sum = mine;
-#pragma unroll
-    for (int delta = 1; delta < 32; delta *= 2) {
-      const int others = (int)shuffle_up((uint32_t)sum, delta);
-      if (lane >= delta) sum += others;
-    }
-    int eight = eights + ((sum - mine) >> 16), sixteen = sixteens + ((sum - mine) & 0xffff);
-#pragma unroll
-    for (int p = 0; p < kMostParts; p++) {
-      const int end = eight + divide_up(rank[p], kEight) * cuts;
-      int turn = eight <= (int)blockIdx.x ? 0 : (eight - (int)blockIdx.x + (int)l.blocks.by - 1) / l.blocks;
-      for (int mine = (int)blockIdx.x + turn * (int)l.blocks.by; mine < end; mine += (int)l.blocks.by, turn++) {
-        const int r0 = (mine - eight) / cuts * kEight;
-        shared.eights[turn] = {a_place[p] + (int64_t)r0 * a.k, slot, p, rank[p], r0, first, tokens, (mine - eight) % cuts, 0, 0, 0.f};
-      }
-      eight = end;
-      if (from[p] >= a.rows || to[p] <= 0) continue;
-      for (int r0 = 0; r0 < rank[p]; r0 += 16, sixteen++)
-        if ((sixteen & (a.splits - 1)) == part.rank) shared.sixteens[sixteen >> l.shift] = {b_place[p] + r0, slot, p, rank[p], r0, first, tokens, 0, from[p], to[p], scaling[p]};
-    }
-    const int total = (int)shuffle((uint32_t)sum, 31);
-    eights += total >> 16, sixteens += total & 0xffff;
+// How many pieces of a lane's slot there are: eights above, sixteens that touch the block's rows below.
+DEVICE int count_pieces(const SkinnyLinear& a, const Known& k, int run, int cuts) {
+  const int tokens = run & 0xffff;
+  if (tokens == 0) return 0;
+  return divide_up(k.rank, kEight) * cuts * divide_up(tokens, 8) << kSixteenBits | (k.from < a.rows && k.to > 0 ? divide_up(k.rank, 16) : 0);
+}
+
+// The first sixteen of a part that is this block's: the parts that a block has rows of begin with different blocks, so that a token's are shared evenly.
+DEVICE int first_of(const SkinnyLinear& a, const Part& part, int p) { return (part.rank - p) & (a.splits - 1); }
+
+// Lists those of a lane's slot that are this block's: of eights and, of this part, sixteens so many come before. `place`: of the part's first sixteen.
+DEVICE void list_slot(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, const Known& k, int p, int slot, int run, int before, int place) {
+  const int cuts = l.cuts.by, eights = divide_up(k.rank, kEight), first = run >> 16, tokens = run & 0xffff;
+  if (tokens == 0) return;
+  const int eight = before >> kSixteenBits, end = eight + eights * cuts * divide_up(tokens, 8);
+#pragma unroll 1
+  for (int mine = (int)blockIdx.x, turn = 0; mine < end; mine += l.blocks, turn++) {
+    if (mine < eight) continue;
+    int rows = (mine - eight) / l.cuts, above = 0;
+    const int cut = mine - eight - rows * cuts;
+#pragma unroll 1
+    for (; rows >= eights; rows -= eights) above += 8;
+    shared.eights[turn] = {k.a_place + (int64_t)rows * kEight * a.k, p, k.rank, rows * kEight, cut, first + above, tokens - above};
   }
-  if (lane == 0) {
-    shared.count[0] = (sixteens - part.rank + a.splits - 1) >> l.shift;
-    shared.count[1] = (eights - (int)blockIdx.x + (int)l.blocks.by - 1) / l.blocks;
+  if (k.from >= a.rows || k.to <= 0) return;
+  int sixteen = (before & ((1 << kSixteenBits) - 1)) - first_of(a, part, p);
+#pragma unroll 1
+  for (int r0 = 0; r0 < k.rank; r0 += 16, sixteen++)
+    if ((sixteen & (a.splits - 1)) == 0) shared.sixteens[place + (sixteen >> l.shift)] = {k.b_place + r0, slot, p, k.rank, r0, k.from, k.to, k.scaling};
+}
+
+// What this block does of the step's adapters, part by part in the order of slots: every splits-th of the sixteens that touch its rows, and its own of
+// all eights. A warp for each part, a lane for each slot, so that no load waits for another. `k`: of the first 32 slots.
+DEVICE void list_pieces(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, int p, Known& k) {
+  const int lane = lane_index();
+  int32_t* const runs = shared.runs + p * a.num_slots;
+  int run = 0, total = 0;
+  if (p < a.parts) {
+    find_runs(a, k, runs);
+    run = lane < a.num_slots ? runs[lane] : 0;
+    total = (int)warp_sum((uint32_t)count_pieces(a, k, run, l.cuts.by));
+#pragma unroll 1
+    for (int slot = lane + 32; slot - lane < a.num_slots; slot += 32) {
+      Known other = k;
+      know(a, p, slot, other);
+      total += (int)warp_sum((uint32_t)count_pieces(a, other, slot < a.num_slots ? runs[slot] : 0, l.cuts.by));
+    }
+  }
+  if (lane == 0) shared.count[2 + p] = total;
+  sync_warpgroup(1);
+  int before = 0, place = 0, sixteens = 0, all = 0;
+#pragma unroll
+  for (int i = 0; i < kMostParts; i++) {
+    const int of_part = shared.count[2 + i], own = ((of_part & ((1 << kSixteenBits) - 1)) - first_of(a, part, i) + a.splits - 1) >> l.shift;
+    if (i < p) before += of_part >> kSixteenBits << kSixteenBits, place += own;
+    sixteens += own, all += of_part >> kSixteenBits;
+  }
+  if (p < a.parts) {
+#pragma unroll 1
+    for (int slot = lane;;) {
+      const int mine = count_pieces(a, k, run, l.cuts.by);
+      int sum = mine;
+#pragma unroll
+      for (int delta = 1; delta < 32; delta *= 2) {
+        const int others = (int)shuffle_up((uint32_t)sum, delta);
+        if (lane >= delta) sum += others;
+      }
+      list_slot(a, l, shared, part, k, p, slot, run, before + sum - mine, place);
+      slot += 32;
+      if (slot - lane >= a.num_slots) break;
+      before += (int)shuffle((uint32_t)sum, 31);
+      know(a, p, slot, k), run = slot < a.num_slots ? runs[slot] : 0;
+    }
+  }
+  if (p == 0 && lane == 0) {
+    int eights = 0;
+    for (int mine = (int)blockIdx.x; mine < all; mine += l.blocks) eights++;
+    shared.count[0] = sixteens, shared.count[1] = eights;
   }
 }
 
 // Eight rows of a cut of A: a lane has row lane / 4, and of every fourth 32 columns the eight from 8 (lane % 4) on.
-DEVICE void hold_eight(const SkinnyLinear& a, const Piece& u, int warp, uint32_t (&held)[kHeld][4]) {
+DEVICE void hold_eight(const SkinnyLinear& a, const Eight& u, int warp, uint32_t (&held)[kHeld][4]) {
   const int row = lane_index() / 4, column = u.cut * kCut + warp * 32 + lane_index() % 4 * 8;
   const uint16_t* const source = (const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column;
 #pragma unroll
@@ -234,112 +284,147 @@ DEVICE void hold_eight(const SkinnyLinear& a, const Piece& u, int warp, uint32_t
 // What does not fit before the wait is on its way to L2 meanwhile: further eights of this block, and its sixteens beyond the first chunk.
 DEVICE void prefetch_rest(const SkinnyLinear& a, const Shared& shared, int tid) {
   for (int index = tid + 8 * 16; index < shared.count[1] * 8 * 16; index += kPreparing) {  // 16 lines of 64 values in a row of a cut
-    const Piece& u = shared.eights[index >> 7];
+    const Eight& u = shared.eights[index >> 7];
     const int row = index >> 4 & 7, column = u.cut * kCut + (index & 15) * 64;
     if (u.r0 + row < u.rank && column < a.k) prefetch((const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column);
   }
   for (int i = kSixteens; i < shared.count[0]; i++) {
-    const Piece& u = shared.sixteens[i];
+    const Sixteen& u = shared.sixteens[i];
     for (int row = tid; row < a.rows; row += kPreparing)
       if (row >= u.from && row < u.to) prefetch((const uint16_t*)a.pool + u.place + (int64_t)(row - u.from) * u.rank);
   }
 }
 
-// This lane's of eight tokens of the slot; -1: there are fewer.
-DEVICE int token_of(const SkinnyLinear& a, const Piece& u, int first) {
-  const int i = first + lane_index() / 4;
-  return i < u.tokens ? a.order[u.first + i] : -1;
-}
+// This lane's of the tokens; -1: there are fewer.
+DEVICE int token_of(const SkinnyLinear& a, const Eight& u) { return lane_index() / 4 < u.tokens ? a.order[u.first + lane_index() / 4] : -1; }
 
-// Their products with the tokens of their slot, eight at a time, each warp over its columns; the first adds up. The order of the columns is the
-// lanes' own, the same on both sides.
+// Their products with the tokens, each warp over its columns; the first adds up. The order of the columns is the lanes' own, the same on both sides.
 template <class T>
-DEVICE void multiply_eight(const SkinnyLinear& a, const Shared& shared, const Piece& u, int warp, const uint32_t (&held)[kHeld][4], int token) {
+DEVICE void multiply_eight(const SkinnyLinear& a, float* sums, const Eight& u, int warp, const uint32_t (&held)[kHeld][4], int token) {
   const int q = lane_index() % 4, column = u.cut * kCut + warp * 32 + q * 8;
-  float* sums = shared.eight_sums;
-  for (int first = 0; first < u.tokens; first += 8) {
-    if (first > 0) token = token_of(a, u, first);
-    const uint16_t* const x = (const uint16_t*)a.x + token * a.k + column;
-    uint32_t row[kHeld][4];
+  const uint16_t* const x = (const uint16_t*)a.x + token * a.k + column;
+  uint32_t row[kHeld][4];
 #pragma unroll
-    for (int j = 0; j < kHeld; j++) {
+  for (int j = 0; j < kHeld; j++) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) row[j][e] = 0;
-      if (column + j * 128 < a.k && token >= 0) load_words_l2(row[j], x + j * 128);
-    }
-    float d[2][4] = {};
-#pragma unroll
-    for (int j = 0; j < kHeld; j++)
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        const uint32_t left[4] = {row[j][2 * k], 0, row[j][2 * k + 1], 0}, right[2] = {held[j][2 * k], held[j][2 * k + 1]};
-        T::mma(d[k], left, right);
-      }
-    float sum[2] = {d[0][0] + d[1][0], d[0][1] + d[1][1]};
-    if (warp > 0) store_pair(sums + ((warp - 1) * 32 + lane_index()) * 2, sum);
-    sync_warpgroup(1);
-    if (warp == 0 && token >= 0) {
-#pragma unroll
-      for (int other = 0; other < 3; other++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) sum[e] += sums[(other * 32 + lane_index()) * 2 + e];
-      float* const target = a.s + ((u.cut * a.m + token) * a.parts + u.part) * a.width + u.r0 + 2 * q;
-#pragma unroll
-      for (int e = 0; e < 2; e++)
-        if (u.r0 + 2 * q + e < u.rank) store_relaxed(target + e, sum[e]);
-    }
-    sums = sums == shared.eight_sums ? sums + kEightSums : shared.eight_sums;  // the next may be written while these are read
+    for (int e = 0; e < 4; e++) row[j][e] = 0;
+    if (column + j * 128 < a.k && token >= 0) load_words_l2(row[j], x + j * 128);
   }
+  float d[2][4] = {};
+#pragma unroll
+  for (int j = 0; j < kHeld; j++)
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const uint32_t left[4] = {row[j][2 * k], 0, row[j][2 * k + 1], 0}, right[2] = {held[j][2 * k], held[j][2 * k + 1]};
+      T::mma(d[k], left, right);
+    }
+  float sum[2] = {d[0][0] + d[1][0], d[0][1] + d[1][1]};
+  if (warp > 0) store_pair(sums + ((warp - 1) * 32 + lane_index()) * 2, sum);
+  sync_warpgroup(1);
+  if (warp > 0 || token < 0) return;
+#pragma unroll
+  for (int other = 0; other < 3; other++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) sum[e] += sums[(other * 32 + lane_index()) * 2 + e];
+  float* const target = a.s + ((u.cut * a.m + token) * a.parts + u.part) * a.width + u.r0 + 2 * q;
+#pragma unroll
+  for (int e = 0; e < 2; e++)
+    if (u.r0 + 2 * q + e < u.rank) store_relaxed(target + e, sum[e]);
 }
 
-// Four values of s of a token from r on, summed over the cuts once all are there, those beyond the rank zero.
-DEVICE void load_s(const SkinnyLinear& a, float (&sum)[4], int token, const Piece& u, int r) {
-  const float* const s = a.s + ((int64_t)token * a.parts + u.part) * a.width + r;
+// Four ranks of a token's s, and where they are multiplied.
+struct Wanted {
+  const float* s;
+  int left;  // of the ranks that exist
+  float scaling;
+  uint8_t* target;
+};
+
+// The first of `list` from `next` on that is for this thread's ranks of the token; s null: there is none.
+DEVICE Wanted want(const SkinnyLinear& a, const Shared& shared, const Sixteen* list, int here, int& next, int slot, int row, int q) {
+  for (; slot >= 0 && next < here; next++) {
+    const Sixteen& u = list[next];
+    const int r = u.r0 + 4 * q;
+    if (u.slot != slot || r >= u.rank) continue;
+    return {a.s + ((int64_t)row * a.parts + u.part) * a.width + r, u.rank - r, u.scaling, piece_of(shared.low_s, row, 2 * next++ + (q >> 1)) + (q & 1) * 8};
+  }
+  return {};
+}
+
+// Adds up shares of s, at most four. Returns one that is not there yet.
+DEVICE const float* add_shares(const SkinnyLinear& a, float (&sum)[4], const float* s, int64_t apart, int shares, int left) {
+  float value[4][4] = {};
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    if (c >= shares) break;
+    if (a.width % 4 == 0) {
+      load_floats_relaxed(value[c], s + c * apart);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (i < left) value[c][i] = load_relaxed(s + c * apart + i);
+    }
+  }
+  const float* missing = nullptr;
+#pragma unroll
+  for (int c = 0; c < 4; c++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (c >= shares || i >= left) continue;
+      if (as_bits(value[c][i]) == kEmpty) missing = s + c * apart + i;
+      sum[i] += value[c][i];
+    }
+  return missing;
+}
+
+// s of this thread's tokens and ranks, once it is there, to where it is multiplied: four threads a token, each with four columns of a sixteen.
+template <class T>
+DEVICE void place_s(const SkinnyLinear& a, const Shared& shared, const Sixteen* list, int here, const int (&slot)[2], int tid) {
+  const int q = tid & 3, cuts = cuts_of(a);
   const int64_t apart = (int64_t)a.m * a.parts * a.width;
-  const float* missing;
-  do {
-    missing = nullptr;
+  int next[2] = {};
+  Wanted w[2];
 #pragma unroll
-    for (int i = 0; i < 4; i++) sum[i] = 0.f;
-#pragma unroll 4
-    for (int cut = 0; cut < cuts_of(a); cut++) {
-      float value[4] = {};
-      if (a.width % 4 == 0) {
-        load_floats_relaxed(value, s + cut * apart);
-      } else {
-        for (int i = 0; i < 4; i++)
-          if (r + i < u.rank) value[i] = load_relaxed(s + cut * apart + i);
-      }
+  for (int i = 0; i < 2; i++) w[i] = want(a, shared, list, here, next[i], slot[i], tid / 4 + 32 * i, q);
+  while (w[0].s || w[1].s) {
+    const float* missing = nullptr;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if (r + i >= u.rank) continue;
-        if (as_bits(value[i]) == kEmpty) missing = s + cut * apart + i;
-        sum[i] += value[i];
+    for (int i = 0; i < 2; i++) {
+      if (!w[i].s) continue;
+      float sum[4] = {};
+      const float* gone = nullptr;
+#pragma unroll 1
+      for (int cut = 0; cut < cuts && !gone; cut += 4) gone = add_shares(a, sum, w[i].s + cut * apart, apart, cuts - cut, w[i].left);
+      if (gone) {
+        missing = gone;
+        continue;
       }
+      store_words(w[i].target, T::pack(sum[0] * w[i].scaling, sum[1] * w[i].scaling), T::pack(sum[2] * w[i].scaling, sum[3] * w[i].scaling));
+      w[i] = want(a, shared, list, here, next[i], slot[i], tid / 4 + 32 * i, q);
     }
     if (missing) look_again(missing);
-  } while (missing);
+  }
 }
 
 // Returns to the first lane how many blocks had read their share of s before this one.
 template <class T>
-DEVICE uint32_t prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part) {
+DEVICE uint32_t prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, Known& known) {
   const int tid = thread_index() - kMultiplying, warp = uniform(tid / 32);
-  if (warp == 0) list_pieces(a, l, shared, part);
+  list_pieces(a, l, shared, part, warp, known);
   sync_warpgroup(1);
   const int count = shared.count[0], eights = uniform(shared.count[1]);
   prefetch_rest(a, shared, tid);
   uint32_t held[kHeld][4];
   int token = -1, slot[2];  // of the first eight; those of this thread's two tokens in s
-  if (eights > 0) hold_eight(a, shared.eights[0], warp, held), token = token_of(a, shared.eights[0], 0);
+  if (eights > 0) hold_eight(a, shared.eights[0], warp, held), token = token_of(a, shared.eights[0]);
 #pragma unroll
   for (int i = 0; i < 2; i++) slot[i] = tid / 4 + 32 * i < a.m ? a.slots[tid / 4 + 32 * i] : -1;
   for (int c = 0; c == 0 || c * kSixteens < count; c++) {
     const int here = count - c * kSixteens < kSixteens ? count - c * kSixteens : kSixteens;
-    const Piece* const list = shared.sixteens + c * kSixteens;
+    const Sixteen* const list = shared.sixteens + c * kSixteens;
     if (c > 0) barrier_wait(shared.low_empty, (c - 1) & 1);
     if (const int piece = tid & 7; piece >> 1 < here) {
-      const Piece& u = list[piece >> 1];
+      const Sixteen& u = list[piece >> 1];
       const int from = u.from, to = u.to, rank = u.rank, r = (piece & 1) * 8, columns = rank - u.r0 - r;
       const uint16_t* const b = (const uint16_t*)a.pool + u.place + r;
       for (int row = tid >> 3; row < a.rows; row += kPreparing / 8) {
@@ -354,22 +439,12 @@ DEVICE uint32_t prepare(const SkinnyLinear& a, const Layout& l, const Shared& sh
     if (c == 0) {
       wait_for_previous_kernel();
       for (int e = 0; e < eights; e++) {
-        if (e > 0) sync_warpgroup(1), hold_eight(a, shared.eights[e], warp, held), token = token_of(a, shared.eights[e], 0);
-        multiply_eight<T>(a, shared, shared.eights[e], warp, held, token);
+        if (e > 0) hold_eight(a, shared.eights[e], warp, held), token = token_of(a, shared.eights[e]);
+        multiply_eight<T>(a, shared.eight_sums + (e & 1) * kEightSums, shared.eights[e], warp, held, token);  // the next may be written while these are read
       }
     }
     sync_warpgroup(1);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {  // four threads a token, each with four columns of a sixteen
-      const int row = tid / 4 + 32 * i, q = tid & 3;
-      for (int j = 0; j < here && slot[i] >= 0; j++) {
-        const Piece& u = list[j];
-        if (u.slot != slot[i] || u.r0 + 4 * q >= u.rank) continue;
-        float sum[4];
-        load_s(a, sum, row, u, u.r0 + 4 * q);
-        store_words(piece_of(shared.low_s, row, 2 * j + (q >> 1)) + (q & 1) * 8, T::pack(sum[0] * u.scaling, sum[1] * u.scaling), T::pack(sum[2] * u.scaling, sum[3] * u.scaling));
-      }
-    }
+    place_s<T>(a, shared, list, here, slot, tid);
     publish_to_wgmma();
     barrier_arrive(shared.low_full);
     barrier_arrive_after_copies(shared.low_full);
@@ -479,14 +554,20 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
   part.chunks = (chunks * (part.rank + 1) >> l.shift) - part.first;
   if (thread_index() == kThreads - 32) {
     for (int i = 0; i * a.group < l.chunks; i++) barrier_init(&shared.w_full[i], 1);
+#pragma unroll 1
     for (int i = 0; i < l.stages; i++) barrier_init(&shared.x_full[i], 1), barrier_init(&shared.x_empty[i], kMultiplying / 32);
     barrier_init(shared.low_full, 2 * kPreparing), barrier_init(shared.low_empty, kMultiplying / 32);
     publish_barriers();
     fetch_weights(a, w_map, shared, part, 0, 1);
     prefetch_map(&x_map);
   }
-  sync_block();
   const int warp = uniform(warp_index());
+  Known known = {};
+  if (a.s && warp >= kMultiplying / 32 && warp < (kMultiplying + kPreparing) / 32) {
+    know(a, warp - kMultiplying / 32, lane_index(), known);
+    know_tokens(a, part, warp - kMultiplying / 32, known);
+  }
+  sync_block();
   float d[72];
   uint32_t readers = 0;
   if (warp < kMultiplying / 32) {
@@ -497,7 +578,7 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
 #undef CASE
     }
   } else if (warp < (kMultiplying + kPreparing) / 32) {
-    if (a.s) readers = prepare<T>(a, l, shared, part);
+    if (a.s) readers = prepare<T>(a, l, shared, part, known);
   } else if (warp == (kMultiplying + kPreparing) / 32) {
     if (lane_index() == 0) {
       wait_for_previous_kernel();
