@@ -85,7 +85,7 @@ class Parts:
     def with_only(self, dense: bool, experts: bool) -> float:
         """us of a step with only these adapters, in a graph of its own."""
         with only(self.linears, dense, experts):
-            self.graphs._capture_one(self.batch, True)
+            self.graphs._capture_one((self.batch, self.batch), True)
         self.restore()
         return self.replays(True)
 
@@ -197,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     overrides: dict[str, Any] = {"num_hidden_layers": args.layers} if args.layers else {}
     results = timing.Results(args.out, "engine_parts", KEYS, {"prompt": 32, **overrides}, commit=args.commit)
-    options = argparse.Namespace(**vars(args), eager=False, no_overlap=False, profile=False)
+    options = argparse.Namespace(**vars(args), eager=False, no_overlap=False, profile=False, one_engine=False)
     few = mock.patch.multiple(
         build, ladder=lambda most: sorted({*args.batches, 32}), prefill_ladder=lambda tokens, requests: [(256, 255), (512, 16), (2048, 16)]
     )
