@@ -1,5 +1,5 @@
 // The kernel of marlin_moe_pairs.h. Eight warps stream weights, each its share of k through a ring of its own; nothing but the end of a block needs a
-// barrier. With adapters, which are instances of their own, a ninth warp adds them beside it, on tensor cores and through shared memory alone.
+// barrier. With adapters, which are instances of their own, two more warps add them beside it, on tensor cores and through shared memory alone.
 //   * gate_up: a block is some row units of one pair, its eight warps divide k. down: a block is the 32 or 16 rows of a token that its warps
 //     multiply by all its experts, one after another, so that the router's weights are applied here too.
 //   * Products are m16n8k16 with x in every column; for 16 rows the two halves of a warp hold different k, and so do columns 0 and 1.
@@ -15,20 +15,22 @@
 
 namespace {
 
-constexpr int kWarps = 8, kSharers = 32 * kWarps, kRing = 4;
-constexpr int kShares = 8;                    // of A's columns: m16n8k16 has so many
-constexpr int kSteps = 8, kStepBytes = 1088;  // of A under way; of one, 32 columns of sixteen rows and of x
-constexpr int kHeldB = 16, kBBytes = 512;     // sixteens of B: of rows by ranks
+constexpr int kWarps = 8, kHelpers = 2, kSharers = 32 * kWarps, kRing = 4;
+constexpr int kShares = 8;                       // of A's columns: m16n8k16 has so many
+constexpr int kTurn = 128, kTurnBytes = 4352;    // columns of sixteen rows of A, and of x, that are asked for together
+constexpr int kFour = 4 * 512;                   // bytes of four sixteens of B, of rows by ranks, or of four pairs' s
+constexpr int kHeldB = 4;                        // such fours of gate_up's B under way
 constexpr int kHeldNext = 4, kNextBytes = 1024;  // of the second A, 16 rows by 32 columns
-constexpr int kHeldParts = 32;                // of A act under way: eights of blocks by sixteens of ranks
-constexpr uint32_t kNotThere = 0xffffffffu;   // a value of A x: no sum has these bits
+constexpr int kHeldParts = 8;                    // eights of gate_up's blocks whose parts of A act are under way
+constexpr int kBeside = 113 * 1024, kAlone = 116 * 1024;  // of a block of which a multiprocessor of sm_90 has two, and one
+constexpr uint32_t kNotThere = 0xffffffffu;      // a value of A x: no sum has these bits
 
 template <class F, bool DOWN, bool HALF, bool LORA>
 struct Pairs {
   using Codes = F;
   using T = typename F::Type;
   static constexpr bool kDown = DOWN, kHalf = HALF, kLora = LORA;
-  static constexpr int kThreads = kSharers + (LORA ? 32 : 0);
+  static constexpr int kThreads = kSharers + (LORA ? 32 * kHelpers : 0);
   static constexpr int kUnits = 16 / F::kBits, kUnitBytes = 128 * F::kBits, kWeightBytes = kUnits * kUnitBytes;
   static constexpr int kSpan = HALF ? 2 * kUnits : kUnits, kXBytes = 64 * kSpan;  // units of k of a stage
 };
@@ -41,9 +43,12 @@ struct PairsDerived {
   int group_shift, groups_log2, group_mask;  // as in Derived
   int stage_bytes, ring_bytes;               // of one stage; of all
   int rows;           // of a block
-  int columns;        // of a share of A, a multiple of 32
+  int columns;        // of a share of A, whole turns
+  int turns;          // of A under way, 2 or 4
   int chunks;         // gate_up: thirty-twos of the block's part of the activation
-  int held_b, held_s; // places in shared memory: of B; of s, or of its parts
+  int slots;          // down: fours of pairs that a helper has under way
+  int held_b;         // fours of B in shared memory
+  int low_bytes;      // of gate_up's s, or of the parts of four pairs' s of down
 };
 
 struct PairsShared {
@@ -60,11 +65,11 @@ HOST_DEVICE PairsShared carve_pairs(const PairsDerived& d, uint8_t* base) {
   s.ring = base;
   s.sums = (float*)(base + d.ring_bytes);
   s.a = (uint8_t*)(s.sums + d.units * kWarps * 32);
-  s.next = s.a + (first ? kSteps * kStepBytes : 0);
+  s.next = s.a + (first ? d.turns * kTurnBytes : 0);
   s.b = s.next + (first ? kHeldNext * kNextBytes : 0);
-  s.low = s.b + (P::kLora ? d.held_b * kBBytes : 0);
-  s.parts = (float*)(s.low + (P::kLora ? d.held_s * 512 : 0));
-  s.act = (uint16_t*)(s.parts + (P::kLora ? d.rows : 0));
+  s.low = s.b + (P::kLora ? d.held_b * kFour : 0);
+  s.parts = (float*)(s.low + (P::kLora ? (P::kDown ? kHelpers * d.slots : 1) * d.low_bytes : 0));
+  s.act = (uint16_t*)(s.parts + (P::kLora ? (P::kDown ? kHelpers : 1) * d.rows : 0));
   s.bytes = (int)((uint8_t*)(s.act + (first ? 32 * d.chunks : 0)) - base);
   return s;
 }
@@ -130,21 +135,25 @@ DEVICE void split_s(uint32_t (&words)[4], const float (&s)[4]) {
   }
 }
 
-// d += 16 rows by 16 ranks of B times s.
+// d += 16 rows by 16 ranks of B times s, by its two factors apart.
 template <class T>
-DEVICE void multiply_b(float (&d)[4], const uint8_t* b, const uint32_t (&s)[4]) {
+DEVICE void multiply_b(float (&d)[2][4], const uint8_t* b, const uint32_t (&s)[4]) {
   uint32_t upper[2], lower[2];
   b += row_of_lane() * 32 + quarter_of_lane() * 8;
   load_words(upper, b), load_words(lower, b + 256);
-  const uint32_t a[4] = {upper[0], lower[0], upper[1], lower[1]}, high[2] = {s[0], s[1]}, low[2] = {s[2], s[3]};
-  T::mma(d, a, high), T::mma(d, a, low);
+  const uint32_t a[4] = {upper[0], lower[0], upper[1], lower[1]};
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32_t factor[2] = {s[2 * i], s[2 * i + 1]};
+    T::mma(d[i], a, factor);
+  }
 }
 
 // The columns of d summed, to sixteen rows.
-DEVICE void store_parts(float* parts, const float (&d)[4]) {
+DEVICE void store_parts(float* parts, const float (&d)[2][4]) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    float sum = d[2 * i] + d[2 * i + 1];
+    float sum = (d[0][2 * i] + d[0][2 * i + 1]) + (d[1][2 * i] + d[1][2 * i + 1]);
     sum += as_float(shuffle_xor(as_bits(sum), 1));
     sum += as_float(shuffle_xor(as_bits(sum), 2));
     if (quarter_of_lane() == 0) parts[row_of_lane() + 8 * i] = sum;
@@ -154,54 +163,60 @@ DEVICE void store_parts(float* parts, const float (&d)[4]) {
 // Sixteen rows of B, a lane half of one: `count` of its ranks are there.
 DEVICE void load_b(uint8_t* to, const uint16_t* from, int count, int rank) { load_piece(to + lane_index() * 16, from, count, rank % 8 == 0); }
 
-// A x of the pair: units are sixteen rows by a share of the columns, of which this block takes every `shrinks`-th.
+// A x of the pair by the first helper: units are sixteen rows by a share of the columns, of which this block takes every `shrinks`-th.
 template <class P>
 struct PairsShrink {
   const MarlinMoePairs& a;
   const PairsDerived& d;
   const PairsAdapter& l;
   const uint16_t *matrix, *x;
-  uint8_t* steps;
-  int units, unit, step, rows, column;  // what is fetched next: of `rows` rows, this lane's first column
+  uint8_t* turns;
+  int units, unit, rows, column, end;  // what is fetched next: of `rows` rows, this lane's first column, of those before `end`
   const uint16_t* from;
 
-  DEVICE PairsShrink(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, uint8_t* steps, int pair, int row_block, int expert)
-      : a(a), d(d), l(l), matrix(l.matrix(a.a, expert)), x((const uint16_t*)a.x + (int64_t)(pair / a.top_k) * a.k), steps(steps), unit(row_block), step(0) {
+  DEVICE PairsShrink(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, uint8_t* turns, int pair, int row_block, int expert)
+      : a(a), d(d), l(l), matrix(l.matrix(a.a, expert)), x((const uint16_t*)a.x + (int64_t)(pair / a.top_k) * a.k), turns(turns), unit(row_block) {
     units = row_block < d.shrinks ? sixteens(l.rank) * (1 + l.split) * kShares : 0;
     enter();
   }
   DEVICE void enter() {
     const int tile = unit / kShares, half = tile >= sixteens(l.rank), first = (tile - half * sixteens(l.rank)) * 16;
-    rows = unit < units ? l.rank - first : 0, column = unit % kShares * d.columns + quarter_of_lane() * 8;
+    rows = l.rank - first, column = unit % kShares * d.columns, end = column + d.columns, column += quarter_of_lane() * 8;
     from = matrix + (int64_t)(half * l.rank + first + row_of_lane()) * a.k + column;
   }
-  DEVICE void fetch(int slot) {
-    uint8_t* to = steps + slot * kStepBytes + lane_index() * 16;
-    const bool inside = column < a.k;
-    cp16(to, from, inside && row_of_lane() < rows), cp16(to + 512, from + 8 * a.k, inside && row_of_lane() + 8 < rows);
-    if (lane_index() < 4) cp16(to + 1024, x + column, inside && rows > 0);
-    from += 32, column += 32;
-    if (++step == d.columns / 32) step = 0, unit += d.shrinks, enter();
+  DEVICE void fetch(int turn) {
+    if (unit >= units) return;
+    uint8_t* to = turns + turn * kTurnBytes + lane_index() * 16;
+#pragma unroll
+    for (int i = 0; i < kTurn / 32; i++) {
+      const bool inside = column + 32 * i < a.k;
+      cp16(to + i * 1024, from + 32 * i, inside && row_of_lane() < rows), cp16(to + i * 1024 + 512, from + 8 * a.k + 32 * i, inside && row_of_lane() + 8 < rows);
+    }
+    const int piece = column + (lane_index() - quarter_of_lane()) * 8;  // of x
+    if (lane_index() < kTurn / 8) cp16(to + kTurn / 32 * 1024, x + piece, piece < a.k);
+    from += kTurn, column += kTurn;
+    if (column >= end) unit += d.shrinks, enter();
   }
-  DEVICE void begin() {  // all but the last step's commit
-    if (units == 0) return;
-#pragma unroll 1
-    for (int i = 0; i < kSteps; i++) {
+  DEVICE void begin() {  // all but a commit
+    for (int i = 0; i < d.turns; i++) {
       if (i > 0) cp_commit();
       fetch(i);
     }
   }
   DEVICE void run(int pair, int row_block) {
-    int slot = 0;
+    int turn = 0;
     for (int done = row_block; done < units; done += d.shrinks) {
       float sums[2][4] = {};
-      for (int i = 0; i < d.columns / 32; i++) {
-        cp_wait<kSteps - 1>();
+      for (int i = 0; i < d.columns; i += kTurn) {
+        const uint8_t* there = turns + turn * kTurnBytes;
+        if (d.turns == 2) cp_wait<1>();
+        else cp_wait<3>();
         sync_warp();
-        multiply_step<typename P::T>(sums, steps + slot * kStepBytes, steps + slot * kStepBytes + 1024);
+#pragma unroll
+        for (int step = 0; step < kTurn / 32; step++) multiply_step<typename P::T>(sums, there + step * 1024, there + kTurn / 32 * 1024 + step * 64);
         sync_warp();
-        fetch(slot), cp_commit();
-        slot = slot + 1 == kSteps ? 0 : slot + 1;
+        fetch(turn), cp_commit();
+        turn = turn + 1 == d.turns ? 0 : turn + 1;
       }
       float* s = a.s + ((int64_t)pair * kShares + done % kShares) * a.width + done / kShares * 16;
       if (row_of_sum() >= 0) store_relaxed(s + row_of_sum(), sum_of_row(sums) * l.scaling);
@@ -230,47 +245,56 @@ DEVICE void collect_s(const MarlinMoePairs& a, const PairsAdapter& l, int pair, 
   }
 }
 
-// gate_up's B s: sixteen rows of the gate, then of the up half, each by sixteens of ranks.
+// gate_up's B s by the second helper: four times sixteen rows at once, of the gate, then of the up half, by sixteens of ranks.
 template <class P>
 struct PairsExpand {
   const MarlinMoePairs& a;
   const PairsDerived& d;
   const PairsAdapter& l;
   const uint16_t* matrix;
-  int row_block, ranks, all;
+  int row_block, ranks, tiles, tile, rank;  // sixteens of ranks, of rows; what is fetched next
 
   DEVICE PairsExpand(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, int row_block, int expert)
-      : a(a), d(d), l(l), matrix(l.matrix(a.b, expert)), row_block(row_block), ranks(sixteens(l.rank)), all(2 * d.units * ranks) {}
-  DEVICE void fetch(uint8_t* b, int first) const {
-    int tile = first / ranks, rank = (first - tile * ranks) * 16 + lane_index() % 2 * 8;
+      : a(a), d(d), l(l), matrix(l.matrix(a.b, expert)), row_block(row_block), ranks(sixteens(l.rank)), tiles(2 * d.units), tile(0), rank(0) {}
+  DEVICE void fetch(uint8_t* b) {
 #pragma unroll 1
-    for (int i = 0; i < d.held_b && first + i < all; i++) {
-      const bool up = tile >= d.units;
-      const int column = (row_block * d.units + tile - (up ? d.units : 0)) * 16 + lane_index() / 2, half = a.rows / 2;
-      load_b(b + i * kBBytes, matrix + (int64_t)(up ? half + column : column) * l.rank + rank, column < half ? l.rank - rank : 0, l.rank);
-      if ((rank += 16) >= ranks * 16) rank = lane_index() % 2 * 8, tile++;
+    for (int i = 0; i < d.held_b && tile < tiles; i++) {
+#pragma unroll
+      for (int t = 0; t < 4; t++) {
+        const bool up = tile + t >= d.units;
+        const int column = (row_block * d.units + tile + t - (up ? d.units : 0)) * 16 + lane_index() / 2, half = a.rows / 2, first = rank * 16 + lane_index() % 2 * 8;
+        load_b(b + i * kFour + t * 512, matrix + (int64_t)(up ? half + column : column) * l.rank + first, tile + t < tiles && column < half ? l.rank - first : 0, l.rank);
+      }
+      if (++rank == ranks) rank = 0, tile += 4;
     }
   }
-  DEVICE void run(uint8_t* b, const uint8_t* low, float* parts) const {
-    int tile = 0, rank = 0;
-    float sums[4] = {};
-    for (int first = 0; first < all; first += d.held_b) {
-      if (first > 0) {
-        sync_warp();
-        fetch(b, first), cp_commit();
-      }
+  DEVICE void run(uint8_t* b, const uint8_t* low, float* parts) {
+    float sums[4][2][4] = {};
+    for (int from = 0, g = 0; from < tiles;) {
       cp_wait<0>();
       sync_warp();
-      for (int i = 0; i < d.held_b && first + i < all; i++) {
-        uint32_t s[4];
-        load_words(s, low + ((tile >= d.units && l.split ? ranks : 0) + rank) * 512 + lane_index() * 16);
-        multiply_b<typename P::T>(sums, b + i * kBBytes, s);
-        if (++rank < ranks) continue;
-        store_parts(parts + tile * 16, sums);
-        rank = 0, tile++;
+      for (int i = 0; i < d.held_b && from < tiles; i++) {
+        uint32_t gate[4], up[4];
+        load_words(gate, low + g * 512 + lane_index() * 16), load_words(up, low + (l.split * ranks + g) * 512 + lane_index() * 16);
 #pragma unroll
-        for (int j = 0; j < 4; j++) sums[j] = 0.f;
+        for (int t = 0; t < 4; t++) {
+          uint32_t s[4];
+#pragma unroll
+          for (int j = 0; j < 4; j++) s[j] = from + t < d.units ? gate[j] : up[j];
+          multiply_b<typename P::T>(sums[t], b + i * kFour + t * 512, s);
+        }
+        if (++g < ranks) continue;
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+          if (from + t < tiles) store_parts(parts + (from + t) * 16, sums[t]);
+#pragma unroll
+          for (int j = 0; j < 8; j++) sums[t][j / 4][j % 4] = 0.f;
+        }
+        g = 0, from += 4;
       }
+      if (from >= tiles) break;
+      sync_warp();
+      fetch(b), cp_commit();
     }
   }
 };
@@ -314,80 +338,90 @@ struct PairsNext {
   }
 };
 
-// The ninth warp of down: s of the token's pairs is the sum of what gate_up's blocks have left.
+// A helper of down: every second four of the token's pairs, whose s is the sum of what gate_up's blocks have left, for sixteen ranks after another.
 template <class P>
 struct PairsDown {
   static constexpr int kTiles = P::kHalf ? 1 : 2;  // sixteens of rows
   const MarlinMoePairs& a;
   const PairsDerived& d;
   const PairsAdapter& l;
-  int owner, row_block, ranks, values, eights;  // sixteens of s of all pairs; eights of its parts
+  int owner, row_block, helper, fours, all, eights;  // fours of pairs; with all ranks; eights of parts
+  int four_step, eight_step;                         // which of both a helper takes: every second four, or where there is one, every second eight
+  int expert;                                        // a lane's pair's, and its weight
+  float weight;
+  uint8_t *b, *low;
 
-  DEVICE PairsDown(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, int owner, int row_block)
-      : a(a), d(d), l(l), owner(owner), row_block(row_block), ranks(sixteens(l.rank)), values(a.top_k * ranks), eights((a.parts + 7) / 8) {}
-  DEVICE void fetch_b(uint8_t* b, int first) const {
-    int j = first / ranks, rank = (first - j * ranks) * 16 + lane_index() % 2 * 8;
-#pragma unroll 2
-    for (int i = 0; i < d.held_b / kTiles && first + i < values; i++) {
-      const int expert = expert_of<P>(a, owner, j);
+  DEVICE PairsDown(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, const PairsShared& shared, int owner, int row_block, int expert, float weight)
+      : a(a), d(d), l(l), owner(owner), row_block(row_block), helper(warp_index() - kWarps), fours((a.top_k + 3) / 4), all(fours * sixteens(l.rank)), eights((a.parts + 7) / 8),
+        expert(expert), weight(weight) {
+    four_step = all == 1 ? 1 : kHelpers, eight_step = all == 1 ? kHelpers : 1;
+    b = shared.b + helper * d.slots * kTiles * kFour, low = shared.low + helper * d.slots * d.low_bytes;
+  }
+  DEVICE int four_of(int turn) const { return (all == 1 ? 0 : helper) + turn * four_step; }
+  DEVICE int first_eight() const { return all == 1 ? helper : 0; }
+  DEVICE uint8_t* low_of(int slot) const { return low + slot * d.low_bytes; }
+  DEVICE void fetch_b(int four, int slot) const {
+    if (four >= all) return;
+    const int g = four / fours, first = (four - g * fours) * 4, rank = g * 16 + lane_index() % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int chosen = (int)shuffle((uint32_t)expert, (first + i) % 32);
+      const uint16_t* matrix = l.matrix(a.b, chosen < 0 ? 0 : chosen);
 #pragma unroll
       for (int tile = 0; tile < kTiles; tile++) {
         const int row = row_block * d.rows + tile * 16 + lane_index() / 2;
-        const bool present = row < a.rows && expert >= 0;
-        load_b(b + (i * kTiles + tile) * kBBytes, l.matrix(a.b, present ? expert : 0) + (int64_t)(present ? row : 0) * l.rank + (present ? rank : 0), present ? l.rank - rank : 0, l.rank);
+        load_b(b + (slot * kTiles + tile) * kFour + i * 512, matrix + (int64_t)row * l.rank + rank, row < a.rows && chosen >= 0 ? l.rank - rank : 0, l.rank);
       }
-      if ((rank += 16) >= ranks * 16) rank = lane_index() % 2 * 8, j++;
     }
   }
-  DEVICE void fetch_parts(uint8_t* low, int first) const {
-    int value = first / eights, part = (first - value * eights) * 8 + row_of_lane();
-#pragma unroll 2
-    for (int i = 0; i < d.held_s && first + i < values * eights; i++) {
-      const int j = value / ranks, rank = (value - j * ranks) * 16 + quarter_of_lane() * 4;
-      const float* from = a.s + ((int64_t)(owner * a.top_k + j) * a.parts + part) * a.width + rank;
-      cp16(low + i * 512 + lane_index() * 16, from, part < a.parts && expert_of<P>(a, owner, j) >= 0);
-      if ((part += 8) >= eights * 8) part = row_of_lane(), value++;
-    }
+  DEVICE void fetch_parts(int four, int eight, int slot) const {
+    if (four >= all) return;
+    const int g = four / fours, first = (four - g * fours) * 4;
+    uint8_t* to = low_of(slot) + lane_index() * 16;
+    const float* from = a.s + ((int64_t)(owner * a.top_k + first) * a.parts + eight * 8 + row_of_lane()) * a.width + g * 16 + quarter_of_lane() * 4;
+    const uint32_t there = warp_ballot(expert >= 0) >> first;
+#pragma unroll 1
+    for (int i = 0; i < kHeldParts && eight < eights; i++, eight += eight_step, to += kFour, from += eight_step * 8 * a.width)
+#pragma unroll
+      for (int j = 0; j < 4; j++) cp16(to + j * 512, from + j * a.parts * a.width, (there >> j & 1) && eight * 8 + row_of_lane() < a.parts);
   }
-  DEVICE void run(uint8_t* b, uint8_t* low, float* parts) const {
-    float sums[kTiles][4] = {}, s[4] = {};
-    int value = 0, eight = 0, held = 0;  // held: values of B taken of those that are there
-    for (int first = 0; first < values * eights; first += d.held_s) {
-      if (first > 0) fetch_parts(low, first), cp_commit();
-      cp_wait<0>();
+  DEVICE void run(float* parts) const {
+    float sums[kTiles][2][4] = {};
+    int slot = 0;
+    for (int four = four_of(0); four < all; four += four_step) {
+      float s[4][4] = {};  // a lane's column and ranks, of what it has copied itself
+      if (d.slots == 1) cp_wait<0>();
+      else cp_wait<1>();
       sync_warp();
-      const int end = values * eights - first;
-      for (int i = 0; i < d.held_s && i < end;) {
-        const int most = d.held_s - i < eights - eight ? d.held_s - i : eights - eight;
-#pragma unroll 4
-        for (int e = 0; e < most; e++) {
-          float more[4];
-          load_floats(more, (const float*)(low + (i + e) * 512 + lane_index() * 16));
+      for (int eight = first_eight(); eight < eights; eight += kHeldParts * eight_step) {
+        if (eight >= kHeldParts * eight_step) fetch_parts(four, eight, slot), cp_commit(), cp_wait<0>();
+        const uint8_t* from = low_of(slot) + lane_index() * 16;
+        for (int i = 0; i < kHeldParts && eight + i * eight_step < eights; i++, from += kFour)
 #pragma unroll
-          for (int r = 0; r < 4; r++) s[r] += more[r];
-        }
-        i += most, eight += most;
-        if (eight < eights) continue;
-        const float weight = a.topk_weights[owner * a.top_k + value / ranks];
+          for (int j = 0; j < 4; j++) {
+            float more[4];
+            load_floats(more, (const float*)(from + j * 512));
 #pragma unroll
-        for (int r = 0; r < 4; r++) s[r] *= weight;
-        uint32_t words[4];
-        split_s<typename P::T>(words, s);
-        if (held == d.held_b / kTiles) {
-          sync_warp();
-          fetch_b(b, value), cp_commit(), cp_wait<0>();
-          sync_warp();
-          held = 0;
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) multiply_b<typename P::T>(sums[tile], b + (held * kTiles + tile) * kBBytes, words);
-        held++, value++, eight = 0;
-#pragma unroll
-        for (int r = 0; r < 4; r++) s[r] = 0.f;
+            for (int r = 0; r < 4; r++) s[j][r] += more[r];
+          }
       }
+      const int first = four % fours * 4;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float factor = as_float(shuffle(as_bits(weight), (first + j) % 32));
+#pragma unroll
+        for (int r = 0; r < 4; r++) s[j][r] *= factor;
+        uint32_t words[4];
+        split_s<typename P::T>(words, s[j]);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) multiply_b<typename P::T>(sums[tile], b + (slot * kTiles + tile) * kFour + j * 512, words);
+      }
+      sync_warp();
+      fetch_b(four + d.slots * four_step, slot), fetch_parts(four + d.slots * four_step, first_eight(), slot), cp_commit();
+      slot = slot + 1 == d.slots ? 0 : slot + 1;
     }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; tile++) store_parts(parts + tile * 16, sums[tile]);
+    for (int tile = 0; tile < kTiles; tile++) store_parts(parts + helper * d.rows + tile * 16, sums[tile]);
   }
 };
 
@@ -556,11 +590,12 @@ DEVICE void stream_weights(const MarlinMoePairs& a, const PairsDerived& d, const
 
 // The sum of all warps at a place of a row unit, and B s of that row.
 template <class P>
-DEVICE float row_sum(const PairsShared& shared, int unit, int place, int local) {
+DEVICE float row_sum(const PairsShared& shared, int rows, int unit, int place, int local) {
   float sum = 0.f;
 #pragma unroll
   for (int w = 0; w < kWarps; w++) sum += shared.sums[(unit * kWarps + w) * 32 + place];
   if (P::kLora) sum += shared.parts[local];
+  if (P::kLora && P::kDown) sum += shared.parts[rows + local];
   return sum;
 }
 
@@ -571,40 +606,47 @@ constexpr int kResidentPairs = 1;
 constexpr int kResidentPairs = 2;
 #endif
 
-// The ninth warp until weights are through: parts = B s.
+// A helper until weights are through: parts = B s. `next` is the second A's adapter for gate_up's first one.
 template <class P>
-DEVICE void adapt(const MarlinMoePairs& a, const PairsDerived& d, const PairsShared& shared, int owner, int row_block, const PairsAdapter& next) {
-  const int slot = slot_of<P>(a, owner);
+DEVICE void adapt(const MarlinMoePairs& a, const PairsDerived& d, const PairsShared& shared, int owner, int row_block, int slot, const PairsAdapter& next) {
+  const int helper = warp_index() - kWarps;
   PairsAdapter l;
-  l.find(a.b, slot);
-  bool adapts = l.rank > 0;
   if constexpr (P::kDown) {
-    const PairsDown<P> down(a, d, l, owner, row_block);
-    if (adapts) down.fetch_b(shared.b, 0);
+    const int lane = lane_index(), expert = lane < a.top_k ? expert_of<P>(a, owner, lane) : -1;
+    const float weight = lane < a.top_k ? a.topk_weights[owner * a.top_k + lane] : 0.f;
+    l.find(a.b, slot);
+    const PairsDown<P> down(a, d, l, shared, owner, row_block, expert, weight);
+    for (int i = 0; i < d.slots; i++) down.fetch_b(down.four_of(i), i);
     wait_for_previous_kernel();
-    if (adapts) down.fetch_parts(shared.low, 0);
-    cp_commit();
-    for (int at = (int)blockIdx.x * 32 + lane_index(); at < a.exchanged; at += (int)gridDim.x * 32) a.other_s[at] = as_float(kNotThere);
-    if (adapts) down.run(shared.b, shared.low, shared.parts);
-  } else {
-    PairsAdapter first, then;
-    first.find(a.a, slot), then.find(a.then, slot);
+    for (int i = 0; i < d.slots; i++) down.fetch_parts(down.four_of(i), down.first_eight(), i), cp_commit();
+    for (int at = ((int)blockIdx.x * kHelpers + helper) * 32 + lane_index(); at < a.exchanged; at += (int)gridDim.x * kHelpers * 32) a.other_s[at] = as_float(kNotThere);
+    down.run(shared.parts);
+  } else if (helper == 0) {
+    l.find(a.a, slot);
     wait_for_previous_kernel();
     const int expert = expert_of<P>(a, owner, 0);
-    adapts = adapts && expert >= 0;
-    PairsShrink<P> shrink(a, d, first, shared.a, owner, row_block, expert < 0 ? 0 : expert);
-    const PairsExpand<P> expand(a, d, l, row_block, expert < 0 ? 0 : expert);
-    if (adapts) shrink.begin(), expand.fetch(shared.b, 0);
-    if (next.rank > 0 && expert >= 0) PairsNext<P>(a, d, next, row_block, expert).fetch(shared.next, 0);
+    if (expert < 0) return;
+    PairsShrink<P> shrink(a, d, l, shared.a, owner, row_block, expert);
+    shrink.begin();
+    if (next.rank > 0) PairsNext<P>(a, d, next, row_block, expert).fetch(shared.next, 0);
     cp_commit();
+    shrink.run(owner, row_block);
+  } else {
+    PairsAdapter then;
+    l.find(a.b, slot), then.find(a.then, slot);
+    wait_for_previous_kernel();
+    const int expert = expert_of<P>(a, owner, 0);
+    const bool adapts = l.rank > 0 && expert >= 0;
+    PairsExpand<P> expand(a, d, l, row_block, expert < 0 ? 0 : expert);
+    if (adapts) expand.fetch(shared.b), cp_commit();
     if (then.rank > 0 && expert >= 0) {
       const uint8_t* matrix = (const uint8_t*)then.matrix(a.then, expert);
       for (int at = (row_block * 32 + lane_index()) * 128; at < a.k * then.rank * 2; at += d.blocks * 32 * 128) prefetch(matrix + at);
     }
-    if (adapts) shrink.run(owner, row_block), collect_s<typename P::T>(a, l, owner, shared.low), expand.run(shared.b, shared.low, shared.parts);
-    cp_wait<0>();
+    if (adapts) collect_s<typename P::T>(a, l, owner, shared.low), expand.run(shared.b, shared.low, shared.parts);
+    for (int at = lane_index(); !adapts && at < d.rows; at += 32) shared.parts[at] = 0.f;
   }
-  for (int at = lane_index(); !adapts && at < d.rows; at += 32) shared.parts[at] = 0.f;
+  cp_wait<0>();
 }
 
 template <class P>
@@ -614,10 +656,11 @@ KERNEL void __launch_bounds__(P::kThreads, kResidentPairs) pairs_gemm(MarlinMoeP
   const PairsShared shared = carve_pairs<P>(d, smem_);
   const int owner = (int)blockIdx.x / d.blocks, row_block = (int)blockIdx.x - owner * d.blocks, i = thread_index(), half = a.rows / 2;
   PairsAdapter next;
-  if (P::kLora && warp_index() == kWarps) {
-    if (!P::kDown) next.find(a.next, slot_of<P>(a, owner));
+  if (P::kLora && warp_index() >= kWarps) {
+    const int slot = slot_of<P>(a, owner);
+    if (!P::kDown && warp_index() == kWarps) next.find(a.next, slot);
     allow_next_kernel();
-    adapt<P>(a, d, shared, owner, row_block, next);
+    adapt<P>(a, d, shared, owner, row_block, slot, next);
   } else {
     if (!P::kDown) wait_for_previous_kernel();
     allow_next_kernel();
@@ -630,7 +673,7 @@ KERNEL void __launch_bounds__(P::kThreads, kResidentPairs) pairs_gemm(MarlinMoeP
   if constexpr (P::kDown) {
     const int row = row_block * d.rows + i;
     if (i >= d.rows || row >= a.rows) return;
-    float value = row_sum<P>(shared, 0, i, i);
+    float value = row_sum<P>(shared, d.rows, 0, i, i);
     if (bias)
       for (int j = 0; j < a.top_k; j++) {
         const int chosen = expert_of<P>(a, owner, j);
@@ -641,7 +684,7 @@ KERNEL void __launch_bounds__(P::kThreads, kResidentPairs) pairs_gemm(MarlinMoeP
     const int column = row_block * (d.rows / 2) + i, place = 4 * (i % 16 / 2) + i % 2;
     uint32_t act = 0;
     if (i < d.rows / 2 && column < half && expert >= 0) {
-      float gate = row_sum<P>(shared, i / 16, place, i), up = row_sum<P>(shared, i / 16, place + 2, d.rows / 2 + i);
+      float gate = row_sum<P>(shared, d.rows, i / 16, place, i), up = row_sum<P>(shared, d.rows, i / 16, place + 2, d.rows / 2 + i);
       if (bias) gate += T::low(bias[(int64_t)expert * a.rows + column]), up += T::low(bias[(int64_t)expert * a.rows + half + column]);
       act = T::pack(activate<false>(a, -1.4426950408889634f * a.alpha, gate, up), 0.f);
       ((uint16_t*)a.out)[(int64_t)owner * half + column] = (uint16_t)act;
@@ -668,9 +711,14 @@ PairsDerived derive_pairs(const MarlinMoePairs& a, MarlinMoePairsPlan plan) {
   const int most = P::kDown ? ceil_div(a.top_k * d.steps, kWarps) : ceil_div(d.steps, kWarps) * d.units;  // stages of a warp
   d.ring_bytes = kWarps * (most < kRing ? most : kRing) * d.stage_bytes;
   d.rows = P::kHalf ? 16 : 32 * d.units;
-  d.columns = ceil_div(ceil_div(a.k, kShares), 32) * 32, d.chunks = ceil_div(d.rows, 64);
-  const int sixteens_b = a.width / 16 * (P::kDown ? a.top_k * d.rows / 16 : 2 * d.units), sixteens_s = a.width / 16 * (P::kDown ? a.top_k * ceil_div(a.parts, 8) : 1);
-  d.held_b = sixteens_b < kHeldB ? sixteens_b : kHeldB, d.held_s = P::kDown && sixteens_s > kHeldParts ? kHeldParts : sixteens_s;
+  d.columns = ceil_div(ceil_div(a.k, kShares), kTurn) * kTurn, d.chunks = ceil_div(d.rows, 64);
+  const int ranks = a.width / 16, fours = P::kDown ? ceil_div(a.top_k, 4) * ranks : ceil_div(2 * d.units, 4) * ranks;
+  d.slots = fours > kHelpers ? 2 : 1;
+  d.held_b = P::kDown ? kHelpers * d.slots * d.rows / 16 : fours < kHeldB ? fours : kHeldB;
+  const int eights = ceil_div(ceil_div(a.parts, 8), fours == 1 ? kHelpers : 1);
+  d.low_bytes = P::kDown ? (eights < kHeldParts ? eights : kHeldParts) * kFour : ranks * 512;
+  d.turns = 4;
+  if (carve_pairs<P>(d, (uint8_t*)1024).bytes > kBeside) d.turns = 2;
   return d;
 }
 
@@ -678,7 +726,8 @@ template <class P>
 int launch_pairs(const MarlinMoePairs& a, MarlinMoePairsPlan plan, void* stream) {
   const PairsDerived d = derive_pairs<P>(a, plan);
   const int owners = a.tokens * (P::kDown ? 1 : a.top_k);
-  const Launch how = {(unsigned)(d.blocks * owners), (unsigned)P::kThreads, (size_t)carve_pairs<P>(d, (uint8_t*)1024).bytes, stream,
+  const int bytes = carve_pairs<P>(d, (uint8_t*)1024).bytes, least = plan.alone ? kAlone : 0;
+  const Launch how = {(unsigned)(d.blocks * owners), (unsigned)P::kThreads, (size_t)(bytes < least ? least : bytes), stream,
                       plan.overlap && can_overlap()};
   return launch_together(how, pairs_gemm<P>, a, d);
 }

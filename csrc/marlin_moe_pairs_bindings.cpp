@@ -10,7 +10,7 @@ void marlin_moe_pairs_op(Tensor x, Tensor packed, Tensor scales, std::optional<T
                          std::optional<Tensor> b_offset, std::optional<Tensor> b_stride, std::optional<Tensor> rank, std::optional<Tensor> split, std::optional<Tensor> scaling,
                          std::optional<Tensor> next_pool, std::optional<Tensor> next_offset, std::optional<Tensor> next_stride, std::optional<Tensor> next_rank,
                          std::optional<Tensor> next_scaling, std::optional<Tensor> then_pool, std::optional<Tensor> then_offset, std::optional<Tensor> then_stride,
-                         std::optional<Tensor> s, std::optional<Tensor> other_s, Tensor out, int64_t rows, int64_t group_size, double alpha, double cubic, double limit, double shift, int64_t units, int64_t shrinks, bool overlap) {
+                         std::optional<Tensor> s, std::optional<Tensor> other_s, Tensor out, int64_t rows, int64_t group_size, double alpha, double cubic, double limit, double shift, int64_t units, int64_t shrinks, bool alone, bool overlap) {
   const char* const name = "marlin_moe_pairs";
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
@@ -37,6 +37,7 @@ void marlin_moe_pairs_op(Tensor x, Tensor packed, Tensor scales, std::optional<T
   if (down) a.topk_weights = checked<const float>(name, *topk_weights, "topk_weights", ScalarType::Float, device, pairs);
   a.out = checked<void>(name, out, "out", type, device, 0);
   if (slots) {
+    STD_TORCH_CHECK(topk_ids.size(1) <= 32, name, ": expected no more than 32 experts a token with adapters, got ", topk_ids.size(1));
     STD_TORCH_CHECK(b_pool && b_offset && b_stride && rank && split && scaling && s && s->dim() == 3 && other_s && other_s->dim() == 3, name,
                     ": slots need the tables of B, and s of both projections");
     const int64_t num_slots = rank->numel();
@@ -68,7 +69,7 @@ void marlin_moe_pairs_op(Tensor x, Tensor packed, Tensor scales, std::optional<T
   a.row_units = (int32_t)row_units, a.k_units = (int32_t)packed.size(2), a.groups = (int32_t)groups, a.group_size = (int32_t)group_size;
   a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16, a.alpha = (float)alpha, a.cubic = (float)cubic, a.limit = (float)limit, a.shift = (float)shift;
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const int error = marlin_moe_pairs(&a, {(int32_t)units, (int32_t)shrinks, overlap}, current_stream(device));
+  const int error = marlin_moe_pairs(&a, {(int32_t)units, (int32_t)shrinks, alone, overlap}, current_stream(device));
   STD_TORCH_CHECK(error == 0, name, ": launch failed: ", cuda_error_text(error));
 }
 

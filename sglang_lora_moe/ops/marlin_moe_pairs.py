@@ -27,10 +27,11 @@ define(
     "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? b_pool, Tensor? b_offset, Tensor? b_stride, Tensor? rank, Tensor? split, Tensor? scaling, "
     "Tensor? next_pool, Tensor? next_offset, Tensor? next_stride, Tensor? next_rank, Tensor? next_scaling, Tensor? then_pool, Tensor? then_offset, "
     "Tensor? then_stride, Tensor(b!)? s, Tensor(c!)? other_s, Tensor(a!) out, int rows, int group_size, float alpha, float cubic, float limit, "
-    "float shift, int units, int shrinks, bool overlap) -> ()"
+    "float shift, int units, int shrinks, bool alone, bool overlap) -> ()"
 )
 
 MOST_SHRINKS, SHARES = 16, 8  # blocks that share a pair's A x and wait for each other; shares of A's columns
+MOST_CHOSEN = 32  # experts of a token
 MOST_UNITS, RESIDENT = 16, 2  # units of a block of gate_up; blocks that a multiprocessor holds
 
 
@@ -93,12 +94,15 @@ def marlin_moe_pairs(
     if down == (activation is not None):
         raise ValueError("marlin_moe_pairs: gate_up has an activation and down router weights, never both")
     sms = launch.multiprocessors(x.device)
-    units = units_of(topk_ids.shape[0] if down else topk_ids.numel(), weight.packed.shape[1], sms, down)
+    row_units = weight.packed.shape[1]
+    units = units_of(topk_ids.shape[0] if down else topk_ids.numel(), row_units, sms, down)
+    blocks = topk_ids.shape[0] * row_units * (2 - units) if down else topk_ids.numel() * -(-row_units // units)
+    alone = blocks <= sms and launch.has_wgmma(x.device)
     if x.is_cuda:
         build.load()
     torch.ops.sglang_lora_moe.marlin_moe_pairs(
         x, weight.packed, weight.scales, weight.zeros, weight.bias, topk_ids, topk_weights,
         *((None,) * 20 if adapters is None else adapters.arguments(down)),
-        out, weight.rows, weight.group_size, *activation_of(activation)[1:], units, 1 if adapters is None else adapters.shrinks, True,
+        out, weight.rows, weight.group_size, *activation_of(activation)[1:], units, 1 if adapters is None else adapters.shrinks, alone, True,
     )  # fmt: skip
     return out

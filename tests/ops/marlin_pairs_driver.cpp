@@ -52,7 +52,7 @@ int main() {
       c.has_slots ? token_slots.data() : nullptr, a.with(rank.data(), split.data(), scaling.data()), b.with(rank.data(), split.data(), scaling.data()),
       next.with(next_rank.data(), nullptr, next_scaling.data()), then.with(next_rank.data(), nullptr, next_scaling.data()), s.data(), other_s.data(), c.num_slots,
       c.down ? c.next_width : c.width, c.next_width, (int32_t)first, c.parts, c.experts, c.tokens, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.alpha, c.cubic, c.limit, c.shift};
-  const int error = marlin_moe_pairs(&arguments, {c.units, c.shrinks, 0}, nullptr);
+  const int error = marlin_moe_pairs(&arguments, {c.units, c.shrinks, 0, 0}, nullptr);
   std::fwrite(out.data(), 2, out.size(), stdout);
   if (!s.empty()) std::fwrite(s.data(), 4, s.size(), stdout);
   if (!other_s.empty()) std::fwrite(other_s.data(), 4, other_s.size(), stdout);

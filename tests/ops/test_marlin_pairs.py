@@ -19,6 +19,7 @@ from sglang_lora_moe.moe.backends.marlin import MarlinPlan, MarlinQuantInfo, Mar
 from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.marlin_moe import marlin_moe_repack
 from sglang_lora_moe.ops.marlin_moe_pairs import _exchange
 from sglang_lora_moe.quantization.wna16 import dequantize
@@ -47,7 +48,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     def run(
         x, packed, scales, zeros, bias, topk_ids, topk_weights, slots, a_pool, a_offset, a_stride, b_pool, b_offset, b_stride, rank, split, scaling,
         next_pool, next_offset, next_stride, next_rank, next_scaling, then_pool, then_offset, then_stride, s, other_s, out, rows, group_size, alpha, cubic,
-        limit, shift, units, shrinks, overlap,
+        limit, shift, units, shrinks, alone, overlap,
     ) -> None:  # fmt: skip
         nonlocal order
         order += 1
@@ -102,3 +103,10 @@ def test_layer_equals_reference(spec: MoESpec, tokens: int) -> None:
     """Pairs without experts and tokens without adapters, ranks that do and do not divide by 8, shared and split A."""
     for bits, lora in ((4, False), (4, True), (8, True)):
         check(bits, 32, lora=lora, spec=spec, m=tokens, layouts=LAYOUTS, ranks=(16, 7, 40), active=5, routing="partial")
+
+
+@pytest.mark.parametrize(("top_k", "rank"), [(2, 16), (5, 40)])
+def test_blocks_of_few_rows(top_k: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU of many multiprocessors: down by halves of a row unit, and several eights of the parts that gate_up leaves, shared by both helpers."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 40)
+    check(spec=MoESpec(8, top_k, 160, 320), m=1, ranks=(rank,), active=1, slots=1, base_share=0.0)

@@ -19,7 +19,7 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, UNIT, GemmScratch, MarlinWeight, fuses_activation, marlin_moe_gemm, marlin_moe_repack
-from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters, marlin_moe_pairs
+from sglang_lora_moe.ops.marlin_moe_pairs import MOST_CHOSEN, PairAdapters, marlin_moe_pairs
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.quantization.base import QuantMethod
@@ -53,7 +53,7 @@ def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
     """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma."""
     pairs = tokens * spec.top_k
     rows = pairs / spec.num_experts
-    if fuses_activation(spec) and (tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts)):
+    if fuses_activation(spec) and spec.top_k <= MOST_CHOSEN and (tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts)):
         # per pair where two pairs rarely meet in an expert, whose weights would be read twice
         return MarlinPlan(1, 1, by_pair=True)
     if rows <= 12:
