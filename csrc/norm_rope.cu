@@ -129,22 +129,14 @@ DEVICE void hold_first(Held<WIDE>& held, const AddedRows& a, int slot, int part,
   if (first != kNone) hold(held, a, first, part, first_row);
 }
 
-// A lane's part of a warp's tile: tokens 2 (lane % 4) and the next, both halves, eight columns in packed pairs.
-using Piece = uint32_t[2][2][4];
+// A lane's part of a warp's tile: pair i % 4 of its eight columns in half i / 4, of tokens 2 (lane % 4) + e: [i][e] and [i][2 + e].
+using Sums = float[8][4];
 
-// x += B s, rounded as the linear would have rounded it. WIDE: ranks beyond 16. `token` (in shared memory, read if needed), `mine`, `s`: token
-// lane / 4 of the tile, its slot, its s.
+// sum += B s. WIDE: ranks beyond 16. `token` (in shared memory, read if needed), `mine`, `s`: token lane / 4 of the tile, its slot, its s.
 template <class T, bool WIDE>
-DEVICE void add_tile(Piece& x, Held<WIDE>& held, const AddedRows& a, const int& token, int mine, int part, int first_row, const uint8_t* s, int apart) {
-  int slot = next_slot(mine, -1);
-  if (slot == kNone) return;
-  float sum[8][4];
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) sum[i][e] = T::low(x[e][i / 4][i % 4]), sum[i][2 + e] = T::high(x[e][i / 4][i % 4]);
+DEVICE void add_tile(Sums& sum, Held<WIDE>& held, const AddedRows& a, const int& token, int mine, int part, int first_row, const uint8_t* s, int apart) {
 #pragma unroll 1
-  for (; slot != kNone; slot = next_slot(mine, slot)) {
+  for (int slot = next_slot(mine, -1); slot != kNone; slot = next_slot(mine, slot)) {
     if (held.slot != slot) hold(held, a, slot, part, first_row);
     const float factor = a.row_scale && mine == slot ? held.scaling * a.row_scale[token] : held.scaling;
 #pragma unroll 1
@@ -159,10 +151,6 @@ DEVICE void add_tile(Piece& x, Held<WIDE>& held, const AddedRows& a, const int& 
       }
     }
   }
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) x[e][i / 4][i % 4] = T::pack(sum[i][e], sum[i][2 + e]);
 }
 
 DEVICE float sum_of_eight(float value) {  // over the lanes of a token
@@ -171,19 +159,12 @@ DEVICE float sum_of_eight(float value) {  // over the lanes of a token
   return value + as_float(shuffle_xor(as_bits(value), 16));
 }
 
-template <class T, int GROUPS>
-DEVICE float squares(const uint32_t (&x)[GROUPS][4]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4 * GROUPS; i++) sum += T::low(x[i / 4][i % 4]) * T::low(x[i / 4][i % 4]) + T::high(x[i / 4][i % 4]) * T::high(x[i / 4][i % 4]);
-  return sum;
-}
-
-// One pair of packed columns of a head's halves: norm's scale and weights (rounded between, as transformers does), then the turn.
+// The pairs at one place of a head's halves: norm's scale and weights (rounded between, as transformers does), then the turn.
 template <class T>
-DEVICE void turn(uint32_t& low, uint32_t& high, float scale, uint32_t low_weight, uint32_t high_weight, const float* cos, const float* sin) {
-  low = T::pack(T::low(low) * scale * T::low(low_weight), T::high(low) * scale * T::high(low_weight));
-  high = T::pack(T::low(high) * scale * T::low(high_weight), T::high(high) * scale * T::high(high_weight));
+DEVICE void turn(uint32_t& low, uint32_t& high, const float (&x)[4], const float (&y)[4], int e, float scale, uint32_t low_weight, uint32_t high_weight,
+                 const float* cos, const float* sin) {
+  low = T::pack(x[e] * scale * T::low(low_weight), x[2 + e] * scale * T::high(low_weight));
+  high = T::pack(y[e] * scale * T::low(high_weight), y[2 + e] * scale * T::high(high_weight));
   const float a[2] = {T::low(low), T::high(low)}, b[2] = {T::low(high), T::high(high)};
   low = T::pack(a[0] * cos[0] - b[0] * sin[0], a[1] * cos[1] - b[1] * sin[1]);
   high = T::pack(b[0] * cos[0] + a[0] * sin[0], b[1] * cos[1] + a[1] * sin[1]);
@@ -258,18 +239,27 @@ KERNEL void __launch_bounds__(kHeads * 32, kBlocks) rotate(const RotateRows a, c
     const uint8_t* const stage = ring + tile % kStages * plan.bytes;
     const uint8_t* const source = stage + lane % 4 * 2 * kRotateRow + warp * kColumns * 2 + lane / 4 * 16;
     const int row = tile * kRows + lane / 4;
-    Piece x;
+    Sums sum;
 #pragma unroll
-    for (int i = 0; i < 4; i++) load_words(x[i / 2][i % 2], source + i / 2 * kRotateRow + i % 2 * kColumns);
+    for (int i = 0; i < 4; i++) {  // token i / 2, half i % 2
+      uint32_t x[4];
+      load_words(x, source + i / 2 * kRotateRow + i % 2 * kColumns);
+#pragma unroll
+      for (int j = 0; j < 4; j++) sum[i % 2 * 4 + j][i / 2] = T::low(x[j]), sum[i % 2 * 4 + j][2 + i / 2] = T::high(x[j]);
+    }
     const uint8_t* const s = stage + plan.s + lane / 4 * pieces * 16 + (part - first_part) * a.added.width * 4;
-    add_tile<T, WIDE>(x, held, a.added, tokens.token[row], tokens.slot[row], part, head_in_part * kColumns, s, kRows * pieces * 16);
+    add_tile<T, WIDE>(sum, held, a.added, tokens.token[row], tokens.slot[row], part, head_in_part * kColumns, s, kRows * pieces * 16);
     uint16_t* const out = (part == 0 ? (uint16_t*)a.q : (uint16_t*)(part == 1 ? a.k_cache : a.v_cache)) + head_in_part * kColumns + lane / 4 * 8;
     const int* const targets = (part == 0 ? tokens.token : tokens.target) + tile * kRows + lane % 4 * 2;
     const int columns = (part == 0 ? a.heads : a.kv_heads) * kColumns;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
+      uint32_t low[4], high[4];
       if (part < 2) {
-        const float scale = norm ? inverse_root(sum_of_eight(squares<T>(x[e])) / kColumns + a.eps) : 1.f;
+        float squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) squares += sum[i][e] * sum[i][e] + sum[i][2 + e] * sum[i][2 + e];
+        const float scale = norm ? inverse_root(sum_of_eight(squares) / kColumns + a.eps) : 1.f;
         const uint8_t* const angles = stage + plan.angles + (lane % 4 * 2 + e) * 512;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -277,12 +267,15 @@ KERNEL void __launch_bounds__(kHeads * 32, kBlocks) rotate(const RotateRows a, c
           const int piece = ((lane / 4 * 2 + i) ^ turned(lane % 4 * 2)) * 16;
           load_floats(cos, (const float*)(angles + piece)), load_floats(sin, (const float*)(angles + 256 + piece));
 #pragma unroll
-          for (int j = 0; j < 2; j++)
-            turn<T>(x[e][0][2 * i + j], x[e][1][2 * i + j], scale, weights[0][2 * i + j], weights[1][2 * i + j], cos + 2 * j, sin + 2 * j);
+          for (int j = 2 * i; j < 2 * i + 2; j++)
+            turn<T>(low[j], high[j], sum[j], sum[4 + j], e, scale, weights[0][j], weights[1][j], cos + j % 2 * 2, sin + j % 2 * 2);
         }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) low[j] = T::pack(sum[j][e], sum[j][2 + e]), high[j] = T::pack(sum[4 + j][e], sum[4 + j][2 + e]);
       }
       uint16_t* const target = out + (int64_t)targets[e] * columns;
-      if (tokens.token[tile * kRows + lane % 4 * 2 + e] >= 0) store_words(target, x[e][0]), store_words(target + 64, x[e][1]);
+      if (tokens.token[tile * kRows + lane % 4 * 2 + e] >= 0) store_words(target, low), store_words(target + 64, high);
     }
   }
 }
@@ -378,6 +371,14 @@ DEVICE void add_row(uint32_t (&x)[4][4], const AddedRows& a, const Row& row, int
 DEVICE float sum_of_four(float value) {  // over the lanes of a token
   value += as_float(shuffle_xor(as_bits(value), 1));
   return value + as_float(shuffle_xor(as_bits(value), 2));
+}
+
+template <class T>
+DEVICE float squares(const uint32_t (&x)[4][4]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 16; i++) sum += T::low(x[i / 4][i % 4]) * T::low(x[i / 4][i % 4]) + T::high(x[i / 4][i % 4]) * T::high(x[i / 4][i % 4]);
+  return sum;
 }
 
 template <class T, bool WIDE>
