@@ -6,16 +6,18 @@
 Data as in the peers' runs (`bench_moe_lora`), codes and scales random. `us` is the layer with its alignment; `gemm_us` the two
 expert GEMMs alone (the activation is part of the first), `share` the packed bytes of the distinct experts over that time, as a
 share of the copy bandwidth of this run; `bf16_us` the same layer with 16-bit weights (triton backend), in this run. gpt-oss in
-groups of 128 is padded to 2,944, as the peer pads it; its floor is not.
+groups of 128 is padded to 2,944, as the peer pads it; its floor is not. The layers of a shape and M with and without adapters have
+one x, routing and weights and are replayed in turn (`timing.time_in_turn`).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +65,29 @@ class Layer:
 
     @classmethod
     def build(cls, row: Row, device: torch.device, plan: MarlinPlan | None = None) -> Layer:
-        torch.manual_seed(row.tokens * 1000 + row.active)
+        """x and routing depend on shape and number of tokens alone."""
+        torch.manual_seed(row.tokens * 1000)
         spec, m = padded_spec(row), row.tokens
-        sets = max(4, min(16, 256 // m))
         scratch_of(device)
         workspace = Workspace(device)
-        slots = (torch.arange(m, dtype=torch.int32) % max(row.active, 1)).to(device) if row.rank else None
-        stacks = [make_stacks(spec, row.rank, row.active, device) for _ in range(2)] if row.rank else []
-        hooks: list[LoRAHooks | None] = [build_lora_hooks(s, marlin_lora) for s in stacks] or [None]
         inputs = [
             RunnerInput(
                 torch.randn(m, spec.hidden_size, device=device, dtype=torch.bfloat16), ids(m, spec, device), torch.rand(m, spec.top_k, device=device),
-                slots, workspace, spec, row.active if row.rank else 0,
+                None, workspace, spec,
             )
-            for _ in range(sets)
+            for _ in range(max(4, min(16, 256 // m)))
         ]  # fmt: skip
-        return cls(row, MarlinRunnerCore(plan), inputs, random_weights(row.weights, spec, device), hooks)
+        return cls(row, MarlinRunnerCore(plan), inputs, random_weights(row.weights, spec, device), [None]).with_adapters(row)
+
+    def with_adapters(self, row: Row) -> Layer:
+        """The same x, routing and weights with the adapters of `row`; without where it has none."""
+        assert replace(row, rank=0, active=0) == replace(self.row, rank=0, active=0), "another layer"
+        if not row.rank:
+            return self
+        device = self.inputs[0].x.device
+        slots = (torch.arange(row.tokens, dtype=torch.int32) % row.active).to(device)
+        hooks: list[LoRAHooks | None] = [build_lora_hooks(make_stacks(padded_spec(row), row.rank, row.active, device), marlin_lora) for _ in range(2)]
+        return replace(self, row=row, inputs=[replace(inp, token_slots=slots, num_slots=row.active) for inp in self.inputs], hooks=hooks)
 
     def run(self, index: int) -> torch.Tensor:
         return MoeRunner(self.core).run(self.inputs[index], self.weights[index % len(self.weights)], self.hooks[index % len(self.hooks)])
@@ -134,25 +143,39 @@ def measure_bf16(row: Row, device: torch.device) -> float:
     return timing.time_calls(calls, count=max(4, inputs.sets), budget_ms=20.0).us
 
 
-def measure(row: Row, ceilings: timing.Ceilings, bases: dict[tuple[str, str, int], float], device: torch.device) -> dict[str, Any]:
-    layer = Layer.build(row, device)
-    count = len(layer.inputs)
-    found = timing.time_calls([functools.partial(layer.run, i) for i in range(count)], count=max(4, count), budget_ms=30.0)
-    gemm = timing.time_calls(layer.gemm_calls(), count=max(4, count), budget_ms=20.0).us if not row.rank else None
-    tokens, shape = row.tokens, row.shape
-    expert_bytes = layer.expert_bytes
+def measure(rows: list[Row], ceilings: timing.Ceilings, device: torch.device) -> list[dict[str, Any]]:
+    """One record a row; the first is the base."""
+    base = Layer.build(rows[0], device)
+    count = len(base.inputs)
+    calls = [[functools.partial(layer.run, i) for i in range(count)] for layer in map(base.with_adapters, rows)]
+    found = timing.time_in_turn(calls, count=max(4, count), budget_ms=30.0)
+    gemm = timing.time_calls(base.gemm_calls(), count=max(4, count), budget_ms=20.0).us
+    expert_bytes = base.expert_bytes
+    del base, calls
+    bf16 = measure_bf16(rows[0], device) if rows[0].weights == "int4-g128" else None
+    return [
+        record_of(row, timed, found[0].us, None if row.rank else gemm, None if row.rank else bf16, expert_bytes, ceilings)
+        for row, timed in zip(rows, found, strict=True)
+    ]
+
+
+def record_of(
+    row: Row, found: timing.Timing, base_us: float, gemm: float | None, bf16: float | None, expert_bytes: float, ceilings: timing.Ceilings
+) -> dict[str, Any]:  # fmt: skip
+    tokens, shape, peer = row.tokens, row.shape, peer_us(row)
     floor = ceilings.floor_us(expert_bytes + 4 * tokens * shape.hidden, 6.0 * tokens * shape.top_k * shape.hidden * shape.inter)
-    del layer
-    bf16 = measure_bf16(row, device) if row.weights == "int4-g128" and not row.rank else None
-    base, peer = bases.get((shape.name, row.weights, tokens)), peer_us(row)
     return {
-        "shape": shape.name, "backend": "marlin", "weights": row.weights, "M": tokens, "rank": row.rank, "active": row.active, "popularity": "uniform",
+        **key_of(row), "popularity": "uniform",
         "us": found.us, "low_us": found.low_us, "high_us": found.high_us, "floor_us": floor, "ratio": found.us / floor,
         "gemm_us": gemm, "share": expert_bytes / gemm * 1e6 / ceilings.copy_bytes_per_s if gemm else None,
-        "base_us": base if row.rank else found.us, "addon_us": found.us - base if row.rank and base else None,
+        "base_us": base_us, "addon_us": found.us - base_us if row.rank else None,
         "peer": "vllm", "peer_us": peer, "over_peer": found.us / peer if peer else None,
         "bf16_us": bf16, "over_bf16": found.us / bf16 if bf16 else None,
     }  # fmt: skip
+
+
+def key_of(row: Row) -> dict[str, Any]:
+    return dict(zip(KEYS, (row.shape.name, "marlin", row.weights, row.tokens, row.rank, row.active), strict=True))
 
 
 @functools.lru_cache(maxsize=1)
@@ -189,9 +212,12 @@ def sweep(shapes: list[str], tokens: list[int], weights: str, device: torch.devi
             out.with_suffix(".sweep.txt").write_text("\n".join(lines) + "\n")
 
 
-def plan(shapes: list[str], formats: list[str], tokens: list[int], loads: list[tuple[int, int]]) -> list[Row]:
-    rows = [Row(SHAPES[s], w, m) for w in formats for s in shapes for m in tokens]
-    return rows + [Row(SHAPES[s], formats[0], m, r, a) for s in shapes for r, a in loads for m in tokens]
+def plan(shapes: list[str], formats: list[str], tokens: list[int], loads: list[tuple[int, int]]) -> list[list[Row]]:
+    """Rows that are replayed in turn, of one shape and M each, the base first; with adapters in the first format alone."""
+    return [
+        [Row(SHAPES[s], w, m)] + [Row(SHAPES[s], w, m, r, a) for r, a in loads if w == formats[0]]
+        for w, s, m in itertools.product(formats, shapes, tokens)
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -206,18 +232,18 @@ def main() -> None:
         sweep(shapes, tokens, args.weights[0], device, args.out)
         return
     deadline = timing.Deadline(args.time_limit)
-    results = timing.Results(args.out, "marlin", KEYS, {"align": "included"}, commit=args.commit, peer="vllm 0.33.0")
+    results = timing.Results(args.out, "marlin", KEYS, {"align": "included", "rows": "those of a shape and M in turn"}, commit=args.commit, peer="vllm 0.33.0")
     ceilings = results.stored_ceilings() or timing.measure_ceilings(device)
     results.set_ceilings(ceilings)
-    bases = {(row["shape"], row["weights"], row["M"]): row["us"] for row in results.rows if row["rank"] == 0}
-    for row in plan(shapes, args.weights, tokens, [] if args.no_adapters else [(16, 4), (16, 1)]):
-        if deadline.reached():
+    for rows in plan(shapes, args.weights, tokens, [] if args.no_adapters else [(16, 4), (16, 1)]):
+        missing = [row for row in rows if results.find(**key_of(row)) is None]
+        if missing and deadline.reached():
             break
-        if results.find(shape=row.shape.name, backend="marlin", weights=row.weights, M=row.tokens, rank=row.rank, active=row.active) is None:
-            record = measure(row, ceilings, bases, device)
-            results.add(record)
-            if row.rank == 0:
-                bases[(row.shape.name, row.weights, row.tokens)] = record["us"]
+        if missing:
+            beside = rows[:1] + [row for row in missing if row.rank]  # the base again, where it is there already
+            for row, record in zip(beside, measure(beside, ceilings, device), strict=True):
+                if row in missing:
+                    results.add(record)
     print(timing.format_table(results.rows, COLUMNS))
 
 
