@@ -6,7 +6,8 @@
 //   * A ring of cp.async stages runs ahead across tiles; each warp loads its own weights, 32 rows, and dequantizes 32 k of them from one 16-byte
 //     load a lane (int4) to exactly the 16-bit value of (q - z) * s; tokens come by ldmatrix from rows swizzled as wgmma wants them too.
 //   * Many tokens on sm_90: by wgmma, whole tiles of 256 rows x 144 tokens, each block's next one the first that nobody has taken, with a warpgroup
-//     that only copies and finds a tile during the one before (gemm_by_warpgroups). Without adapters down begins with the rows that gate_up has stored.
+//     that only copies and finds a tile during the one before (gemm_by_warpgroups). Down begins with
+//     the rows that gate_up has stored, with adapters where that makes s of down (marlin_moe_next.cuh).
 //   * Adapters are more k of the same product, in 16 bit: stages of the same ring behind a tile's weights (load_adapters; of few sorted rows
 //     marlin_moe_lora.cuh). Bias and activation are
 //     part of the end of a tile.

@@ -28,6 +28,15 @@ struct MarlinMoeSlots {
   int32_t parts;  // items of a LoRA tile, each of every so many eight rows of A
 };
 
+// s[row] = scaling * A(slot, expert) out[row] for the layer's second projection, of up to 16 ranks: csrc/marlin_moe_next.cuh.
+struct MarlinMoeNext {
+  const void* pool;        // of A [rank, out columns]
+  const int64_t* records;  // [LoRA tiles, 5] first row, rows and above them the scaling's bits, rank, place of A in 16 bytes, place of B
+  float* parts;            // [tiles of rows, pairs, 16], or null: none of this
+  void* s;                 // [pairs, s_width]
+  int32_t s_width;
+};
+
 // out[row] = act(w[expert] x[row] + bias[expert]) for the rows of every tile.
 struct MarlinMoeGemm {
   const void* x;                // [.., k] of the activation type
@@ -47,7 +56,9 @@ struct MarlinMoeGemm {
   const int64_t* low_records;  // [.., 5] first sorted row, rows, rank, whether gate and up have their own A, place of B in 16 bytes
   const int32_t* low_ranges;   // [tiles, 2] records that meet each tile
   int32_t low_width, low_max_rank;
+  int32_t low_lines;           // of 128 bytes in low_pool
   const MarlinMoeSlots* by_slot;  // on the host; instead of records and ranges
+  MarlinMoeNext next;             // by wgmma, with an activation, adapters and report
   int32_t experts, pairs, top_k;
   int32_t rows, k;              // logical widths of a weight: rows = 2I or H
   int32_t row_units, k_units, groups;  // groups of the padded k
@@ -57,7 +68,7 @@ struct MarlinMoeGemm {
   float alpha, cubic, limit, shift;
   int32_t early;                // what the kernel before this one in the stream may have written: 0 anything; 1 x alone; 2 low* alone
   int32_t gather, scatter;      // x by token (pair / top_k) rather than by row; out by pair rather than by row
-  int32_t report, behind;       // by wgmma: count in `tiles` what is stored of each; x is that of the kernel before, which reports each tile so often
+  int32_t report, behind;       // by wgmma: count in `tiles` what is stored of each, and s of the next; x is that of the kernel before, which reports each tile so often
 };
 
 struct MarlinMoePlan {

@@ -33,7 +33,8 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
                         Tensor counts, Tensor sorted_pairs, int64_t top_k, std::optional<Tensor> low, std::optional<Tensor> low_pool,
                         std::optional<Tensor> low_records, std::optional<Tensor> low_ranges, int64_t low_max_rank, std::optional<Tensor> slots, std::optional<Tensor> rank,
                         std::optional<Tensor> split, std::optional<Tensor> b_offset, std::optional<Tensor> b_stride, std::optional<Tensor> a_pool, std::optional<Tensor> a_offset,
-                        std::optional<Tensor> a_stride, std::optional<Tensor> scaling, std::optional<Tensor> lora_tiles, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
+                        std::optional<Tensor> a_stride, std::optional<Tensor> scaling, std::optional<Tensor> lora_tiles, std::optional<Tensor> next_pool, std::optional<Tensor> next_records,
+                        std::optional<Tensor> next_parts, std::optional<Tensor> next_s, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
                         int64_t group_size, int64_t halves, bool activation, double alpha, double cubic, double limit, double shift, bool gather, bool scatter, int64_t config, int64_t sms,
                         bool overlap, int64_t early, bool report, int64_t behind) {
   const int32_t device = x.get_device_index();
@@ -69,6 +70,18 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.low_records = low_records ? checked<const int64_t>("marlin_moe", *low_records, "low_records", ScalarType::Long, device, 0) : nullptr;
   a.low_ranges = low_ranges ? checked<const int32_t>("marlin_moe", *low_ranges, "low_ranges", ScalarType::Int, device, tiles.numel() / 3 * 2) : nullptr;
   a.low_width = low ? (int32_t)low->size(low->dim() - 1) : 0, a.low_max_rank = (int32_t)low_max_rank;
+  a.low_lines = low ? (int32_t)(low_pool->numel() / 64) : 0;
+  a.next = {};
+  if (next_parts) {
+    STD_TORCH_CHECK(low_records && next_pool && next_records && next_s && activation && report, "marlin_moe_gemm: parts of the next product's s come with its pool, records and s, an addend with records, an activation and report");
+    a.next.s_width = (int32_t)next_s->size(next_s->dim() - 1);
+    STD_TORCH_CHECK(next_parts->size(next_parts->dim() - 1) == 16 && a.next.s_width <= 16, "marlin_moe_gemm: expected parts of 16 columns and s of no more, got ",
+                    next_parts->size(next_parts->dim() - 1), " and ", a.next.s_width);
+    a.next.pool = checked<void>("marlin_moe", *next_pool, "next_pool", type, device, 0);
+    a.next.records = checked<const int64_t>("marlin_moe", *next_records, "next_records", ScalarType::Long, device, low_records->numel());
+    a.next.parts = checked<float>("marlin_moe", *next_parts, "next_parts", ScalarType::Float, device, (packed.size(1) * 32 + 255) / 256 * pairs * 16);
+    a.next.s = checked<void>("marlin_moe", *next_s, "next_s", type, device, pairs * a.next.s_width);
+  }
   MarlinMoeSlots by_slot = {};
   a.by_slot = nullptr;
   if (slots) {

@@ -1,6 +1,6 @@
 // The two kernels of the grouped GEMM of marlin_moe.cu, and the shapes of tiles that are built.
 #pragma once
-#include "marlin_moe_lora.cuh"
+#include "marlin_moe_next.cuh"
 
 namespace {
 
@@ -91,68 +91,80 @@ KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, D
   }
 }
 
-// By wgmma, the i-th sixteen ranks of a stage, from r0 on, of rows `first` to `end` of the tile. One warp a scheduler copies, so that instructions
-// count: addresses advance. WHOLE: ranks that divide by 8.
-constexpr int kCopyThreads = 128;
-template <class S, bool WHOLE>
-DEVICE void copy_sixteen(const MarlinMoeGemm& a, const Tile& tile, uint8_t* stage, int i, int r0, int rank, int up, uint32_t place, int first, int end, int thread) {
-  const int lane = thread % 32, warp = thread / 32, half_rows = a.rows / a.halves, unit_rows = 32 / a.halves, ranks = rank - r0 - lane % 2 * 8;
-  const int row = unit_rows * (tile.row_tile * S::kWarpsM + warp) + (a.halves == 2 ? lane / 2 : lane / 4 * 4 + lane / 2 % 2);
-  const int further = unit_rows * (kCopyThreads / 32), other = (a.halves == 2 ? half_rows : 2) * rank;
-  const uint16_t* b = (const uint16_t*)a.low_pool + (int64_t)place * 8 + (int64_t)row * rank + r0 + lane % 2 * 8;
-  const int part = i / S::kSixteens, warp_bytes = part ? 2048 : S::kWarpBytes;
-  uint8_t* target = place_of_b<S>(stage, part) + warp * warp_bytes + i % S::kSixteens * 1024 + lane / 4 * 128;
-  const int piece = (lane % 4 ^ lane / 4) * 16;
-#pragma unroll
-  for (int j = 0; j < S::kWarpsM / (kCopyThreads / 32); j++, b += further * rank, target += kCopyThreads / 32 * warp_bytes) {
-    const int count = row + j * further < half_rows ? ranks : 0;
-    load_piece(target + piece, b, count, WHOLE);
-    load_piece(target + (piece ^ 64), b + other, count, WHOLE);
+// By wgmma, 16 ranks of B from r0 on where the tensor copy engine cannot bring them. WHOLE: ranks that divide by 8.
+template <class S, int HALVES, bool WHOLE>
+DEVICE void copy_lines_of_b(const MarlinMoeGemm& a, const Tile& tile, uint8_t* lines, int r0, int rank, uint32_t place, int thread) {
+  constexpr int kAtOnce = kCopyThreads / 2;
+  static_assert(S::kRows / HALVES % kAtOnce == 0);
+  const int half_rows = a.rows / HALVES, row0 = S::kRows / HALVES * tile.row_tile + thread / 2, ranks = rank - r0 - thread % 2 * 8;
+  const uint16_t* b = (const uint16_t*)a.low_pool + (int64_t)place * 8 + (int64_t)row0 * rank + r0 + thread % 2 * 8;
+  uint8_t* target = lines + thread / 8 * 128 + (thread ^ thread / 8) % 8 * 16;
+#pragma unroll(WHOLE ? 4 : 1)
+  for (int i = 0; i < S::kRows / kAtOnce; i++, target += kAtOnce / 4 * 128) {
+    const int row = i % (S::kRows / HALVES / kAtOnce) * kAtOnce, up = i * kAtOnce >= S::kRows / HALVES ? half_rows : 0;
+    load_piece(target, b + (int64_t)(row + up) * rank, row0 + row < half_rows ? ranks : 0, WHOLE);
   }
-  const int at_once = kCopyThreads >> a.halves, half = thread >> 1 & (a.halves - 1), row0 = thread >> a.halves, low_ranks = rank - r0 - thread % 2 * 8;
-  const uint16_t* s = (const uint16_t*)a.low + (int64_t)(tile.start + row0) * a.low_width + r0 + half * up + thread % 2 * 8;
-  target = stage + S::kWeightBytes + row0 * 128 + ((2 * i + thread % 2 + 4 * half) ^ row0 % 8) * 16;
-#pragma unroll 1
-  for (int at = row0; at < tile.rows; at += at_once, s += at_once * a.low_width, target += at_once * 128)
-    load_piece(target, s, at >= first && at < end ? low_ranks : 0, WHOLE);
 }
 
-// The next stage of a tile's records by wgmma. Returns whether all of it is on its way by cp.async; parts: how many of place_of_b it has.
-template <class S>
-DEVICE bool copy_records(const MarlinMoeGemm& a, const Tile& tile, AdaptersAhead& l, uint8_t* stage, int thread, int& parts) {
-  const int base = l.next, at_hand = l.last - base < l.kAtHand ? l.last - base : l.kAtHand;
-  bool copied = true;
-  parts = 1;
+// s of the same ranks for rows `first` to `end` of the tile, zeros for the others. One warp a scheduler copies, so that instructions count.
+template <class S, int HALVES, bool WHOLE>
+DEVICE void copy_s(const MarlinMoeGemm& a, const Tile& tile, uint8_t* stage, int i, int r0, int rank, int up, int first, int end, int thread) {
+  constexpr int kAtOnce = kCopyThreads / (2 * HALVES);
+  const int row0 = thread / (2 * HALVES), half = thread / 2 % HALVES, piece = thread % 2, ranks = rank - r0 - piece * 8, low = first - row0, high = end - row0;
+  const uint16_t* s = (const uint16_t*)a.low + (int64_t)(tile.start + row0) * a.low_width + r0 + half * up + piece * 8;
+  uint8_t* target = stage + S::kWeightBytes + row0 * 128 + ((2 * i + piece + 4 * half) ^ row0 % 8) * 16;
+#pragma unroll(WHOLE ? 8 : 1)
+  for (int at = 0; at < S::kTokens; at += kAtOnce, s += kAtOnce * a.low_width) {
+    if (at >= tile.rows || (at + kAtOnce > S::kTokens && at + row0 >= S::kTokens)) break;
+    load_piece(target + at * 128, s, at >= low && at < high ? ranks : 0, WHOLE);
+  }
+}
+
+template <class S, int HALVES>
+DEVICE int copy_records(const MarlinMoeGemm& a, const TensorMap& lines, const Tile& tile, AdaptersAhead& l, uint8_t* stage, int thread, Barrier* full, int& sixteens, bool& copied) {
+  constexpr int kMost = 4 / HALVES, kBox = kLinesOfB<S> / 2;  // sixteens of a stage; lines that are copied at once
+  const int base = l.base(), at_hand = l.kAtHand;
+  int bytes = 0;
+  copied = true;
 #pragma unroll 1
-  for (int i = 0; i < S::kSixteens * parts; i++) {
-    int first = 0, end = 0, rank = 0, up = 0, record = l.next - base;
-    uint32_t place = 0;
-    if (record < at_hand) {
-      first = l.field(record, 0) - tile.start, end = first + l.field(record, 1), rank = l.field(record, 2), up = l.field(record, 3) * a.low_max_rank;
-      place = (uint32_t)l.field(record, 4);
-      for (record++; record < at_hand && l.field(record, 4) == (int)place && l.field(record, 0) - tile.start == end; record++) end += l.field(record, 1);
-    }
+  for (sixteens = 0; sixteens < kMost && l.next - base < at_hand; sixteens++) {
+    int record = l.next - base;
+    const int first = l.field(record, 0) - tile.start, rank = l.field(record, 2), up = l.field(record, 3) * a.low_max_rank, place = l.field(record, 4);
+    int end = first + l.field(record, 1);
+    for (record++; record < at_hand && l.field(record, 4) == place && l.field(record, 0) - tile.start == end; record++) end += l.field(record, 1);
     const bool whole = (rank | a.low_width | up) % 8 == 0;
-    if (whole) copy_sixteen<S, true>(a, tile, stage, i, l.rank, rank, up, place, first, end, thread);
-    else copy_sixteen<S, false>(a, tile, stage, i, l.rank, rank, up, place, first, end, thread);
+    uint8_t* const b = place_of_b<S>(stage, sixteens);
+    if (rank == 16 && place % 8 == 0) {
+      const int line = (int)((uint32_t)place / 8) + kLinesOfB<S> / HALVES * tile.row_tile;
+      if (thread == 0) copy_box(b, &lines, full, 0, line, 0, kKeep), copy_box(b + kBox * 128, &lines, full, 0, line + (HALVES == 2 ? a.rows / 8 : kBox), 0, kKeep);
+      bytes += 2 * kBox * 128;
+    } else if (rank % 8 == 0) {
+      copy_lines_of_b<S, HALVES, true>(a, tile, b, l.rank, rank, (uint32_t)place, thread);
+    } else {
+      copy_lines_of_b<S, HALVES, false>(a, tile, b, l.rank, rank, (uint32_t)place, thread);
+    }
+    if (whole) copy_s<S, HALVES, true>(a, tile, stage, sixteens, l.rank, rank, up, first, end, thread);
+    else copy_s<S, HALVES, false>(a, tile, stage, sixteens, l.rank, rank, up, first, end, thread);
     copied = copied && whole;
     l.rank += 16;
     if (l.rank >= rank) l.rank = 0, l.next = base + record;
-    if (i + 1 == S::kSixteens && a.halves == 1 && l.next - base < at_hand) parts = 2;
   }
-  l.fetch(a);
-  return copied;
+  if (base + at_hand < l.last) l.fetch(a.low_records);
+  return bytes;
 }
 
 // The copying warpgroup: a tile's stages of adapters; one with nothing in it where there are none.
 template <class S>
-DEVICE void copy_adapters(const MarlinMoeGemm& a, const Shared& s, const Tile& tile, AdaptersAhead& l, Stages<S>& stages, int thread) {
+DEVICE void copy_adapters(const MarlinMoeGemm& a, const Shared& s, const TensorMap& lines, const Tile& tile, AdaptersAhead& l, Stages<S>& stages) {
   do {
+    const int thread = thread_index_here() - S::kThreads;  // nothing that is made of it is kept beside a tile's other stages: registers
     Barrier* full = stages.full + stages.slot;
+    uint8_t* const stage = s.stages + stages.slot * S::kStageBytes;
     barrier_wait(stages.empty + stages.slot, stages.parity);
-    int parts;
-    const bool copied = copy_records<S>(a, tile, l, s.stages + stages.slot * S::kStageBytes, thread, parts);
-    if (thread == 0) s.more[stages.slot] = 2 * parts + (l.next < l.last), barrier_arrive(full);
+    int sixteens;
+    bool copied;
+    const int bytes = a.halves == 2 ? copy_records<S, 2>(a, lines, tile, l, stage, thread, full, sixteens, copied) : copy_records<S, 1>(a, lines, tile, l, stage, thread, full, sixteens, copied);
+    if (thread == 0) s.more[stages.slot] = 2 * sixteens + (l.next < l.last), barrier_expect(full, bytes);
     if (copied) barrier_arrive_after_copies(full);
     else cp_commit(), cp_wait<0>(), barrier_arrive(full);
     stages.advance();
@@ -161,7 +173,7 @@ DEVICE void copy_adapters(const MarlinMoeGemm& a, const Shared& s, const Tile& t
 
 // Registers of a thread, of which a block gets 168 for each of its three warpgroups and no more: one that asks for them waits for ever.
 template <class S>
-constexpr bool kFewRegisters = S::kBits == 8 && S::Codes::kZeros;  // to copy with: the others dequantize with more
+constexpr bool kFewRegisters = S::kBits == 8 && (S::Codes::kZeros || kFollows<S>);  // to copy with: the others dequantize with more
 template <class S>
 constexpr int kCopyRegisters = kFewRegisters<S> ? 72 : 88;
 template <class S>
@@ -281,17 +293,18 @@ DEVICE void copy_stage(const MarlinMoeGemm& a, const Derived& d, const Shared& s
 }
 
 // Down need not wait for gate_up's end: gate_up counts beside a tile's rows, in the upper half of their word, the tiles of rows that are stored.
+DEVICE uint32_t* report_of(const MarlinMoeGemm& a, int tile) { return (uint32_t*)a.tiles + 3 * (int64_t)tile + 2; }
 DEVICE void report_tile(const MarlinMoeGemm& a, int tile) {
-  if (a.report) publish_add((uint32_t*)a.tiles + 3 * (int64_t)tile + 2, kReport);
+  if (a.report) publish_add(report_of(a, tile), kReport);
 }
 DEVICE void wait_for_rows(const MarlinMoeGemm& a, int tile) {
   if (a.behind)
-    while ((int)(observe((const uint32_t*)a.tiles + 3 * (int64_t)tile + 2) / kReport) < a.behind) {}
+    while ((int)(observe(report_of(a, tile)) / kReport) < a.behind) {}
 }
 
 // The copying warpgroup: all stages of the block's tiles, one after another, each once the multiplying warps are done with what lay there.
 template <class S>
-DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, const TensorMap& map, Stages<S> stages) {
+DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, const TensorMap& map, const TensorMap& lines, Stages<S> stages) {
   const int thread = thread_index() - S::kThreads, piece = thread % S::kXPieces, first_row = thread / S::kXPieces;
   const int x_place = S::kWeightBytes + (piece / 8 * S::kTokens + first_row) * 128 + (piece % 8 ^ first_row % 8) * 16;
   int entered = 0, before = 0;  // the tile before this one
@@ -304,12 +317,12 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
     const Tile tile = next.tile;
     const int queue = entered++ % kQueue;
     int32_t* const here = s.pairs + queue * S::kTokens;
-    from.enter(a, d, tile, thread);
+    from.enter(a, d, tile, kFollows<S> ? thread_index_here() - S::kThreads : thread);  // of which nothing is kept: registers
     if (thread == 0) s.tiles[queue] = tile;
 #pragma unroll
     for (int i = 0; i < next.kPairs; i++)
       if (thread + i * kCopyThreads < S::kTokens) here[thread + i * kCopyThreads] = next.pairs[i];
-    if (a.low && (!a.early || entered > 1)) adapters.ask(a, tile.index);
+    if (a.low && (a.early != 2 || entered > 1)) adapters.ask(a, tile.index);
     if (thread == 0) wait_for_rows(a, tile.index);
     sync_warpgroup(1);  // one thread's arrival below hands all of this over
     if (a.behind && lane_index() == 0) publish_rows();
@@ -318,33 +331,50 @@ DEVICE void copy_stages(const MarlinMoeGemm& a, const Derived& d, const Work& w,
       for (int i = 0; i < from.kLoads; i++) from.x_rows[i] = from.x_row(a, d, here, thread, i);
     for (int k_step = 0; k_step < w.k_steps; k_step++, stages.advance()) {
       next.step(k_step);
-      if (a.low && k_step + 1 == w.k_steps && adapters.last >= 0) adapters.fetch(a);
+      if (a.low && k_step == (w.k_steps > 2 ? w.k_steps - 2 : 0) && adapters.last >= 0) adapters.fetch(a.low_records);
       barrier_wait(stages.empty + stages.slot, stages.parity);
-      if (k_step == S::kStages && entered > 1 && thread == kCopyThreads - 32) report_tile(a, before);  // all multiplying warps are in this tile
+      if (!kFollows<S> && k_step == S::kStages && entered > 1 && thread == kCopyThreads - 32) report_tile(a, before);  // all multiplying warps are in this tile
       copy_stage<S>(a, d, s, map, here, from, stages.slot, k_step * S::kK, x_place, thread, stages.full + stages.slot);
     }
-    before = tile.index;
+    if constexpr (!kFollows<S>) before = tile.index;
     if (!a.low) continue;
     if (adapters.last < 0) {
       if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
       adapters.ask(a, tile.index);
-      adapters.fetch(a);
+      adapters.fetch(a.low_records);
     }
-    copy_adapters<S>(a, s, tile, adapters, stages, thread);
+    if constexpr (kFollows<S>) {
+      // All multiplying warps are in this tile. What comes of the arrival is looked at when it is needed.
+      const uint32_t reported = entered > 1 && thread == kCopyThreads - 32 ? arrive(report_of(a, s.tiles[(entered - 2) % kQueue].index), kReport) : 0;
+      AdaptersAhead next = adapters;
+      next.fetch(a.next.records);
+      copy_adapters<S>(a, s, lines, tile, adapters, stages);
+      copy_next<S>(a, s, d, tile, reported, next, stages);
+    } else {
+      copy_adapters<S>(a, s, lines, tile, adapters, stages);
+    }
   }
   if (a.behind) wait_for_previous_kernel(), allow_next_kernel();  // whoever waits for this kernel has waited for those before
   // One stage more, so that the multiplying warps, which begin it with the last tile's end, learn that there is no tile.
   barrier_wait(stages.empty + stages.slot, stages.parity);
   if (thread == 0) s.tiles[entered % kQueue].rows = -1, barrier_arrive(stages.full + stages.slot);
   barrier_arrive(stages.full + stages.slot);
-  if (!a.report || thread != kCopyThreads - 32) return;
-  barrier_wait(stages.empty + stages.slot, stages.parity ^ 1);  // they have stored the last
-  report_tile(a, before);
+  if (!a.report) return;
+  if (thread == kCopyThreads - 32) {
+    barrier_wait(stages.empty + stages.slot, stages.parity ^ 1);  // they have stored the last
+    if constexpr (kFollows<S>) *s.open = all_parts(d, arrive(report_of(a, s.tiles[(entered - 1) % kQueue].index), kReport));
+    else report_tile(a, before);
+  }
+  if (!kFollows<S>) return;
+  stages.advance();  // and one more, to say whether the last tile's parts are theirs to add up
+  barrier_wait(stages.empty + stages.slot, stages.parity);
+  if (thread == 0) barrier_arrive(stages.full + stages.slot);
+  barrier_arrive(stages.full + stages.slot);
 }
 
 // The same product by wgmma, on sm_90: a warpgroup copies and the others multiply; whole tiles only.
 template <class S>
-KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(MarlinMoeGemm a, Derived d, const GRID_CONSTANT TensorMap map) {
+KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(MarlinMoeGemm a, Derived d, const GRID_CONSTANT TensorMap map, const GRID_CONSTANT TensorMap lines) {
 #if SM90
   static_assert(S::kThreads == 256 && kMultiplyRegisters<S> % 8 == 0, "two multiplying warpgroups");
   SMEM_DECL;
@@ -364,31 +394,42 @@ KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(
   }
   if (warp_index() >= S::kThreads / 32) {
     give_registers<kCopyRegisters<S>>();
-    copy_stages<S>(a, d, w, s, map, initial);
+    copy_stages<S>(a, d, w, s, map, lines, initial);
   } else {
     take_registers<kMultiplyRegisters<S>>();
     Stages<S> stages = initial;
     Ready<S> ready;
     ready.rows.set_zeros(0x01010101u << (S::kBits - 1));
-    for (int done = 0;; done++) {  // a tile begins behind the end of the one before, which need not wait for its first stage
+    for (int queue = 0;; queue = (queue + 1) % kQueue) {  // a tile begins behind the end of the one before, which need not wait for its first stage
       ready.begin(d, s, stages);
-      const Tile tile = s.tiles[done % kQueue];
-      if (tile.rows < 0) {
+      const int known = s.tiles[queue].rows;
+      if (known < 0) {
         sync_warp();
         if (lane_index() == 0) barrier_arrive(stages.empty + stages.slot);
+        if constexpr (kFollows<S>) {
+          stages.advance();
+          stages.wait();
+          if (shuffle((uint32_t)*s.open, 0)) add_parts<S>(a, s.tiles[(queue + kQueue - 1) % kQueue]);
+        }
         break;
       }
+      const int packed = kFollows<S> ? anew(known | queue << 16) : known, mask = kFollows<S> ? 0xffff : -1;  // in one register; the rest is read again for the store
       Sums<S> sums;
       sums.clear();
-      for (int left = w.k_steps - 1; left >= 0; left--) multiply_by_warpgroup<S, false>(d, s, tile.rows, 0, 0, left > 0, stages, ready, sums);
+      for (int left = w.k_steps - 1; left >= 0; left--) multiply_by_warpgroup<S, false>(d, s, packed & mask, 0, 0, left > 0, stages, ready, sums);
       for (bool more = a.low; more;) {
         stages.wait();
         const int told = (int)shuffle((uint32_t)s.more[stages.slot], 0);
         more = told & 1;
-        multiply_by_warpgroup<S, true>(d, s, tile.rows, 4 * a.halves - 4, told >> 1, false, stages, ready, sums);
+        multiply_by_warpgroup<S, true>(d, s, packed & mask, 4 * a.halves - 4, told >> 1, false, stages, ready, sums);
       }
       if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
-      store_tile<S>(a, tile, s.pairs + done % kQueue * S::kTokens, sums);
+      if constexpr (kFollows<S>) {
+        queue = anew(packed) >> 16;
+        if (store_with_next<S>(a, s, s.tiles[queue], sums, stages)) add_parts<S>(a, s.tiles[(queue + kQueue - 1) % kQueue]);
+      } else {
+        store_tile<S>(a, s.tiles[queue], s.pairs + queue * S::kTokens, sums);
+      }
     }
   }
 #endif
@@ -397,13 +438,16 @@ KERNEL void __launch_bounds__(S::kThreads + kCopyThreads, 1) gemm_by_warpgroups(
 template <class S>
 int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
   const Derived d = derive<S>(a, plan.sms);
-  if ((a.report && (!S::kWarpgroup || a.low || d.k_steps <= S::kStages)) || (a.behind && (!S::kWarpgroup || a.low))) return 1;  // cudaErrorInvalidValue
+  const bool behind = a.report || a.behind, next = a.next.parts != nullptr;
+  if ((behind && !S::kWarpgroup) || (a.report && ((a.low && !next) || d.k_steps <= S::kStages)) || (next && !(a.report && a.low && a.activation))) return 1;  // cudaErrorInvalidValue
   Launch how = {(unsigned)marlin_moe_blocks(plan), (unsigned)S::kThreads, (size_t)carve<S>(d, (uint8_t*)1024).bytes, stream, plan.overlap && can_overlap()};
   if constexpr (S::kWarpgroup) {
     how.threads += kCopyThreads;
-    TensorMap map = {};
-    const int error = a.gather ? 0 : describe_boxes(&map, a.x, a.is_bf16, {(uint64_t)a.k, (uint64_t)a.pairs, 1}, {(uint64_t)a.k, (uint64_t)a.k * a.pairs}, {64, kBoxRows, 1});
-    return error ? error : launch(how, gemm_by_warpgroups<S>, a, d, map);
+    TensorMap map = {}, lines = {};
+    int error = a.gather ? 0 : describe_boxes(&map, a.x, a.is_bf16, {(uint64_t)a.k, (uint64_t)a.pairs, 1}, {(uint64_t)a.k, (uint64_t)a.k * a.pairs}, {64, kBoxRows, 1});
+    if (!error && a.low && a.low_lines > 0) error = describe_boxes(&lines, a.low_pool, a.is_bf16, {64, (uint64_t)a.low_lines, 1}, {64, 64 * (uint64_t)a.low_lines}, {64, kLinesOfB<S> / 2, 1});
+    if (error) return error;
+    return next ? launch(how, gemm_by_warpgroups<Following<S>>, a, d, map, lines) : launch(how, gemm_by_warpgroups<S>, a, d, map, lines);
   } else {
     if constexpr (kBySlot<S>)
       if (a.by_slot) return kShrinks<S> == (a.by_slot->pool != nullptr) ? launch(how, gemm_by_slot<S>, a, *a.by_slot, d) : 1;

@@ -44,6 +44,14 @@ struct Shape {
   static_assert(STAGES > 2 && STAGES < kQueue && kThreads % kXPieces == 0 && kTokens * kXPieces % kThreads == 0 && KU % 2 == 0, "uneven copies");
 };
 
+// By wgmma, a gate_up that makes s of the second projection too (marlin_moe_next.cuh): a kernel of its own, since registers are few.
+template <class S>
+struct Following : S {};
+template <class S>
+constexpr bool kFollows = false;
+template <class S>
+constexpr bool kFollows<Following<S>> = true;
+
 // One tile of the output; `start` and `rows` of the sorted pairs; `index` of its tile of tokens. By wgmma -1 rows: no more tiles.
 struct Tile {
   int32_t expert, row_tile, start, rows, index;
@@ -55,7 +63,8 @@ struct Shared {
   int32_t* pairs;    // [kQueue][tokens]
   float* sums;       // of the warps beyond the first along k
   uint32_t* before;  // arrivals before this block's; by wgmma the next tile
-  int32_t* more;     // of each stage: whether it holds adapters; by wgmma, twice the parts of adapters, and 1 if another stage of them follows
+  int32_t* more;     // of each stage: whether it holds adapters; by wgmma, twice the sixteens of ranks, and 1 if another stage of them follows
+  int32_t *runs, *open;  // marlin_moe_next.cuh: of each stage first row and end of its runs; whether the tile before has its parts
   uint64_t* barriers;
   int bytes;
 };
@@ -96,6 +105,8 @@ HOST_DEVICE Shared carve(const Derived& d, uint8_t* base) {
   s.sums = (float*)take((S::kWarpsK - 1) * S::kRows * S::kTokens * 4);
   s.before = (uint32_t*)take(4);
   s.more = (int32_t*)take(S::kStages * 4);
+  s.runs = (int32_t*)take(S::kWarpgroup ? S::kStages * 32 : 0);
+  s.open = (int32_t*)take(S::kWarpgroup ? 4 : 0);
   s.barriers = (uint64_t*)take(S::kWarpgroup ? 2 * S::kStages * 8 : 0);
   s.scales = take(S::kStages * d.scale_bytes);  // last: all places but those of the zeros are constants, which costs no register
   s.zeros = take(S::Codes::kZeros ? S::kStages * d.scale_bytes / 2 : 0);
@@ -188,13 +199,14 @@ struct Adapters {
   DEVICE void ask(const MarlinMoeGemm& a, int tile) { next = a.low_ranges[2 * tile], last = a.low_ranges[2 * tile + 1], rank = 0; }
 };
 
-// The same with the next records at hand, a field a lane, asked for a stage before they are needed.
+// The same with the next records at hand, a field a lane, asked for a stage before they are needed; the last ones stay there.
 struct AdaptersAhead : Adapters {
   static constexpr int kAtHand = 6;
   int fields = 0;
-  DEVICE void fetch(const MarlinMoeGemm& a) {
-    const int64_t i = 5 * (int64_t)next + lane_index();
-    fields = lane_index() < 5 * kAtHand && i < 5 * (int64_t)last ? (int)a.low_records[i] : 0;  // all of them fit 32 bits
+  DEVICE int base() const { return last - next > kAtHand ? next : last - kAtHand; }  // of those at hand
+  DEVICE void fetch(const int64_t* records) {
+    const int64_t i = 5 * (int64_t)base() + lane_index();
+    fields = lane_index() < 5 * kAtHand && i >= 0 ? (int)records[i] : 0;  // what is asked for of all of them fit 32 bits
   }
   DEVICE int field(int record, int i) const { return (int)shuffle((uint32_t)fields, 5 * record + i); }
 };
@@ -306,11 +318,14 @@ DEVICE void load_adapters(const MarlinMoeGemm& a, const Tile& tile, Adapters& l,
   }
 }
 
-// Twice 16 ranks of B of all warps' rows: in the place of weights, and by wgmma without halves, whose s takes half of the place of x, twice 16 more there.
+// By wgmma 16 ranks of B of a block's rows are lines of 128 bytes, four rows each, swizzled, as the tensor copy engine brings them where the rank is 16;
+// with halves those of gate, then those of up. Two in the place of weights, without halves two more in the half of the place of x that s leaves free.
 template <class S>
-DEVICE uint8_t* place_of_b(uint8_t* stage, int part) {
-  static_assert(!S::kWarpgroup || S::kTokens * 128 >= 2048 * S::kWarpsM, "B of a block's rows fits half of the place of x");
-  return stage + (part ? S::kWeightBytes + S::kTokens * 128 : 0);
+constexpr int kLinesOfB = S::kRows / 4;
+template <class S>
+DEVICE uint8_t* place_of_b(uint8_t* stage, int sixteen) {
+  static_assert(!S::kWarpgroup || (S::kTokens >= 2 * kLinesOfB<S> && S::kWeightBytes >= 256 * kLinesOfB<S>), "B of a block's rows fits half of the place of x");
+  return stage + (sixteen >= 2 ? S::kWeightBytes + S::kTokens * 128 : 0) + sixteen % 2 * kLinesOfB<S> * 128;
 }
 
 // Blocks of a multiprocessor that registers are shared among: no more than fit its memory, which before Hopper is 164 KB at most.
@@ -389,7 +404,7 @@ struct Rows<Format<BFloat16, 4, false>, false> {
 // The rows' scales and zeros of local group `group` of this warp's share of a stage.
 template <class S>
 DEVICE void load_group(const Derived& d, const Shared& s, int slot, int group, Rows<typename S::Codes>& rows) {
-  const int place = (warp_index() << d.groups_log2) + group;
+  const int place = (warp_index() << d.groups_log2) + (kFollows<S> ? anew(group) : group);  // or each unit's would be kept: registers
   rows.load_scales(s.scales + slot * d.scale_bytes + place * 64);
   if constexpr (S::Codes::kZeros) rows.set_zeros(*(const uint32_t*)(s.zeros + slot * d.scale_bytes / 2 + place * 32 + lane_index() / 4 * 4));
 }
@@ -484,15 +499,30 @@ DEVICE void multiply_live(const Derived& d, const Shared& s, int slot, int live,
   else multiply_stage<S, LIVE, false>(d, s, slot, sums);
 }
 
-// 16 ranks of this warp's rows of B, or twice 16, as fragments of weights [sixteen][fragment][register]. `part`: of place_of_b.
+// 16 ranks of this warp's rows of B, or twice 16, as fragments of weights [sixteen][fragment][register].
 template <class S>
-DEVICE void load_adapter_fragments(const Shared& s, int slot, int part, uint32_t (&fragments)[2][2][4]) {
+DEVICE void load_adapter_fragments(const Shared& s, int slot, uint32_t (&fragments)[2][2][4]) {
   const int lane = lane_index();
-  const uint8_t* rows = place_of_b<S>(s.stages + slot * S::kStageBytes, part) + warp_index() * (part ? 2048 : S::kWarpBytes) + lane % 8 * 128;
+  const uint8_t* rows = s.stages + slot * S::kStageBytes + warp_index() * S::kWarpBytes + lane % 8 * 128;
 #pragma unroll
   for (int i = 0; i < 2 * S::kSixteens; i++) {
     uint32_t(&fragment)[4] = fragments[i / 2][i % 2];
     load_matrix_x4(fragment, rows + i / 2 * 1024 + ((4 * (i % 2) + lane / 8 % 2 * 2 + lane / 16) ^ lane % 8) * 16);
+#pragma unroll
+    for (int j = 0; j < 4; j++) fragment[j] = Rows<typename S::Codes>::shrink(fragment[j]);
+  }
+}
+
+// The same by wgmma: two sixteens from the first-th of the stage on. A lane's rows are two neighbours of every four, or with halves of both halves.
+template <class S>
+DEVICE void load_lines_of_b(const Shared& s, int slot, int first, bool halves, uint32_t (&fragments)[2][2][4]) {
+  const int i = lane_index() % 8, piece = lane_index() / 8 % 2 * 2 + lane_index() / 16, warp = warp_index();
+  const int line = halves ? 4 * warp + i / 2 : 8 * warp + i, place = line * 128 + ((halves ? i % 2 * 4 + piece : piece) ^ line % 8) * 16;
+  const uint8_t* lines = place_of_b<S>(s.stages + slot * S::kStageBytes, first);
+#pragma unroll
+  for (int n = 0; n < 4; n++) {
+    uint32_t(&fragment)[4] = fragments[n / 2][n % 2];
+    load_matrix_x4(fragment, lines + n / 2 * kLinesOfB<S> * 128 + (n % 2 == 0 ? place : halves ? place + kLinesOfB<S> * 64 : place ^ 64));
 #pragma unroll
     for (int j = 0; j < 4; j++) fragment[j] = Rows<typename S::Codes>::shrink(fragment[j]);
   }
@@ -506,7 +536,7 @@ DEVICE void multiply_adapters(const MarlinMoeGemm& a, const Shared& s, int slot,
   const int lane = lane_index(), piece = (lane / 8 ^ lane % 8) * 16;
   const uint8_t* matrices = s.stages + slot * S::kStageBytes + S::kWeightBytes + lane % 8 * 128;
   uint32_t fragments[2][2][4];
-  load_adapter_fragments<S>(s, slot, 0, fragments);
+  load_adapter_fragments<S>(s, slot, fragments);
 #pragma unroll
   for (int n = 0; n < S::kNT; n++) {
     if (n * 8 >= live) break;
@@ -553,10 +583,9 @@ struct Ready {
 };
 
 // One stage by wgmma, on 128 rows a warpgroup. The next one of the tile, if there is one, begins behind the last products: none may be under way across
-// a branch, or the compiler makes all of them wait for each other. ADAPTERS: as many ranks as a unit has k, or twice as many, in
-// `parts`; the up half's s lie `apart` 16 bytes on.
+// a branch, or the compiler makes all of them wait for each other. ADAPTERS: so many times 16 ranks, two a part; the up half's s lie `apart` 16 bytes on.
 template <class S, bool ADAPTERS, int NT>
-DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int apart, int parts, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int apart, int sixteens, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
   using T = typename S::Type;
   const int slot = stages.slot;
   const uint64_t x = wgmma_matrix(s.stages + slot * S::kStageBytes + S::kWeightBytes);
@@ -569,10 +598,18 @@ DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int a
     wgmma_commit();
   };
   if constexpr (ADAPTERS) {
-    for (int part = 0; part < parts; part++) {
-      load_adapter_fragments<S>(s, slot, part, ready.fragments[1]);
-      multiply(ready.fragments[1], [=](int step, int f) { return 4 * part + 2 * step + f * apart; });
-      wgmma_wait<0>();
+    for (int part = 0; 2 * part < sixteens; part++) {
+      load_lines_of_b<S>(s, slot, 2 * part, apart > 0, ready.fragments[1]);
+      if (2 * part + 1 < sixteens) {
+        multiply(ready.fragments[1], [=](int step, int f) { return 4 * part + 2 * step + f * apart; });
+        wgmma_wait<0>();
+      } else {
+        wgmma_begin();
+#pragma unroll
+        for (int f = 0; f < 2; f++) T::template wgmma<NT>(sums.value[f], ready.fragments[1][0][f], x + (uint64_t)(4 * part + f * apart));
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
     }
   } else {
 #pragma unroll
@@ -602,16 +639,16 @@ DEVICE void multiply_stage_by_warpgroup(const Derived& d, const Shared& s, int a
 
 // With as many columns as hold `live` rows, of the widths that are built: eights of columns, ascending. Below 32 dequantization takes longer than products.
 template <class S, bool ADAPTERS, int NT, int... WIDER>
-DEVICE void multiply_by_width(const Derived& d, const Shared& s, int live, int apart, int parts, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+DEVICE void multiply_by_width(const Derived& d, const Shared& s, int live, int apart, int sixteens, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
   if constexpr (sizeof...(WIDER) > 0) {
-    if (live > 8 * NT) return multiply_by_width<S, ADAPTERS, WIDER...>(d, s, live, apart, parts, begin_next, stages, ready, sums);
+    if (live > 8 * NT) return multiply_by_width<S, ADAPTERS, WIDER...>(d, s, live, apart, sixteens, begin_next, stages, ready, sums);
   }
-  multiply_stage_by_warpgroup<S, ADAPTERS, NT>(d, s, apart, parts, begin_next, stages, ready, sums);
+  multiply_stage_by_warpgroup<S, ADAPTERS, NT>(d, s, apart, sixteens, begin_next, stages, ready, sums);
 }
 
 template <class S, bool ADAPTERS>
-DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, int apart, int parts, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
-  multiply_by_width<S, ADAPTERS, 4, 6, 8, 9, 10, 12, 14, 16, 17, S::kNT>(d, s, live, apart, parts, begin_next, stages, ready, sums);
+DEVICE void multiply_by_warpgroup(const Derived& d, const Shared& s, int live, int apart, int sixteens, bool begin_next, Stages<S>& stages, Ready<S>& ready, Sums<S>& sums) {
+  multiply_by_width<S, ADAPTERS, 4, 6, 8, 9, 10, 12, 14, 16, 17, S::kNT>(d, s, live, apart, sixteens, begin_next, stages, ready, sums);
 }
 
 // ---- The end of a tile -----------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ define(
     "int top_k, Tensor? low, Tensor? low_pool, Tensor? low_records, Tensor? low_ranges, int low_max_rank, "
     "Tensor? slots, Tensor? rank, Tensor? split, Tensor? b_offset, Tensor? b_stride, "
     "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? scaling, Tensor? lora_tiles, "
+    "Tensor? next_pool, Tensor? next_records, Tensor(d!)? next_parts, Tensor(e!)? next_s, "
     "Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
     "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap, int early, bool report, int behind) -> ()"
 )
@@ -205,8 +206,9 @@ def marlin_moe_gemm(
     tokens, or without records, where the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16.
     With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
     written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone.
-    By wgmma, without an addend, `report`: count beside the rows of each base tile, in its upper 16 bits, the tiles of rows that are
-    stored (more than four stages of k); `behind`: the GEMM before this one, which made x, reports so often, and only that is waited for.
+    By wgmma, `report`: count beside the rows of each base tile, in its upper 16 bits, the tiles of rows that are stored (more than four stages
+    of k); `behind`: the GEMM before this one, which made x, reports so often, and only that is waited for. An addend with a `following`, of
+    up to 16 ranks: with `activation` and `report` s of the second product is made too, and reported as one more; without one it takes no report.
     """
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
         x, weight.packed, weight.scales, weight.zeros, weight.bias,
@@ -219,7 +221,7 @@ def marlin_moe_gemm(
 
 def _addend_args(addend: LowRank | None, lora_tiles: torch.Tensor) -> tuple[torch.Tensor | int | None, ...]:
     if addend is None:
-        return *(None,) * 4, 0, *(None,) * 10
+        return *(None,) * 4, 0, *(None,) * 14
     a, b = addend.a, addend.b
     assert addend.records is not None or a is not None, "the GEMM needs an addend with records, or with A"
     if b.pool.nbytes > MOST_POOL_BYTES:
@@ -227,7 +229,9 @@ def _addend_args(addend: LowRank | None, lora_tiles: torch.Tensor) -> tuple[torc
         raise ValueError(f"marlin_moe_gemm: the adapter pool has {found:.0f} GiB of at most 64: lower --max-loras-per-batch or --max-lora-rank")
     slots = (None,) * 5 if a is None else (addend.token_slots, b.rank, b.split_a, b.offset, b.expert_stride)
     own = (None,) * 5 if a is None or addend.records is not None else (a.pool, a.offset, a.expert_stride, b.scaling, lora_tiles)
-    return addend.s, b.pool, addend.records, addend.ranges, b.max_rank, *slots, *own
+    then = addend.following
+    following = (None,) * 4 if then is None else (then.a.pool, then.low.records, then.parts, then.low.s)
+    return addend.s, b.pool, addend.records, addend.ranges, b.max_rank, *slots, *own, *following
 
 
 def _repack_cpu(codes: torch.Tensor, k: int, bits: int, halves: int, packed: torch.Tensor) -> None:

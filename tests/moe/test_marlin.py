@@ -12,6 +12,7 @@ import torch
 from sglang_lora_moe.lora.hooks import build_lora_hooks
 from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core, make_lora_ops
 from sglang_lora_moe.moe.backends.marlin import MarlinRunnerCore, choose_plan
+from sglang_lora_moe.moe.backends.marlin_lora import FOLLOWING_ROWS
 from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
@@ -142,6 +143,25 @@ def test_gpu_real_shapes(shape: tuple[int, ...], tokens: int) -> None:
     for lora in (False, True):
         adapters: dict[str, Any] = {"ranks": (16, 0, 64), "layouts": ("split",), "active": 3, "slots": 3}
         check_on_gpu(lora, group=32 if hidden % 128 else 128, spec=MoESpec(experts, top_k, hidden, inter), m=tokens, **adapters)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [(16,), (16, 0, 7, 1), (8, 15)], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["silu", "clamped with bias"])
+def test_gpu_shrink_within_gate_up(biased: bool, ranks: tuple[int, ...]) -> None:
+    """Many experts, up to rank 16, by wgmma: gate_up makes s of down."""
+    spec = replace(BIASED if biased else SPEC, num_experts=128, top_k=8, hidden_size=576, intermediate_size=448 if biased else 224)
+    for tokens, bits, dtype in ((800, 4, torch.bfloat16), (900, 8, torch.bfloat16), (1100, 8, torch.float16), (4097, 4, torch.bfloat16)):
+        adapters: dict[str, Any] = {"ranks": ranks, "layouts": LAYOUTS, "active": 5, "slots": 7, "routing": "partial"}
+        check_on_gpu(True, bits, dtype == torch.bfloat16, spec=spec, m=tokens, dtype=dtype, **adapters)
+        assert choose_plan(spec, tokens, True).gate_up == EVERYWHERE and tokens * spec.top_k >= FOLLOWING_ROWS * spec.num_experts
+
+
+@pytest.mark.gpu
+def test_gpu_shrink_of_many_adapters_within_gate_up() -> None:
+    """More adapters in a tile than a stage has room for, and with 16 more than gate_up takes."""
+    for slots in (12, 16):
+        check_on_gpu(spec=MoESpec(128, 8, 1024, 256), m=800, ranks=(16, 3), active=slots, slots=slots)
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ class Adapters:
 
     def addend(self) -> SimpleNamespace:
         s, pool, records, ranges = (t.cuda() for t in (self.s[None], self.pool, self.records, self.ranges))
-        return SimpleNamespace(s=s, b=SimpleNamespace(pool=pool, max_rank=self.max_rank), records=records, ranges=ranges, a=None)
+        return SimpleNamespace(s=s, b=SimpleNamespace(pool=pool, max_rank=self.max_rank), records=records, ranges=ranges, a=None, following=None)
 
     def products(self, case: Case) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(first row, B, s of the first half, s of the second) of each record, in float32."""

@@ -55,7 +55,7 @@ int run_gemm(const Case& c) {
   std::vector<float> partials(marlin_moe_partials(plan), NAN);
   std::vector<uint32_t> arrivals(marlin_moe_counters(plan), 0);
   MarlinMoeGemm arguments = {x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr,
-                                   tiles.data(), counts.data(), sorted.data(), out.data(), partials.data(), arrivals.data(), c.low_width ? low.data() : nullptr, low_pool.data(), low_records.data(), low_ranges.data(), c.low_width, c.low_max_rank, c.slots ? &by_slot : nullptr,
+                                   tiles.data(), counts.data(), sorted.data(), out.data(), partials.data(), arrivals.data(), c.low_width ? low.data() : nullptr, low_pool.data(), low_records.data(), low_ranges.data(), c.low_width, c.low_max_rank, c.low_pool / 64, c.slots ? &by_slot : nullptr, {},
                                    c.experts, c.pairs, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.halves,
                                    c.activation, c.alpha, c.cubic, c.limit, c.shift, c.scatter, c.gather, c.scatter, 0, 0};
   const MarlinMoeShape shape = marlin_moe_shape(c.config);

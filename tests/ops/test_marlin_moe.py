@@ -271,7 +271,7 @@ def test_gpu_gemm_up_to_4097_tokens(config: int) -> None:
 def test_pool_beyond_32_bit_places_is_refused() -> None:
     def addend(elements: int) -> Any:
         return SimpleNamespace(
-            records=1, s=2, ranges=3, a=None, b=SimpleNamespace(pool=torch.empty(elements, dtype=torch.bfloat16, device="meta"), max_rank=16)
+            records=1, s=2, ranges=3, a=None, following=None, b=SimpleNamespace(pool=torch.empty(elements, dtype=torch.bfloat16, device="meta"), max_rank=16)
         )
 
     tiles = torch.empty(0, 4)

@@ -24,6 +24,7 @@ from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.quantization.base import QuantMethod
 
+FEW_LORA_ROWS = 24  # of an adapter and expert on average, up to which tiles of 32 leave room for all shrinks at once: 4 us of 270 at 1,024 tokens
 MAX_PAIR_TOKENS = 4  # up to here two tokens rarely meet in an expert, and a sort costs more than reading it twice
 
 
@@ -91,9 +92,10 @@ class MarlinRunnerCore(MoeRunnerCore):
 
     def make_routing(self, inp: RunnerInput) -> Routing:
         plan = self._plan(inp)
+        lora_block = min(plan.lora_block, 32 if inp.topk_ids.numel() <= FEW_LORA_ROWS * inp.spec.num_experts * min(inp.num_slots, 4) else 64)
         return Routing(
             inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots,
-            base_block=plan.base_block, lora_block=plan.lora_block, rows="pair" if plan.by_pair else "sorted", workspace=inp.workspace,
+            base_block=plan.base_block, lora_block=lora_block, rows="pair" if plan.by_pair else "sorted", workspace=inp.workspace,
         )  # fmt: skip
 
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: MarlinQuantInfo, addend: LowRank | PairAdapters | None = None) -> torch.Tensor:
@@ -140,10 +142,11 @@ class MarlinRunnerCore(MoeRunnerCore):
         # what comes before: a shrink that others are done before, the alignment, gate_up, or the second shrink and gate_up beside it
         early = 1 if not gather and (addend is None or addend.records is None and addend.a is not None) else 2 if addend is not None else 0
         addend = None if addend is None or addend.of_combine else addend
-        # without adapters down begins with what gate_up has stored of each tile
-        shape, alone = SHAPES[plan.gate_up], addend is None and plan.overlap and min(plan.gate_up, plan.down) >= EVERYWHERE
-        report = alone and activation is not None and weight.k > shape.stages * shape.block_k
-        behind, routing.reports = routing.reports if alone and not gather else 0, -(-weight.packed.shape[1] * UNIT // shape.block_rows) if report else 0
+        # down begins with what gate_up has stored of each tile, where no shrink stands between them
+        shape, following = SHAPES[plan.gate_up], addend is not None and addend.following is not None
+        report = activation is not None and (addend is None or following) and plan.gate_up >= EVERYWHERE and weight.k > shape.stages * shape.block_k
+        behind, routing.reports = 0 if gather else routing.reports, -(-weight.packed.shape[1] * UNIT // shape.block_rows) + following if report else 0
+        early = 1 if behind else early
         return marlin_moe_gemm(
             x, weight, routing.alignment, routing.top_k, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 
 from sglang_lora_moe.lora.stacks import ExpertStacks
-from sglang_lora_moe.moe.backends.triton_lora import combine_adds
+from sglang_lora_moe.moe.backends.triton_lora import MAX_FOLLOWING_RANK, combine_adds
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.ops.fused_moe_lora import moe_shrink
 from sglang_lora_moe.ops.low_rank import LowRank
+from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation
 from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters
+from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 COMBINED_PAIRS = 96  # from which a launch for s and a combine that adds B s take less than down's own shrink: measured
+FOLLOWING_ROWS = 48  # of an expert on average, from which gate_up makes s of down: 2 to 4 us more than a shrink at 32, less at 64
+MOST_FOLLOWING_SLOTS = 12  # gate_up's ring holds 16 adapters of a tile beside its activation, and lists of records may name one twice
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
 
 
@@ -30,5 +34,15 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
     if max(routing.base_block, routing.lora_block) <= OWN_SHRINK_ROWS and not gather:
         assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
         return LowRank(inp.workspace.get(f"{name}.s", (1, routing.num_pairs, a.shrink_width), rows.dtype), b, inp.token_slots, a=a)
-    low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048)
+    if not gather and routing.following is not None:
+        return routing.following
+    shape, following = SHAPES[EVERYWHERE], (stacks.a2, stacks.b2, -(-stacks.a2.dim * 2 // SHAPES[EVERYWHERE].block_rows))
+    makes_next = gather and routing.base_block == shape.block_tokens and a.dim > shape.stages * shape.block_k and fuses_activation(inp.spec)
+    makes_next = makes_next and routing.num_pairs >= FOLLOWING_ROWS * routing.num_experts and can_shrink(rows, routing.num_experts)
+    makes_next = makes_next and stacks.a2.max_rank <= MAX_FOLLOWING_RANK and inp.num_slots <= MOST_FOLLOWING_SLOTS
+    then = following if makes_next else None
+    low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048, following=then)
+    if low.following is not None:
+        routing.following = low.following.low
+        return low
     return LowRank(low.s, b, low.token_slots, low.records, low.ranges, a=a if OWN_SHRINK_ROWS < routing.base_block <= BY_SLOT_ROWS else None)
