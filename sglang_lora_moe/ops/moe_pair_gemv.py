@@ -44,6 +44,13 @@ def _pair_gate_up_kernel(
         pdl_wait(PDL)
     pair = tl.program_id(0)
     token = pair // TOP_K
+    if ADDEND:  # asked for beside the expert, so that one round of loads stands before the weights
+        slot = tl.load(slots_ptr + token)
+        some = slot >= 0
+        rank = tl.load(rank_ptr + slot, mask=some, other=0)
+        column = tl.load(split_ptr + slot, mask=some, other=0) * MAX_RANK
+        offset = tl.load(offset_ptr + slot, mask=some, other=0)
+        stride = tl.load(stride_ptr + slot, mask=some, other=0)
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
     n0 = tl.program_id(1) * BN
     rn = n0 + tl.arange(0, BN)
@@ -51,11 +58,7 @@ def _pair_gate_up_kernel(
     valid = (expert >= 0) & (expert < num_experts)
     if valid:
         if ADDEND:  # B does not depend on the kernel before: its loads are in flight during the main loop
-            slot = tl.load(slots_ptr + token)
-            some = slot >= 0
-            rank = tl.load(rank_ptr + slot, mask=some, other=0)
-            column = tl.load(split_ptr + slot, mask=some, other=0) * MAX_RANK
-            place = (tl.load(offset_ptr + slot, mask=some, other=0) + expert * tl.load(stride_ptr + slot, mask=some, other=0)) // ALIGN
+            place = (offset + expert * stride) // ALIGN
             rr = tl.arange(0, RANK_BLOCK)
             b = load_b_rows(pool_ptr, place, rn, N, rank, rr, ALIGN)
             if GATED:
