@@ -223,7 +223,7 @@ def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: in
     """Per pair the columns are split where programs are too few to fill the GPU; grouped, groups alone fill it."""
     rows = max(16, launch.next_power_of_2(width))
     if by_pair:
-        wide = cols > 1024  # half of its columns under way at once took 0.4 us less
+        wide = cols > 1024 and rows <= 32  # 0.4 us less; at rank 64 2.4 more
         return ShrinkTile(16, min(32, rows), 512 if wide else 256, 8 if wide else 4, 3, split=max(1, min(4, 256 // max(pairs, 1), cols // 512)))
     return ShrinkTile(lora_block, min(64, rows), 128, 4, 4 if rows <= 32 and lora_block <= 32 else 3)
 
