@@ -1,8 +1,8 @@
 // Grouped GEMM over experts with int4 or int8 weights: weights are the A operand of m16n8k16 in fragment order, tokens are N.
 //
 //   * A block works on whole tiles (block_rows of one expert's weight x up to block_tokens of its tokens) or, where those would leave
-//     multiprocessors idle, on an equal share of all (tile, k) units; blocks that share a tile leave float32 sums in `partials`, and the last
-//     to arrive adds them in block order, so that results do not depend on timing. Nobody waits for anybody, but for s in marlin_moe_lora.cuh.
+//     multiprocessors idle, on an equal share of all (tile, k) units; with adapters blocks draw tiles, and halves of the last ones, from a queue.
+//     Blocks that share a tile leave float32 sums in `partials`, and the last to arrive adds them in order: results do not depend on timing. Nobody waits for anybody, but for s in marlin_moe_lora.cuh.
 //   * A ring of cp.async stages runs ahead across tiles; each warp loads its own weights, 32 rows, and dequantizes 32 k of them from one 16-byte
 //     load a lane (int4) to exactly the 16-bit value of (q - z) * s; tokens come by ldmatrix from rows swizzled as wgmma wants them too.
 //   * Many tokens on sm_90: by wgmma, whole tiles of 256 rows x 144 tokens, each block's next one the first that nobody has taken, with a warpgroup

@@ -4,6 +4,59 @@
 
 namespace {
 
+// A shape whose blocks draw tiles, and halves of tiles, from a queue.
+template <class S>
+struct Drawing : S {
+  static constexpr bool kDraws = true;
+};
+
+// With adapters blocks beside the shrink begin late and equal shares end late with them: where there is more than a tile for each block they draw tiles,
+// and where these do not come out even, some of the last ones in halves. Without adapters, or with two whole tiles for most, that takes longer.
+constexpr int kLeastSteps = 4;  // of a tile that is drawn
+DEVICE Work queue_up(const MarlinMoeGemm& a, const Derived& d) {
+  Work w = share_work(a, d, false, 92, 100);
+  const int grid = (int)gridDim.x;
+  const bool even = w.grain == w.k_steps;
+  if (w.outputs < grid || w.k_steps < kLeastSteps || (even && w.outputs <= 2 * grid)) return w;
+  w.whole = even ? w.outputs : w.outputs - grid / 4, w.items = 2 * w.outputs - w.whole;
+  return w;
+}
+
+template <class S>
+DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
+  uint32_t next = 0;
+  if (S::kDraws && w.items && thread_index() == 0) next = gridDim.x + take_ticket(slot_counters(a));  // on its way while the tile is found
+  const int output = l.unit / w.k_steps, slot = l.entered % kQueue;
+  const Tile tile = find_tile(a, d, w, output);
+  if (a.low && (!a.early || (S::kDraws ? l.adapters.last >= 0 : l.entered > 0))) l.adapters.ask(a, tile.index);
+  place_tile<S>(a, d, s, tile, l);
+  if constexpr (S::kDraws) {
+    const int end = (output + 1) * w.k_steps;
+    if (thread_index() == 0) s.spans[2 * slot] = l.unit, s.spans[2 * slot + 1] = end < l.end ? end : l.end, s.before[1 + l.entered % 2] = next;
+  }
+}
+
+// What item `item` of the queue is.
+template <class S>
+DEVICE void begin_item(const Work& w, int item, Loader<S>& l) {
+  const int half = w.k_steps / 2, other = item - w.whole;
+  const bool whole = other < 0, second = !whole && other % 2 == 1;
+  l.unit = (whole ? item : w.whole + other / 2) * w.k_steps + (second ? half : 0);
+  l.end = l.unit + (whole ? w.k_steps : second ? w.k_steps - half : half);
+}
+
+// The next item, if there is one, to be entered.
+template <class S>
+DEVICE bool draw_item(const Work& w, const Shared& s, Loader<S>& l) {
+  if (!w.items) return false;
+  sync_block();  // it is there
+  const int item = (int)s.before[1 + l.entered % 2];  // two places: who reads this may be behind who enters the tile
+  if (item >= w.items) return false;
+  begin_item<S>(w, item, l);
+  l.k_step = w.k_steps;
+  return true;
+}
+
 // The next stage of adapters of the tile whose weights are loaded, if there is one.
 template <class S>
 DEVICE bool load_more(const MarlinMoeGemm& a, const Shared& s, Loader<S>& l, int slot) {
@@ -23,8 +76,13 @@ template <class S>
 DEVICE void load_stage(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l, int slot, bool weights) {
   const bool adapters = a.low && l.k_step == w.k_steps && load_more<S>(a, s, l, slot);
   if (thread_index() == 0) s.more[slot] = adapters;
-  if (adapters || l.unit >= l.end) return;
-  if (l.k_step == w.k_steps) l.k_step = 0, enter_tile<S>(a, d, w, s, l);
+  if constexpr (S::kDraws) {
+    if (adapters || (l.unit >= l.end && !draw_item<S>(w, s, l))) return;
+    if (l.k_step == w.k_steps) l.k_step = l.unit % w.k_steps, enter_tile<S>(a, d, w, s, l);
+  } else {
+    if (adapters || l.unit >= l.end) return;
+    if (l.k_step == w.k_steps) l.k_step = 0, enter_tile<S>(a, d, w, s, l);
+  }
   if (weights) load_weights<S>(a, d, s, l, slot);
   load_x<S>(a, s, l, slot);
   l.unit++, l.k_step++;
@@ -50,7 +108,7 @@ KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, D
   SMEM_DECL;
   if (!a.early) wait_for_previous_kernel(), allow_next_kernel();
   const Shared s = carve<S>(d, smem_);
-  const Work w = share_work(a, d, S::kWarpgroup);
+  const Work w = S::kDraws ? queue_up(a, d) : share_work(a, d, false);
   const int block = (int)blockIdx.x;
   if (block >= w.blocks || w.units == 0) {
     if (a.early) wait_for_previous_kernel();  // so that whoever waits for this kernel has waited for those before
@@ -58,14 +116,17 @@ KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, D
   }
   Loader<S> l;
   l.unit = w.first(block), l.end = w.first(block + 1), l.entered = 0;
+  if (S::kDraws && w.items) begin_item<S>(w, block, l);
   l.k_step = l.unit % w.k_steps;
   int unit = l.unit, slot = 0, ahead = S::kAhead;
   enter_tile<S>(a, d, w, s, l);
   load_first<S>(a, d, w, s, l);
   sync_block();  // the first tile's record is there
 
-  for (int done = 0; unit < l.end; done++) {
-    const int output = unit / w.k_steps, begin = output * w.k_steps, end = begin + w.k_steps < l.end ? begin + w.k_steps : l.end;
+  for (int done = 0; S::kDraws ? done < l.entered : unit < l.end; done++) {  // drawn: at a tile's end the next one has been entered, if there is one
+    const int32_t* const span = s.spans + done % kQueue * 2;
+    if (S::kDraws) unit = span[0];
+    const int output = unit / w.k_steps, begin = output * w.k_steps, end = S::kDraws ? span[1] : begin + w.k_steps < l.end ? begin + w.k_steps : l.end;
     const bool complete = unit == begin && end == begin + w.k_steps;
     const int live = s.tiles[done % kQueue].rows;
     Sums<S> sums;
@@ -85,9 +146,16 @@ KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, D
       ahead = ahead + 1 == S::kStages ? 0 : ahead + 1;
     }
     add_warps<S>(s, sums);
-    const bool stores = (complete || add_blocks<S>(a, w, s, output, sums)) && thread_index() < 32 * S::kWarpsM;
+    bool stores;
+    if constexpr (S::kDraws) stores = span[1] - span[0] == w.k_steps || add_blocks<S>(a, w, s, span[0] / w.k_steps, sums, span[0] % w.k_steps != 0);
+    else stores = complete || add_blocks<S>(a, w, s, output, sums);
+    stores = stores && thread_index() < 32 * S::kWarpsM;
     if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
     if (stores) store_tile<S>(a, s.tiles[done % kQueue], s.pairs + done % kQueue * S::kTokens, sums);
+  }
+  if (S::kDraws && w.items && thread_index() == 0) {
+    uint32_t* const counters = slot_counters(a);
+    if (arrive(counters + 1) == gridDim.x - 1) counters[0] = counters[1] = 0;
   }
 }
 
@@ -451,6 +519,11 @@ int launch_gemm(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
   } else {
     if constexpr (kBySlot<S>)
       if (a.by_slot) return kShrinks<S> == (a.by_slot->pool != nullptr) ? launch(how, gemm_by_slot<S>, a, *a.by_slot, d) : 1;
+    if constexpr (S::kTokens == 16 && !S::Codes::kZeros) {  // zero points take registers
+      how.shared_bytes = (size_t)carve<Drawing<S>>(d, (uint8_t*)1024).bytes;
+      if (a.low) return launch(how, gemm<Drawing<S>>, a, d);
+      how.shared_bytes = (size_t)carve<S>(d, (uint8_t*)1024).bytes;
+    }
     return launch(how, gemm<S>, a, d);
   }
 }

@@ -30,7 +30,7 @@ template <class F, int WM, int WK, int NT, int KU, int STAGES, int BLOCKS, bool 
 struct Shape {
   using Codes = F;
   using Type = typename F::Type;
-  static constexpr bool kWarpgroup = WARPGROUP;
+  static constexpr bool kWarpgroup = WARPGROUP, kDraws = false;
   static constexpr int kSkip = NT <= 4 ? 1 : 4;  // eights of tokens that are computed or left out together
   static constexpr int kAhead = STAGES - 1;      // stages loaded ahead
   static constexpr int kBits = F::kBits, kWarpsM = WM, kWarpsK = WK, kNT = NT, kKU = KU, kStages = STAGES, kBlocks = BLOCKS;
@@ -60,9 +60,10 @@ struct Tile {
 struct Shared {
   uint8_t *stages, *scales, *zeros;
   Tile* tiles;       // [kQueue]
+  int32_t* spans;    // [kQueue][2] where tiles are drawn, first and last + 1 of the units of each that are this block's
   int32_t* pairs;    // [kQueue][tokens]
   float* sums;       // of the warps beyond the first along k
-  uint32_t* before;  // arrivals before this block's; by wgmma the next tile
+  uint32_t* before;  // arrivals before this block's, or by wgmma the next tile; two places for what is next in a queue
   int32_t* more;     // of each stage: whether it holds adapters; by wgmma, twice the sixteens of ranks, and 1 if another stage of them follows
   int32_t *runs, *open;  // marlin_moe_next.cuh: of each stage first row and end of its runs; whether the tile before has its parts
   uint64_t* barriers;
@@ -103,7 +104,8 @@ HOST_DEVICE Shared carve(const Derived& d, uint8_t* base) {
   s.tiles = (Tile*)take(kQueue * sizeof(Tile));
   s.pairs = (int32_t*)take(kQueue * S::kTokens * 4);
   s.sums = (float*)take((S::kWarpsK - 1) * S::kRows * S::kTokens * 4);
-  s.before = (uint32_t*)take(4);
+  s.before = (uint32_t*)take(12);
+  s.spans = (int32_t*)take(S::kDraws ? kQueue * 8 : 0);
   s.more = (int32_t*)take(S::kStages * 4);
   s.runs = (int32_t*)take(S::kWarpgroup ? S::kStages * 32 : 0);
   s.open = (int32_t*)take(S::kWarpgroup ? 4 : 0);
@@ -123,6 +125,7 @@ struct Work {
   int outputs, units;  // tiles of the output; units = (output, stage), in that order
   int share, more;     // units of a block; the first `more` blocks have `grain` units more
   int grain;           // k_steps where blocks take whole tiles, else 1
+  int whole, items;    // drawn from a queue: so many whole tiles, then halves of the others; 0 items: each block has its share
   DEVICE int first(int block) const { return block * share + (block < more ? block : more) * grain; }
   DEVICE int block_of(int unit) const {  // where blocks share tiles
     const int larger = more * (share + 1);
@@ -130,8 +133,8 @@ struct Work {
   }
 };
 
-// `always`: whole tiles only.
-DEVICE Work share_work(const MarlinMoeGemm& a, const Derived& d, bool always) {
+// `always`: whole tiles only. `weight`: of the time that they take against that of shares, in percent; `between`: where blocks have one or two.
+DEVICE Work share_work(const MarlinMoeGemm& a, const Derived& d, bool always, int weight = 101, int between = 101) {
   Work w;
   w.tiles = a.counts[1];
   w.k_steps = d.k_steps;
@@ -140,12 +143,13 @@ DEVICE Work share_work(const MarlinMoeGemm& a, const Derived& d, bool always) {
   // left needs more for each; or equal shares, and what it costs to add them up.
   const int grid = (int)gridDim.x, per_sm = grid / d.sms, rest = w.outputs % grid, alone = 7 * per_sm, left = 10 * ceil_div(rest, d.sms);
   const int64_t by_tiles = (int64_t)w.k_steps * (10 * per_sm * (w.outputs / grid) + (rest == 0 ? 0 : left > alone ? left : alone));
-  const bool whole = by_tiles * 101 <= (10 * (int64_t)w.units / d.sms + 120) * 100 || w.k_steps == 1 || always;
+  const bool whole = by_tiles * (w.outputs > grid && w.outputs <= 2 * grid ? between : weight) <= (10 * (int64_t)w.units / d.sms + 120) * 100 || w.k_steps == 1 || always;
   const int work = whole ? w.outputs : w.units / 2;  // at least two units for a block that shares tiles
   w.blocks = work < 1 ? 1 : work < grid ? work : grid;
   const int pieces = whole ? w.outputs : w.units;
   w.grain = whole ? w.k_steps : 1;
   w.share = pieces / w.blocks * w.grain, w.more = pieces % w.blocks;
+  w.whole = 0, w.items = 0;
   return w;
 }
 
@@ -240,13 +244,6 @@ DEVICE void place_tile(const MarlinMoeGemm& a, const Derived& d, const Shared& s
     l.x_rows[i] = (uint32_t)(a.gather ? d.token_of(pair) : sorted) * (uint32_t)(a.k / 8) + thread_index() % S::kXPieces;
     if (thread_index() % S::kXPieces == 0) s.pairs[slot * S::kTokens + row] = pair;
   }
-}
-
-template <class S>
-DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
-  const Tile tile = find_tile(a, d, w, l.unit / w.k_steps);
-  if (a.low && (!a.early || l.entered > 0)) l.adapters.ask(a, tile.index);
-  place_tile<S>(a, d, s, tile, l);
 }
 
 DEVICE const uint8_t* piece_of(const void* base, uint32_t index) { return (const uint8_t*)base + (uint64_t)index * 16; }
@@ -748,14 +745,17 @@ DEVICE void add_warps(const Shared& s, Sums<S>& sums) {
   }
 }
 
-// Leave the sums of a shared tile; the last block to arrive takes all of them, in block order, and returns true.
+// Leave the sums of a shared tile; the last block to arrive takes all of them, in order, and returns true. `second`: of two halves that are drawn;
+// these have places of their own, blocks with shares two each, of which the tile's first takes its second.
 template <class S>
-DEVICE bool add_blocks(const MarlinMoeGemm& a, const Work& w, const Shared& s, int output, Sums<S>& sums) {
+DEVICE bool add_blocks(const MarlinMoeGemm& a, const Work& w, const Shared& s, int output, Sums<S>& sums, bool second = false) {
   constexpr int kStride = 32 * S::kWarpsM, kFloats = S::kRows * S::kTokens;
-  const int block = (int)blockIdx.x, first = w.block_of(output * w.k_steps), last = w.block_of((output + 1) * w.k_steps - 1);
+  const bool halves = S::kDraws && w.items > 0;
+  const int first = halves ? 2 * (output - w.whole) : w.block_of(output * w.k_steps), last = halves ? first + 1 : w.block_of((output + 1) * w.k_steps - 1);
+  const int block = halves ? first + second : (int)blockIdx.x;
   const int place = thread_index() % kStride;
   const bool adds = thread_index() < kStride;
-  float* own = a.partials + (2 * (int64_t)block + (block == first)) * kFloats;
+  float* own = a.partials + (halves ? (int64_t)block : 2 * (int64_t)block + (block == first)) * kFloats;
   if (adds)
 #pragma unroll
     for (int i = 0; i < 2 * S::kNT; i++) store_floats(own + (i * kStride + place) * 4, sums.value[i / S::kNT][i % S::kNT]);
@@ -772,7 +772,7 @@ DEVICE bool add_blocks(const MarlinMoeGemm& a, const Work& w, const Shared& s, i
     for (int i0 = 0; i0 < 2 * S::kNT; i0 += kAtOnce) {
       float total[kAtOnce][4] = {};
       for (int b = first; b <= last; b++) {
-        const float* theirs = a.partials + (2 * (int64_t)b + (b == first)) * kFloats;
+        const float* theirs = a.partials + (halves ? (int64_t)b : 2 * (int64_t)b + (b == first)) * kFloats;
         float found[kAtOnce][4];
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) load_floats_l2(found[i], theirs + ((i0 + i) * kStride + place) * 4);

@@ -113,6 +113,13 @@ def test_emulated_gemm_shares_tiles(driver: Path, config: int) -> None:
     check(driver, [*cases, replace(base, k=4096, sms=1), replace(base, k=1152, sms=7)])
 
 
+def test_emulated_gemm_draws_tiles_and_halves_of_tiles(driver: Path) -> None:
+    """At least a tile for each block: where they do not come out even, who draws the halves of one shares it; even and odd numbers of stages."""
+    base = Case(9, experts=6, group=128, ranks=RANKS, sms=1)
+    check(driver, [replace(base, rows=r, halves=h, k=k, order=k % 3) for r in (128, 384, 640) for h in (1, 2) for k in (512, 640)])
+    check(driver, [replace(base, rows=384, tokens=40, sms=2, k=1024, spec=SILU, halves=2), replace(base, rows=384, routing="some_invalid", k=768)])
+
+
 @pytest.mark.parametrize("ranks", [(), RANKS])
 def test_emulated_gemm_draws_more_tiles_than_its_queue_holds(driver: Path, ranks: tuple[int, ...]) -> None:
     """By wgmma one block, or two, draw all tiles, gate_up's and down's from counters of their own."""
