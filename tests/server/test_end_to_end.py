@@ -411,7 +411,9 @@ def test_full_queue_keys_and_ctrl_c(start: Callable[..., Server], files: tuple[P
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_quiet_end_while_loading(files: tuple[Path, Path], number: int) -> None:
     command = [sys.executable, "-m", "sglang_lora_moe.launch_server", "--port", "0", "--model-path", str(files[0])]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # a shell's background jobs, of which the tests may be one, ignore SIGINT, and what they start inherits that
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **heard)
     wait_for(lambda: _children(process.pid))
     children = _children(process.pid)
     os.killpg(process.pid, number)
