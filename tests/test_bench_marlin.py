@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
-from benchmarks import bench_marlin, timing
+from benchmarks import bench_marlin
+from tests.stubbed_benchmark import stub
 
 
 def test_rows_of_a_size_stand_together_behind_their_base() -> None:
@@ -14,21 +13,7 @@ def test_rows_of_a_size_stand_together_behind_their_base() -> None:
 
 
 def test_resumes_what_is_missing_beside_its_base(tmp_path, monkeypatch) -> None:
-    measured = []
-
-    def measure(rows, ceilings, device):
-        measured.append([(row.tokens, row.rank, row.active) for row in rows])
-        return [{**bench_marlin.key_of(row), "us": 1.0} for row in rows]
-
-    monkeypatch.setattr(bench_marlin, "measure", measure)
-    monkeypatch.setattr(timing, "measure_ceilings", lambda device: timing.Ceilings(4e12, 4e12, 8e14, 7e14))
-
-    def run(*arguments: str) -> list[tuple[int, int, int]]:
-        out = tmp_path / "out.json"
-        monkeypatch.setattr("sys.argv", ["bench", "--out", str(out), "--shapes", "gpt-oss-20b", "--tokens", "16", "--weights", "int4-g128", *arguments])
-        bench_marlin.main()
-        return [(row["M"], row["rank"], row["active"]) for row in json.loads(out.read_text())["rows"]]
-
+    run, measured = stub(bench_marlin, monkeypatch, tmp_path / "out.json", "--shapes", "gpt-oss-20b", "--tokens", "16", "--weights", "int4-g128")
     assert run("--no-adapters", "--time-limit", "0") == []
     assert run("--no-adapters") == [(16, 0, 0)]
     assert run() == [(16, 0, 0), (16, 16, 4), (16, 16, 1)]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from benchmarks import bench_moe_lora, timing
+from benchmarks import bench_moe_lora
 from benchmarks.moe_inputs import LayerInputs, Setup
 from benchmarks.shapes import SHAPES
-
-CEILINGS = timing.Ceilings(4e12, 4e12, 8e14, 7e14)
+from tests.stubbed_benchmark import stub
 
 
 def test_rows_of_a_size_stand_together_behind_their_base() -> None:
@@ -34,22 +31,8 @@ def test_layers_of_a_size_have_one_routing_and_one_set_of_weights() -> None:
 
 
 def test_resumes_what_is_missing_beside_its_base(tmp_path, monkeypatch) -> None:
-    measured = []
-
-    def measure(rows, ceilings, device):
-        measured.append([(row.tokens, row.rank, row.active) for row in rows])
-        return [{**bench_moe_lora.key_of(row), "us": 1.0} for row in rows]
-
-    monkeypatch.setattr(bench_moe_lora, "measure", measure)
     monkeypatch.setattr(bench_moe_lora, "warm_compile", lambda rows: None)
-    monkeypatch.setattr(timing, "measure_ceilings", lambda device: CEILINGS)
-
-    def run(*arguments: str) -> list[tuple[int, int, int]]:
-        out = tmp_path / "out.json"
-        monkeypatch.setattr("sys.argv", ["bench", "--out", str(out), "--shapes", "gpt-oss-20b", "--tokens", "4", "16", "--ranks", "16", *arguments])
-        bench_moe_lora.main()
-        return [(row["M"], row["rank"], row["active"]) for row in json.loads(out.read_text())["rows"]]
-
+    run, measured = stub(bench_moe_lora, monkeypatch, tmp_path / "out.json", "--shapes", "gpt-oss-20b", "--tokens", "4", "16", "--ranks", "16")
     assert run("--active", "4", "--time-limit", "0") == []
     assert run("--active", "4") == [(4, 0, 0), (4, 16, 4), (16, 0, 0), (16, 16, 4)]
     assert run("--active", "4", "1") == [(4, 0, 0), (4, 16, 4), (16, 0, 0), (16, 16, 4), (4, 16, 1), (16, 16, 1)]

@@ -97,6 +97,17 @@ NO_PAIR_OPTIONS = {"ADDEND": False, "RANK_BLOCK": 16, "MAX_RANK": 16, "ALIGN": 8
 
 
 @triton.jit
+def load_slot(slots_ptr, rank_ptr, split_ptr, offset_ptr, stride_ptr, token):
+    """(rank, whether gate and up have their own A, offset, expert stride) of a token's adapter; zeros without one."""
+    slot = tl.load(slots_ptr + token)
+    some = slot >= 0
+    rank = tl.load(rank_ptr + slot, mask=some, other=0)
+    split = tl.load(split_ptr + slot, mask=some, other=0)
+    offset = tl.load(offset_ptr + slot, mask=some, other=0)
+    return rank, split, offset, tl.load(stride_ptr + slot, mask=some, other=0)
+
+
+@triton.jit
 def pdl_early(PDL: tl.constexpr):
     """Let the kernel after this one start at once. For kernels before a linear or a norm alone: these read weights and adapters before their
     wait, nothing that a kernel of the step writes."""

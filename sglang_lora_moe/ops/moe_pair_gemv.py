@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_columns, load_b_rows, load_s, pdl_early, pdl_wait, row_delta
+from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_columns, load_b_rows, load_s, load_slot, pdl_early, pdl_wait, row_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 
 
@@ -38,19 +38,15 @@ def _pair_gate_up_kernel(
     TOP_K: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip  # budget: one kernel from the weights to the activation; its parts share the pair's registers
+):  # fmt: skip
     HALVES: tl.constexpr = 2 if GATED else 1
     if not ADDEND:
         pdl_wait(PDL)
     pair = tl.program_id(0)
     token = pair // TOP_K
     if ADDEND:  # asked for beside the expert, so that one round of loads stands before the weights
-        slot = tl.load(slots_ptr + token)
-        some = slot >= 0
-        rank = tl.load(rank_ptr + slot, mask=some, other=0)
-        column = tl.load(split_ptr + slot, mask=some, other=0) * MAX_RANK
-        offset = tl.load(offset_ptr + slot, mask=some, other=0)
-        stride = tl.load(stride_ptr + slot, mask=some, other=0)
+        rank, split, offset, stride = load_slot(slots_ptr, rank_ptr, split_ptr, offset_ptr, stride_ptr, token)
+        column = split * MAX_RANK
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
     n0 = tl.program_id(1) * BN
     rn = n0 + tl.arange(0, BN)
@@ -68,18 +64,12 @@ def _pair_gate_up_kernel(
         acc = tl.zeros((BN, BK), dtype=tl.float32)
         acc_up = tl.zeros((BN, BK), dtype=tl.float32)
         for k in tl.range(0, K, BK, num_stages=STAGES):
-            if EVEN:
-                w = tl.load(w_ptrs + k)
-                x = tl.load(x_row + k + rk)
-            else:
-                w = tl.load(w_ptrs + k, mask=(rn < N)[:, None] & (k + rk < K)[None, :], other=0.0)
-                x = tl.load(x_row + k + rk, mask=k + rk < K, other=0.0)
+            w = tl.load(w_ptrs + k) if EVEN else tl.load(w_ptrs + k, mask=(rn < N)[:, None] & (k + rk < K)[None, :], other=0.0)
+            x = tl.load(x_row + k + rk) if EVEN else tl.load(x_row + k + rk, mask=k + rk < K, other=0.0)
             acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
             if GATED:
-                if EVEN:
-                    w_up = tl.load(w_ptrs + (k + N.to(tl.int64) * K))
-                else:
-                    w_up = tl.load(w_ptrs + (k + N.to(tl.int64) * K), mask=(rn < N)[:, None] & (k + rk < K)[None, :], other=0.0)
+                up_ptrs = w_ptrs + (k + N.to(tl.int64) * K)
+                w_up = tl.load(up_ptrs) if EVEN else tl.load(up_ptrs, mask=(rn < N)[:, None] & (k + rk < K)[None, :], other=0.0)
                 acc_up += w_up.to(tl.float32) * x.to(tl.float32)[None, :]
         gate = tl.sum(acc, axis=1)
         up = tl.sum(acc_up, axis=1)
@@ -110,7 +100,7 @@ def _pair_down_kernel(
     TOP_K: tl.constexpr, K_BLOCK: tl.constexpr,
     ADDEND: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip  # budget: one kernel for a token's K experts, their deltas and the weighted sum
+):  # fmt: skip
     if ADDEND:
         pdl_early(PDL)  # a norm follows, which may find its adapters while the products run here
     else:
@@ -122,11 +112,7 @@ def _pair_down_kernel(
         column = tl.arange(0, K_BLOCK * RANK_BLOCK)
         of_k = column // RANK_BLOCK
         rr = column % RANK_BLOCK
-        slot = tl.load(slots_ptr + token)
-        some = slot >= 0
-        rank = tl.load(rank_ptr + slot, mask=some, other=0)
-        offset = tl.load(offset_ptr + slot, mask=some, other=0)
-        stride = tl.load(stride_ptr + slot, mask=some, other=0)
+        rank, _split, offset, stride = load_slot(slots_ptr, rank_ptr, split_ptr, offset_ptr, stride_ptr, token)
         chosen = tl.load(topk_ids_ptr + token * TOP_K + of_k, mask=of_k < TOP_K, other=-1).to(tl.int64)
         routed = (chosen >= 0) & (chosen < num_experts)
         gain = tl.load(topk_weights_ptr + token * TOP_K + of_k, mask=of_k < TOP_K, other=0.0)
