@@ -1,7 +1,5 @@
 """`python -m sglang_lora_moe` and the console script `sglang-lora-moe`: the server."""
 
-from __future__ import annotations
-
 import sys
 
 from sglang_lora_moe.launch_server import main

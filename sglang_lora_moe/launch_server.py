@@ -1,7 +1,5 @@
 """`python -m sglang_lora_moe.launch_server --model-path DIR ...`: read flags, start engine and server, serve until stopped."""
 
-from __future__ import annotations
-
 import sys
 
 from sglang_lora_moe.config import parse_config

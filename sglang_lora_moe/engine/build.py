@@ -1,7 +1,5 @@
 """Puts an engine together from a configuration: model, KV cache, adapters, scheduler, runner."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import replace

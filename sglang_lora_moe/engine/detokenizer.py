@@ -5,8 +5,6 @@ differently at the beginning of a text (SentencePiece drops its space there). So
 again with every new token, and what is new at its end is the text so far unsaid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 Decode = Callable[[list[int]], str]

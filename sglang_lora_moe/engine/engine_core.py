@@ -4,8 +4,6 @@ Both return messages for the front. Nothing here waits for an adapter: the manag
 arrived is taken in between two of them, so that a load never stops the requests that run.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 from collections.abc import Callable

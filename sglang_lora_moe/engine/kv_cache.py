@@ -14,8 +14,6 @@ so `free + cached + in use == total`, which `tests/books.py` asserts. The conten
 so equal prefixes share pages and a prefix never crosses adapters. Slots never enter a key.
 """
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 from collections import OrderedDict

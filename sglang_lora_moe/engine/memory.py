@@ -4,8 +4,6 @@ The limit is what is free at start, on a GPU less what `--mem-fraction-static` l
 parts come in the order in which they are made; the KV cache gets what is left. Graphs lie beside the limit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """A request as the engine sees it (token ids, pages, a slot), and the batch of one step. Host only, no tensors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from sglang_lora_moe.core import LogprobOptions, SamplingParams, TokenLogprob

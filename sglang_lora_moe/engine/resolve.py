@@ -1,7 +1,5 @@
 """Turns every "auto" of the configuration into a decision, in one place (the build decides the experts' backend)."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -10,8 +10,6 @@ tokens whatever else is in the batch. Log-probabilities are those of the unmodif
 parameters alone is kept while the same requests are sampled again, which is the rule while decoding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -15,8 +15,6 @@ When a decoding request needs a page and there is none, the youngest running req
 place of arrival, and its tokens are computed anew later.
 """
 
-from __future__ import annotations
-
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Counter-based random numbers: a function of seed and position, not of anything drawn before. No torch."""
 
-from __future__ import annotations
-
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that counters times it never repeat
 

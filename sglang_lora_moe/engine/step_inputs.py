@@ -5,8 +5,6 @@ buffers; for another device they are one of two pinned copies, sent with one tra
 while the device still reads the one before. The page table is kept between steps, and only what changed of a row is written.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The tokenizer of a model directory. No torch."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

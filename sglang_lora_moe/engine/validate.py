@@ -1,7 +1,5 @@
 """Checks of what a user asks for. Every refusal is a RequestError whose `param` names the field."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Token embedding under the name by which adapters address it."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -1,7 +1,5 @@
 """FusedMoE: the experts of one decoder layer, called as transformers calls its experts modules."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

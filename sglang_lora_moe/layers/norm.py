@@ -1,7 +1,5 @@
 """Root-mean-square norm as one call, in place of transformers' five."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -5,8 +5,6 @@ head reads the logit rows. The buffers never move, so that captured graphs read 
 step's tokens are padding: slot -1, KV row of the dump page, and no work is done for them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

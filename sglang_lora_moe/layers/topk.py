@@ -1,7 +1,5 @@
 """One router for every architecture whose choice of experts fits `RouterSpec`; others keep transformers' own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@
 form that the memory pool stores. It knows no device, no slot and no model: only names and shapes (`lora/targets.py`).
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

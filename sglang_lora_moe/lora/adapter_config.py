@@ -1,7 +1,5 @@
 """`adapter_config.json`: the fields that matter for inference, PEFT's rank and alpha rules, and refusal of what is not plain LoRA."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

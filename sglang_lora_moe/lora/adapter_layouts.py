@@ -10,8 +10,6 @@ tensor is read once and copied to its place.
     flattened (PEFT 0.17+)  experts.lora_A [E * R, in], lora_B [out, R * E]; two parameters of one module nest as experts.base_layer
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

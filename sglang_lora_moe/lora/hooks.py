@@ -7,8 +7,6 @@ The products A x (`shrink`) start before each base GEMM, which adds B s itself w
 belong to the backend; this file knows no kernel.
 """
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 import torch

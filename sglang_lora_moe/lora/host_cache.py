@@ -1,7 +1,5 @@
 """Packed adapters in host memory, ready to be copied into a slot; the least recently used ones make room for others."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 

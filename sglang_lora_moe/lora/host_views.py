@@ -3,8 +3,6 @@
 `Stack.host_cache` holds the result; the memory pool drops it when it writes the slot, so nothing here can go stale.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sglang_lora_moe.lora.stacks import Stack

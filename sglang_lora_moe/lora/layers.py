@@ -5,8 +5,6 @@ Nothing is defined or looked up per step that could be made when the wrapper is 
 shared `StepContext`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

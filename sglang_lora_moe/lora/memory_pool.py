@@ -5,8 +5,6 @@ single [stacks, S] tensors, so that a slot is switched by a few copies: weights 
 Nothing moves after construction; captured graphs stay valid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Packing is done once, where the adapter is read; from then on an adapter is byte
 on a 16-byte boundary at its true rank, so an image is as long as the adapter needs and no longer than a slot.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -6,8 +6,6 @@ process; it is started when it is first needed, and again if it has died. Where 
 (not Linux) adapters are read in the calling thread.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess

@@ -5,8 +5,6 @@ accepted. Unloading takes the name away at once, so that new requests get 404, a
 other content in place takes it away in favour of the new entry. Two names with equal content share weights and slot.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from sglang_lora_moe.core import RequestError

@@ -5,8 +5,6 @@ ring of pinned buffers and over a side stream: the thread fills one buffer while
 the interpreter's lock, and no step waits for them. On a CPU the thread copies straight into the pool.
 """
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 

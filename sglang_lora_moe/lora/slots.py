@@ -5,8 +5,6 @@ slots are reused in the order of `--lora-eviction-policy`; a pinned adapter keep
 slot takes no new requests, so that it becomes idle for an adapter that has waited too long.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 

@@ -13,8 +13,6 @@ rank[s] = 0 means that slot s has nothing for this projection. Ranks and layouts
 The tables are written by `lora/memory_pool.py` alone, in stream order, and never move.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

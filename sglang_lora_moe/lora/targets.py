@@ -4,8 +4,6 @@ Adapter files are read against these (`lora/adapter.py`) and the memory pool is 
 the whole model as adapter files know it. Names are transformers' module paths, also where several are fused into one layer here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """An adapter's weights in the one form that the memory pool stores, whatever layout its file had."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

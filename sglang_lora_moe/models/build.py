@@ -5,8 +5,6 @@ become the layers of this package, which read what a step needs from the `StepCo
 All uses of transformers' internals are in this file and in `loader.py`.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ Each residual addition is part of the norm after it; norm, rotation and cache wr
 read from a table made once. Modules are looked up when they run, so layers that were wrapped for adapters are used.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Random weights for `load_format="dummy"`: no files needed, activations of sensible size, experts used about evenly."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

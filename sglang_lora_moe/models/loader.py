@@ -4,8 +4,6 @@ Nothing is read into a second copy of the model: tensors are copied one by one (
 into storage that exists already. Every tensor of the files must find its place and every place its tensor.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ A place takes whole tensors, or the pieces of fused parameters (one expert, one 
 knows what it still lacks. Quantized tensors go into quantized storage as they are, or dequantized into 16-bit storage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

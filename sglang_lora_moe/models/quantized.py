@@ -5,8 +5,6 @@ config.json says how; the files say which, because some tools leave modules in 1
 collected here, from whatever order and files they come in, until all are there.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

@@ -4,8 +4,6 @@ Refusals are by what a module is, before any weight is read: a layer that keeps 
 that hides tokens in a way not handled here or experts that do not declare their layout would give wrong text without an error.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

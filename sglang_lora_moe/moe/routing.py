@@ -7,8 +7,6 @@ says what row i of a [P, ..] intermediate belongs to:
     "pair"    pair i = m * K + k; no sort is needed, each pair reads its own weights (decode)
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 

@@ -4,8 +4,6 @@ A `MoeRunnerCore` supplies the two expert GEMMs and the row order it needs; it k
 this pipeline. `LoRAHooks` are four callables around the GEMMs; with `hooks=None` the layer is the plain base layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol

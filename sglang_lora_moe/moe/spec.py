@@ -1,7 +1,5 @@
 """The fixed facts of one MoE layer, and its activation. gate/up weights are always stored as halves (gate rows, then up rows)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

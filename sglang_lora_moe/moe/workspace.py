@@ -5,8 +5,6 @@ the largest size before it measures free memory and before it captures graphs. W
 alone) leaves its old memory to the graphs that were captured with it.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

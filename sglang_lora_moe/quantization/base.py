@@ -4,8 +4,6 @@ Each backend reads the weights through its own info object. A method gives the i
 the others with a sentence, so that a backend never runs on weights that did not describe themselves to it.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol

@@ -5,8 +5,6 @@ Formats: compressed-tensors (pack-quantized), GPTQ and AWQ. Only wNa16 is served
 in transformers' model): a rule holds for it if it matches one of them.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any, NoReturn, Protocol
 

@@ -1,7 +1,5 @@
 """A linear with integer weights: the same parts as `layers.linear.Linear`, so that adapters attach to it unchanged."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Weights in the activation dtype: float32, bfloat16 or float16."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

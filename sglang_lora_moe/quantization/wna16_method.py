@@ -1,7 +1,5 @@
 """Experts with integer weights (int4 and int8): storage, and the forms in which backends read them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

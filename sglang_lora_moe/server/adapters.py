@@ -1,7 +1,5 @@
 """Loading and unloading adapters while serving: SGLang's endpoints, and vLLM's names for them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import APIRouter

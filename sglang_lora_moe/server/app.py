@@ -1,7 +1,5 @@
 """The HTTP application over one engine."""
 
-from __future__ import annotations
-
 from fastapi import FastAPI
 
 from sglang_lora_moe import __version__

@@ -4,8 +4,6 @@ With `api_key` set every path but /health* needs it. With `admin_api_key` set th
 everything else too; without it `api_key` guards the admin paths.
 """
 
-from __future__ import annotations
-
 import hmac
 
 from starlette.datastructures import Headers

@@ -1,7 +1,5 @@
 """Messages to token ids, through the chat template of the tokenizer or of --chat-template."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Health, facts, books and controls of the server."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 from contextlib import aclosing

@@ -4,8 +4,6 @@
 server builds an error body.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any, TypeVar
 

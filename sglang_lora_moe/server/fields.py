@@ -4,8 +4,6 @@ A field of OpenAI's (or SGLang's) API that this server does not implement is acc
 otherwise a sentence says so. A field nobody defined is refused by name. So no parameter is taken and ignored.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator

@@ -1,7 +1,5 @@
 """What one HTTP request asks of the engine, and what has come back so far. No HTTP, no asyncio."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass

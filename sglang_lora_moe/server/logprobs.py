@@ -3,8 +3,6 @@
 A token of a byte-level vocabulary may be a part of a character: its bytes are exact, its text shows U+FFFD for the part.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Per-model series carry `model_name`: the base or an adapter, as a client names i
 plus one, because a series begins with the first token of a request and is removed when its adapter is unloaded.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing

@@ -5,8 +5,6 @@ is the base). The engine owns the adapters; this keeps the last list it gave, so
 question to the engine. A name that has gone meanwhile is refused by the engine itself.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

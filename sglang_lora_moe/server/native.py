@@ -1,7 +1,5 @@
 """SGLang's native endpoint /generate: its request, its response."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Annotated, Any

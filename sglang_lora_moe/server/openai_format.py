@@ -1,7 +1,5 @@
 """OpenAI's answers: completions and chat completions, whole and as stream events."""
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from collections.abc import Iterable

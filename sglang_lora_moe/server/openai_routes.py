@@ -1,7 +1,5 @@
 """OpenAI's endpoints: chat, completions, models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import APIRouter, Request

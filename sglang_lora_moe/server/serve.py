@@ -4,8 +4,6 @@ A start that cannot succeed says one sentence and returns 2. SIGINT or SIGTERM s
 finish for a while, aborts the rest (they end with finish_reason "abort"), stops the engine process and returns 0.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """What the routes share: one engine, its names, templates and metrics, and the way from a job to a response."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing

@@ -4,8 +4,6 @@ Whatever ends early (client gone, error, shutdown) closes the source iterators,
 which is how the engine learns that a request is over.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence

@@ -5,8 +5,6 @@ latent space, attention runs over [c, k_rope] as over one shared key head whose 
 W_UV is applied to the result. A token costs kv_lora_rank + rope columns instead of heads * (key + value) columns.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
