@@ -1,7 +1,5 @@
 """Deltas of linears and embeddings by the kernels of `ops/lora_linear.py`: reads no device data on the host, so graphs can capture it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ user's cache folder under a hash of sources and flags, or lies in an installed w
 Nothing here runs on a machine without a GPU unless a test asks for it.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import fcntl
 import functools

@@ -8,8 +8,6 @@ Weights are found through the tables of `lora/stacks.py`, at each adapter's own 
 cost nothing: per pair their programs return at once, grouped they have no tile.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

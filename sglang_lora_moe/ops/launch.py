@@ -1,7 +1,5 @@
 """What every Triton launch here needs to know of the device, and the argument checks of the ops."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -8,8 +8,6 @@ GEMM is then faster by more than that costs (measured by `benchmarks/bench_marli
 multiply by the same values.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

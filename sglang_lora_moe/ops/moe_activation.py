@@ -5,8 +5,6 @@
 `activate` is the one device function of all activations; the GEMM's epilogue uses it too.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 out[m] = sum over k of topk_weights[m, k] * (down[m * K + k] + low-rank addend)
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -8,8 +8,6 @@ dequantized on its way into the product. A persistent grid walks the tiles of `m
 experts times slots, and no row outside a tile is written.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -12,8 +12,6 @@ Worked example, E = 3, base_block 2: topk_ids [[0, 2], [2, 0], [2, -1]], token_s
     counts [5, 3, 2, 2]
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

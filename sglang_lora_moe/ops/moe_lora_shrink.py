@@ -1,7 +1,5 @@
 """The grouped shrink of 16-bit rows on sm_90 (csrc/moe_lora_shrink.cu): what `_shrink_group_kernel` of ops/fused_moe_lora.py computes."""
 
-from __future__ import annotations
-
 import torch
 
 from sglang_lora_moe.lora.stacks import Stack

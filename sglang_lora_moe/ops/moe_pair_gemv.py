@@ -6,8 +6,6 @@
 All arithmetic is float32. Pairs of one column block run side by side, so that two pairs of one expert share it in L2.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

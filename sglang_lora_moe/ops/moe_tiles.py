@@ -6,8 +6,6 @@ extend them by the mean rows of an expert. A second table says where the wgmma k
 run time.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from dataclasses import dataclass
 

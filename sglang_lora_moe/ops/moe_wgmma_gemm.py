@@ -6,8 +6,6 @@ Weights are the tensor cores' left operand and tokens their columns, so that a t
 more than those; f is a gated activation of the sigmoid family over (gate, up) halves of w, or nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -8,8 +8,6 @@ memory between the two layouts. 16-bit types, heads of 128 columns and a Hopper 
 `rotates` and `norms`.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sglang_lora_moe.ops import build, launch

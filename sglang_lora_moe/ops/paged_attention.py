@@ -14,8 +14,6 @@ With MLA the cache holds one latent row per token: pass the same tensor as k_cac
 On Hopper several query tokens of 16-bit heads of 128, without window, sinks or cap, are csrc/prefill_attention.cu's: `in_cuda` is the rule.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -7,8 +7,6 @@ rope (Su et al. 2021, the half-split form of GPT-NeoX that transformers uses), c
 qkv may come with the adapters' part of it still to be added (`LinearAddend` of the qkv linear, whose parts are q, k and v).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

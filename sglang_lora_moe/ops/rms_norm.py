@@ -6,8 +6,6 @@ out = weight * (residual' / sqrt(mean(residual'^2) + eps))      Zhang & Sennrich
 x may come with the adapters' part of it still to be added (`LinearAddend` of the linear that made x).
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -7,8 +7,6 @@ Ties go to the smaller expert id. Rows of padding, which write to the dump page 
 read no expert. Larger routers (groups, correction bias) stay with layers/topk.py.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -6,8 +6,6 @@ On Hopper one kernel does all of it (csrc/skinny_linear.cu) for few tokens, if o
 memory: `shape_for` is the rule. Otherwise the library's GEMM multiplies, and the kernels around it do the work of the adapters.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

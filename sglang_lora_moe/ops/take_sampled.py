@@ -3,8 +3,6 @@
 input_ids[t] = sampled[token_source[t]]   where token_source[t] >= 0
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """A tile of int4 or int8 weights as a GEMM's operand: what a Triton kernel calls in place of a load of 16-bit weights."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

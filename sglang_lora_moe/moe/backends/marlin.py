@@ -5,8 +5,6 @@ the first GEMM, adapters of both; down scatters to pair order. Up to `MAX_PAIR_T
 of their own (`ops/marlin_moe_pairs.py`) are the whole layer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """LoRA functions of the marlin backend (`lora.hooks.AddendOps`): grouped the triton backend's, per pair part of the GEMMs' own launches."""
 
-from __future__ import annotations
-
 import torch
 
 from sglang_lora_moe.lora.stacks import ExpertStacks

@@ -4,8 +4,6 @@ Rows are gathered once into sorted order, which the base GEMM shares; each group
 their true rank, in float32. The rank-space vectors are a list with one entry per group, None where there is no delta.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sglang_lora_moe.lora.host_views import add_expand, slot_views

@@ -4,8 +4,6 @@ One matmul per non-empty expert over rows gathered once into sorted order. It re
 it synchronises and cannot be captured. Intermediates have a row per pair with an expert; pairs without one have none.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -6,8 +6,6 @@ gate_up kernel's epilogue; down takes its addend before its store, and per pair 
 many tokens are a CUDA kernel of the same contract (`ops/moe_wgmma_gemm.py`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ The shrink is launched before a GEMM, whose kernel starts beside it (programmati
 Where both GEMMs are wgmma's the shrink of act is gate_up's own, so that down need not wait for its end.
 """
 
-from __future__ import annotations
-
 import torch
 
 from sglang_lora_moe.lora.stacks import ExpertStacks
