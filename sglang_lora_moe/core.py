@@ -71,6 +71,7 @@ class Submit:
 @dataclass(slots=True)
 class Abort:
     rid: str  # a request id; "" = all
+    reason: FinishReason = "abort"  # how the books count its end: "stop" where the front has found a stop string
 
 
 @dataclass(slots=True)

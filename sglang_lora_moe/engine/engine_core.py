@@ -153,7 +153,7 @@ class EngineCore:
 
     def _abort(self, message: Abort) -> None:
         for rid in [message.rid] if message.rid else list(self.scheduler.requests):
-            output = self.scheduler.abort(rid)
+            output = self.scheduler.abort(rid, message.reason)
             if output is not None:
                 self._outbox.append(output)
 

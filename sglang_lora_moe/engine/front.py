@@ -197,7 +197,7 @@ class Front:
             if not names:
                 del self._requests[sample.request.rid]
             if output.finish_reason is None:  # a stop string: the engine goes on until it is told
-                yield Abort(output.rid)
+                yield Abort(output.rid, "stop")
 
     def tokenize(self, request: GenerateRequest) -> list[int]:
         """The token ids of the prompt, checked. Changes nothing, so that any thread may do it."""

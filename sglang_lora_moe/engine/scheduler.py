@@ -76,13 +76,13 @@ class Scheduler:
         self.requests[request.rid] = request
         self._dirty = True
 
-    def abort(self, rid: str) -> TokenOutput | None:
+    def abort(self, rid: str, reason: FinishReason = "abort") -> TokenOutput | None:
         """End a request in whatever state it is; None if it is unknown or has ended already."""
         request = self.requests.get(rid)
         if request is None:
             return None
-        self._end(request, "abort")
-        return TokenOutput(rid, [], request.prompt_len, request.num_cached, "abort")
+        self._end(request, reason)
+        return TokenOutput(rid, [], request.prompt_len, request.num_cached, reason)
 
     def wake(self) -> None:
         """Something outside (a slot) became available."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_lora_moe.engine.validate import shown
 from sglang_lora_moe.lora.adapter_file import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -122,7 +123,7 @@ def _refuse_other_methods(path: Path, raw: dict[str, Any]) -> None:
         raise AdapterError(f"{path}: peft_type: expected 'LORA', found {raw.get('peft_type')!r}. Only LoRA adapters are served.")
     for name, reason in _REFUSED.items():
         if raw.get(name):
-            raise AdapterError(f"{path}: {name}: expected it unset, found {_short(raw[name])}: {reason}.")
+            raise AdapterError(f"{path}: {name}: expected it unset, found {shown(raw[name])}: {reason}.")
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE_INITS):
         way_out = "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
@@ -149,11 +150,6 @@ def _warnings(raw: dict[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _version(text: Any) -> tuple[int, ...] | None:
     """(0, 19) of "0.19.1" or "0.19.1.dev0@...", None where absent."""
     numbers = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
@@ -167,7 +163,7 @@ class _Fields:
         self.path, self.raw = path, raw
 
     def error(self, name: str, expected: str, found: Any) -> AdapterError:
-        return AdapterError(f"{self.path}: {name}: expected {expected}, found {_short(found)}")
+        return AdapterError(f"{self.path}: {name}: expected {expected}, found {shown(found)}")
 
     def rank(self, name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -23,7 +23,7 @@ class RunnerInput:
     x: torch.Tensor
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
-    token_slots: torch.Tensor | None  # int32 [M]; None = no adapter in this step
+    token_slots: torch.Tensor | None  # int32 [M], below num_slots, which kernels of single pairs do not check; -1 = base model; None = no adapter in this step
     workspace: Workspace
     spec: MoESpec
     num_slots: int = 0  # S; 0 without token_slots

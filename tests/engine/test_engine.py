@@ -168,7 +168,10 @@ def test_text_stop_strings_and_streams(engine: Engine) -> None:
     decoded = engine.tokenizer.decode(full["output_ids"], skip_special_tokens=True)
     assert full["text"] == decoded
     stop = decoded[10:12]
+    before = dict(engine.core.stats()["finished"])
     stopped = engine.generate("hello", params | {"stop": [stop, "never this"]})
+    counted = engine.core.stats()["finished"]
+    assert {reason: n - before.get(reason, 0) for reason, n in counted.items() if n != before.get(reason, 0)} == {"stop": 1}
     assert stopped["text"] == decoded[: decoded.index(stop)] and stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
     parts = list(engine.generate("hello", params, stream=True))
     assert parts[-1]["text"] == decoded and parts[-1]["output_ids"] == full["output_ids"] and len(parts) > 20

@@ -87,6 +87,7 @@ def test_messages_survive_their_encoding() -> None:
     sent: list[FrontMessage] = [
         Submit("a", [1, 2], sampling, "x", LogprobOptions(3, 0)),
         Abort(""),
+        Abort("a", "stop"),
         LoadAdapter("b", "n", "/p", True),
         UnloadAdapter("c", "n"),
         FlushCache("d"),
