@@ -25,6 +25,7 @@ from sglang_lora_moe.engine.tokenizer import load_tokenizer
 from sglang_lora_moe.engine.validate import refuse, spread
 
 _SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
+_TEXT_FIELDS = ("n", "skip_special_tokens", "no_stop_trim")
 
 
 class Engine:
@@ -221,9 +222,12 @@ def _make_request(prompt: Any, is_text: bool, params: dict[str, Any], request: G
     request.prompt, request.input_ids = (prompt, None) if is_text else (None, prompt)
     stop = values.pop("stop", None)
     request.stop = [stop] if isinstance(stop, str) else stop or []
-    request.n = values.pop("n", 1)
+    for name in _TEXT_FIELDS:
+        setattr(request, name, values.pop(name, getattr(request, name)))
     unknown = sorted(set(values) - _SAMPLING_FIELDS)
     if unknown:
-        raise RequestError(f"sampling_params: unknown field {unknown[0]!r}; known: n, stop, {', '.join(sorted(_SAMPLING_FIELDS))}", param=unknown[0])
+        raise RequestError(
+            f"sampling_params: unknown field {unknown[0]!r}; known: stop, {', '.join(sorted([*_TEXT_FIELDS, *_SAMPLING_FIELDS]))}", param=unknown[0]
+        )
     request.sampling = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     return request

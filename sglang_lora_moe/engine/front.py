@@ -29,6 +29,8 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: list[str] = field(default_factory=list)
     n: int = 1
+    skip_special_tokens: bool = True  # in the text
+    no_stop_trim: bool = False  # the text ends with what ended it, a stop string or the text of a stop id
     adapter: str | None = None  # name, None = base model
     logprobs: LogprobOptions | None = None
     stream: bool = False  # False: one chunk per sample, at its end
@@ -40,7 +42,7 @@ class Chunk:
     """What is new of sample `index` of request `rid`, or with `add` all of it so far. Text and ids are deltas, counts are totals so far.
 
     While streaming, ids wait until some text can be said with them. `matched_stop` is the stop string or the stop id that
-    ended the sample; neither is part of the text.
+    ended the sample; neither is part of the text, but with `no_stop_trim`.
     """
 
     rid: str
@@ -97,7 +99,8 @@ class _Sample:
         self.unread += output.token_ids
         if output.stop_token_id is not None:
             chunk.matched_stop = output.stop_token_id
-            self.unread.pop()
+            if not self.request.no_stop_trim:
+                self.unread.pop()
         if not self.waits or output.finish_reason is not None:
             self._read(last=output.finish_reason is not None)
         said = chunk.text or (self.detokenizer is None and chunk.token_ids)  # without a tokenizer ids are all that can be said
@@ -118,6 +121,7 @@ class _Sample:
         said, stop = self.stops.push(text)
         if stop is not None:
             chunk.finish_reason, chunk.matched_stop = "stop", stop
+            said += stop if self.request.no_stop_trim else ""
         elif last:
             said += self.stops.finish()
         chunk.text += said
@@ -130,7 +134,7 @@ class Front:
         self.tokenizer, self.vocab_size, self.capacity = tokenizer, vocab_size, capacity
         eos = getattr(tokenizer, "eos_token_id", None)
         self._more_eos: list[Any] = [eos] if is_int(eos) and eos not in eos_ids else []  # chat models often end with another id than their config's
-        self._decode = make_decode(tokenizer) if tokenizer is not None else None
+        self._decode = {skip: make_decode(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
         self._samples: dict[str, _Sample] = {}  # by the id that the engine knows, which is never used twice
         self._requests: dict[str, list[str]] = {}  # request -> ids of its samples that have not ended
         self._serial = 0
@@ -138,13 +142,16 @@ class Front:
     def submit(self, request: GenerateRequest, ids: list[int] | None = None) -> list[Submit]:
         """Check and register a request, giving it an id if it has none. The messages go to the engine, in order. `ids`: what `tokenize` gave."""
         check_request(request.sampling, request.stop, request.n, request.logprobs, self.vocab_size)
+        for name in ("skip_special_tokens", "no_stop_trim"):
+            if not isinstance(getattr(request, name), bool):
+                raise refuse(name, "true or false", getattr(request, name))
         if request.adapter is not None and not isinstance(request.adapter, str):
             raise refuse("lora_path", "the name of an adapter", request.adapter)
         request.rid = request.rid or uuid.uuid4().hex
         if request.rid in self._requests:
             raise RequestError(f"rid: a request with the id {request.rid!r} is running already", param="rid")
         ids = self.tokenize(request) if ids is None else ids
-        if request.stop and self._decode is None:
+        if request.stop and not self._decode:
             raise RequestError("stop: this engine has no tokenizer, so it cannot look for texts; use stop_token_ids", param="stop")
         sampling = request.sampling
         if self._more_eos and not sampling.ignore_eos:
@@ -153,7 +160,7 @@ class Front:
         for index in range(request.n):
             self._serial += 1
             name = f"sample-{self._serial}"
-            self._samples[name] = _Sample(request, index, self._decode)
+            self._samples[name] = _Sample(request, index, self._decode.get(request.skip_special_tokens))
             own = sampling if sampling.seed is None or index == 0 else replace(sampling, seed=derive_seed(sampling.seed, index))
             messages.append(Submit(name, ids, own, request.adapter, request.logprobs))
         self._requests[request.rid] = [message.rid for message in messages]

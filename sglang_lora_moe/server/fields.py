@@ -76,6 +76,7 @@ def _bias(value: Any) -> Any:
     return biases
 
 
+_OF_TEXT = {"stop", "n", "skip_special_tokens", "no_stop_trim"}
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 RequestId = Annotated[str, Field(pattern=r"^[!-~]{1,256}$")]
@@ -98,8 +99,14 @@ class SamplingFields(RequestModel):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+
+    def text_options(self) -> dict[str, Any]:
+        """The fields that are the front's, as `GenerateRequest` has them."""
+        return self.model_dump(include=_OF_TEXT)
 
     def engine_params(self, max_new_tokens: int, min_new_tokens: int) -> SamplingParams:
-        """These fields as the engine takes them; `stop` and `n` are the front's."""
-        values = self.model_dump(include=set(SamplingFields.model_fields) - {"stop", "n"})
+        """The others, as the engine takes them."""
+        values = self.model_dump(include=set(SamplingFields.model_fields) - _OF_TEXT)
         return SamplingParams(max_new_tokens, min_new_tokens, **values | {"top_k": self.top_k or -1})

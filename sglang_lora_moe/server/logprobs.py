@@ -31,7 +31,7 @@ class TokenText:
         return self._lookup(token_id)[1]
 
     def is_special(self, token_id: int) -> bool:
-        """Special tokens are left out of generated text."""
+        """Special tokens are left out of generated text, unless a request wants them."""
         return token_id in self._special
 
     def decode(self, ids: list[int]) -> str:
@@ -86,8 +86,8 @@ def chat_logprobs(entries: Sequence[TokenLogprob], tokens: TokenText) -> list[di
 class CompletionLogprobs:
     """Builds the logprobs of one completion choice piece by piece, tracking where each token begins in the choice's text."""
 
-    def __init__(self, tokens: TokenText, wants_top: bool) -> None:
-        self._tokens, self._wants_top = tokens, wants_top
+    def __init__(self, tokens: TokenText, wants_top: bool, skips_special: bool = True) -> None:
+        self._tokens, self._wants_top, self._skips_special = tokens, wants_top, skips_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
@@ -96,7 +96,7 @@ class CompletionLogprobs:
         offsets = []
         for entry in entries:
             offsets.append(self._offset)
-            if not self._tokens.is_special(entry.token_id):
+            if not (self._skips_special and self._tokens.is_special(entry.token_id)):
                 self._offset += len(self._decoder.decode(self._tokens.raw(entry.token_id)))
         return {
             "tokens": [self._tokens.text(e.token_id) for e in entries],

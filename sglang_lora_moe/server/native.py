@@ -26,9 +26,7 @@ class NativeSampling(f.SamplingFields):
         **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag"), ((), f"constrained output {f.NOT_IMPLEMENTED}")),
         "stop_regex": (([],), f"stopping at a regular expression {f.NOT_IMPLEMENTED}"),
         "custom_params": (({},), f"custom logit processors {f.NOT_IMPLEMENTED}"),
-        "skip_special_tokens": ((True,), "special tokens are always left out of the text"),
-        "spaces_between_special_tokens": ((True,), "special tokens are always left out of the text"),
-        "no_stop_trim": ((False,), "a matched stop string is always cut off"),
+        "spaces_between_special_tokens": ((True, False), "tokenizers that have a choice are not supported"),
     }
     max_new_tokens: f.NewTokens = 128
     min_new_tokens: f.NewTokens = 0
@@ -127,8 +125,7 @@ async def native_job(service: Service, body: NativeRequest) -> Job:
             prompt=prompt if isinstance(prompt, str) else None,
             input_ids=None if isinstance(prompt, str) else prompt,
             sampling=sampling[i].sampling(),
-            stop=[f.check_text(stop, "sampling_params.stop") for stop in sampling[i].stop],
-            n=sampling[i].n,
+            **sampling[i].text_options(),
             adapter=await service.names.resolve(paths[i], "lora_path"),
             logprobs=LogprobOptions(tops[i], starts[i] if starts[i] >= 0 else None) if wants[i] else None,
             stream=body.stream,

@@ -22,7 +22,9 @@ class OpenAIFormat(ResponseFormat):
         super().__init__(num_prompts, body.n)
         self._head = {"id": rid, "created": int(time.time()), "model": body.model or base}
         self._tokens = tokens
-        self._include_usage = body.stream_options is not None and body.stream_options.include_usage
+        options = body.stream_options
+        self._include_usage = options is not None and options.include_usage
+        self._usage_in_all = options is not None and options.continuous_usage_stats
 
     def whole(self) -> dict[str, Any]:
         choices = [self.choice(i * self.n + k, sample) for i, samples in enumerate(self.samples) for k, sample in enumerate(samples)]
@@ -33,7 +35,7 @@ class OpenAIFormat(ResponseFormat):
             yield self._head | {"object": self.event_object, "choices": [], "usage": self.usage()}
 
     def event(self, choice: dict[str, Any]) -> dict[str, Any]:
-        usage = {"usage": None} if self._include_usage else {}
+        usage = {"usage": self.usage() if self._usage_in_all else None} if self._include_usage else {}
         return self._head | {"object": self.event_object, "choices": [choice]} | usage
 
     @abstractmethod
@@ -89,7 +91,7 @@ class CompletionFormat(OpenAIFormat):
         self._echoes = echoes
         self._logprobs = None
         if body.logprobs is not None:
-            self._logprobs = [[CompletionLogprobs(tokens, body.logprobs > 0) for _ in range(self.n)] for _ in echoes]
+            self._logprobs = [[CompletionLogprobs(tokens, body.logprobs > 0, body.skip_special_tokens) for _ in range(self.n)] for _ in echoes]
         self._begun: set[int] = set()
 
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:

@@ -22,10 +22,7 @@ _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "store": ((False,), f"storing answers {f.NOT_IMPLEMENTED}"),
     "use_beam_search": ((False,), f"beam search {f.NOT_IMPLEMENTED}"),
     "length_penalty": ((1, 1.0), f"beam search {f.NOT_IMPLEMENTED}"),
-    "skip_special_tokens": ((True,), "special tokens are always left out of the text"),
-    "spaces_between_special_tokens": ((True,), "special tokens are always left out of the text"),
-    "include_stop_str_in_output": ((False,), "a matched stop string is always cut off"),
-    "no_stop_trim": ((False,), "a matched stop string is always cut off"),
+    "spaces_between_special_tokens": ((True, False), "tokenizers that have a choice are not supported"),
     "priority": ((0,), f"a priority {f.NOT_IMPLEMENTED}"),
     **dict.fromkeys(("regex", "ebnf", "guided_json", "guided_regex", "guided_choice", "structured_outputs"), ((), _CONSTRAINED)),
 }
@@ -34,9 +31,9 @@ _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 class StreamOptions(f.RequestModel):
     unsupported = {
         "include_obfuscation": ((False,), f"obfuscation of streams {f.NOT_IMPLEMENTED}"),
-        "continuous_usage_stats": ((False,), f"usage in each chunk {f.NOT_IMPLEMENTED}; include_usage gives it once, at the end"),
     }
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's extra: with include_usage, in every event
 
 
 class OpenAIRequest(f.SamplingFields):
@@ -53,12 +50,14 @@ class OpenAIRequest(f.SamplingFields):
     metadata: dict[str, str] | None = None
     # SGLang's and vLLM's extras
     min_tokens: f.NewTokens = 0
+    include_stop_str_in_output: bool = False  # vLLM's name of no_stop_trim
     rid: f.RequestId | None = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> OpenAIRequest:
+    def _check_options(self) -> OpenAIRequest:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options: only allowed with stream=true", param="stream_options", code="invalid_value")
+        self.no_stop_trim |= self.include_stop_str_in_output
         return self
 
 

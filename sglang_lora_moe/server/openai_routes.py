@@ -8,7 +8,6 @@ from starlette.responses import Response
 from sglang_lora_moe.core import LogprobOptions
 from sglang_lora_moe.engine.front import GenerateRequest
 from sglang_lora_moe.engine.validate import spread
-from sglang_lora_moe.server.fields import check_text
 from sglang_lora_moe.server.job import Job
 from sglang_lora_moe.server.openai_format import ChatFormat, CompletionFormat
 from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest
@@ -54,8 +53,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
     generate = GenerateRequest(
         input_ids=ids,
         sampling=body.engine_params(limit, body.min_tokens),
-        stop=[check_text(stop, "stop") for stop in body.stop],
-        n=body.n,
+        **body.text_options(),
         adapter=adapter,
         logprobs=LogprobOptions(top=body.top_logprobs or 0) if body.logprobs else None,
         stream=body.stream,
@@ -75,8 +73,7 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
             prompt=prompt if isinstance(prompt, str) else None,
             input_ids=None if isinstance(prompt, str) else prompt,
             sampling=body.engine_params(limit, body.min_tokens),
-            stop=[check_text(stop, "stop") for stop in body.stop],
-            n=body.n,
+            **body.text_options(),
             adapter=await service.names.choose(body.model, paths[i]),
             logprobs=None if body.logprobs is None else LogprobOptions(body.logprobs, 0 if body.echo else None),
             stream=body.stream,

@@ -173,6 +173,8 @@ def test_text_stop_strings_and_streams(engine: Engine) -> None:
     counted = engine.core.stats()["finished"]
     assert {reason: n - before.get(reason, 0) for reason, n in counted.items() if n != before.get(reason, 0)} == {"stop": 1}
     assert stopped["text"] == decoded[: decoded.index(stop)] and stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    untrimmed = engine.generate("hello", params | {"stop": stop, "no_stop_trim": True, "skip_special_tokens": False})
+    assert untrimmed["text"].endswith(stop)
     parts = list(engine.generate("hello", params, stream=True))
     assert parts[-1]["text"] == decoded and parts[-1]["output_ids"] == full["output_ids"] and len(parts) > 20
     assert all(parts[-1]["text"].startswith(part["text"]) for part in parts)

@@ -82,6 +82,18 @@ def test_stop_string_trims_and_aborts(stream: bool) -> None:
     assert not f._requests
 
 
+@pytest.mark.parametrize(("skip", "untrimmed", "text"), [(True, False, "ok"), (True, True, "ok"), (False, False, "ok"), (False, True, "ok<eos>")])
+def test_special_tokens_and_what_ended_the_text_may_stay(skip: bool, untrimmed: bool, text: str) -> None:
+    f = front()
+    (submit,) = f.submit(GenerateRequest(prompt="hi", skip_special_tokens=skip, no_stop_trim=untrimmed, stop=["END"]))
+    (chunk,) = f.on_message(TokenOutput(submit.rid, [*ids_of("ok"), EOS_ID], 3, finish_reason="stop", stop_token_id=EOS_ID))
+    assert (chunk.text, chunk.matched_stop) == (text, EOS_ID)
+    (submit,) = f.submit(GenerateRequest(prompt="hi", skip_special_tokens=skip, no_stop_trim=untrimmed, stop=["END"], stream=True))
+    assert text_of(feed(f, submit.rid, "some ENDmore")) == ("some END" if untrimmed else "some ")
+    with pytest.raises(RequestError, match="no_stop_trim: expected true or false, got 1"):
+        f.submit(GenerateRequest(prompt="hi", no_stop_trim=1))  # type: ignore[arg-type]
+
+
 def test_stop_string_in_the_last_token_needs_no_abort() -> None:
     f = front()
     (submit,) = f.submit(GenerateRequest(prompt="hi", stop=["z"]))

@@ -39,6 +39,8 @@ def test_offsets_count_whole_characters(byte_level: Any) -> None:
     first = builder.piece([TokenLogprob(0, None), *(TokenLogprob(i, -1.0) for i in ids[:3])])
     second = builder.piece([TokenLogprob(i, -1.0) for i in ids[3:]])
     assert first["text_offset"] + second["text_offset"] == [0, 0, 0, 1, 1, 1, 1, 2]  # é, then the emoji's 4 bytes, then x
+    with_special = CompletionLogprobs(TokenText(byte_level), wants_top=False, skips_special=False)
+    assert with_special.piece([TokenLogprob(0, None), TokenLogprob(ids[0], -1.0)])["text_offset"] == [0, len("<eos>")]
 
 
 def test_sentencepiece_tokens() -> None:

@@ -58,6 +58,15 @@ def test_sampling_fields_reach_the_engine(client: TestClient, engine: FakeEngine
     assert (request.sampling.ignore_eos, request.sampling.min_new_tokens, request.stop) == (True, 2, ["zz"])
 
 
+@pytest.mark.parametrize("name", ["no_stop_trim", "include_stop_str_in_output"])
+def test_text_options_reach_the_engine(client: TestClient, engine: FakeEngine, name: str) -> None:
+    complete(client, skip_special_tokens=False, spaces_between_special_tokens=False)
+    complete(client, **{name: True})
+    chat(client, **{name: True}, skip_special_tokens=None)
+    client.post("/generate", json={"text": "x", "sampling_params": {"skip_special_tokens": False, "no_stop_trim": True}})
+    assert [(r.skip_special_tokens, r.no_stop_trim) for r in engine.requests] == [(False, False), (True, True), (True, True), (False, True)]
+
+
 def test_null_means_default(client: TestClient, engine: FakeEngine) -> None:
     complete(client, temperature=None, top_p=None, n=None, stop=None, seed=None, logit_bias=None, stream=None, suffix=None)
     assert engine.requests[0].sampling.temperature == 1.0
@@ -117,6 +126,12 @@ def test_completion_stream(client: TestClient) -> None:
         assert "".join(choice["text"] for choice in mine) == text
         assert [choice["finish_reason"] for choice in mine] == [None, None, "length"]
         assert sum((choice["logprobs"]["text_offset"] for choice in mine), []) == [0, *range(len(text))]
+
+
+def test_usage_in_every_event(client: TestClient) -> None:
+    body = chat_body(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    counts = [event["usage"]["completion_tokens"] for event in events(client.post("/v1/chat/completions", json=body))]
+    assert counts == sorted(counts) and set(counts) == {1, 2, 3, 4} and counts[0] == 1
 
 
 def test_chat(client: TestClient, engine: FakeEngine) -> None:
