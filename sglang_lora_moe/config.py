@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_lora_moe import __version__
+
 # Flags of SGLang and vLLM that users bring along, and what to do here instead
 _ELSEWHERE = {
     "--max-loras": "use --max-loras-per-batch",
@@ -25,7 +27,13 @@ _ELSEWHERE = {
     "--lora-strict-loading": "leave it out: every tensor of an adapter must be understood, always",
     "--no-lora-strict-loading": "there is no such choice: every tensor of an adapter must be understood",
     "--lora-drain-wait-threshold": "leave it out: an adapter that waits too long always gets a slot",
-    "--fully-sharded-loras": "leave it out: one device is served",
+    **dict.fromkeys(("--fully-sharded-loras", "--tp-size", "--tp", "--tensor-parallel-size", "-tp"), "leave it out: one device is served"),
+    "--model": "use --model-path",
+    "--max-model-len": "use --context-length",
+    "--max-num-seqs": "use --max-running-requests",
+    "--gpu-memory-utilization": "use --mem-fraction-static",
+    "--quantization": "leave it out: config.json says how a checkpoint is quantized",
+    "--trust-remote-code": "leave it out: code of a checkpoint is never run",
 }
 
 
@@ -143,6 +151,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read flags into a validated Config; a wrong value exits with status 2 and one sentence."""
     parser = argparse.ArgumentParser(prog="sglang-lora-moe", allow_abbrev=False, description="Serve one MoE model and many LoRA adapters on its experts.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add_flags(parser)
     given, unknown = parser.parse_known_args(argv)
     for flag in unknown:

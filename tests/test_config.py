@@ -41,6 +41,8 @@ def test_flags_of_sglang() -> None:
         (["--lora-modules", "a=/a"], "--lora-modules: use --lora-paths NAME=PATH"),
         (["--max-loras=4"], "--max-loras: use --max-loras-per-batch"),
         (["--max-cpu-loras", "4"], "--max-cpu-loras: use --max-loaded-loras"),
+        (["--model", "/m"], "--model: use --model-path"),
+        (["-tp", "2"], "-tp: leave it out: one device is served"),
         (["--max-loaded-loras", "0"], "--max-loaded-loras must be at least 1, got 0"),
         (["--max-lora-rank", "x"], "argument --max-lora-rank: invalid int value: 'x'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -55,6 +57,12 @@ def test_refusals_say_what_to_use(flags: list[str], sentence: str, capsys: pytes
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2
     assert re.search(sentence, error), error
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config(["--version"])
+    assert end.value.code == 0 and re.fullmatch(r"sglang-lora-moe \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_a_value_that_is_no_choice_is_refused_without_the_command_line_too() -> None:

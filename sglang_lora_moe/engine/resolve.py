@@ -50,7 +50,7 @@ def resolve(config: Config) -> Config:
 def _model_config(config: Config) -> dict[str, Any]:
     path = Path(config.model_path) / "config.json"
     if not path.is_file():
-        raise ValueError(f"--model-path {config.model_path}: there is no config.json in it")
+        raise ValueError(f"--model-path {config.model_path}: there is no config.json in it (for a model of the hub: hf download NAME --local-dir DIR)")
     try:
         model = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
