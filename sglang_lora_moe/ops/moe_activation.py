@@ -55,7 +55,7 @@ def activate(gate, up, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constex
 def _activation_kernel(
     gate_up_ptr, out_ptr, topk_ids_ptr, sorted_pairs_ptr,
     N, num_experts,
-    TOP_K: tl.constexpr, BY_PAIR: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    BY_PAIR: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (P, blocks of N): one row of gate_up."""
@@ -84,7 +84,7 @@ def moe_activation(gate_up: torch.Tensor, spec: MoESpec, routing: Routing, out: 
     _activation_kernel[(pairs, triton.cdiv(n, block))](
         gate_up, out, routing.topk_ids, None if by_pair else routing.sorted_pairs,
         n, spec.num_experts,
-        TOP_K=routing.top_k, BY_PAIR=by_pair, GATED=spec.gated, ACT=activation_code(spec), ALPHA=spec.swiglu_alpha or 0.0, LIMIT=spec.swiglu_limit or 0.0,
+        BY_PAIR=by_pair, GATED=spec.gated, ACT=activation_code(spec), ALPHA=spec.swiglu_alpha or 0.0, LIMIT=spec.swiglu_limit or 0.0,
         BN=block, num_warps=4, **launch.options(out.device),
     )  # fmt: skip
     return out
