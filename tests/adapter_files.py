@@ -162,13 +162,15 @@ class HandWriter:
             if tensor is not None:
                 self.tensors[f"{PREFIX}{name}.lora_{half}.weight"] = tensor.contiguous()
 
-    def linear(self, suffix: str) -> None:
+    def linear(self, suffix: str, rank: int | None = None) -> None:
         """A plain pair on every nn.Linear whose name ends in `suffix`."""
         for name, module in self.model.named_modules():
             if name.endswith(suffix) and isinstance(module, nn.Linear):
-                a, b = self.pair(module.in_features, module.out_features)
+                scaling = self.scaling if rank is None else self.alpha / rank
+                a, b = self.pair(module.in_features, module.out_features, rank, scaling)
                 self.put(name, a, b)
-                self.delta[f"{name}.weight"] = self.scaling * b @ a
+                self.delta[f"{name}.weight"] = scaling * b @ a
+                self.config["rank_pattern"] |= {} if rank is None else {suffix: rank}
 
     def add_expert_delta(self, name: str, experts: Any, gate: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None) -> None:
         """Dense updates gate, up [E, I, H] and down [E, H, I] in the module's own parameter layout."""
@@ -339,6 +341,19 @@ def _dense_mlp(writer: HandWriter) -> None:
         writer.linear(suffix)
 
 
+def _routed_and_shared(writer: HandWriter) -> None:
+    """Routed experts whose gate and up have one A, beside a shared expert whose linears have ranks, and so scalings, of their own."""
+    _native_3d(writer, stacked=False)
+    for shared in ("shared_expert", "shared_experts"):
+        for leaf, rank in (("gate_proj", 2 * writer.rank), ("up_proj", 3), ("down_proj", writer.rank + 1)):
+            writer.linear(f"{shared}.{leaf}", rank)
+
+
+def _shared_up(writer: HandWriter) -> None:
+    """One linear of a shared expert and nothing else."""
+    writer.linear("shared_expert.up_proj")
+
+
 HAND_LAYOUTS: dict[str, Callable[[HandWriter], None]] = {
     "per_expert_2d": _per_expert_2d,
     "gate_only": _gate_only,
@@ -351,6 +366,8 @@ HAND_LAYOUTS: dict[str, Callable[[HandWriter], None]] = {
     "tinker": _tinker,
     "unsloth_projs": _unsloth_projs,
     "dense_mlp": _dense_mlp,
+    "routed_and_shared": _routed_and_shared,
+    "shared_up": _shared_up,
 }
 
 

@@ -20,7 +20,7 @@ import torch
 from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, ladder
 from sglang_lora_moe.engine.engine import Engine
 from sglang_lora_moe.engine.request import Request
-from sglang_lora_moe.layers.topk import Router, RouterSpec
+from sglang_lora_moe.layers.topk import Router, RouterSpec, with_shared
 
 
 @dataclass
@@ -82,7 +82,8 @@ class ForcedEngine:
             logits = router.linear(x.float() if spec.float32_logits else x)
             ids = by_router[router][self.ctx.token_slots[:count].long() + 1, self.ctx.positions[:count]]
             ids = torch.where((self.ctx.kv_slots[:count] < self.ctx.page_size)[:, None], -1, ids)  # padding writes to the dump page
-            return logits, expert_weights(logits, ids.clamp(min=0), spec), ids.to(torch.int32)
+            weights = expert_weights(logits[:, : spec.num_experts], ids.clamp(min=0), spec)
+            return logits, *with_shared(weights, ids.to(torch.int32), logits, spec)
 
         for router in routers:
             router.forward = lambda x, router=router: route(router, x)  # type: ignore[method-assign, misc, assignment]

@@ -38,7 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _BASE | _EXPERTS | {"head_dim": 32, "intermediate_size": 96, "norm_topk_prob": True},
     "qwen3": _BASE | {"head_dim": 32, "intermediate_size": 96},
     "mixtral": _BASE | _LOCAL_EXPERTS | {"intermediate_size": 32, "sliding_window": None},
-    "qwen2_moe": _BASE | _EXPERTS | {"intermediate_size": 96, "shared_expert_intermediate_size": 48, "norm_topk_prob": False, "qkv_bias": True},
+    "qwen2_moe": _BASE | _EXPERTS | {"intermediate_size": 96, "shared_expert_intermediate_size": 64, "norm_topk_prob": False, "qkv_bias": True},
     "olmoe": _BASE | {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32, "norm_topk_prob": False},
     "gpt_oss": _BASE
     | _LOCAL_EXPERTS

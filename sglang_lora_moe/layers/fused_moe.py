@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.layers.topk import Router
 from sglang_lora_moe.moe.runner import LoRAHooks, MoeRunner, RunnerInput
-from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.moe.spec import MoESpec, SharedExpert
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.quantization.base import QuantMethod
 
@@ -16,7 +17,7 @@ class FusedMoE(nn.Module):
     """out[m] = sum over k of weight[m, k] * expert(topk_ids[m, k])(x[m]), this rank's partial sum; formulas in `MoESpec`.
 
     Parameters are the quantization method's: w13 [E, 2I, H] as halves, w2 [E, H, I], b13 / b2 (None without bias).
-    `interleaved_gate_up` and `is_transposed` describe the checkpoint's own parameters, for those who read adapter files.
+    `interleaved_gate_up` and `is_transposed` describe the checkpoint's own parameters, for those who read adapter files; the last experts may be `shared`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class FusedMoE(nn.Module):
         self.name, self.spec, self.quant_method = name, spec, quant_method
         self.ctx, self.workspace, self.runner = ctx, workspace, runner
         self.interleaved_gate_up = self.is_transposed = False
+        self.shared: SharedExpert | None = None
         quant_method.create_weights(self, spec, dtype, device)
         self._quant_info: Any = None
 
@@ -68,3 +70,17 @@ class FusedMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.spec}, {self.quant_method.name}"
+
+
+class MoEBlock(nn.Module):
+    """Stands in for transformers' MoE block where a shared expert is among the experts."""
+
+    def __init__(self, gate: Router, experts: FusedMoE) -> None:
+        super().__init__()
+        self.gate, self.experts = gate, experts
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., H]."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, ids = self.gate(x)
+        return self.experts(x, ids, weights).view_as(hidden_states)

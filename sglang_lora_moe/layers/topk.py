@@ -17,7 +17,8 @@ class RouterSpec:
           "sigmoid"      s = sigmoid(logits)                         choose by s + correction bias, weight s
     With `num_groups` > 1 only experts of the `topk_groups` best groups may be chosen; a group's score is the sum of its
     `group_best` best choice scores. `renormalise` divides the weights by (their sum + `epsilon`); `scale` multiplies them at the end.
-    `float32_logits`: the gate's matrix product itself is in float32.
+    `float32_logits`: the gate's matrix product itself is in float32. After the K come `shared` experts more, E, E + 1, .., all of weight 1, or
+    sigmoid(logit E) where there is one.
     """
 
     num_experts: int
@@ -31,6 +32,7 @@ class RouterSpec:
     renormalise: bool = False
     epsilon: float = 0.0
     scale: float = 1.0
+    shared: int = 0
 
     def __post_init__(self) -> None:
         if self.score not in ("softmax", "topk_softmax", "sigmoid"):
@@ -51,7 +53,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [..., H] -> (logits [M, E], topk_weights float32 [M, K], topk_ids int32 [M, K])."""
+        """x [..., H] -> (logits [M, E], topk_weights float32 [M, K], topk_ids int32 [M, K]); shared experts count in K, a gate of theirs in E."""
         x = x.reshape(-1, x.shape[-1])
         logits = self.linear(x.float() if self.spec.float32_logits else x)
         weights, ids = select_experts(logits, self.spec, self.e_score_correction_bias)
@@ -59,8 +61,8 @@ class Router(nn.Module):
 
 
 def select_experts(logits: torch.Tensor, spec: RouterSpec, correction_bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [M, E] -> (topk_weights float32 [M, K], topk_ids int32 [M, K]); the best expert comes first."""
-    logits = logits.float()
+    """logits [M, E] -> (topk_weights float32 [M, K], topk_ids int32 [M, K]); the best expert comes first, shared ones last."""
+    logits, all_logits = logits[:, : spec.num_experts].float(), logits
     if spec.score == "topk_softmax":
         chosen, ids = logits.topk(spec.top_k, dim=-1)
         weights = chosen.softmax(dim=-1)
@@ -75,7 +77,16 @@ def select_experts(logits: torch.Tensor, spec: RouterSpec, correction_bias: torc
         weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.epsilon)
     if spec.scale != 1.0:
         weights = weights * spec.scale
-    return weights, ids.to(torch.int32)
+    return with_shared(weights, ids.to(torch.int32), all_logits, spec)
+
+
+def with_shared(weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor, spec: RouterSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids [M, K] of the routed experts -> those of the shared ones behind them."""
+    if not spec.shared:
+        return weights, ids
+    own = logits[:, spec.num_experts :].float().sigmoid() if logits.shape[1] > spec.num_experts else weights.new_ones(weights.shape[0], 1)
+    shared = torch.arange(spec.num_experts, spec.num_experts + spec.shared, dtype=ids.dtype, device=ids.device)
+    return torch.cat([weights, own.expand(-1, spec.shared)], 1), torch.cat([ids, shared.expand(len(ids), -1)], 1)
 
 
 def _keep_best_groups(choice: torch.Tensor, spec: RouterSpec) -> torch.Tensor:

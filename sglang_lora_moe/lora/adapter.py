@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from sglang_lora_moe.lora.adapter_config import AdapterConfig, parse_config, read_config
 from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterFile, AdapterMemory, AdapterTensors
-from sglang_lora_moe.lora.adapter_layouts import INNER, OUTER, PROJECTIONS, AdapterSource, ExpertKey, missing_half, read_experts
+from sglang_lora_moe.lora.adapter_layouts import INNER, OUTER, PROJECTIONS, AdapterSource, ExpertKey, join_shared, missing_half, read_experts
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, PairTarget, Target
 from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, LinearLoRA, ModuleLoRA
 
@@ -24,7 +24,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
-_EXPERTS = re.compile(r"(?P<experts>.+\.experts)(?:\.(?P<rest>.+))?")
+_EXPERTS = re.compile(r"(?P<experts>.+\.(?:experts|shared_experts?))(?:\.(?P<rest>.+))?")
 # Tensors beside A and B: what the end of their name says that they are
 _OTHER_TENSORS = {
     ".lora_magnitude_vector": "DoRA magnitudes, which are not served; train with use_dora=false",
@@ -73,12 +73,13 @@ def read_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping
 def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: AdapterRules) -> AdapterWeights:
     source = AdapterSource(file, config, rules.max_rank, rules.dtype)
     source.report.warnings += config.warnings + _base_warning(config, rules.base_model)
-    keys = _Names(source, rules).sort()
-    modules: dict[str, ModuleLoRA] = {name: _read_pair(source, rules.targets[name], pair) for name, pair in keys.pairs.items()}
-    for name, group in keys.experts.items():
-        target = rules.targets[name]
-        assert isinstance(target, ExpertTarget)
-        modules[name] = read_experts(source, target, group)
+    files: dict[str, Any] = {target.name: target for one in rules.targets.values() for target in (one.of_files() if isinstance(one, ExpertTarget) else [one])}
+    keys = _Names(source, replace(rules, targets=files)).sort()
+    modules: dict[str, ModuleLoRA] = {name: _read_pair(source, files[name], pair) for name, pair in keys.pairs.items()}
+    experts = {name: read_experts(source, files[name], group) for name, group in keys.experts.items()}
+    for target in rules.targets.values():
+        if isinstance(target, ExpertTarget) and (found := [experts.get(one.name) for one in target.of_files()]) != [None] * len(found):
+            modules[target.name] = join_shared(target, *found)
     if rules.dtype is torch.float16:
         _check_float16(source, modules)
     revision = file.revision(config.inference_fields() | {"paramwrapper_layout": file.metadata.get("paramwrapper_layout")})

@@ -347,3 +347,34 @@ def _same_a(source: AdapterSource, gate: Projection, up: Projection) -> bool:
     if not (gate.shared_a and up.shared_a) or math.prod(gate.a[0].shape) != math.prod(up.a[0].shape):
         return False
     return torch.equal(source.file.read(gate.a[0].key).flatten(), source.file.read(up.a[0].key).flatten())
+
+
+# ---- shared experts ----------------------------------------------------------------------------------------------------
+def join_shared(target: ExpertTarget, routed: ExpertLoRA | None, own: ExpertLoRA | None = None) -> ExpertLoRA:
+    """Adapters of all experts of `target` from those `routed` to its routed experts and its shared one's `own`, read as `of_files` has them."""
+    if target.shared is None:
+        return routed or ExpertLoRA()
+    first, w13, w2 = target.num_experts - target.shared.parts, [], []
+    for lora, experts, parts in ((routed, slice(0, first), 1), (own, slice(first, None), target.shared.parts)):
+        if lora is not None and lora.a13 is not None and lora.b13 is not None:
+            rank = lora.b13.shape[2]
+            b = lora.b13.view(-1, 2, parts, target.intermediate, rank).transpose(1, 2).flatten(0, 1)
+            w13.append((experts, lora.a13.view(len(lora.a13), -1, rank, target.hidden), b, lora.scaling13))
+        if lora is not None and lora.a2 is not None and lora.b2 is not None:
+            a = lora.a2.view(len(lora.a2), -1, parts, target.intermediate).transpose(1, 2).flatten(0, 1)
+            w2.append((experts, a.unsqueeze(1), lora.b2.unsqueeze(1), lora.scaling2))
+    (a13, b13, scaling13), (a2, b2, scaling2) = (_join(target.num_experts, blocks) for blocks in (w13, w2))
+    return ExpertLoRA(a13, b13, any(a.shape[1] == 2 for _, a, _, _ in w13), scaling13, a2, b2, scaling2)
+
+
+def _join(num_experts: int, blocks: list[tuple[slice, Tensor, Tensor, float]]) -> tuple[Tensor | None, Tensor | None, float]:
+    """Blocks (experts, A [n or 1, c or 1, R, in], B [n or 1, g, rows, R], scaling) -> A [E, c * R, in], B [E, g * rows, R], scaling; zeros elsewhere."""
+    if not blocks:
+        return None, None, 0.0
+    (_, a, b, _), scaling = blocks[0], max((block[3] for block in blocks), key=abs)
+    rank, split = max(block[2].shape[3] for block in blocks), max(block[1].shape[1] for block in blocks)
+    all_a, all_b = a.new_zeros(num_experts, split, rank, a.shape[3]), b.new_zeros(num_experts, *b.shape[1:3], rank)
+    for experts, a, b, own in blocks:
+        all_a[experts, :, : a.shape[2]] = a
+        all_b[experts, ..., : b.shape[3]] = b if own == scaling else b.float() * (own / scaling)
+    return all_a.flatten(1, 2), all_b.flatten(1, 2), scaling

@@ -4,11 +4,15 @@ Adapter files are read against these (`lora/adapter.py`) and the memory pool is 
 the whole model as adapter files know it. Names are transformers' module paths, also where several are fused into one layer here.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+
+from sglang_lora_moe.moe.spec import SharedExpert
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class ExpertTarget:
     """The experts of one layer: w13 [num_experts, w13_rows, hidden], w2 [num_experts, hidden, intermediate].
 
     `interleaved_gate_up` and `is_transposed` describe transformers' parameters, which adapter files follow: rows of
-    gate_up alternate gate, up (gpt-oss), and weights are stored [in, out] (gpt-oss, Llama 4).
+    gate_up alternate gate, up (gpt-oss), and weights are stored [in, out] (gpt-oss, Llama 4). The last experts may be `shared`.
     """
 
     name: str
@@ -43,6 +47,15 @@ class ExpertTarget:
     gated: bool = True
     interleaved_gate_up: bool = False
     is_transposed: bool = False
+    shared: SharedExpert | None = None
+
+    def of_files(self) -> list[ExpertTarget]:
+        """As files have adapters of it: the routed experts, and the shared one as an experts module of its own."""
+        if self.shared is None:
+            return [self]
+        name, _, parts = self.shared
+        routed = replace(self, num_experts=self.num_experts - parts, shared=None)
+        return [routed, replace(routed, name=name, num_experts=1, intermediate=parts * self.intermediate)]
 
     @property
     def w13_rows(self) -> int:
@@ -94,7 +107,7 @@ def _layers(model: nn.Module) -> list[list[Target]]:
         elif hasattr(module, "spec") and hasattr(module, "interleaved_gate_up"):  # layers.fused_moe.FusedMoE
             spec = module.spec
             sizes = spec.num_experts, spec.hidden_size, spec.intermediate_size
-            layers.append([ExpertTarget(module.name, *sizes, spec.gated, module.interleaved_gate_up, module.is_transposed)])
+            layers.append([ExpertTarget(module.name, *sizes, spec.gated, module.interleaved_gate_up, module.is_transposed, module.shared)])
         elif type(module).__name__ == "Embedding" and hasattr(module, "name"):  # layers.embedding.Embedding
             layers.append([EmbeddingTarget(module.name, *module.weight.shape)])
     return layers

@@ -6,6 +6,7 @@ All uses of transformers' internals are in this file and in `loader.py`.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import initialization as hf_initialization
 
 from sglang_lora_moe.layers.attention import ATTENTION_BACKENDS, Attention, PagedAttention
 from sglang_lora_moe.layers.embedding import Embedding
-from sglang_lora_moe.layers.fused_moe import FusedMoE
+from sglang_lora_moe.layers.fused_moe import FusedMoE, MoEBlock
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
@@ -29,6 +30,7 @@ from sglang_lora_moe.models.quantized import ExpertsScheme, WeightFormats
 from sglang_lora_moe.models.served import ServedModel
 from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core
 from sglang_lora_moe.moe.runner import MoeRunner
+from sglang_lora_moe.moe.spec import SharedExpert
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.quantization.base import QuantMethod
 from sglang_lora_moe.quantization.config import parse_quantization_config
@@ -160,8 +162,7 @@ class _Swap:
         for path, module in attention.items():
             self._swap_attention(path, module)
         for path, module in experts.items():
-            self._replace(path, self._make_experts(path, module))
-            self._swap_router(path.rpartition(".")[0])
+            self._swap_experts(path, module)
         head = self.hf.get_output_embeddings()
         for path, module in list(self.hf.named_modules()):
             inside_latent = isinstance(self.hf.get_submodule(path.rpartition(".")[0]), AbsorbedMLA) if path else True
@@ -221,12 +222,19 @@ class _Swap:
             interleaved=bool(getattr(self.config, "rope_interleave", True)),
         )
 
-    def _make_experts(self, path: str, module: Any) -> FusedMoE:
-        spec = recognise.moe_spec(path, module, self.config)
+    def _swap_experts(self, path: str, module: Any) -> None:
+        """Replace experts and router, and the whole block where its shared expert becomes one of the experts."""
+        spec, block = recognise.moe_spec(path, module, self.config), path.rpartition(".")[0]
         method, runner = self._method(path, self.formats.experts_scheme(path, spec))
+        shared = recognise.shared_expert(block, self.hf.get_submodule(block), spec) if self.formats.config is None else None
+        if shared is not None:
+            spec = replace(spec, num_experts=spec.num_experts + shared.parts, top_k=spec.top_k + shared.parts)
         experts = FusedMoE(path, spec, method, self.ctx, self._workspace, runner, dtype=self.dtype, device=self.device)
-        experts.interleaved_gate_up, experts.is_transposed = not module.is_concatenated, bool(module.is_transposed)
-        return experts
+        experts.interleaved_gate_up, experts.is_transposed, experts.shared = not module.is_concatenated, bool(module.is_transposed), shared
+        self._replace(path, experts)
+        self._swap_router(block, shared)
+        if shared is not None:
+            self._replace(block, MoEBlock(self.hf.get_submodule(block).gate, experts))
 
     def _method(self, path: str, scheme: ExpertsScheme | None) -> tuple[QuantMethod, MoeRunner]:
         """How the experts at `path` are stored, and what runs them; one of each per scheme."""
@@ -240,23 +248,26 @@ class _Swap:
             self._methods[scheme] = method, MoeRunner(make_core(backend))
         return self._methods[scheme]
 
-    def _swap_router(self, block: str) -> None:
+    def _swap_router(self, block: str, shared: SharedExpert | None) -> None:
         """Replace the router of the MoE block at path `block`, if its formula is known."""
         for leaf, module in list(self.hf.get_submodule(block).named_children()):
             path = f"{block}.{leaf}"
             spec = recognise.router_spec(module)
             if spec is not None:
-                self._replace(path, self._make_router(path, module, spec))
+                self._replace(path, self._make_router(path, module, spec, shared))
                 continue
             kind = type(module).__name__
             if getattr(module, "weight", None) is not None and ("Router" in kind or "Gate" in kind):
                 self.refused_adapter_modules[f"{block.rpartition('.')[2]}.{leaf}"] = f"{kind} is not in the table of routers that take adapters"
 
-    def _make_router(self, path: str, module: Any, spec: RouterSpec) -> Router:
+    def _make_router(self, path: str, module: Any, spec: RouterSpec, shared: SharedExpert | None) -> Router:
         weight = module.weight
+        parts: tuple[tuple[str, int], ...] = ((path, weight.shape[0]),)
+        if shared is not None:
+            spec, parts = replace(spec, shared=shared.parts), parts + ((shared.gate, 1),) * bool(shared.gate)
         biased = (path,) if getattr(module, "bias", None) is not None else ()
         dtype = torch.float32 if spec.float32_logits else weight.dtype
-        return Router(Linear(((path, weight.shape[0]),), weight.shape[1], biased_parts=biased, dtype=dtype, device=self.device), spec)
+        return Router(Linear(parts, weight.shape[1], biased_parts=biased, dtype=dtype, device=self.device), spec)
 
 
 def _paged_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ _CAUSAL_MODELS = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 _LAYERS = frozenset(f"{family}DecoderLayer" for family in FAMILIES)
 _LAYER_PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 _MODEL_PARTS = frozenset({"embed_tokens", "layers", "norm", "rotary_emb"})
-_MOE_BLOCKS = frozenset({"Qwen3MoeSparseMoeBlock", "MixtralSparseMoeBlock", "OlmoeSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "GptOssMLP"})
+_MOE_BLOCKS = frozenset({"Qwen3MoeSparseMoeBlock", "MixtralSparseMoeBlock", "OlmoeSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "GptOssMLP", "MoEBlock"})
 
 
 def is_standard(hf: nn.Module) -> bool:
@@ -157,8 +157,9 @@ class FusedDecoder:
             logits = router.linear(x.float() if spec.float32_logits else x)
         mode = "choice" if spec.score == "topk_softmax" else "softmax"
         return router_topk(
-            logits, spec.top_k, mode=mode, renormalize=spec.renormalise, scale=spec.scale, kv_slots=ctx.kv_slots[: x.shape[0]], dump_rows=ctx.page_size
-        )
+            logits, spec.top_k, mode=mode, renormalize=spec.renormalise, scale=spec.scale, kv_slots=ctx.kv_slots[: x.shape[0]], dump_rows=ctx.page_size,
+            shared=spec.shared,
+        )  # fmt: skip
 
 
 def _without_adapters(linear: Any) -> Any:

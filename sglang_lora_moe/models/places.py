@@ -25,18 +25,18 @@ class LoadError(ValueError):
 
 
 class TensorPlace:
-    """Storage of one whole tensor of the checkpoint."""
+    """Storage of one whole tensor of the checkpoint, or a view of it that splits a dimension of its `shape`."""
 
-    def __init__(self, storage: torch.Tensor) -> None:
-        self.storage, self.filled = storage, False
+    def __init__(self, storage: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:
+        self.storage, self.shape, self.filled = storage, storage.shape if shape is None else shape, False
 
     def put(self, opened: Any, key: str, piece: Piece | None) -> None:
         if piece is not None:
             raise LoadError("is one expert's tensor, but the model has no experts of that name")
         tensor = _floating(opened.get_tensor(key))
-        if tensor.shape != self.storage.shape:
-            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(self.storage.shape)}")
-        tensor = tensor.to(self.storage.device, self.storage.dtype)
+        if tensor.shape != self.shape:
+            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(self.shape)}")
+        tensor = tensor.to(self.storage.device, self.storage.dtype).view(self.storage.shape)
         if self.filled and not torch.equal(self.storage, tensor):
             raise LoadError("differs from another tensor that the model ties it to; set tie_word_embeddings to false in config.json")
         self.storage.copy_(tensor)
@@ -183,8 +183,15 @@ def _expert_places(experts: Any) -> Iterator[tuple[str, Place]]:
         yield f"{experts.name}.{first}", QuantizedPlace(w13, parts)
         yield f"{experts.name}.down_proj", QuantizedPlace(w2, 1)
     else:
-        yield f"{experts.name}.{first}", ExpertsPlace(experts.w13.detach(), parts, transposed, interleaved)
-        yield f"{experts.name}.down_proj", ExpertsPlace(experts.w2.detach(), 1, transposed, False)
+        shared, rows, hidden = experts.shared, experts.spec.intermediate_size, experts.spec.hidden_size
+        routed = experts.spec.num_experts - (shared.parts if shared else 0)
+        (w13, own13), (w2, own2) = ((weight[:routed], weight[routed:]) for weight in (experts.w13.detach(), experts.w2.detach()))
+        yield f"{experts.name}.{first}", ExpertsPlace(w13, parts, transposed, interleaved)
+        yield f"{experts.name}.down_proj", ExpertsPlace(w2, 1, transposed, False)
+        if shared:
+            for leaf, weight in (("gate_proj", own13[:, :rows]), ("up_proj", own13[:, rows:])):
+                yield f"{shared.name}.{leaf}.weight", TensorPlace(weight, (shared.parts * rows, hidden))
+            yield f"{shared.name}.down_proj.weight", TensorPlace(own2.transpose(0, 1), (hidden, shared.parts * rows))
     if experts.spec.has_bias:
         yield f"{experts.name}.{first}_bias", ExpertsPlace(experts.b13.detach(), parts, False, interleaved)
         yield f"{experts.name}.down_proj_bias", ExpertsPlace(experts.b2.detach(), 1, False, False)

@@ -11,7 +11,7 @@ from torch import nn
 
 from sglang_lora_moe.layers.attention import AttentionSpec, KVLayerSpec
 from sglang_lora_moe.layers.topk import RouterSpec
-from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.moe.spec import MoESpec, SharedExpert
 
 
 class UnsupportedModelError(ValueError):
@@ -27,6 +27,10 @@ STANDARD_ATTENTION = frozenset(f"{family}Attention" for family in _STANDARD_FAMI
 RMS_NORMS = frozenset(f"{family}RMSNorm" for family in (*_STANDARD_FAMILIES, "DeepseekV2", "DeepseekV3", "Ernie4_5_Moe"))  # weight * normed, no offset
 HALF_TABLE_ATTENTION = frozenset({"GptOssAttention"})  # cos and sin come without the repeated second half
 LATENT_ATTENTION = frozenset({"DeepseekV2Attention", "DeepseekV3Attention", "Glm4MoeLiteAttention"})
+
+# MoE blocks that only add up their experts' outputs and that of a shared expert -> its name, and that of the linear whose sigmoid is its weight
+_SHARED_EXPERTS = {"Qwen2MoeSparseMoeBlock": ("shared_expert", "shared_expert_gate")}
+_SHARED_EXPERTS |= dict.fromkeys(("DeepseekV2Moe", "DeepseekV3MoE", "Glm4MoeMoE", "Glm4MoeLiteMoE", "Dots1MoE"), ("shared_experts", ""))
 
 _CACHE_ARGUMENTS = frozenset({"past_key_values", "past_key_value", "layer_past", "cache_params", "conv_state", "recurrent_state", "ssm_state"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
@@ -183,6 +187,13 @@ def moe_spec(path: str, module: Any, config: Any) -> MoESpec:
         has_bias=bool(module.has_bias),
         **clamped,
     )
+
+
+def shared_expert(path: str, block: Any, spec: MoESpec) -> SharedExpert | None:
+    """The shared expert of the MoE block at `path`, if it can be some more of the block's experts."""
+    leaf, gate = _SHARED_EXPERTS.get(type(block).__name__, ("", ""))
+    count, rest = divmod(getattr(block, leaf).gate_proj.out_features if leaf else 0, spec.intermediate_size)
+    return SharedExpert(f"{path}.{leaf}", gate and f"{path}.{gate}", count) if count and not rest else None
 
 
 def _activation(path: str, module: Any) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,14 @@ class MoESpec:
     @property
     def w13_rows(self) -> int:
         return self.intermediate_size * (2 if self.gated else 1)
+
+
+class SharedExpert(NamedTuple):
+    """An expert of every token that is the last `parts` of a layer's: each has a share of its rows of gate and up, and of its columns of down."""
+
+    name: str
+    gate: str  # the linear whose sigmoid is its weight; "" = weight 1
+    parts: int
 
 
 def apply_activation(gate_up: torch.Tensor, spec: MoESpec) -> torch.Tensor:

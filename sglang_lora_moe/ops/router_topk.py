@@ -3,8 +3,8 @@
     softmax:  p = softmax(logits) in float32; the K largest; divided by their sum if `renormalize`
     choice:   the K largest logits; softmax over those K  (gpt-oss)
 
-Ties go to the smaller expert id. Rows of padding, which write to the dump page of the KV cache, get ids -1, so that they
-read no expert. Larger routers (groups, correction bias) stay with layers/topk.py.
+Ties go to the smaller expert id. Shared experts follow the chosen ones, as in `RouterSpec`. Rows of padding, which write to the
+dump page of the KV cache, get ids -1, so that they read no expert. Larger routers (groups, correction bias) stay with layers/topk.py.
 """
 
 import torch
@@ -50,7 +50,7 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 @triton.jit
 def _router_topk_kernel(
     logits_ptr, weights_ptr, ids_ptr, kv_slots_ptr, stride, split_stride, E, K, scale, dump_rows,
-    CHOICE: tl.constexpr, RENORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    CHOICE: tl.constexpr, RENORM: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
     pdl_wait(PDL)
@@ -69,6 +69,13 @@ def _router_topk_kernel(
         left = tl.where(experts == expert, float("-inf"), left)
     p = tl.exp(best - top)
     weights = p / (tl.sum(p, axis=0) if CHOICE or RENORM else total) * scale
+    if SHARED:
+        gate = tl.load(logits_ptr + token * stride + E).to(tl.float32)
+        for split in tl.static_range(1, SPLITS):
+            gate += tl.load(logits_ptr + split * split_stride + token * stride + E)
+        weights = tl.where(places < K, weights, tl.sigmoid(gate))
+        chosen = tl.where(places < K, chosen, E + places - K)
+        K += SHARED
     if kv_slots_ptr is not None:  # noqa: SIM102 - decided when compiling
         if tl.load(kv_slots_ptr + token) < dump_rows:
             chosen = tl.full([BLOCK_K], -1, tl.int32)
@@ -86,20 +93,21 @@ def router_topk(
     scale: float = 1.0,
     kv_slots: torch.Tensor | None = None,
     dump_rows: int = 0,
+    shared: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (topk_weights float32 [M, K], topk_ids int32 [M, K]) for logits [M, E], or the sum of logits [splits, M, E]. `mode`: "softmax" or "choice".
 
-    kv_slots int64 [M], if given: rows below `dump_rows` are padding.
+    kv_slots int64 [M], if given: rows below `dump_rows` are padding. With `shared` results are [M, K + shared], logits [M, E + 1].
     """
     if mode not in ("softmax", "choice") or logits.dim() not in (2, 3) or logits.stride(-1) != 1 or top_k > logits.shape[-1]:
         raise ValueError(f"router_topk: mode {mode!r}, logits {tuple(logits.shape)}, top_k {top_k}: expected [M, E] rows and K <= E")
-    m, experts = logits.shape[-2:]
-    splits = logits.shape[0] if logits.dim() == 3 else 1
-    weights = logits.new_empty(m, top_k, dtype=torch.float32)
-    ids = logits.new_empty(m, top_k, dtype=torch.int32)
+    m, columns = logits.shape[-2:]
+    splits, experts = logits.shape[0] if logits.dim() == 3 else 1, columns - bool(shared)
+    weights = logits.new_empty(m, top_k + shared, dtype=torch.float32)
+    ids = logits.new_empty(m, top_k + shared, dtype=torch.int32)
     _router_topk_kernel[(m,)](
-        logits, weights, ids, kv_slots, logits.stride(-2), m * experts, experts, top_k, scale, dump_rows, CHOICE=mode == "choice", RENORM=renormalize,
-        SPLITS=splits, BLOCK_E=triton.next_power_of_2(experts), BLOCK_K=triton.next_power_of_2(top_k), num_warps=1 if experts <= 128 else 4,
-        **launch.options(logits.device),
+        logits, weights, ids, kv_slots, logits.stride(-2), m * columns, experts, top_k, scale, dump_rows, CHOICE=mode == "choice", RENORM=renormalize,
+        SHARED=shared, SPLITS=splits, BLOCK_E=triton.next_power_of_2(experts), BLOCK_K=triton.next_power_of_2(top_k + shared),
+        num_warps=1 if experts <= 128 else 4, **launch.options(logits.device),
     )  # fmt: skip
     return weights, ids

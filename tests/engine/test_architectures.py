@@ -20,13 +20,13 @@ from tests.books import check_core
 from tests.tiny_models import make_tiny_model
 
 ALL = [*PEFT_LAYOUTS, *HAND_LAYOUTS]
-ON_EXPERTS = [name for name in ALL if name not in ("dense_mlp", "unsloth_projs")]
+ON_EXPERTS = [name for name in ALL if name not in ("dense_mlp", "unsloth_projs", "routed_and_shared", "shared_up")]
 LAYOUTS = {
     "qwen3_moe": ON_EXPERTS,
     "mixtral": ON_EXPERTS,
-    "deepseek_v3": [*ON_EXPERTS, "dense_mlp"],
+    "deepseek_v3": [*ON_EXPERTS, "dense_mlp", "routed_and_shared"],
     "gpt_oss": [*PEFT_LAYOUTS, "grouped_by_expert", "native_3d", "native_3d_dense", "tinker", "unsloth_projs"],
-    "qwen2_moe": ["all_linear", "dense_mlp", "per_expert_2d", "target_parameters_3d"],
+    "qwen2_moe": ["all_linear", "dense_mlp", "per_expert_2d", "target_parameters_3d", "routed_and_shared", "shared_up"],
     "olmoe": ["all_linear", "per_expert_2d", "target_parameters_3d"],
     "qwen3": ["attention_only", "all_linear", "dense_mlp", "embedding"],
 }

@@ -26,9 +26,12 @@ from tests.tiny_models import make_tiny_model
 
 TOKENS = torch.randint(3, 98, (2, 13), generator=torch.Generator().manual_seed(0))
 FLIPPED = {"flipped", "flipped_grouped"}
-EXPERT_LAYOUTS = [name for name in (*PEFT_LAYOUTS, *HAND_LAYOUTS) if name not in ("dense_mlp", "unsloth_projs")]
+EXPERT_LAYOUTS = [name for name in (*PEFT_LAYOUTS, *HAND_LAYOUTS) if name not in ("dense_mlp", "unsloth_projs", "routed_and_shared", "shared_up")]
 CASES = [(arch, layout) for arch in ("qwen3_moe", "mixtral", "deepseek_v3") for layout in EXPERT_LAYOUTS]
 CASES += [("gpt_oss", layout) for layout in (*PEFT_LAYOUTS, "grouped_by_expert", "native_3d", "native_3d_dense", "tinker", "unsloth_projs")]
+CASES += [
+    (arch, layout) for arch in ("deepseek_v3", "qwen2_moe") for layout in ("routed_and_shared", "shared_up") if (arch, layout) != ("deepseek_v3", "shared_up")
+]
 CASES += [("deepseek_v3", "dense_mlp"), ("qwen2_moe", "dense_mlp"), ("qwen2_moe", "all_linear"), ("olmoe", "all_linear"), ("olmoe", "per_expert_2d")]
 CASES += [("qwen3", layout) for layout in ("attention_only", "all_linear", "dense_mlp", "embedding")]
 
@@ -64,8 +67,20 @@ def merged_logits(path: Path, weights: AdapterWeights) -> Tensor:
             module.weight += lora.scaling * lora.b @ lora.a
         else:
             for parameter, delta in expert_deltas(lora, module).items():
-                getattr(module, parameter).add_(delta)
+                routed = getattr(module, parameter)
+                add_to_shared(model.get_submodule(name.rpartition(".")[0]), parameter, delta[len(routed) :])
+                routed.add_(delta[: len(routed)])
     return model(input_ids=TOKENS).logits
+
+
+def add_to_shared(block: Any, parameter: str, delta: Tensor) -> None:
+    """Updates [n, ..] of the experts after the routed ones, which are a shared expert's rows of gate and of up, and columns of down."""
+    shared = getattr(block, "shared_expert", getattr(block, "shared_experts", None))
+    if parameter == "down_proj" and len(delta):
+        shared.down_proj.weight += torch.cat([*delta], 1)
+    elif len(delta):
+        for linear, half in zip((shared.gate_proj, shared.up_proj), delta.chunk(2, 1), strict=True):
+            linear.weight += half.flatten(0, 1)
 
 
 def expert_deltas(lora: ExpertLoRA, module: Any) -> dict[str, Tensor]:

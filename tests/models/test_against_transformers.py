@@ -140,7 +140,8 @@ def test_part_names_are_module_paths(tmp_path: Path) -> None:
     names = {name for module in model.hf.modules() if hasattr(module, "parts") for name, _ in module.parts}
     layer = "model.layers.1."
     assert {f"{layer}self_attn.{leaf}" for leaf in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")} <= names
-    assert {f"{layer}mlp.gate", f"{layer}mlp.shared_experts.down_proj", "model.layers.0.mlp.up_proj", "lm_head"} <= names
+    assert {f"{layer}mlp.gate", "model.layers.0.mlp.up_proj", "lm_head"} <= names
+    assert model.hf.model.layers[1].mlp.experts.shared.name == f"{layer}mlp.shared_experts"
     assert not any("kv_b_proj" in name for name in names)
     assert "kv_b_proj" in model.refused_adapter_modules
 

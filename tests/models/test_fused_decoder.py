@@ -20,6 +20,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"num_key_value_heads": 1}),
     "qwen3_moe-dense-layer": ("qwen3_moe", {"mlp_only_layers": [0], "tie_word_embeddings": True, "attention_bias": True}),
     "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe-odd-shared-expert": ("qwen2_moe", {"shared_expert_intermediate_size": 48}),  # no whole number of experts: stays beside them
     "mixtral": ("mixtral", {}),
     "olmoe": ("olmoe", {}),
     "gpt_oss": ("gpt_oss", {}),

@@ -112,6 +112,24 @@ def test_router_logits(m: int, h: int, experts: int, bias: bool, dtype: torch.dt
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_router_topk_appends_shared_experts(splits: int) -> None:
+    """As layers/topk.py does, whose weights without a logit of theirs are 1."""
+    from sglang_lora_moe.layers.topk import RouterSpec, select_experts
+    from sglang_lora_moe.ops.router_topk import router_topk
+
+    torch.manual_seed(4)
+    logits, spec = torch.randn(splits, 9, 13, device=DEVICE), RouterSpec(12, 3, renormalise=True, scale=2.5, shared=2)
+    weights, ids = router_topk(logits if splits > 1 else logits[0], 3, scale=2.5, shared=2)
+    want, index = select_experts(logits.sum(0), spec)
+    assert torch.equal(ids, index) and ids[:, 3:].tolist() == [[12, 13]] * 9
+    assert_near(weights, want, "router_topk")
+    torch.testing.assert_close(want[:, 3], logits.sum(0)[:, 12].sigmoid())
+    assert (select_experts(logits.sum(0)[:, :12], spec)[0][:, 3:] == 1).all()
+    _, ids = router_topk(logits, 3, kv_slots=torch.tensor([4, 3] + [9] * 7, device=DEVICE), dump_rows=4, shared=2)
+    assert ids[1].tolist() == [-1] * 5 and (ids[0] >= 0).all()
+
+
 def test_router_topk_breaks_ties_towards_the_smaller_id() -> None:
     from sglang_lora_moe.ops.router_topk import router_topk
 
