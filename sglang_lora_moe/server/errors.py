@@ -19,6 +19,7 @@ from sglang_lora_moe.engine.validate import shown
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
+UNSUPPORTED = "unsupported_parameter"  # pydantic's type for it, and OpenAI's code
 MAX_BODY = 64 << 20  # bytes; the ids of a million tokens take 7 MB
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
@@ -79,12 +80,14 @@ def validation_error(errors: list[Any]) -> RequestError:
     kind, message = first["type"], first["msg"]
     if kind == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json")
-    location = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    location = [part for part in first["loc"] if part not in ("body", "query", "path")] + ([first["ctx"]["name"]] if kind == UNSUPPORTED else [])
     if not location:
         if kind in ("model_attributes_type", "dict_type", "missing"):
             return RequestError("the body must be a JSON object, sent with the header 'Content-Type: application/json'", code="invalid_json")
         return RequestError(message.removeprefix("Value error, "))
     field = ".".join(str(part) for i, part in enumerate(location) if i == 0 or not _is_union_member(part))
+    if kind == UNSUPPORTED:
+        return RequestError(f"{field}: {message}", param=field, code=UNSUPPORTED)
     if kind == "extra_forbidden":
         return RequestError(f"unknown field {field!r}", param=field, code="unknown_parameter")
     if kind == "missing":

@@ -7,9 +7,11 @@ otherwise a sentence says so. A field nobody defined is refused by name. So no p
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from sglang_lora_moe.core import RequestError, SamplingParams
 from sglang_lora_moe.engine.validate import MAX_SAMPLES, MAX_STOPS, shown
+from sglang_lora_moe.server.errors import UNSUPPORTED
 
 NOT_IMPLEMENTED = "is not implemented by this server"
 MAX_TOP_LOGPROBS = 20
@@ -34,7 +36,7 @@ class RequestModel(BaseModel):
             neutral, reason = cls.unsupported.get(name, ((), ""))
             if name in cls.unsupported:
                 if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
-                    raise RequestError(f"{name}: {reason}", param=name, code="unsupported_parameter")
+                    raise PydanticCustomError(UNSUPPORTED, "{reason}", {"name": name, "reason": reason})
             elif value is not None or name not in cls.model_fields or cls.model_fields[name].is_required():
                 kept[name] = value
         return kept

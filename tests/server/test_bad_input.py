@@ -114,6 +114,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"use_beam_search": True}, "use_beam_search"),
     ("/v1/chat/completions", user("x") | {"store": True}, "store"),
     ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
+    ("/v1/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{}]}]}, "messages.1.tool_calls"),
     ("/generate", {"return_hidden_states": True}, "return_hidden_states"),
     ("/generate", {"sampling_params": {"regex": "a"}}, "sampling_params.regex"),
     # adapters
