@@ -93,6 +93,7 @@ class Config:
     port: int = _flag(30000, "port to listen on")
     api_key: str | None = _flag(None, "key that clients must send as 'Authorization: Bearer KEY'")
     admin_api_key: str | None = _flag(None, "key required to load or unload adapters, flush the cache or abort others' requests")
+    allowed_origins: list[str] = _flag([], "web pages that may call the server from a browser, such as https://chat.example, or *; none if not given")
     log_level: str = _flag("info", "what is logged", ("debug", "info", "warning", "error"))
 
     def validate(self) -> None:

@@ -1,6 +1,7 @@
 """The HTTP application over one engine."""
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from sglang_lora_moe import __version__
 from sglang_lora_moe.engine.process import AsyncEngine
@@ -24,4 +25,6 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     config = engine.config
     if config.api_key is not None or config.admin_api_key is not None:
         app.add_middleware(AuthMiddleware, api_key=config.api_key, admin_api_key=config.admin_api_key)
+    if config.allowed_origins:  # outside the check of keys, which preflight requests do not carry
+        app.add_middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
     return app

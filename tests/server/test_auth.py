@@ -54,3 +54,17 @@ def test_refusal_is_openais_error_object(client_of: Any) -> None:
 
 def test_bearer_is_case_insensitive(client_of: Any) -> None:
     assert client_of(FakeEngine(api_key="u")).get("/v1/models", headers={"authorization": "bearer u"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "answer"), [([], "https://a.b", None), (["https://a.b"], "https://a.b", "https://a.b"), (["*"], "https://c.d", "*")]
+)
+def test_pages_of_allowed_origins_may_call_from_a_browser(client_of: Any, allowed: list[str], origin: str, answer: str | None) -> None:
+    client, url = client_of(FakeEngine(api_key="u", allowed_origins=allowed)), "/v1/completions"
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    assert client.options(url, headers=asked).status_code == (200 if answer else 401)  # a preflight request carries no key
+    body = {"prompt": "x", "max_tokens": 2}
+    for more in ({}, {"stream": True}):
+        got = client.post(url, json=body | more, headers={"Origin": origin, "Authorization": "Bearer u"})
+        assert got.status_code == 200 and got.headers.get("access-control-allow-origin") == answer
+    assert client.post(url, json=body, headers={"Origin": origin}).status_code == 401
