@@ -85,7 +85,7 @@ struct PairsAdapter {
   int64_t place = 0, stride = 0;
   DEVICE void find(const MarlinMoeTable& t, int slot) {
     if (slot < 0) return;
-    rank = t.rank[slot], split = t.split ? t.split[slot] : 0, scaling = t.scaling ? t.scaling[slot] : 0.f, place = t.offset[slot], stride = t.stride[slot];
+    rank = t.rank[slot], split = t.split ? t.split[slot] : 0, scaling = t.scaling ? t.scaling[slot] : 0.f, place = t.offset[slot], stride = t.stride ? t.stride[slot] : 0;
   }
   DEVICE const uint16_t* matrix(const MarlinMoeTable& t, int expert) const { return (const uint16_t*)t.pool + place + expert * stride; }
 };
@@ -349,12 +349,16 @@ struct PairsDown {
   int four_step, eight_step;                         // which of both a helper takes: every second four, or where there is one, every second eight
   int expert;                                        // a lane's pair's, and its weight
   float weight;
+  int pair_step, part_step;  // of s
+  const float* s;            // of the token's first pair
   uint8_t *b, *low;
 
-  DEVICE PairsDown(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, const PairsShared& shared, int owner, int row_block, int expert, float weight)
+  DEVICE PairsDown(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, const PairsShared& shared, int owner, int row_block, int part, int expert, float weight)
       : a(a), d(d), l(l), owner(owner), row_block(row_block), helper(warp_index() - kWarps), fours((a.top_k + 3) / 4), all(fours * sixteens(l.rank)), eights((a.parts + 7) / 8),
         expert(expert), weight(weight) {
     four_step = all == 1 ? 1 : kHelpers, eight_step = all == 1 ? kHelpers : 1;
+    pair_step = a.starts ? a.linear_parts * a.s_width : a.parts * a.width, part_step = a.starts ? a.tokens * pair_step : a.width;
+    s = a.s + (int64_t)owner * a.top_k * pair_step + part * a.s_width;
     b = shared.b + helper * d.slots * kTiles * kFour, low = shared.low + helper * d.slots * d.low_bytes;
   }
   DEVICE int four_of(int turn) const { return (all == 1 ? 0 : helper) + turn * four_step; }
@@ -378,12 +382,12 @@ struct PairsDown {
     if (four >= all) return;
     const int g = four / fours, first = (four - g * fours) * 4;
     uint8_t* to = low_of(slot) + lane_index() * 16;
-    const float* from = a.s + ((int64_t)(owner * a.top_k + first) * a.parts + eight * 8 + row_of_lane()) * a.width + g * 16 + quarter_of_lane() * 4;
-    const uint32_t there = warp_ballot(expert >= 0) >> first;
+    const float* from = s + first * pair_step + (eight * 8 + row_of_lane()) * part_step + g * 16 + quarter_of_lane() * 4;
+    const uint32_t routed = warp_ballot(expert >= 0), there = g * 16 + quarter_of_lane() * 4 < l.rank ? routed >> first : 0u;
 #pragma unroll 1
-    for (int i = 0; i < kHeldParts && eight < eights; i++, eight += eight_step, to += kFour, from += eight_step * 8 * a.width)
+    for (int i = 0; i < kHeldParts && eight < eights; i++, eight += eight_step, to += kFour, from += eight_step * 8 * part_step)
 #pragma unroll
-      for (int j = 0; j < 4; j++) cp16(to + j * 512, from + j * a.parts * a.width, (there >> j & 1) && eight * 8 + row_of_lane() < a.parts);
+      for (int j = 0; j < 4; j++) cp16(to + j * 512, from + j * pair_step, (there >> j & 1) && eight * 8 + row_of_lane() < a.parts);
   }
   DEVICE void run(float* parts) const {
     float sums[kTiles][2][4] = {};
@@ -405,12 +409,12 @@ struct PairsDown {
             for (int r = 0; r < 4; r++) s[j][r] += more[r];
           }
       }
-      const int first = four % fours * 4;
+      const int g = four / fours, first = (four - g * fours) * 4, ranks = l.rank - g * 16 - quarter_of_lane() * 4;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const float factor = as_float(shuffle(as_bits(weight), (first + j) % 32));
 #pragma unroll
-        for (int r = 0; r < 4; r++) s[j][r] *= factor;
+        for (int r = 0; r < 4; r++) s[j][r] = r < ranks ? s[j][r] * factor : 0.f;
         uint32_t words[4];
         split_s<typename P::T>(words, s[j]);
 #pragma unroll
@@ -613,9 +617,17 @@ DEVICE void adapt(const MarlinMoePairs& a, const PairsDerived& d, const PairsSha
   PairsAdapter l;
   if constexpr (P::kDown) {
     const int lane = lane_index(), expert = lane < a.top_k ? expert_of<P>(a, owner, lane) : -1;
-    const float weight = lane < a.top_k ? a.topk_weights[owner * a.top_k + lane] : 0.f;
-    l.find(a.b, slot);
-    const PairsDown<P> down(a, d, l, shared, owner, row_block, expert, weight);
+    float weight = lane < a.top_k ? a.topk_weights[owner * a.top_k + lane] : 0.f;
+    int part = 0;
+    if (a.starts) {
+      const int first = lane < a.linear_parts ? a.starts[lane] : 0x7fffffff;
+      part = count_bits(warp_ballot(first <= row_block * d.rows)) - 1;
+      l.find(a.b, slot < 0 ? -1 : part * a.part_stride + slot);
+      l.place -= (int64_t)(int)shuffle((uint32_t)first, part) * l.rank, weight *= l.scaling;  // B's rows are counted from the part's first
+    } else {
+      l.find(a.b, slot);
+    }
+    const PairsDown<P> down(a, d, l, shared, owner, row_block, part, expert, weight);
     for (int i = 0; i < d.slots; i++) down.fetch_b(down.four_of(i), i);
     wait_for_previous_kernel();
     for (int i = 0; i < d.slots; i++) down.fetch_parts(down.four_of(i), down.first_eight(), i), cp_commit();

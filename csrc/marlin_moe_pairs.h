@@ -35,6 +35,10 @@ struct MarlinMoePairs {
   int32_t row_units, k_units, groups, group_size;
   int32_t bits, is_bf16;
   float alpha, cubic, limit, shift;  // of the activation, as MarlinMoeGemm has them
+  // A linear is down with one expert of weight 1. Its adapters, as ops/lora_linear.py has them: tables of part p begin p * part_stride further, and s is
+  // A x [parts (of the sum), tokens, linear_parts, s_width], not scaled; ranks beyond an adapter's own are not read.
+  const int32_t* starts;  // [linear_parts + 1] first rows, which divide by the rows of a block; null: experts
+  int32_t linear_parts, part_stride, s_width;
 };
 
 struct MarlinMoePairsPlan {

@@ -73,6 +73,54 @@ void marlin_moe_pairs_op(Tensor x, Tensor packed, Tensor scales, std::optional<T
   STD_TORCH_CHECK(error == 0, name, ": launch failed: ", cuda_error_text(error));
 }
 
+// A linear: down with one expert of weight 1, which `ids` and `weights` say.
+void marlin_linear_pairs_op(Tensor x, Tensor packed, Tensor scales, std::optional<Tensor> zeros, std::optional<Tensor> bias, Tensor ids, Tensor weights, std::optional<Tensor> s,
+                            std::optional<Tensor> slots, std::optional<Tensor> pool, std::optional<Tensor> offset, std::optional<Tensor> rank, std::optional<Tensor> scaling,
+                            std::optional<Tensor> starts, Tensor out, int64_t group_size, int64_t part_stride, int64_t units, bool alone) {
+  const char* const name = "marlin_linear_pairs";
+  const int32_t device = x.get_device_index();
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, name, ": expected x of bfloat16 or float16, got ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(x.dim() == 2 && packed.dim() == 4 && out.dim() == 2, name, ": expected x [M, k], packed [1, ..], out [M, rows]");
+  const int64_t bits = packed.size(3) / 32, tokens = x.size(0), k = x.size(1), rows = out.size(1), row_units = packed.size(1), k_units = packed.size(2);
+  STD_TORCH_CHECK(packed.size(0) == 1 && (bits == 4 || bits == 8) && packed.size(3) == 32 * bits, name, ": expected packed [1, .., 32 * bits] of 4 or 8 bits, got [", packed.size(0), ", .., ",
+                  packed.size(3), "]");
+  STD_TORCH_CHECK(k % 8 == 0 && rows % 16 == 0 && row_units % 4 == 0 && k_units % 4 == 0 && row_units * 32 >= rows && k_units * 32 >= k && out.size(0) == tokens, name,
+                  ": expected k that divides by 8, rows by 16, and units padded to 128 that hold ", rows, " x ", k, ", got ", row_units, " x ", k_units, " and out [", out.size(0), ", ..]");
+  STD_TORCH_CHECK(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, name, ": expected groups of 32, 64, 128 or 0 (one), got ", group_size);
+  STD_TORCH_CHECK(units == 0 || units == 1, name, ": no plan of ", units, " units");
+  const int64_t groups = group_size ? k_units * 32 / group_size : 1, scale_elements = row_units * groups * 32;
+  MarlinMoePairs a = {};
+  a.x = checked<void>(name, x, "x", type, device, 0);
+  a.packed = checked<const uint32_t>(name, packed, "packed", ScalarType::Int, device, 0);
+  a.scales = checked<void>(name, scales, "scales", type, device, scale_elements);
+  if (zeros) a.zeros = checked<const uint8_t>(name, *zeros, "zeros", ScalarType::Byte, device, scale_elements);
+  if (bias) a.bias = checked<void>(name, *bias, "bias", type, device, rows);
+  a.topk_ids = checked<const int32_t>(name, ids, "ids", ScalarType::Int, device, tokens);
+  a.topk_weights = checked<const float>(name, weights, "weights", ScalarType::Float, device, tokens);
+  a.out = checked<void>(name, out, "out", type, device, 0);
+  if (slots) {
+    STD_TORCH_CHECK(s && s->dim() == 4 && s->size(1) == tokens && s->size(2) <= 32 && s->size(3) % 4 == 0 && pool && offset && rank && scaling && starts, name,
+                    ": slots need s [.., M, parts, fours] and the tables of B");
+    const int64_t num_slots = rank->numel();  // of the first part; the tables of the others lie behind
+    a.slots = checked<const int32_t>(name, *slots, "slots", ScalarType::Int, device, tokens);
+    a.b = {checked<void>(name, *pool, "pool", type, device, 0), checked<const int64_t>(name, *offset, "offset", ScalarType::Long, device, num_slots), nullptr,
+           checked<const int32_t>(name, *rank, "rank", ScalarType::Int, device, num_slots), nullptr, checked<const float>(name, *scaling, "scaling", ScalarType::Float, device, num_slots)};
+    a.s = checked<float>(name, *s, "s", ScalarType::Float, device, 0), a.starts = checked<const int32_t>(name, *starts, "starts", ScalarType::Int, device, s->size(2) + 1);
+    a.num_slots = (int32_t)num_slots, a.parts = (int32_t)s->size(0), a.linear_parts = (int32_t)s->size(2), a.s_width = (int32_t)s->size(3), a.part_stride = (int32_t)part_stride;
+    a.width = (a.s_width + 15) / 16 * 16;
+  }
+  a.experts = 1, a.tokens = (int32_t)tokens, a.top_k = 1, a.rows = (int32_t)rows, a.k = (int32_t)k;
+  a.row_units = (int32_t)row_units, a.k_units = (int32_t)k_units, a.groups = (int32_t)groups, a.group_size = (int32_t)group_size;
+  a.bits = (int32_t)bits, a.is_bf16 = type == ScalarType::BFloat16;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int error = marlin_moe_pairs(&a, {(int32_t)units, 1, alone, true}, current_stream(device));
+  STD_TORCH_CHECK(error == 0, name, ": launch failed: ", cuda_error_text(error));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(sglang_lora_moe, CUDA, m) { m.impl("marlin_moe_pairs", TORCH_BOX(&marlin_moe_pairs_op)); }
+STABLE_TORCH_LIBRARY_IMPL(sglang_lora_moe, CUDA, m) {
+  m.impl("marlin_moe_pairs", TORCH_BOX(&marlin_moe_pairs_op));
+  m.impl("marlin_linear_pairs", TORCH_BOX(&marlin_linear_pairs_op));
+}

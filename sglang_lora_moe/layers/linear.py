@@ -69,5 +69,9 @@ class Linear(nn.Module):
         """x [..., in] -> [..., sum(rows)]."""
         return F.linear(x, self.weight, self.bias)
 
+    def adding(self, x: torch.Tensor, low: Any) -> torch.Tensor | None:
+        """As `forward` for x [M, in], and what adapters add beyond `low`, which was begun; None where no kernel does both."""
+        return None
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {dict(self.parts)}, bias={self.bias is not None}"

@@ -198,7 +198,10 @@ def _multiply(linear: Any, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any
     whole = _whole(linear, x) if low is None else None
     if whole is not None:
         return skinny_linear.skinny_linear(x, *whole), None
-    return (linear if low is None else linear.base)(x), low
+    if low is None:
+        return linear(x), None
+    added = linear.base.adding(x, low)
+    return (linear.base(x), low) if added is None else (added, None)
 
 
 def _norm(norm: RMSNorm) -> tuple[torch.Tensor, float]:

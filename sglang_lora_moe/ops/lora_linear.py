@@ -12,6 +12,7 @@ table read. Nothing is padded to the largest rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class PartTables:
         blocks = [(p, n, first + n, rows) for p, (_, first, rows) in enumerate(parts) for n in range(0, rows, block)]
         self.block_n = block
         starts = [first for _, first, _ in parts] + [self.rows]
+        self.divisor = math.gcd(*starts)
         self.starts = torch.tensor(starts, dtype=torch.int32, device=device)  # [parts + 1] first row of y of each part
         self.readers = torch.zeros(1, dtype=torch.int32, device=device)  # zero between the launches of ops/skinny_linear.py
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [blocks, (part, row in it, row of y, rows of the part)]

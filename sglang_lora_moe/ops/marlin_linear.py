@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.lora_linear import LinearAddend
 from sglang_lora_moe.ops.low_rank import pdl_wait
 from sglang_lora_moe.ops.marlin_moe import DTYPES, GROUP_SIZES, SHAPES, GemmScratch, MarlinWeight, marlin_moe_gemm, marlin_moe_repack
+from sglang_lora_moe.ops.marlin_moe_pairs import can_add, marlin_linear_pairs
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 DEQUANTIZE_FROM = 33  # tokens
+PAIR_TOKENS = 1  # up to which a linear is as a single pair of experts; more would read the weight again: 1 us a layer slower at 4 tokens
 SMALL_WEIGHT = 16 << 20  # values; too few 128-row tiles for all multiprocessors
 
 
@@ -42,12 +45,17 @@ def repack_linear(weight: WNA16Weight, bias: torch.Tensor | None = None) -> Marl
     return marlin_moe_repack(weight[None], 1, None if bias is None else bias[None])
 
 
-def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = None, wide: torch.Tensor | None = None) -> torch.Tensor:
+def marlin_linear(
+    x: torch.Tensor, weight: MarlinWeight, config: int | None = None, wide: torch.Tensor | None = None, addend: LinearAddend | None = None
+) -> torch.Tensor:
     """x [M, k] -> [M, rows] in x's dtype. `config` fixes a shape of tiles (an index of SHAPES), -1 the 16-bit GEMM; None chooses by size.
 
     `wide` [rows, k]: the same weight, written out once.
     """
     tokens = x.shape[0]
+    if config is None and 0 < tokens <= PAIR_TOKENS:
+        return marlin_linear_pairs(x.contiguous(), weight, addend)
+    assert addend is None, "only single pairs add"
     chosen = choose_config(tokens, weight) if config is None else config
     if chosen < 0:
         return F.linear(x, dequantize_linear(weight) if wide is None else wide, None if weight.bias is None else weight.bias[0])
@@ -56,6 +64,11 @@ def marlin_linear(x: torch.Tensor, weight: MarlinWeight, config: int | None = No
         return out
     tiles, sms = _tiles(x.device, tokens, SHAPES[chosen].block_tokens), launch.multiprocessors(x.device)
     return marlin_moe_gemm(x.contiguous(), weight, tiles, 1, out, scratch_of(x.device), config=chosen, sms=sms, gather=False, scatter=False, overlap=True)
+
+
+def adds(x: torch.Tensor, addend: LinearAddend) -> bool:
+    """Whether `marlin_linear` takes the addend."""
+    return 0 < x.shape[0] <= PAIR_TOKENS and can_add(addend, x)
 
 
 def choose_config(tokens: int, weight: MarlinWeight) -> int:

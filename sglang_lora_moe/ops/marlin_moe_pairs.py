@@ -19,6 +19,7 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import build, launch
 from sglang_lora_moe.ops.library import define
+from sglang_lora_moe.ops.lora_linear import LinearAddend
 from sglang_lora_moe.ops.marlin_moe import MarlinWeight, activation_of, padded_units
 from sglang_lora_moe.ops.skinny_linear import empty_s
 
@@ -28,6 +29,10 @@ define(
     "Tensor? next_pool, Tensor? next_offset, Tensor? next_stride, Tensor? next_rank, Tensor? next_scaling, Tensor? then_pool, Tensor? then_offset, "
     "Tensor? then_stride, Tensor(b!)? s, Tensor(c!)? other_s, Tensor(a!) out, int rows, int group_size, float alpha, float cubic, float limit, "
     "float shift, int units, int shrinks, bool alone, bool overlap) -> ()"
+)
+define(
+    "marlin_linear_pairs(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, Tensor ids, Tensor weights, Tensor? s, Tensor? slots, "
+    "Tensor? pool, Tensor? offset, Tensor? rank, Tensor? scaling, Tensor? starts, Tensor(a!) out, int group_size, int part_stride, int units, bool alone) -> ()"
 )
 
 MOST_SHRINKS, SHARES = 16, 8  # blocks that share a pair's A x and wait for each other; shares of A's columns
@@ -106,3 +111,32 @@ def marlin_moe_pairs(
         out, weight.rows, weight.group_size, *activation_of(activation)[1:], units, 1 if adapters is None else adapters.shrinks, alone, True,
     )  # fmt: skip
     return out
+
+
+@lru_cache(maxsize=64)
+def _one_expert(tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights of a linear's tokens, as of a layer with one expert. Kept: captured graphs read them."""
+    return torch.zeros(tokens, dtype=torch.int32, device=device), torch.ones(tokens, dtype=torch.float32, device=device)
+
+
+def marlin_linear_pairs(x: torch.Tensor, weight: MarlinWeight, addend: LinearAddend | None = None) -> torch.Tensor:
+    """x [M, k] times a weight of one expert, and what its adapters add, whose s the kernel before has filled: [M, rows]."""
+    tokens, row_units, sms = x.shape[0], weight.packed.shape[1], launch.multiprocessors(x.device)
+    units = units_of(tokens, row_units, sms, True)
+    low: tuple = (None,) * 7
+    if addend is not None:
+        b = addend.tables.b
+        low = (addend.s, addend.slots, b.pool, b.offset, b.rank, b.scaling, addend.tables.starts)
+    if x.is_cuda:
+        build.load()
+    out, alone = x.new_empty(tokens, weight.rows), tokens * row_units * (2 - units) <= sms and launch.has_wgmma(x.device)
+    torch.ops.sglang_lora_moe.marlin_linear_pairs(
+        x, weight.packed, weight.scales, weight.zeros, weight.bias, *_one_expert(tokens, x.device), *low, out, weight.group_size,
+        0 if addend is None else addend.tables.stride, units, alone,
+    )  # fmt: skip
+    return out
+
+
+def can_add(addend: LinearAddend, x: torch.Tensor) -> bool:
+    """Whether `marlin_linear_pairs` can: a block's rows lie in one part, s is read four ranks at a time."""
+    return addend.tables.divisor % 32 == 0 and addend.s.shape[3] % 4 == 0 and addend.row_scale is None and addend.tables.b.pool.dtype == x.dtype

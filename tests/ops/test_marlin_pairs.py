@@ -57,14 +57,14 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         fields = (
             order % 4, packed.shape[0], *topk_ids.shape, rows, x.shape[1], *packed.shape[1:3], scales.shape[2], group_size, packed.shape[3] // 32,
             x.dtype == torch.bfloat16, zeros is not None, bias is not None, topk_weights is not None, slots is not None, 0 if rank is None else rank.numel(),
-            *low, units, shrinks,
+            *low, units, shrinks, 0, 0, 0,
         )  # fmt: skip
         pools = [0 if pool is None else pool.numel() for pool in (a_pool, b_pool, next_pool, then_pool)]
         inputs = (
             x, packed, scales, zeros, bias, topk_ids, topk_weights, slots, a_pool, a_offset, a_stride, b_pool, b_offset, b_stride, rank, split, scaling,
             next_pool, next_offset, next_stride, next_rank, next_scaling, then_pool, then_offset, then_stride, s, other_s,
         )  # fmt: skip
-        written = emulator.answer(driver, struct.pack("22i4f4q", *map(int, fields), alpha, cubic, limit, shift, *pools), *inputs)
+        written = emulator.answer(driver, struct.pack("25i4fxxxx4q", *map(int, fields), alpha, cubic, limit, shift, *pools), *inputs)
         where = 0
         for tensor in (out, s, other_s):
             if tensor is not None:
