@@ -25,7 +25,7 @@ from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 DEQUANTIZE_FROM = 33  # tokens
 PAIR_TOKENS = 1  # up to which a linear is as a single pair of experts; more would read the weight again: 1 us a layer slower at 4 tokens
-SMALL_WEIGHT = 16 << 20  # values; too few 128-row tiles for all multiprocessors
+SMALL_WEIGHT = 16 << 20  # values; too few 128-row tiles for all multiprocessors, and few enough blocks of single pairs
 
 
 def why_unreadable(weight: WNA16Weight) -> str | None:
@@ -53,7 +53,7 @@ def marlin_linear(
     `wide` [rows, k]: the same weight, written out once.
     """
     tokens = x.shape[0]
-    if config is None and 0 < tokens <= PAIR_TOKENS:
+    if config is None and _as_pairs(tokens, weight):
         return marlin_linear_pairs(x.contiguous(), weight, addend)
     assert addend is None, "only single pairs add"
     chosen = choose_config(tokens, weight) if config is None else config
@@ -66,9 +66,13 @@ def marlin_linear(
     return marlin_moe_gemm(x.contiguous(), weight, tiles, 1, out, scratch_of(x.device), config=chosen, sms=sms, gather=False, scatter=False, overlap=True)
 
 
-def adds(x: torch.Tensor, addend: LinearAddend) -> bool:
+def _as_pairs(tokens: int, weight: MarlinWeight) -> bool:
+    return 0 < tokens <= PAIR_TOKENS and weight.rows % 16 == 0 and weight.rows * weight.k <= SMALL_WEIGHT
+
+
+def adds(x: torch.Tensor, weight: MarlinWeight, addend: LinearAddend) -> bool:
     """Whether `marlin_linear` takes the addend."""
-    return 0 < x.shape[0] <= PAIR_TOKENS and can_add(addend, x)
+    return _as_pairs(x.shape[0], weight) and can_add(addend, x)
 
 
 def choose_config(tokens: int, weight: MarlinWeight) -> int:

@@ -1,7 +1,6 @@
 """A linear with integer weights: the same parts as `layers.linear.Linear`, so that adapters attach to it unchanged."""
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ class QuantizedLinear(Linear):
     def __init__(self, parts: tuple[tuple[str, int], ...], in_features: int, *, scheme: WNA16Scheme, **options: Any) -> None:
         self.scheme = scheme
         super().__init__(parts, in_features, **options)
-        self._multiply: Callable[..., torch.Tensor] | None = None  # the GPU's kernel over its form of the weight
+        self._multiply: partial[torch.Tensor] | None = None  # the GPU's kernel over its form of the weight
         self.wide: torch.Tensor | None = None  # [rows, in] in 16 bit beside it
 
     def _create_weight(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -78,7 +77,7 @@ class QuantizedLinear(Linear):
     def adding(self, x: torch.Tensor, low: Any) -> torch.Tensor | None:
         from sglang_lora_moe.ops import marlin_linear
 
-        return self._multiply(x, addend=low) if self._multiply is not None and marlin_linear.adds(x, low) else None
+        return self._multiply(x, addend=low) if self._multiply is not None and marlin_linear.adds(x, self._multiply.keywords["weight"], low) else None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.scheme}"

@@ -101,11 +101,12 @@ def test_adapters(parts: tuple[int, ...], k: int, tokens: int, splits: int, max_
 
 def test_rule() -> None:
     noise = Noise(generator(0, DEVICE), torch.bfloat16)
-    for parts, max_rank, tokens, fits in ((QKV, 16, 1, True), ((160, 24, 64), 16, 1, False), (QKV, 22, 1, False), (QKV, 16, PAIR_TOKENS + 1, False)):
+    cases = ((QKV, 16, 1, True), ((160, 24, 64), 16, 1, False), ((40,), 16, 1, False), (QKV, 22, 1, False), (QKV, 16, PAIR_TOKENS + 1, False))
+    for parts, max_rank, tokens, fits in cases:
         addend, stacks, _ = make_addend(parts, 64, tokens, 4, "uniform", noise, max_rank=max_rank)
-        x, weight = noise(tokens, 64), make_weight(sum(parts), 64, 4, 32, False, torch.bfloat16, DEVICE)
-        assert adds(x, low := begun(x, addend, stacks, 1)) == fits
+        x, form = noise(tokens, 64), repack_linear(make_weight(sum(parts), 64, 4, 32, False, torch.bfloat16, DEVICE))
+        assert adds(x, form, low := begun(x, addend, stacks, 1)) == fits
+        assert not adds(x, replace(form, rows=1 << 20), low), "measured for small weights alone"
         if fits:
-            form = repack_linear(weight)
             assert torch.equal(marlin_linear(x, form, addend=low), marlin_linear_pairs(x, form, low))
             assert torch.equal(marlin_linear(x, form), marlin_linear_pairs(x, form))
