@@ -4,8 +4,6 @@ The front turns one user request into one `Submit` per sample; the engine answer
 Everything here is a plain dataclass of plain values, so that `engine/process.py` alone knows how it is encoded.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -126,7 +124,7 @@ class Reply:
     retry_after: int | None = None
 
     @classmethod
-    def refusal(cls, rid: str, error: RequestError) -> Reply:
+    def refusal(cls, rid: str, error: RequestError) -> "Reply":
         return cls(rid, {}, error.message, error.status, error.param, error.code, error.retry_after)
 
     def raise_error(self) -> None:

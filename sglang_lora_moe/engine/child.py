@@ -4,8 +4,6 @@ The child reads its configuration as one line from stdin and then holds on to st
 so does it. What the frames on the socket say is known to `engine/process.py` alone.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -32,7 +30,7 @@ class EngineProcess:
         self.process, self.socket, self._folder = process, socket, folder
 
     @classmethod
-    async def start(cls, config: Config) -> EngineProcess:
+    async def start(cls, config: Config) -> "EngineProcess":
         folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-")
         if len(folder.name) > 80:  # the address of a Unix socket has at most 107 characters
             folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-", dir="/tmp")

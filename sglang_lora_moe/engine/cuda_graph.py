@@ -9,8 +9,6 @@ Decode steps (one token of each request) are graphs from tokens to samples. Othe
 launches take longer than their kernels, are graphs up to the last norm: which rows need logits, and how many, varies.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence
@@ -49,7 +47,7 @@ class _Graphs:
 
     what = "steps"
 
-    def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[Size]) -> None:
+    def __init__(self, model: "ServedModel", families: Sequence[bool], sizes: Sequence[Size]) -> None:
         self.model, self.families = model, tuple(families)
         self.sizes = sorted(sizes)
         self._graphs: dict[tuple[Size, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -112,7 +110,7 @@ class DecodeGraphs(_Graphs):
 
     what = "decode steps"
 
-    def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[int]) -> None:
+    def __init__(self, model: "ServedModel", families: Sequence[bool], sizes: Sequence[int]) -> None:
         super().__init__(model, families, [(size, size) for size in sizes])
         self._by_count = [0, *(next(size for size, _ in self.sizes if size >= n) for n in range(1, max(sizes) + 1))]
 

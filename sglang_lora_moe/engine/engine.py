@@ -7,8 +7,6 @@
 Calls and results have the shape of SGLang's offline engine. One thread at a time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import time
@@ -44,7 +42,7 @@ class Engine:
         self._replies: dict[str, Reply] = {}
         self._calls = 0
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,8 +4,6 @@ Tokenizes, expands n, detokenizes piece by piece, finds stop strings (trimmed fr
 synchronous code without a thread or a socket: the in-process `Engine` and the server's `AsyncEngine` both drive it.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -57,7 +55,7 @@ class Chunk:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    def add(self, new: Chunk) -> None:
+    def add(self, new: "Chunk") -> None:
         """Append what came after this."""
         self.text += new.text
         self.token_ids += new.token_ids

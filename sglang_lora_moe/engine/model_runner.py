@@ -4,8 +4,6 @@
 `run` is both. Sampled tokens stay on the device for the next step and reach the host with an event.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,7 +34,7 @@ class Launched:
 class ModelRunner:
     """One model on one device. `graphs` None = decode steps are eager, `prefill_graphs` None = so are the others."""
 
-    def __init__(self, model: ServedModel, graphs: DecodeGraphs | None = None, prefill_graphs: PrefillGraphs | None = None) -> None:
+    def __init__(self, model: "ServedModel", graphs: DecodeGraphs | None = None, prefill_graphs: PrefillGraphs | None = None) -> None:
         self.model, self.graphs, self.prefill_graphs = model, graphs, prefill_graphs
         self.inputs = StepInputs(model.ctx)
         self.sampler = Sampler(model.vocab_size, model.ctx.device)

@@ -7,8 +7,6 @@ ends unasked, `healthy` is False and whatever waits for it fails. How it is star
 only file that knows an encoding.
 """
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json
@@ -106,7 +104,7 @@ def run_engine_process() -> int:
     return 0
 
 
-def serve_engine(core: EngineCore, socket: zmq.Socket[bytes]) -> None:
+def serve_engine(core: "EngineCore", socket: zmq.Socket[bytes]) -> None:
     """The loop: take in what has come, compute a step, send what is new; wait only when there is nothing to do."""
     while True:
         messages: list[EngineMessage] = []
@@ -139,7 +137,7 @@ class AsyncEngine:
         self._controls = 0
 
     @classmethod
-    async def start(cls, config: Config) -> AsyncEngine:
+    async def start(cls, config: Config) -> "AsyncEngine":
         """Start the engine process and wait until it has loaded everything. ValueError or RuntimeError if it cannot."""
         config.validate()
         child = await EngineProcess.start(config)

@@ -4,8 +4,6 @@ Ordinary reads instead of a memory map: a trainer that overwrites the file while
 whereas a map would end the process. Each read also hashes the bytes, from which `revision` identifies the content.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -103,7 +101,7 @@ class AdapterFile(AdapterTensors):
             self._file.close()
             raise
 
-    def __enter__(self) -> AdapterFile:
+    def __enter__(self) -> "AdapterFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:

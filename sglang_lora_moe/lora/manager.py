@@ -6,8 +6,6 @@ what has arrived. Which revision has which slot is the `SlotTable`'s, with which
 the copies that it has asked for. Answers to load and unload requests collect in `replies`.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping
@@ -57,7 +55,7 @@ class LoRAManager:
 
     def __init__(
         self,
-        model: ServedModel,
+        model: "ServedModel",
         reader: AdapterReader,
         pool: LoRAMemoryPool,
         *,

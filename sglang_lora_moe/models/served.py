@@ -1,7 +1,5 @@
 """A built model as the engine runs it: one step over the packed tokens of the `StepContext`, and what must be known of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 

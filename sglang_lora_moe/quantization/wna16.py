@@ -11,8 +11,6 @@ order) are converted to it when read. Leading dimensions (experts) pass through.
 Sources: compressed-tensors `pack_to_int32`; AutoGPTQ `qlinear_cuda`; AutoAWQ `WQLinear_GEMM`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +69,7 @@ class WNA16Weight:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.packed, self.scales, self.zeros) if t is not None)
 
-    def __getitem__(self, index: Any) -> WNA16Weight:
+    def __getitem__(self, index: Any) -> "WNA16Weight":
         """Views of some experts or rows, or with None of one more dimension."""
         return replace(self, packed=self.packed[index], scales=self.scales[index], zeros=None if self.zeros is None else self.zeros[index])
 

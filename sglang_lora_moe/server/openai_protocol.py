@@ -3,8 +3,6 @@
 What OpenAI defines but this server lacks is listed in `unsupported` and refused unless at its neutral value.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -54,7 +52,7 @@ class OpenAIRequest(f.SamplingFields):
     rid: f.RequestId | None = None
 
     @model_validator(mode="after")
-    def _check_options(self) -> OpenAIRequest:
+    def _check_options(self) -> "OpenAIRequest":
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options: only allowed with stream=true", param="stream_options", code="invalid_value")
         self.no_stop_trim |= self.include_stop_str_in_output
@@ -72,7 +70,7 @@ class CompletionRequest(OpenAIRequest):
     lora_path: str | list[str | None] | None = None
 
     @model_validator(mode="after")
-    def _check_best_of(self) -> CompletionRequest:
+    def _check_best_of(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.n:
             message = f"best_of: choosing among more samples {f.NOT_IMPLEMENTED}; it must equal n ({self.n})"
             raise RequestError(message, param="best_of", code="unsupported_parameter")
@@ -151,7 +149,7 @@ class ChatRequest(OpenAIRequest):
     chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> ChatRequest:
+    def _check_pairs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs: only allowed with logprobs=true", param="top_logprobs", code="invalid_value")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
