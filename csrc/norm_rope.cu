@@ -7,7 +7,9 @@
 //     in registers while the slot stays. What a tile needs comes into shared memory two tiles ahead: rows by the copy engine, since the kernel is
 //     bound by instructions (copies by each lane took 30 % of them and half of the time), the short rows of s and of angles by cp.async.
 //   * Norm: tokens are half of the first operand's rows, the others are zero: fewer registers, more warps at a time; no shared memory. A lane has 8
-//     columns next to each other of every 32, of one token. B and s are read through L1, past which go the activations.
+//     columns next to each other of every 32, of one token. B and s are read through L1, past which go the activations. Few tokens: a cluster of
+//     blocks shares a tile's columns, and each lane has the registers to ask for all that it needs at once.
+//   * The kernel before is often a library's, which lets nothing start beside it: as few loads as can be wait for each other.
 #include "norm_rope.h"
 
 #include "hopper_prims.cuh"
@@ -23,6 +25,24 @@ constexpr int kNone = 1 << 30;
 
 // The smallest slot of a tile above `slot`, or kNone. `mine`: of the lane's row.
 DEVICE int next_slot(int mine, int slot) { return -warp_max(mine > slot ? -mine : -kNone); }
+
+struct Entry {  // of a slot, in the tables
+  int rank;
+  float scaling;
+  int64_t offset;
+};
+
+DEVICE Entry entry_of(const AddedRows& a, int part, int slot) {
+  const int entry = part * a.part_stride + slot;
+  return {a.rank[entry], a.scaling[entry], a.offset[entry]};
+}
+
+// `first`: the lane's entry of the first 32 slots, asked for beside the tokens' slots rather than behind them.
+DEVICE Entry entry_of(const AddedRows& a, int part, int slot, const Entry& first) {
+  if (slot >= 32) return entry_of(a, part, slot);
+  const uint32_t low = shuffle((uint32_t)first.offset, slot), high = shuffle((uint32_t)(first.offset >> 32), slot);
+  return {(int)shuffle((uint32_t)first.rank, slot), as_float(shuffle(as_bits(first.scaling), slot)), (int64_t)((uint64_t)high << 32 | low)};
+}
 
 // ---- rotation --------------------------------------------------------------------------------------------------------------------------
 
@@ -98,10 +118,9 @@ struct Held {
 };
 
 template <bool WIDE>
-DEVICE void hold(Held<WIDE>& held, const AddedRows& a, int slot, int part, int first_row) {
-  const int entry = part * a.part_stride + slot;
-  held.slot = slot, held.rank = a.rank[entry], held.scaling = a.scaling[entry];
-  held.matrix = (const uint16_t*)a.pool + a.offset[entry] + (int64_t)first_row * held.rank;
+DEVICE void hold(Held<WIDE>& held, const AddedRows& a, int slot, const Entry& entry, int first_row) {
+  held.slot = slot, held.rank = entry.rank, held.scaling = entry.scaling;
+  held.matrix = (const uint16_t*)a.pool + entry.offset + (int64_t)first_row * held.rank;
   if (!WIDE) load_b(held.b, held.matrix, held.rank, 0, 0);
 }
 
@@ -110,7 +129,7 @@ template <class T>
 DEVICE void read_s(uint32_t (&out)[2], const uint8_t* s, int splits, int apart, int left, float factor) {
   float sum[4] = {};
   if (left > 0)
-#pragma unroll 1
+#pragma unroll 4
     for (int split = 0; split < splits; split++, s += apart) {
       float value[4];
       load_floats(value, (const float*)s);
@@ -122,11 +141,11 @@ DEVICE void read_s(uint32_t (&out)[2], const uint8_t* s, int splits, int apart, 
   out[0] = T::pack(sum[0], sum[1]), out[1] = T::pack(sum[2], sum[3]);
 }
 
-// What the first tile needs, while its copies are under way. `slot`: that of token lane / 4.
+// What the first tile needs. `slot`: that of token lane / 4; `first`: the lane's entry of the first 32 slots.
 template <bool WIDE>
-DEVICE void hold_first(Held<WIDE>& held, const AddedRows& a, int slot, int part, int first_row) {
-  const int first = next_slot(slot, -1);
-  if (first != kNone) hold(held, a, first, part, first_row);
+DEVICE void hold_first(Held<WIDE>& held, const AddedRows& a, int slot, int part, int first_row, const Entry& first) {
+  const int found = next_slot(slot, -1);
+  if (found != kNone) hold(held, a, found, entry_of(a, part, found, first), first_row);
 }
 
 // A lane's part of a warp's tile: pair i % 4 of its eight columns in half i / 4, of tokens 2 (lane % 4) + e: [i][e] and [i][2 + e].
@@ -137,7 +156,7 @@ template <class T, bool WIDE>
 DEVICE void add_tile(Sums& sum, Held<WIDE>& held, const AddedRows& a, const int& token, int mine, int part, int first_row, const uint8_t* s, int apart) {
 #pragma unroll 1
   for (int slot = next_slot(mine, -1); slot != kNone; slot = next_slot(mine, slot)) {
-    if (held.slot != slot) hold(held, a, slot, part, first_row);
+    if (held.slot != slot) hold(held, a, slot, entry_of(a, part, slot), first_row);
     const float factor = a.row_scale && mine == slot ? held.scaling * a.row_scale[token] : held.scaling;
 #pragma unroll 1
     for (int r0 = 0; r0 < (WIDE ? held.rank : 1); r0 += 16) {
@@ -197,43 +216,51 @@ KERNEL void __launch_bounds__(kHeads * 32, kBlocks) rotate(const RotateRows a, c
   const int head_in_part = head - (part == 0 ? 0 : part == 1 ? a.heads : a.heads + a.kv_heads);
   const int row_bytes = (heads - group * kHeads < kHeads ? heads - group * kHeads : kHeads) * kColumns * 2, pieces = parts_of(a, group) * a.added.width / 4;
   const Share share = share_of(a.m, (int)blockIdx.x / plan.groups, plan.shares);
-  if (thread_index() < share.count * kRows) {  // what no kernel of a step writes is read before the linear is complete
-    const int i = thread_index(), token = load_token(tokens, a.added, a.m, i, share);
-    tokens.place[i] = token < 0 ? 0 : (int)a.positions[token] * a.table_stride;
-    tokens.target[i] = token < 0 ? 0 : (int)a.kv_slots[token];
-  }
+  const int first_place = share.first * kRows + lane / 4, first_slot = first_place < a.m ? a.added.slots[first_place] : -1;
+  const Entry first = entry_of(a.added, part, lane < a.added.num_slots ? lane : 0);
+  const bool has_token = thread_index() < share.count * kRows;
+  const int token = has_token ? load_token(tokens, a.added, a.m, thread_index(), share) : -1;  // what no kernel of a step writes is read before the linear is complete
   begin_ring(tokens);
+  Held<WIDE> held;
+  if (head < heads) hold_first(held, a.added, first_slot, part, head_in_part * kColumns, first);
   sync_block();
   wait_for_previous_kernel();
   allow_next_kernel();
-  const auto copy_tile = [&](int tile) {  // a row by each warp
+  const auto copy_rows = [&](int tile) {  // one by each warp
     if (tile >= share.count) return;
     uint8_t* const stage = ring + tile % kStages * plan.bytes;
     Barrier* const there = tokens.there + tile % kStages;
-    const int row = tile * kRows + warp, token = tokens.token[row];
+    const int token = tokens.token[tile * kRows + warp];
     if (lane == 0 && token < 0) barrier_arrive(there);
     if (lane == 0 && token >= 0) {
       barrier_expect(there, row_bytes);
       copy_bulk(stage + warp * kRotateRow, (const uint16_t*)a.qkv + ((int64_t)token * heads + group * kHeads) * kColumns, row_bytes, there);
     }
-    cp16(stage + plan.angles + (warp * 32 + (lane ^ turned(warp))) * 16, (lane < 16 ? a.cos : a.sin) + tokens.place[row] + lane % 16 * 4, true);
     copy_s(stage + plan.s, tokens.token + tile * kRows, a.added, a.m, first_part, pieces);
-    barrier_arrive_after_copies(there);
   };
+  const auto copy_angles = [&](int tile) {
+    if (tile >= share.count) return;
+    uint8_t* const target = ring + tile % kStages * plan.bytes + plan.angles + (warp * 32 + (lane ^ turned(warp))) * 16;
+    cp16(target, (lane < 16 ? a.cos : a.sin) + tokens.place[tile * kRows + warp] + lane % 16 * 4, true);
+    barrier_arrive_after_copies(tokens.there + tile % kStages);
+  };
+  copy_rows(0);  // which wait for no positions
+  if (has_token) {
+    tokens.place[thread_index()] = token < 0 ? 0 : (int)a.positions[token] * a.table_stride;
+    tokens.target[thread_index()] = token < 0 ? 0 : (int)a.kv_slots[token];
+  }
+  sync_block();
+  copy_angles(0);
   const void* const weight = part == 0 ? a.q_weight : a.k_weight;
   const bool norm = part < 2 && weight != nullptr;
   const uint32_t one = T::pack(1.f, 1.f);  // times which nothing changes
   uint32_t weights[2][4] = {{one, one, one, one}, {one, one, one, one}};
   if (norm) load_words(weights[0], (const uint16_t*)weight + lane / 4 * 8), load_words(weights[1], (const uint16_t*)weight + 64 + lane / 4 * 8);
-  Held<WIDE> held;
 #pragma unroll 1
-  for (int tile = 1 - kStages; tile < share.count; tile++) {
+  for (int tile = 2 - kStages; tile < share.count; tile++) {
     if (tile > 0) sync_block();  // all are done with the tile before, whose memory is filled again
-    copy_tile(tile + kStages - 1);
-    if (tile < 0) {
-      if (tile == -1 && head < heads) hold_first(held, a.added, tokens.slot[lane / 4], part, head_in_part * kColumns);
-      continue;
-    }
+    copy_rows(tile + kStages - 1), copy_angles(tile + kStages - 1);
+    if (tile < 0) continue;
     barrier_wait(tokens.there + tile % kStages, tile / kStages & 1);
     if (head >= heads) continue;
     const uint8_t* const stage = ring + tile % kStages * plan.bytes;
@@ -309,23 +336,29 @@ DEVICE void load_b(uint32_t (&b)[4][2], const uint16_t* matrix, int rank, int r0
   }
 }
 
-// The row's s times `scaling` if it is of `slot`, zero otherwise: ranks as in load_b. Loads of two splits do not wait for one another.
-template <class T>
+// The row's s times `scaling` if it is of `slot`, zero otherwise: ranks as in load_b. Loads of AT_ONCE splits do not wait for one another.
+template <class T, int AT_ONCE>
 DEVICE void load_s(uint32_t (&out)[2], const AddedRows& a, const Row& row, int m, int slot, int part, int rank, int r0, float scaling) {
   const int r = r0 + lane_index() % 4 * 4;
   const int64_t apart = (int64_t)m * a.parts * a.width;
   const bool mine = row.slot == slot && r < rank;
   const float* s = a.s + ((int64_t)row.token * a.parts + part) * a.width + r;
   float sum[4] = {};
-#pragma unroll 2
-  for (int split = 0; split < a.splits; split++, s += apart) {
-    float value[4] = {};
-    if (mine && a.width % 4 == 0) load_floats(value, s);
-    else if (mine)
-      for (int e = 0; e < 4; e++)
-        if (r + e < rank) value[e] = s[e];
+#pragma unroll 1
+  for (int split = 0; split < a.splits; split += AT_ONCE, s += AT_ONCE * apart) {
+    float value[AT_ONCE][4] = {};
 #pragma unroll
-    for (int e = 0; e < 4; e++) sum[e] += value[e];
+    for (int i = 0; i < AT_ONCE; i++) {
+      if (!mine || split + i >= a.splits) continue;
+      if (a.width % 4 == 0) load_floats(value[i], s + i * apart);
+      else
+        for (int e = 0; e < 4; e++)
+          if (r + e < rank) value[i][e] = s[i * apart + e];
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) sum[e] += value[i][e];
   }
   if (mine && a.row_scale) scaling *= a.row_scale[row.token];
 #pragma unroll
@@ -334,30 +367,33 @@ DEVICE void load_s(uint32_t (&out)[2], const AddedRows& a, const Row& row, int m
 }
 
 // x [32 columns each][8 columns] += B s, rounded as the linear would have rounded it. WIDE: ranks beyond 16, which need float32 between their products.
-template <class T, bool WIDE>
-DEVICE void add_row(uint32_t (&x)[4][4], const AddedRows& a, const Row& row, int m, int part, int first_row) {
+// FEW: few warps, with registers for all of a step's loads at once.
+template <class T, bool WIDE, bool FEW>
+DEVICE void add_row(uint32_t (&x)[4][4], const AddedRows& a, const Row& row, const Entry& first, int m, int part, int first_row) {
   float sum[16][2];
 #pragma unroll
   for (int i = 0; i < 16; i++) sum[i][0] = T::low(x[i / 4][i % 4]), sum[i][1] = T::high(x[i / 4][i % 4]);
 #pragma unroll 1
   for (int slot = next_slot(row.slot, -1); slot != kNone; slot = next_slot(row.slot, slot)) {
-    const int entry = part * a.part_stride + slot, rank = a.rank[entry];
-    const uint16_t* const matrix = (const uint16_t*)a.pool + a.offset[entry] + (int64_t)first_row * rank;
+    const Entry entry = FEW ? entry_of(a, part, slot, first) : entry_of(a, part, slot);
+    const int rank = entry.rank;
+    const uint16_t* const matrix = (const uint16_t*)a.pool + entry.offset + (int64_t)first_row * rank;
 #pragma unroll 1
     for (int r0 = 0; r0 < rank; r0 += 16) {
-      uint32_t s[2];
-      load_s<T>(s, a, row, m, slot, part, rank, r0, a.scaling[entry]);
+      uint32_t s[2], b[FEW ? 4 : 1][4][2];
+#pragma unroll
+      for (int g = 0; g < 4 && FEW; g++) load_b(b[FEW ? g : 0], matrix + g * 32 * rank, rank, r0);
+      load_s<T, FEW ? 16 : 2>(s, a, row, m, slot, part, rank, r0, entry.scaling);
       const uint32_t rows[4] = {s[0], 0, s[1], 0};
 #pragma unroll
       for (int g = 0; g < 4; g++) {
-        uint32_t b[4][2];
-        load_b(b, matrix + g * 32 * rank, rank, r0);
+        if (!FEW) load_b(b[0], matrix + g * 32 * rank, rank, r0);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           uint32_t& pair = x[g][j];
           float* const both = sum[4 * g + j];
           float d[4] = {WIDE ? both[0] : T::low(pair), WIDE ? both[1] : T::high(pair), 0.f, 0.f};
-          T::mma(d, rows, b[j]);
+          T::mma(d, rows, b[FEW ? g : 0][j]);
           if (WIDE) both[0] = d[0], both[1] = d[1];
           else pair = T::pack(d[0], d[1]);
         }
@@ -381,42 +417,60 @@ DEVICE float squares(const uint32_t (&x)[4][4]) {
   return sum;
 }
 
-template <class T, bool WIDE>
-KERNEL void __launch_bounds__(WIDE ? 512 : 1024, 1) add_norm(const NormRows a) {
+constexpr int kShared = 4, kFewTokens = 512;  // blocks of a cluster, which share a tile's columns where tiles are few: up to so many tokens
+
+template <class T, bool WIDE, bool FEW>
+KERNEL void __launch_bounds__(FEW ? 1024 / kShared : WIDE ? 512 : 1024, 1) add_norm(const NormRows a) {
   SMEM_DECL;
-  const int warp = warp_index(), lane = lane_index(), column = warp * kColumns, warps = warps_per_block();
-  const Row row = row_of(a.added, a.m, (int)blockIdx.x);
+  const int warp = warp_index(), lane = lane_index(), warps = warps_per_block(), rank = FEW ? cluster_rank() : 0;
+  const int column = (rank * warps + warp) * kColumns;
+  const Row row = row_of(a.added, a.m, (int)blockIdx.x / (FEW ? kShared : 1));
+  const Entry first = entry_of(a.added, 0, lane < a.added.num_slots ? lane : 0);
+  uint32_t x[4][4] = {}, residual[4][4] = {}, weight[4][4];
+  const auto load_weight = [&](int g) { load_words(weight[g], (const uint16_t*)a.weight + column + g * 32 + lane % 4 * 8); };
+#pragma unroll
+  for (int g = 0; g < 4 && FEW; g++) load_weight(g);
   wait_for_previous_kernel();
   allow_next_kernel();
-  uint32_t x[4][4] = {};
   const int place = row.token * a.columns + column + lane % 4 * 8;
 #pragma unroll
   for (int g = 0; g < 4; g++)
     if (row.inside) load_words_once(x[g], (const uint16_t*)a.x + place + g * 32);
-  add_row<T, WIDE>(x, a.added, row, a.m, 0, column);
+#pragma unroll
+  for (int g = 0; g < 4; g++)
+    if (FEW && row.inside) load_words_once(residual[g], (const uint16_t*)a.residual + place + g * 32);
+  add_row<T, WIDE, FEW>(x, a.added, row, first, a.m, 0, column);
 #pragma unroll
   for (int g = 0; g < 4; g++) {
-    uint32_t residual[4] = {};
-    if (row.inside) load_words_once(residual, (const uint16_t*)a.residual + place + g * 32);
+    if (!FEW && row.inside) load_words_once(residual[g], (const uint16_t*)a.residual + place + g * 32);
 #pragma unroll
-    for (int j = 0; j < 4; j++) x[g][j] = T::pack(T::low(x[g][j]) + T::low(residual[j]), T::high(x[g][j]) + T::high(residual[j]));
+    for (int j = 0; j < 4; j++) x[g][j] = T::pack(T::low(x[g][j]) + T::low(residual[g][j]), T::high(x[g][j]) + T::high(residual[g][j]));
     if (row.inside) store_words((uint16_t*)a.residual + place + g * 32, x[g]);
   }
-  float* const sums = (float*)smem_;  // [tokens][warps]
+  float* const sums = (float*)smem_;  // [tokens][warps], then [tokens] of the block
   const float mine = sum_of_four(squares<T>(x));
   if (lane % 4 == 0) sums[lane / 4 * warps + warp] = mine;
   sync_block();
   float sum = 0.f;
   for (int i = 0; i < warps; i++) sum += sums[lane / 4 * warps + i];
+  if (FEW) {
+    float* const of_block = sums + kRows * warps;
+    if (warp == 0 && lane % 4 == 0) of_block[lane / 4] = sum;
+    sync_cluster();
+    sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kShared; i++) sum += as_float(load_word_of((const uint32_t*)of_block + lane / 4, i));
+    arrive_at_cluster();
+  }
   const float scale = inverse_root(sum / (float)a.columns + a.eps);
 #pragma unroll
   for (int g = 0; g < 4; g++) {
-    uint32_t weight[4];
-    load_words(weight, (const uint16_t*)a.weight + column + g * 32 + lane % 4 * 8);
+    if (!FEW) load_weight(g);
 #pragma unroll
-    for (int j = 0; j < 4; j++) x[g][j] = T::pack(T::low(x[g][j]) * scale * T::low(weight[j]), T::high(x[g][j]) * scale * T::high(weight[j]));
+    for (int j = 0; j < 4; j++) x[g][j] = T::pack(T::low(x[g][j]) * scale * T::low(weight[g][j]), T::high(x[g][j]) * scale * T::high(weight[g][j]));
     if (row.inside) store_words((uint16_t*)a.out + place + g * 32, x[g]);
   }
+  if (FEW) wait_for_cluster();  // others may still read these sums
 }
 
 // In how many shares blocks go over the tiles: as many as are held at once, and no more tokens each than a block has places for.
@@ -442,9 +496,13 @@ int rotate_as(const RotateRows& a, void* stream) {
 
 template <class T>
 int norm_as(const NormRows& a, void* stream) {
-  const unsigned warps = (unsigned)(a.columns / kColumns);
-  const Launch how = {(unsigned)((a.m + kRows - 1) / kRows), warps * 32, kRows * warps * 4, stream, a.overlap && can_overlap()};
-  return a.added.width <= 16 ? launch(how, add_norm<T, false>, a) : launch(how, add_norm<T, true>, a);
+  const unsigned warps = (unsigned)(a.columns / kColumns), tiles = (unsigned)((a.m + kRows - 1) / kRows);
+  if (a.m <= kFewTokens && warps % kShared == 0 && can_overlap()) {  // clusters came with Hopper, as overlap did
+    const Launch how = {tiles * kShared, warps / kShared * 32, kRows * (warps / kShared + 1) * 4, stream, a.overlap && can_overlap()};
+    return a.added.width <= 16 ? launch_clusters(how, kShared, add_norm<T, false, true>, a) : launch_clusters(how, kShared, add_norm<T, true, true>, a);
+  }
+  const Launch how = {tiles, warps * 32, kRows * warps * 4, stream, a.overlap && can_overlap()};
+  return a.added.width <= 16 ? launch(how, add_norm<T, false, false>, a) : launch(how, add_norm<T, true, false>, a);
 }
 
 }  // namespace

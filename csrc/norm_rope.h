@@ -15,7 +15,7 @@ struct AddedRows {
   const int64_t* offset;
   const int32_t* rank;
   const float* scaling;
-  int32_t part_stride, parts, splits, width;
+  int32_t part_stride, parts, splits, width, num_slots;
 };
 
 // Norm and rotation of each head of q and k; k and v go to rows kv_slots[t] of the cache. Parts of what is added: q, k, v. Hopper alone; s of a

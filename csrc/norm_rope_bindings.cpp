@@ -18,6 +18,7 @@ AddedRows added_rows(const char* name, ScalarType type, int32_t device, int64_t 
   a.offset = static_cast<const int64_t*>(offset.const_data_ptr());  // views of the pool's tables: part p's lie p * part_stride entries behind
   a.rank = static_cast<const int32_t*>(rank.const_data_ptr());
   a.scaling = static_cast<const float*>(scaling.const_data_ptr());
+  a.num_slots = (int32_t)rank.numel();
   return a;
 }
 

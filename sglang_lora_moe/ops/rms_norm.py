@@ -26,8 +26,9 @@ from sglang_lora_moe.ops.lora_linear import (
 )
 from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
-NARROW_MIN = 133  # tokens from which such a norm takes few registers, so that two programs fit on a multiprocessor (132 on an H200)
-ADD_ROWS_MAX = 256  # tokens up to which a norm that adds what adapters add to x owns one token a program
+NARROW_MIN = 133  # tokens from which a norm that adds what adapters add is csrc/norm_rope.cu's if it can, or takes few registers, for two programs
+#                   on a multiprocessor (132 on an H200)
+ADD_ROWS_MAX = 256  # tokens up to which such a norm here owns one token a program
 
 
 @triton.jit
@@ -126,11 +127,12 @@ def rms_norm(
     addend: LinearAddend | None = None,
 ) -> torch.Tensor:
     """Return the norm of x [M, H] (or of residual + x, which is written back to residual; with an addend x may be too). Raises ValueError on strided rows."""
-    if addend is not None and residual is not None and (addend.grouped or x.shape[0] > ADD_ROWS_MAX):
-        _check(x, residual)
-        if norm_rope.norms(x, addend):
+    if addend is not None and residual is not None:
+        if (addend.grouped or x.shape[0] >= NARROW_MIN) and norm_rope.norms(x, addend):
+            _check(x, residual)
             return norm_rope.norm_rows(x, residual, weight, torch.empty_like(x) if out is None else out, eps, addend)
-        x, addend = linear_expand(x, addend), None
+        if addend.grouped or x.shape[0] > ADD_ROWS_MAX:
+            x, addend = linear_expand(x, addend), None
     return _launch(x, weight, eps, residual, residual, out, addend, None)
 
 

@@ -36,7 +36,7 @@ int main() {
   const auto rank = read<int32_t>(c.entries);
   const auto scaling = read<float>(c.entries);
   const AddedRows added = {s.data(), c.has_scale ? row_scale.data() : nullptr, order.data(), slots.data(), pool.data(), offset.data(),
-                           rank.data(), scaling.data(), c.part_stride, c.parts, c.splits, c.width};
+                           rank.data(), scaling.data(), c.part_stride, c.parts, c.splits, c.width, c.entries - (c.parts - 1) * c.part_stride};
   if (c.rotates) {
     std::vector<uint16_t> q((int64_t)c.m * c.heads * 128, 0xCDCD), keys((int64_t)c.rows * c.kv_heads * 128, 0xCDCD), values(keys);
     const RotateRows a = {x.data(), q.data(), keys.data(), values.data(), kv_slots.data(), positions.data(), cos.data(), sin.data(),
