@@ -4,8 +4,6 @@ Adapter files are read against these (`lora/adapter.py`) and the memory pool is 
 the whole model as adapter files know it. Names are transformers' module paths, also where several are fused into one layer here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +47,7 @@ class ExpertTarget:
     is_transposed: bool = False
     shared: SharedExpert | None = None
 
-    def of_files(self) -> list[ExpertTarget]:
+    def of_files(self) -> "list[ExpertTarget]":
         """As files have adapters of it: the routed experts, and the shared one as an experts module of its own."""
         if self.shared is None:
             return [self]

@@ -225,8 +225,10 @@ class _Swap:
     def _swap_experts(self, path: str, module: Any) -> None:
         """Replace experts and router, and the whole block where its shared expert becomes one of the experts."""
         spec, block = recognise.moe_spec(path, module, self.config), path.rpartition(".")[0]
-        method, runner = self._method(path, self.formats.experts_scheme(path, spec))
-        shared = recognise.shared_expert(block, self.hf.get_submodule(block), spec) if self.formats.config is None else None
+        scheme, shared = self.formats.experts_scheme(path, spec), recognise.shared_expert(block, self.hf.get_submodule(block), spec)
+        method, runner = self._method(path, scheme)
+        if shared is not None and not self.formats.is_stored_as(scheme, shared.name):
+            shared = None
         if shared is not None:
             spec = replace(spec, num_experts=spec.num_experts + shared.parts, top_k=spec.top_k + shared.parts)
         experts = FusedMoE(path, spec, method, self.ctx, self._workspace, runner, dtype=self.dtype, device=self.device)

@@ -106,8 +106,8 @@ class ExpertsPlace:
 class QuantizedPlace:
     """Quantized storage of one linear [rows, in], or of one parameter of an experts module [E, rows, in] in `num_parts` parts."""
 
-    def __init__(self, weight: WNA16Weight, num_parts: int = 0) -> None:
-        self.weight, self.num_parts = weight, num_parts  # 0 parts: not of experts
+    def __init__(self, weight: WNA16Weight, num_parts: int = 0, shape: tuple[int, int] | None = None) -> None:
+        self.weight, self.num_parts, self.shape = weight, num_parts, shape  # 0 parts: not of experts; shape: of a linear that weight splits a dimension of
         self.pieces: set[Piece] = set()
 
     def put(self, opened: Any, key: str, piece: Piece | None) -> None:
@@ -118,11 +118,12 @@ class QuantizedPlace:
         if (piece is None) != (self.num_parts == 0):
             raise LoadError("is one expert's tensor where a whole linear is expected, or the other way round")
         weight = self.weight if piece is None else self.weight[_rows_of(piece, self.weight.packed, self.num_parts)]
-        source = read_weight(name, tensors, (weight.out_features, weight.in_features), scheme, weight.packed.device)  # AWQ's order takes a CPU some ms
-        weight.packed.copy_(source.packed)
-        weight.scales.copy_(source.scales)
+        shape = self.shape or (weight.out_features, weight.in_features)
+        source = read_weight(name, tensors, shape, scheme, weight.packed.device)  # AWQ's order takes a CPU some ms
+        weight.packed.copy_(source.packed.view(weight.packed.shape))
+        weight.scales.copy_(source.scales.view(weight.scales.shape))
         if weight.zeros is not None:
-            weight.zeros[:] = 1 << (weight.bits - 1) if source.zeros is None else source.zeros
+            weight.zeros[:] = 1 << (weight.bits - 1) if source.zeros is None else source.zeros.view(weight.zeros.shape)
         self.pieces.add(piece or (0, 0))
         return False
 
@@ -178,20 +179,20 @@ def _expert_places(experts: Any) -> Iterator[tuple[str, Place]]:
     gated, interleaved, transposed = experts.spec.gated, experts.interleaved_gate_up, experts.is_transposed
     first = "gate_up_proj" if gated else "up_proj"
     parts = 2 if gated else 1
-    if isinstance(experts.quant_method, WNA16Method):
-        w13, w2 = experts.quant_method.weights(experts)
+    quantized, shared = isinstance(experts.quant_method, WNA16Method), experts.shared
+    w13, w2 = experts.quant_method.weights(experts) if quantized else (experts.w13.detach(), experts.w2.detach())
+    count, rows, hidden = shared.parts if shared else 0, experts.spec.intermediate_size, experts.spec.hidden_size
+    (w13, own13), (w2, own2) = ((weight[: experts.spec.num_experts - count], weight[experts.spec.num_experts - count :]) for weight in (w13, w2))
+    if quantized:
         yield f"{experts.name}.{first}", QuantizedPlace(w13, parts)
         yield f"{experts.name}.down_proj", QuantizedPlace(w2, 1)
     else:
-        shared, rows, hidden = experts.shared, experts.spec.intermediate_size, experts.spec.hidden_size
-        routed = experts.spec.num_experts - (shared.parts if shared else 0)
-        (w13, own13), (w2, own2) = ((weight[:routed], weight[routed:]) for weight in (experts.w13.detach(), experts.w2.detach()))
         yield f"{experts.name}.{first}", ExpertsPlace(w13, parts, transposed, interleaved)
         yield f"{experts.name}.down_proj", ExpertsPlace(w2, 1, transposed, False)
-        if shared:
-            for leaf, weight in (("gate_proj", own13[:, :rows]), ("up_proj", own13[:, rows:])):
-                yield f"{shared.name}.{leaf}.weight", TensorPlace(weight, (shared.parts * rows, hidden))
-            yield f"{shared.name}.down_proj.weight", TensorPlace(own2.transpose(0, 1), (hidden, shared.parts * rows))
+    if shared:
+        wide, kind = (count * rows, hidden), QuantizedPlace if quantized else TensorPlace
+        for leaf, weight, shape in (("gate_proj", own13[:, :rows], wide), ("up_proj", own13[:, rows:], wide), ("down_proj", own2.transpose(0, 1), wide[::-1])):
+            yield f"{shared.name}.{leaf}.weight", kind(weight, shape=shape)
     if experts.spec.has_bias:
         yield f"{experts.name}.{first}_bias", ExpertsPlace(experts.b13.detach(), parts, False, interleaved)
         yield f"{experts.name}.down_proj_bias", ExpertsPlace(experts.b2.detach(), 1, False, False)

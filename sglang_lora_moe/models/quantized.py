@@ -76,6 +76,12 @@ class WeightFormats:
             "quantize them alike, or except all experts of the layer"
         )
 
+    def is_stored_as(self, experts: ExpertsScheme | None, shared: str) -> bool:
+        """Whether the linears of the shared expert `shared` are stored as `experts` of its layer are, so that they can be more of them."""
+        first, down = experts or (None, None)
+        found = [self._scheme((f"{shared}.{leaf}.weight", None), f"{shared}.{leaf}") for leaf in ("gate_proj", "up_proj", "down_proj")]
+        return found == [first, first, down] and (down is None or down.group_size > 0)  # one scale for a whole row could not be shared out
+
     def _scheme(self, place: tuple[str, Piece | None], name: str) -> WNA16Scheme | None:
         """The scheme of the linear that belongs at `place` and that the model calls `name`; None = 16 bit."""
         if self.config is None:

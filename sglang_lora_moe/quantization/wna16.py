@@ -73,6 +73,11 @@ class WNA16Weight:
         """Views of some experts or rows, or with None of one more dimension."""
         return replace(self, packed=self.packed[index], scales=self.scales[index], zeros=None if self.zeros is None else self.zeros[index])
 
+    def transpose(self, first: int, second: int) -> "WNA16Weight":
+        """Views with two dimensions swapped, neither of them the last."""
+        zeros = None if self.zeros is None else self.zeros.transpose(first, second)
+        return replace(self, packed=self.packed.transpose(first, second), scales=self.scales.transpose(first, second), zeros=zeros)
+
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [.., n] -> codes uint8 [.., n * 32 / bits], low bits first (the byte order of hosts and GPUs: little-endian)."""

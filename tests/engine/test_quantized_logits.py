@@ -32,7 +32,7 @@ WRITTEN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "awq-deepseek_v3": ("deepseek_v3", "awq", {}),  # latent attention and shared experts, dense layers
     "packed-qwen2_moe": ("qwen2_moe", "compressed-tensors", {"symmetric": False}),
 }
-WIDTHS = {"deepseek_v3": {"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16}, "qwen2_moe": {"shared_expert_intermediate_size": 64}}  # whole groups
+WIDTHS = {"deepseek_v3": {"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16}}  # whole groups
 LAYOUTS = ("all_linear", "experts_and_attention")
 # (device, --moe-runner-backend, what it becomes)
 PATHS = [

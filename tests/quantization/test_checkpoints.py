@@ -51,6 +51,7 @@ SYNTHETIC: dict[str, tuple[str, str, dict[str, Any]]] = {
     "awq-qwen": ("qwen3_moe", "awq", {}),
     "packed-int8-zeros": ("mixtral", "compressed-tensors", {"bits": 8, "symmetric": False}),
     "packed-shared-experts": ("qwen2_moe", "compressed-tensors", {"group_size": 16, "only": r".*layers\..*(proj|_gate)\.weight"}),
+    "gptq-shared-experts-zeros": ("qwen2_moe", "gptq", {"symmetric": False}),
     "packed-latent": ("deepseek_v3", "compressed-tensors", {"group_size": 8, "only": r".*layers\..*(mlp\..*_proj|q_b_proj|kv_b_proj)\.weight"}),
 }
 
@@ -84,8 +85,22 @@ def test_logits_equal_transformers_on_the_dequantized_weights(name: str, tmp_pat
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("quantized", ["both", "experts", "shared_expert", "by channel"])
+def test_a_shared_expert_is_one_of_the_experts_where_it_is_quantized_as_they_are(quantized: str, tmp_path: Path) -> None:
+    only = {"experts": r".*\.experts\..*_proj\.weight", "shared_expert": r".*shared_expert\..*_proj\.weight"}.get(quantized, r".*expert.*_proj\.weight")
+    options = {"group_size": -1 if quantized == "by channel" else 16, "only": only}
+    path = write_quantized(make_tiny_model("qwen2_moe", tmp_path), tmp_path / "q", "compressed-tensors", **options)
+    model = build(path)
+    experts = [module for module in model.hf.modules() if isinstance(module, FusedMoE)]
+    assert len(experts) == 2 and all((layer.shared is not None) == (quantized == "both") for layer in experts)
+    assert {layer.spec.num_experts for layer in experts} == {10 if quantized == "both" else 8}
+    tokens = random_tokens(0, 20)
+    expected = stock_logits(load_stock(write_reference(path, tmp_path / "reference")), tokens)
+    torch.testing.assert_close(logits_of(model, tokens), expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("layout", ["all_linear", "per_expert_2d", "embedding"])
-@pytest.mark.parametrize("name", ["qwen3_moe-w4a16-asym-g32", "mixtral-w4a16-g32", "awq"])
+@pytest.mark.parametrize("name", ["qwen3_moe-w4a16-asym-g32", "mixtral-w4a16-g32", "awq", "gptq-shared-experts-zeros"])
 def test_adapters_on_it_equal_peft_on_the_dequantized_weights(name: str, layout: str, tmp_path: Path) -> None:
     """Base and adapter in one step, adapters on experts, attention, router, head and embedding of the logical widths."""
     path = make(name, tmp_path)
