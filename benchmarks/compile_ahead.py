@@ -33,7 +33,7 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass
 class Compiled:
-    """One compiled kernel. `counts` of SASS instructions: HGMMA and HMMA (matrix), UTMALDG and LDGSTS (async loads), STL (spills)."""
+    """One compiled kernel. `counts` of SASS instructions: HGMMA and HMMA (matrix), UTMALDG and LDGSTS (async loads), LDG.E.128 (of 16 bytes), STL (spills)."""
 
     name: str
     shared: int
@@ -94,7 +94,7 @@ def _disassemble(cubin: bytes, record: Compiled) -> None:
         sass = subprocess.run([_BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     record.registers = int(re.search(r"REG:(\d+)", usage).group(1))
     record.stack = int(re.search(r"STACK:(\d+)", usage).group(1))
-    record.counts = {word: sass.count(word) for word in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "STL", "LDL")}
+    record.counts = {word: sass.count(word) for word in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG.E.128", "STL", "LDL")}
 
 
 def _job(call: Callable[[], object], arch: int, inspect: bool) -> list[Compiled] | str:

@@ -37,6 +37,7 @@ class Routing:
         self.base_block, self.lora_block, self.rows = base_block, lora_block, rows
         self.workspace = workspace
         self.lora_ranges: torch.Tensor | None = None  # kernels' note: which LoRA tiles meet each base tile, made by the first shrink
+        self.told: torch.Tensor | None = None  # kernels' note: int32 [1], 0 after the first shrink, 1 when gate_up is complete; down starts beside the second
         self.wgmma: Any = None  # kernels' note: the tile of both GEMMs where they are wgmma's, of which the first can make s of the second
         self.following: Any = None  # kernels' note: what down adds, where gate_up makes it
         self.reports = 0  # kernels' note: how often the gate_up before reports each base tile, for a down that does not wait for its end

@@ -18,8 +18,10 @@ from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import RECORD, Following, LowRank, load_records, pdl_wait, row_delta, tile_delta
+from sglang_lora_moe.ops.low_rank import RECORD, Following, LowRank, load_records, pdl_early, pdl_wait, row_delta, tile_delta
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
+
+AT_ONCE = 1024  # columns of A that a shrink has under way at once
 
 
 @triton.jit
@@ -107,14 +109,18 @@ def _store_record(record_ptr, start, rows, rank, split, b_place):
 @triton.jit
 def _shrink_group_kernel(
     x_ptr, s_ptr, tiles_ptr, base_tiles_ptr, counts_ptr, sorted_pairs_ptr, records_ptr, ranges_ptr,
-    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, scaling_ptr, b_offset_ptr, b_stride_ptr,
+    pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, scaling_ptr, b_offset_ptr, b_stride_ptr, told_ptr,
     cols, width, rank_blocks,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, RANGES: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (LoRA tiles or persistent programs, rank blocks + RANGES)."""
+    if told_ptr is not None and not GATHER:
+        pdl_early(PDL)
     pdl_wait(PDL)
     num_lora = tl.load(counts_ptr + 2)
+    if told_ptr is not None and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.atomic_xchg(told_ptr, 0 if GATHER else 1, sem="release")
     if RANGES and tl.program_id(1) == rank_blocks:
         _write_ranges(tiles_ptr, base_tiles_ptr, ranges_ptr, tl.load(counts_ptr + 1), num_lora, 512)
     else:
@@ -150,6 +156,38 @@ def _shrink_group_kernel(
                 slot = tl.load(tiles_ptr + 4 * t + 1)
                 start = tl.load(tiles_ptr + 4 * t + 2)
                 rows = tl.load(tiles_ptr + 4 * t + 3)
+
+
+@triton.jit
+def _shrink_scatter_kernel(
+    x_ptr, s_ptr, tiles_ptr, counts_ptr, sorted_pairs_ptr, told_ptr, pool_ptr, offset_ptr, stride_ptr, rank_ptr, scaling_ptr, cols, width,
+    ALIGN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (LoRA tiles): s of one A in pair order. A is under way before the kernel before has ended; the one after may start with `told_ptr`, a word."""
+    if told_ptr is not None:
+        pdl_early(PDL)
+    t = tl.program_id(0)
+    rk = tl.arange(0, BK)
+    rr = tl.arange(0, BR)
+    there = t < tl.load(counts_ptr + 2)
+    expert = tl.load(tiles_ptr + 4 * t, mask=there, other=0).to(tl.int64)
+    slot = tl.load(tiles_ptr + 4 * t + 1, mask=there, other=0)
+    place = tl.load(tiles_ptr + 4 * t + 2, mask=there, other=0) + tl.arange(0, BM)
+    live = tl.arange(0, BM) < tl.load(tiles_ptr + 4 * t + 3, mask=there, other=0)
+    rank = tl.load(rank_ptr + slot, mask=there, other=0)
+    scaling = tl.load(scaling_ptr + slot)
+    a_ptrs = pool_ptr + tl.multiple_of(tl.load(offset_ptr + slot) + expert * tl.load(stride_ptr + slot), ALIGN) + rr[None, :] * cols + rk[:, None]
+    x_ptrs = x_ptr + place.to(tl.int64)[:, None] * cols + rk[None, :]
+    a = tl.load(a_ptrs, mask=(rr < rank)[None, :] & (rk < cols)[:, None], other=0.0)
+    pair = tl.load(sorted_pairs_ptr + place, mask=live, other=0)
+    pdl_wait(PDL)
+    if told_ptr is not None and t == 0:
+        tl.atomic_xchg(told_ptr, 1, sem="release")
+    if there:
+        x = tl.load(x_ptrs, mask=live[:, None] & (rk < cols)[None, :], other=0.0)
+        s = tl.dot(x, a, input_precision=PRECISION)
+        s_ptrs = s_ptr + pair.to(tl.int64)[:, None] * width + rr[None, :]
+        tl.store(s_ptrs, (s * scaling).to(s_ptr.dtype.element_ty), mask=live[:, None] & (rr < rank)[None, :])
 
 
 @triton.jit
@@ -236,7 +274,7 @@ def moe_shrink(
     shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it. `by_cuda`: by the
     kernel of ops/moe_lora_shrink.py where `can_shrink`; the caller knows beside which GEMM that is faster. `following`, with that kernel: A and B
     of the layer's second projection, whose shrink the GEMM does within itself, in so many blocks of columns. `scatter`: s of grouped rows goes to
-    pair order, without records, as the combine adds it.
+    pair order, without records, as the combine adds it; the GEMM after must wait for `routing.told`, if it is there.
     """
     pairs, cols, slots = routing.num_pairs, stack_a.dim, routing.token_slots
     assert slots is not None, "a shrink needs the slots of the tokens"
@@ -248,10 +286,17 @@ def moe_shrink(
     if by_pair:
         _launch_pair_shrink(rows, s, stack_a, stack_b, routing, tile, gather)
         return LowRank(s, stack_b, slots)
-    if scatter:
-        _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, None, None)
-        return LowRank(s, stack_b, slots)
     align = routing.alignment
+    if scatter and cols <= AT_ONCE and stack_a.shrink_width <= 16:
+        _shrink_scatter_kernel[(align.lora_tiles.shape[0],)](
+            rows, s, align.lora_tiles, align.counts, align.sorted_pairs, routing.told, stack_a.pool, stack_a.offset, stack_a.expert_stride, stack_a.rank,
+            stack_b.scaling, cols, stack_a.shrink_width, ALIGN=16 // rows.element_size(), BM=tile.m, BR=16, BK=max(16, launch.next_power_of_2(cols)),
+            PRECISION=launch.dot_precision(rows.dtype), num_warps=4, **launch.options(rows.device),
+        )  # fmt: skip
+    elif scatter:
+        _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, None, None)
+    if scatter:
+        return LowRank(s, stack_b, slots)
     records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
     made = routing.lora_ranges
     ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
@@ -296,7 +341,7 @@ def _launch_group_shrink(
     programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas))
     _shrink_group_kernel[(programs, rank_blocks + (ranges is not None))](
         rows, s, align.lora_tiles, align.base_tiles, align.counts, align.sorted_pairs, records, ranges,
-        a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride,
+        a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride, routing.told,
         a.dim, a.shrink_width, rank_blocks,
         TOP_K=routing.top_k, GATHER=gather, RANGES=ranges is not None, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
         BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % tile.k == 0, STAGES=tile.stages,

@@ -125,6 +125,14 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 @triton.jit
+def told(word_ptr):
+    """Wait until another program has set the word, and so for what that one has waited for. One thread looks, the copy engine may read after it."""
+    while tl.atomic_add(word_ptr, 0, sem="acquire") == 0:
+        pass
+    tl.inline_asm_elementwise("fence.proxy.async.global; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def load_s(s_ptr, row, num_pairs, width, column, mask, SPLITS: tl.constexpr):
     """The sum over the splits of s[row, column]; row and column are broadcast against each other."""
     low = tl.load(s_ptr + row.to(tl.int64) * width + column, mask=mask, other=0.0)

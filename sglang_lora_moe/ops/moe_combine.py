@@ -64,8 +64,7 @@ def moe_combine(
     k_block = launch.next_power_of_2(top_k)
     launch.expect("moe_combine: down", down, (tokens * top_k, n), out.dtype, out.device)
     launch.expect("moe_combine: topk_weights", topk_weights, (tokens, top_k), torch.float32, out.device)
-    # enough programs to fill the GPU for few tokens, long rows for many
-    most = 256 if tokens < 64 else 1024
+    most = 256 if tokens <= 128 else 1024  # enough programs to fill the GPU for few tokens, long rows for many
     args: tuple[torch.Tensor | int | None, ...] = (None,) * 8
     if addend is not None:
         b = addend.b

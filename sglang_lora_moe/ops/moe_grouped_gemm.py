@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import FEW_ACCUMULATORS, NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_records, pdl_wait, tile_delta
+from sglang_lora_moe.ops.low_rank import FEW_ACCUMULATORS, NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_records, pdl_wait, tile_delta, told
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.ops.wna16_tile import load_wna16
@@ -157,7 +157,7 @@ def _grouped_gemm_kernel(
     w_scales, w_zeros,  # of integer weights, None without
     tiles_ptr, counts_ptr, sorted_pairs_ptr,  # the alignment
     s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,  # the addend, None without
-    N, K, max_tiles, BITS: tl.constexpr, W_GROUP: tl.constexpr,
+    told_ptr, N, K, max_tiles, BITS: tl.constexpr, W_GROUP: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, SEVERAL: tl.constexpr,
     AHEAD: tl.constexpr, LATE: tl.constexpr,
@@ -192,6 +192,8 @@ def _grouped_gemm_kernel(
         if ADDEND:
             first = tl.load(ranges_ptr + 2 * tile)
             last = tl.load(ranges_ptr + 2 * tile + 1)
+    if PDL and told_ptr is not None and not early:
+        told(told_ptr)
     for t in tl.range(tl.program_id(0), total, step, num_stages=1):
         pair1, first1, last1 = pair, first, last
         tile2, expert2, start2, rows2, n2 = tile1, expert1, start1, rows1, n1
@@ -222,13 +224,14 @@ def _grouped_gemm_kernel(
 
 def grouped_gemm(
     a: torch.Tensor, w: torch.Tensor | WNA16Weight, bias: torch.Tensor | None, alignment: Alignment, out: torch.Tensor, tile: GemmTile, *,
-    top_k: int, gather: bool, scatter: bool, activation: MoESpec | None = None, addend: LowRank | None = None, beside: bool = False,
+    top_k: int, gather: bool, scatter: bool, activation: MoESpec | None = None, addend: LowRank | None = None, told_ptr: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip  # budget: the tensors of one grouped product, its row orders and its addend
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
     a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K], plain or with 4 or 8 bits and scales in a's dtype;
     bias [E, N or 2N]. `activation` = the layer's spec where the epilogue activates (gate_up), None for a plain product.
-    `tile.m` must be the alignment's base_block. `beside`: without an addend, too, the kernel before wrote nothing that this one reads.
+    `tile.m` must be the alignment's base_block. `told_ptr`: the kernel before wrote nothing that
+    this one reads, and sets this word, int32 [1], when all before it is complete.
     """
     matrix, scales, zeros, bits, group = _storage(w)
     (num_experts, w_rows), k = matrix.shape[:2], a.shape[1]
@@ -241,14 +244,14 @@ def grouped_gemm(
     tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
     grid = (max(1, min(tiles, launch.multiprocessors(a.device) * tile.ctas) if tile.ctas else tiles),)
     options = launch.options(a.device)
-    added, early = NO_TILE_OPTIONS, beside
+    added, early = NO_TILE_OPTIONS, told_ptr is not None
     if addend is not None:
         added, early = _addend_options(addend, tile, w_rows // n, w_desc is not None)
     _grouped_gemm_kernel[grid](
         a, a_desc, tail_desc if tile.tail else None, matrix, w_desc, bias, out, scales, zeros,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
         *(NO_TILE_ARGS if addend is None else addend.tile_args()),
-        n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
+        told_ptr, n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
         **added, LATE=0 if tile.ctas else FIRST_ROUND * launch.multiprocessors(a.device) if early else int(addend is not None),

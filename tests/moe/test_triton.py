@@ -100,6 +100,32 @@ def test_few_pairs_of_many_experts(device, monkeypatch, routing, short) -> None:
     check(case)
 
 
+def test_columns_of_several_rounds(device) -> None:
+    """More columns of act than the second shrink has under way at once."""
+    check(make_case(experts=16, top_k=2, hidden=32, inter=1100, m=5, ranks=(16, 3), active=3, slots=4, dtype=torch.float16, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 16])
+def test_replays_agree(tokens) -> None:
+    """Down starts beside its shrink: hundreds of replays, each after another step that leaves other values behind, give the same bits."""
+    device = torch.device("cuda")
+    cases = [make_case(spec=MoESpec(128, 8, 2048, 768), m=tokens, ranks=(16,), active=4, slots=4, dtype=torch.bfloat16, device=device, seed=s) for s in (0, 1)]
+    workspace, graphs, outs = Workspace(device), [], []
+    for case in cases:
+        run(case, workspace=workspace)
+        torch.cuda.synchronize()
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outs.append(run(case, workspace=workspace))
+    first = []
+    for i in range(400):
+        graphs[i % 2].replay()
+        if i < 2:
+            first.append(outs[i].clone())
+        assert torch.equal(outs[i % 2], first[i % 2]), f"replay {i}"
+
+
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("tokens", [2, 13])
 def test_adapters_by_popularity(device, popularity, tokens) -> None:

@@ -28,8 +28,10 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
     if rows_from == "pairs":
         if routing.following is not None:
             return routing.following
-        scatter = combine_adds(stacks, routing) and stacks.a2.dim > SHORT_DOWN
+        scatter = routing.told is not None
         return moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=scatter)
+    if combine_adds(stacks, routing) and stacks.a2.dim > SHORT_DOWN:
+        routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
     following = None
     if tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK:
         following = (stacks.a2, stacks.b2, tile.blocks(inp.spec.intermediate_size))
