@@ -25,6 +25,7 @@ constexpr int kTokens = 64, kK = 64, kStages = 8;
 constexpr int kMultiplying = 256, kPreparing = 128, kThreads = kMultiplying + kPreparing + 64;
 constexpr int kSixteens = kK / 16;          // of adapters' columns in a chunk
 constexpr int kFlight = 48 << 10;           // bytes of weights that a block has under way at most: more would only make all other loads wait behind them
+constexpr int kLeanFrom = 5, kLeanTo = 32;  // tokens of steps in which blocks take few registers: they start earlier, beside a merge of attention or a norm
 constexpr int kMostShared = 227 * 1024, kTooLarge = 1;  // the error is cudaErrorInvalidValue
 
 constexpr int kEight = 8, kCut = 1024, kHeld = kCut / 128;  // rows and columns of A that a block multiplies at once; runs of 32 columns of each of four warps
@@ -540,8 +541,9 @@ DEVICE void add_up(const SkinnyLinear& a, const Layout& l, const Shared& shared,
   }
 }
 
-template <class T, bool CLUSTER>
-KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GRID_CONSTANT TensorMap w_map, const GRID_CONSTANT TensorMap x_map, const Layout l) {
+// LOW: there may be adapters.
+template <class T, bool CLUSTER, bool LOW, int REGISTERS>
+KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONSTANT TensorMap w_map, const GRID_CONSTANT TensorMap x_map, const Layout l) {
 #if SM90  // elsewhere an empty kernel, which is never launched: ops/skinny_linear.py refuses
   SMEM_DECL;
   allow_next_kernel();
@@ -563,7 +565,7 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
   }
   const int warp = uniform(warp_index());
   Known known = {};
-  if (a.s && warp >= kMultiplying / 32 && warp < (kMultiplying + kPreparing) / 32) {
+  if (LOW && a.s && warp >= kMultiplying / 32 && warp < (kMultiplying + kPreparing) / 32) {
     know(a, warp - kMultiplying / 32, lane_index(), known);
     know_tokens(a, part, warp - kMultiplying / 32, known);
   }
@@ -578,7 +580,7 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
 #undef CASE
     }
   } else if (warp < (kMultiplying + kPreparing) / 32) {
-    if (a.s) readers = prepare<T>(a, l, shared, part, known);
+    if (LOW && a.s) readers = prepare<T>(a, l, shared, part, known);
   } else if (warp == (kMultiplying + kPreparing) / 32) {
     if (lane_index() == 0) {
       wait_for_previous_kernel();
@@ -592,7 +594,7 @@ KERNEL void __launch_bounds__(kThreads, 1) linear(const SkinnyLinear a, const GR
   if constexpr (CLUSTER) sync_cluster();
   else sync_block();
   add_up<T>(a, l, shared, part);
-  if (a.s && warp == kMultiplying / 32) empty_s(a, readers);
+  if (LOW && a.s && warp == kMultiplying / 32) empty_s(a, readers);
   if constexpr (CLUSTER) sync_cluster();  // others may still read these sums
 #endif
 }
@@ -602,10 +604,16 @@ int describe_chunks(TensorMap* map, const void* base, const SkinnyLinear& a, int
   return describe_boxes(map, base, a.is_bf16, {64, (uint64_t)rows, (uint64_t)a.k / 64}, {(uint64_t)a.k, 64}, {64, (uint32_t)box_rows, (uint32_t)a.group});
 }
 
+template <class T, bool LOW, int REGISTERS>
+int launch_form(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
+  const Launch how = {(unsigned)(divide_up(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
+  return a.splits > 1 ? launch_clusters(how, (unsigned)a.splits, linear<T, true, LOW, REGISTERS>, a, w, x, l) : launch_together(how, linear<T, false, LOW, REGISTERS>, a, w, x, l);
+}
+
 template <class T>
 int dispatch(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
-  const Launch how = {(unsigned)(divide_up(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
-  return a.splits > 1 ? launch_clusters(how, (unsigned)a.splits, linear<T, true>, a, w, x, l) : launch_together(how, linear<T, false>, a, w, x, l);
+  if (a.m < kLeanFrom || a.m > kLeanTo) return launch_form<T, true, 128>(a, l, w, x, stream);
+  return a.s ? launch_form<T, true, 112>(a, l, w, x, stream) : launch_form<T, false, 104>(a, l, w, x, stream);
 }
 
 }  // namespace

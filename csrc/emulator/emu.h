@@ -24,6 +24,7 @@
 #define HOST_DEVICE inline
 #define KERNEL static
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define SMEM_DECL uint8_t* const smem_ = emu::block.shared.get()
 
 namespace emu {
