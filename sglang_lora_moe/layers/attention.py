@@ -4,8 +4,6 @@ Every step is packed: T tokens of B requests in one row of tokens. A layer write
 `StepContext.kv_slots` names and then attends, per request, to the rows that the page table names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,7 +44,7 @@ class AttentionBackend(Protocol):
 
     def begin_step(self) -> None: ...
 
-    def attend(self, q: torch.Tensor, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, layer: "PagedAttention", sinks: torch.Tensor | None) -> torch.Tensor:
         """q [T, Hq, Dk] -> [T, Hq, value_dim]; rows of padding tokens are undefined."""
         ...
 

@@ -1,7 +1,5 @@
 """Which MoE backend runs, and how it is made. A backend registers a core here and, if it serves adapters, its LoRA functions."""
 
-from __future__ import annotations
-
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -50,7 +48,7 @@ def make_core(name: str) -> MoeRunnerCore:
     return core
 
 
-def make_lora_ops(name: str) -> ExpertLoRAOps:
+def make_lora_ops(name: str) -> "ExpertLoRAOps":
     """The LoRA functions of a backend; a backend without them refuses adapters here, when the layer is built."""
     if name not in BACKENDS:
         raise ValueError(f"the {name} MoE backend cannot apply adapters to experts; use --moe-runner-backend torch_native")
