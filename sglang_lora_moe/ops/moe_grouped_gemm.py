@@ -224,14 +224,15 @@ def _grouped_gemm_kernel(
 
 def grouped_gemm(
     a: torch.Tensor, w: torch.Tensor | WNA16Weight, bias: torch.Tensor | None, alignment: Alignment, out: torch.Tensor, tile: GemmTile, *,
-    top_k: int, gather: bool, scatter: bool, activation: MoESpec | None = None, addend: LowRank | None = None, told_ptr: torch.Tensor | None = None,
+    top_k: int, gather: bool, scatter: bool, activation: MoESpec | None = None, addend: LowRank | None = None, beside: bool = False,
+    told_ptr: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip  # budget: the tensors of one grouped product, its row orders and its addend
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
     a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K], plain or with 4 or 8 bits and scales in a's dtype;
     bias [E, N or 2N]. `activation` = the layer's spec where the epilogue activates (gate_up), None for a plain product.
-    `tile.m` must be the alignment's base_block. `told_ptr`: the kernel before wrote nothing that
-    this one reads, and sets this word, int32 [1], when all before it is complete.
+    `tile.m` must be the alignment's base_block. `beside`: without an addend, too, the kernel before
+    wrote nothing that this one reads; with `told_ptr` it sets this word, int32 [1], when all before it is complete, in place of letting this one start.
     """
     matrix, scales, zeros, bits, group = _storage(w)
     (num_experts, w_rows), k = matrix.shape[:2], a.shape[1]
@@ -244,7 +245,7 @@ def grouped_gemm(
     tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
     grid = (max(1, min(tiles, launch.multiprocessors(a.device) * tile.ctas) if tile.ctas else tiles),)
     options = launch.options(a.device)
-    added, early = NO_TILE_OPTIONS, told_ptr is not None
+    added, early = NO_TILE_OPTIONS, beside
     if addend is not None:
         added, early = _addend_options(addend, tile, w_rows // n, w_desc is not None)
     _grouped_gemm_kernel[grid](

@@ -68,7 +68,7 @@ class TritonRunnerCore(MoeRunnerCore):
         assert not isinstance(tiles.down, GemvTile), "per pair, down and the sum over k are one kernel"
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": False, "scatter": True, "addend": addend}
         if addend is not None and addend.of_combine is not None:
-            options |= {"addend": None, "told_ptr": routing.told}
+            options |= {"addend": None, "beside": True, "told_ptr": routing.told}
         if isinstance(tiles.down, WgmmaTile):
             options["behind"], routing.reports = routing.reports, 0
             return wgmma_gemm(act, _plain(quant_info.w2), quant_info.b2, routing.alignment, out, tiles.down, **options)

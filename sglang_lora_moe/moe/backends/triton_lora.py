@@ -9,7 +9,7 @@ import torch
 from sglang_lora_moe.lora.stacks import ExpertStacks
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
-from sglang_lora_moe.ops.fused_moe_lora import moe_shrink
+from sglang_lora_moe.ops.fused_moe_lora import AT_ONCE, moe_shrink
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
@@ -28,9 +28,9 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
     if rows_from == "pairs":
         if routing.following is not None:
             return routing.following
-        scatter = routing.told is not None
+        scatter = combine_adds(stacks, routing) and stacks.a2.dim > SHORT_DOWN
         return moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=scatter)
-    if combine_adds(stacks, routing) and stacks.a2.dim > SHORT_DOWN:
+    if combine_adds(stacks, routing) and SHORT_DOWN < stacks.a2.dim <= AT_ONCE:
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
     following = None
     if tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK:
