@@ -9,7 +9,9 @@
 namespace {
 
 constexpr int kCopyThreads = 128;
-constexpr int kRuns = 4, kNextRanks = 16, kRunBytes = kNextRanks * 256;  // runs in a stage; of A in a run 16 rows of 128 columns
+constexpr int kNextRanks = 16, kRunBytes = kNextRanks * 256;  // of A in a run 16 rows of 128 columns
+template <class S>
+constexpr int kFirstRuns = S::kWeightBytes / kRunBytes < kMostRuns ? S::kWeightBytes / kRunBytes : kMostRuns;  // beside the activation; kMostRuns in other stages
 
 // Columns of the activation in shared memory: rows of 256 bytes, whose sixteen-byte pieces are apart in banks from those of the next rows.
 DEVICE uint8_t* next_piece(uint8_t* rows, int row, int piece) { return rows + row * 256 + ((piece ^ (row & 7)) << 4); }
@@ -20,17 +22,18 @@ DEVICE bool all_parts(const Derived& d, uint32_t before) { return (int)(before /
 // The copying warpgroup. `reported`: of one thread, what it found where it reported the tile before this one, or 0.
 template <class S>
 DEVICE void copy_next(const MarlinMoeGemm& a, const Shared& s, const Derived& d, const Tile& tile, uint32_t reported, AdaptersAhead& l, Stages<S>& stages) {
-  static_assert(!S::kWarpgroup || (S::kK == S::kRows / 2 && S::kWeightBytes >= kRuns * kRunBytes), "A and the activation fit a stage");
+  static_assert(!S::kWarpgroup || (S::kK == S::kRows / 2 && S::kStageBytes >= kMostRuns * kRunBytes), "A and the activation fit a stage");
   const int columns = a.rows / 2;
+  int room = kFirstRuns<S>;
   do {
     const int thread = thread_index_here() - S::kThreads, base = l.base(), row = thread / 16, piece = thread % 16, column = tile.row_tile * (S::kRows / 2) + piece * 8;
     Barrier* full = stages.full + stages.slot;
     uint8_t* const stage = s.stages + stages.slot * S::kStageBytes;
-    int32_t* const told = s.runs + stages.slot * 2 * kRuns;
+    int32_t* const told = s.runs + stages.slot * 2 * kMostRuns;
     barrier_wait(stages.empty + stages.slot, stages.parity);
     int runs = 0;
 #pragma unroll 1
-    for (; runs < kRuns && l.next - base < l.kAtHand; runs++) {
+    for (; runs < room && l.next - base < l.kAtHand; runs++) {
       int record = l.next - base;
       const int first = l.field(record, 0) - tile.start, rank = l.field(record, 2), place = l.field(record, 3);
       int end = first + l.field(record, 1);
@@ -43,6 +46,7 @@ DEVICE void copy_next(const MarlinMoeGemm& a, const Shared& s, const Derived& d,
       l.next = base + record;
     }
     const bool more = l.next < l.last;
+    room = kMostRuns;
     if (base + l.kAtHand < l.last) l.fetch(a.next.records);
     if (thread == kCopyThreads - 32) *s.open = reported != 0 && all_parts(d, reported);
     if (thread == 0) s.more[stages.slot] = 2 * runs + more, barrier_arrive(full);
@@ -128,7 +132,7 @@ DEVICE bool store_with_next(const MarlinMoeGemm& a, const Shared& s, const Tile&
     if (stages.slot != held) stages.wait();
     const int told = (int)shuffle((uint32_t)s.more[stages.slot], 0);
     more = told & 1, open = shuffle((uint32_t)*s.open, 0) != 0;
-    multiply_runs<S>(a, tile, act, s.stages + stages.slot * S::kStageBytes, s.runs + stages.slot * 2 * kRuns, told >> 1, thread);
+    multiply_runs<S>(a, tile, act, s.stages + stages.slot * S::kStageBytes, s.runs + stages.slot * 2 * kMostRuns, told >> 1, thread);
     sync_warp();
     if (stages.slot != held && thread % 32 == 0) barrier_arrive(stages.empty + stages.slot);
   }

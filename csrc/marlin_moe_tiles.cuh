@@ -7,6 +7,7 @@
 
 namespace {
 
+constexpr int kMostRuns = 6;  // of rows of one adapter, whose A a stage has room for: as many as AdaptersAhead has at hand
 constexpr int kQueue = 8;  // tiles between the loader and the epilogue; more than stages
 constexpr int kReport = 1 << 16;  // of a tile's rows, whose own number is smaller, what is counted above it
 constexpr int kNoGroups = 30;
@@ -107,7 +108,7 @@ HOST_DEVICE Shared carve(const Derived& d, uint8_t* base) {
   s.before = (uint32_t*)take(12);
   s.spans = (int32_t*)take(S::kDraws ? kQueue * 8 : 0);
   s.more = (int32_t*)take(S::kStages * 4);
-  s.runs = (int32_t*)take(S::kWarpgroup ? S::kStages * 32 : 0);
+  s.runs = (int32_t*)take(S::kWarpgroup ? S::kStages * kMostRuns * 8 : 0);
   s.open = (int32_t*)take(S::kWarpgroup ? 4 : 0);
   s.barriers = (uint64_t*)take(S::kWarpgroup ? 2 * S::kStages * 8 : 0);
   s.scales = take(S::kStages * d.scale_bytes);  // last: all places but those of the zeros are constants, which costs no register

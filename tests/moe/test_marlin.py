@@ -159,9 +159,9 @@ def test_gpu_shrink_within_gate_up(biased: bool, ranks: tuple[int, ...]) -> None
 
 @pytest.mark.gpu
 def test_gpu_shrink_of_many_adapters_within_gate_up() -> None:
-    """More adapters in a tile than a stage has room for, and with 16 more than gate_up takes."""
-    for slots in (12, 16):
-        check_on_gpu(spec=MoESpec(128, 8, 1024, 256), m=800, ranks=(16, 3), active=slots, slots=slots)
+    """More adapters in a tile than a stage has room for; as many as gate_up takes, whose lists of records are longest; and with 17 more."""
+    for slots, tokens, bits in ((12, 800, 4), (16, 2300, 4), (16, 2300, 8), (17, 2300, 4)):
+        check_on_gpu(True, bits, spec=MoESpec(128, 8, 1024, 256), m=tokens, ranks=(16, 3), active=slots, slots=slots)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 COMBINED_PAIRS = 96  # from which a launch for s and a combine that adds B s take less than down's own shrink: measured
 FOLLOWING_ROWS = 48  # of an expert on average, from which gate_up makes s of down: 2 to 4 us more than a shrink at 32, less at 64
-MOST_FOLLOWING_SLOTS = 12  # gate_up's ring holds 16 adapters of a tile beside its activation, and lists of records may name one twice
+MOST_FOLLOWING_SLOTS, FEW_SLOTS, MANY_ROWS = 16, 12, 128  # 16 fit gate_up's ring, though records may name some twice; beyond 12 from 128 rows on: measured
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
 
 
@@ -36,7 +36,8 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
         return routing.following
     shape, following = SHAPES[EVERYWHERE], (stacks.a2, stacks.b2, -(-stacks.a2.dim * 2 // SHAPES[EVERYWHERE].block_rows))
     makes_next = gather and routing.base_block == shape.block_tokens and a.dim > shape.stages * shape.block_k and fuses_activation(inp.spec)
-    makes_next = makes_next and routing.num_pairs >= FOLLOWING_ROWS * routing.num_experts and can_shrink(rows, routing.num_experts)
+    least = routing.num_experts * (FOLLOWING_ROWS if inp.num_slots <= FEW_SLOTS else MANY_ROWS)
+    makes_next = makes_next and routing.num_pairs >= least and can_shrink(rows, routing.num_experts)
     makes_next = makes_next and stacks.a2.max_rank <= MAX_FOLLOWING_RANK and inp.num_slots <= MOST_FOLLOWING_SLOTS
     then = following if makes_next else None
     low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048, following=then)
