@@ -39,11 +39,13 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
     a.s_width = (int32_t)s->size(s->dim() - 1);
     a.s = checked<void>(kName, *s, "s", type, device, pairs * a.s_width);
     a.pool = checked<void>(kName, *pool, "pool", type, device, 0);
+    STD_TORCH_CHECK(pool->numel() / 8 < (int64_t)1 << 32, kName, ": expected a pool of less than 64 GiB, got ", pool->numel(), " elements");
     a.records = checked<const int64_t>(kName, *records, "records", ScalarType::Long, device, 0);
     a.ranges = checked<const int32_t>(kName, *ranges, "ranges", ScalarType::Int, device, 2 * tile_count);
   }
   if (next_parts) {
-    STD_TORCH_CHECK(s && next_pool && next_records && next_s && halves == 2 && report > 0, kName, ": the next product's parts come with pool, records and s of both, halves 2 and report");
+    STD_TORCH_CHECK(s && next_pool && next_records && next_s && halves == 2 && cluster == 1 && report > 0, kName,
+                    ": the next product's parts come with pool, records and s of both, halves 2, blocks of their own and report");
     a.next.width = (int32_t)next_parts->size(2), a.next.s_width = (int32_t)next_s->size(next_s->dim() - 1);
     STD_TORCH_CHECK(a.next.width % 16 == 0 && a.next.width <= 64 && a.next.s_width <= a.next.width, kName, ": expected parts of 16 to 64 columns, and s of no more, got ", a.next.width,
                     " and ", a.next.s_width);

@@ -150,16 +150,14 @@ def _wgmma(group: int, cluster: int, lora_block: int = 64, stream: bool = False,
 
 
 # (E, H, I of this rank) -> (from so many tokens, to so many, tiles without adapters, tiles with), None = the table above.
-# Measured at 192 to 768, 2,048 and 8,192 (Qwen3), 192 to 512 (Mixtral), 1,024 and 4,096 tokens against the table above; with adapters of rank
+# Measured at 192 to 768, 1,536, 2,048 and 8,192 (Qwen3), 192 to 512 (Mixtral), 1,024 and 4,096 tokens against the table above; with adapters of rank
 # 16 (1 and 4) and 64 (1, 4, 16).
 _MANY = 1 << 30
 _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, LayerTiles | None]]] = {
     (128, 2048, 768): [
         (192, 320, _wgmma(1, 1, 16, True, 32), _wgmma(1, 1, 16, True, 32)),
         (321, 415, _wgmma(1, 1, 16, True, 32), None),
-        (416, 767, _wgmma(1, 1, 32, True), _wgmma(1, 1, 32, True)),
-        (768, 1023, _wgmma(1, 1), _wgmma(1, 1, 32, True)),
-        (1024, 1536, _wgmma(1, 1), _wgmma(1, 1, 32, True)),
+        (416, 1536, _wgmma(1, 1, 32, True), _wgmma(1, 1, 32, True)),
         (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)),
         (3073, 6144, _wgmma(4, 2), _wgmma(4, 2)),
         (6145, _MANY, _wgmma(4, 1), _wgmma(4, 1)),
