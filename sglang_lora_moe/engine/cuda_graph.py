@@ -9,6 +9,7 @@ Decode steps (one token of each request) are graphs from tokens to samples. Othe
 launches take longer than their kernels, are graphs up to the last norm: which rows need logits, and how many, varies.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -79,9 +80,14 @@ class _Graphs:
             self._step(size)  # compiles kernels and makes library handles
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            out = self._step(size)
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # what a collection frees may call CUDA, which would end the capture
+        try:  # the mode is of this thread: adapters are copied by another one meanwhile, with pinned memory and events
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                out = self._step(size)
+        finally:
+            if collects:
+                gc.enable()
         self._graphs[size, lora] = graph, out
         if lora:
             self._layouts[size] = self.model.ctx.lora_layout

@@ -5,6 +5,8 @@ That every architecture and adapter layout equals transformers is test_architect
 
 from __future__ import annotations
 
+import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,39 @@ def test_graphs_are_captured_again_when_an_adapter_first_touches_a_rare_layer(tm
         assert generate("r8") == expected and generate(layout) == out[0, len(prompt) :].tolist()
         assert graphs._graphs[(1, 1), True] is again, f"{layout}: captured more than once"
     assert graphs._graphs[(1, 1), False] is base_graph
+
+
+def test_graphs_are_captured_while_another_thread_uses_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory, a copy and an event, as the thread that fills slots uses them, in the middle of each capture; no garbage is collected there."""
+    engine = make_engine(adapters=("r8",), device="cuda", dtype="float32", max_loras_per_batch=2, max_lora_rank=64, max_running_requests=2)
+    graphs: Any = engine.core.runner.graphs
+    step, before, copied = graphs._step, dict(graphs._graphs), []
+
+    def copy() -> None:
+        stream, source = torch.cuda.Stream(), torch.ones(3_000_001 + len(copied), pin_memory=True)
+        with torch.cuda.stream(stream):
+            target = torch.empty_like(source, device="cuda")
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            event.synchronize()
+            copied.append(target.sum().item())
+
+    def step_beside_a_copy(size: Any) -> torch.Tensor:
+        out = step(size)
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=copy)
+            thread.start()
+            thread.join()
+            assert not gc.isenabled()
+        return out
+
+    monkeypatch.setattr(graphs, "_step", step_beside_a_copy)
+    graphs.capture(show_progress=False)
+    assert len(copied) == len(graphs._graphs) and all(copied) and all(graphs._graphs[key] is not before[key] for key in before) and gc.isenabled()
+    for adapter in (None, "r8"):
+        out = engine.generate(input_ids=PROMPTS[2], lora_path=adapter, sampling_params=GREEDY)["output_ids"]
+        assert out == reference_greedy(adapter, PROMPTS[2], 12, ignore_eos=True)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["base", "adapters"])
