@@ -100,6 +100,16 @@ def _main_loop(
 
 
 @triton.jit
+def _records_of(ranges_ptr, tile, known, ADDEND: tl.constexpr):
+    """First and last record of the adapters of a tile; none (0, 0) where they are not `known` yet."""
+    first, last = 0, 0
+    if ADDEND:
+        first = tl.load(ranges_ptr + 2 * tile, mask=known, other=0)
+        last = tl.load(ranges_ptr + 2 * tile + 1, mask=known, other=0)
+    return first, last
+
+
+@triton.jit
 def _one_tile(
     a_ptr, a_desc, w_ptr, w_desc, w_scales, w_zeros, bias_ptr, out_ptr, pair, tile, first, last, s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,
     expert, start, rows, n0, N, K, BITS: tl.constexpr, W_GROUP: tl.constexpr,
@@ -128,8 +138,7 @@ def _one_tile(
     if ADDEND:
         if not early:
             pdl_wait(PDL)  # the shrink is the kernel before this one; everything else was there before it
-            first = tl.load(ranges_ptr + 2 * tile)
-            last = tl.load(ranges_ptr + 2 * tile + 1)
+            first, last = _records_of(ranges_ptr, tile, True, ADDEND)
             l_start, l_rows, l_rank, l_split, b_place, whole = load_records(records_ptr, first, last, RANK_BLOCK, SEVERAL, ALIGN)
             if AHEAD:
                 low, b, high, b_up = load_block(
@@ -163,16 +172,14 @@ def _grouped_gemm_kernel(
     AHEAD: tl.constexpr, LATE: tl.constexpr,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip  # budget: what a tile needs is fetched one and two tiles ahead
+):  # fmt: skip
     """A walk over (tile, block of columns). What a tile needs before its main loop is fetched during the one before: a chain of
     dependent loads (tile, pairs, records) would otherwise stand between any two. With TAIL, tiles of few rows run at half height.
 
     LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end. Programs from
     number LATE on, if not 1, begin when that is over: they wait first, have the addend under way during the main loop, and the kernel after may start.
     """
-    early = True
-    if LATE:
-        early = (tl.program_id(0) >= LATE) & (LATE > 1)
+    early = (tl.program_id(0) >= LATE) & (LATE > 1) if LATE else True
     if early:
         pdl_wait(PDL)
     num_tiles = tl.load(counts_ptr + 1)
@@ -183,15 +190,9 @@ def _grouped_gemm_kernel(
     tile, expert, start, rows, n0 = _find_tile(tl.program_id(0), total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
     tile1, expert1, start1, rows1, n1 = tile, expert, start, rows, n0
     pair = tl.load(sorted_pairs_ptr + start + rm, mask=rm < rows, other=0)
-    first, last = 0, 0
-    if LATE and ADDEND:
-        first = tl.load(ranges_ptr + 2 * tile, mask=early, other=0)
-        last = tl.load(ranges_ptr + 2 * tile + 1, mask=early, other=0)
     if not LATE:
         tile1, expert1, start1, rows1, n1 = _find_tile(tl.program_id(0) + step, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
-        if ADDEND:
-            first = tl.load(ranges_ptr + 2 * tile)
-            last = tl.load(ranges_ptr + 2 * tile + 1)
+    first, last = _records_of(ranges_ptr, tile, early, ADDEND)
     if PDL and told_ptr is not None and not early:
         told(told_ptr)
     for t in tl.range(tl.program_id(0), total, step, num_stages=1):
@@ -200,9 +201,7 @@ def _grouped_gemm_kernel(
         if not LATE:
             pair1 = tl.load(sorted_pairs_ptr + start1 + rm, mask=rm < rows1, other=0)
             tile2, expert2, start2, rows2, n2 = _find_tile(t + 2 * step, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
-            if ADDEND:
-                first1 = tl.load(ranges_ptr + 2 * tile1)
-                last1 = tl.load(ranges_ptr + 2 * tile1 + 1)
+            first1, last1 = _records_of(ranges_ptr, tile1, True, ADDEND)
         if TAIL and rows <= BM // 2:
             few = tl.load(sorted_pairs_ptr + start + tl.arange(0, BM // 2), mask=tl.arange(0, BM // 2) < rows, other=0)
             _one_tile(
