@@ -4,13 +4,11 @@ A field's metadata holds its help text; `resolve()` turns every "auto" into a de
 system are given the few values they need, never the whole object.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from sglang_lora_moe import __version__
 
@@ -22,8 +20,7 @@ _ELSEWHERE = {
     "--max-lora-chunk-size": "leave it out: the kernels choose their tiles by the step",
     "--enable-lora-overlap-loading": "leave it out: adapters are always loaded beside running steps",
     "--lora-use-virtual-experts": "leave it out: adapters on experts need no flag",
-    "--experts-shared-outer-loras": "leave it out: the layout is read from the adapter's files",
-    "--no-experts-shared-outer-loras": "leave it out: the layout is read from the adapter's files",
+    **dict.fromkeys(("--experts-shared-outer-loras", "--no-experts-shared-outer-loras"), "leave it out: the layout is read from the adapter's files"),
     "--lora-strict-loading": "leave it out: every tensor of an adapter must be understood, always",
     "--no-lora-strict-loading": "there is no such choice: every tensor of an adapter must be understood",
     "--lora-drain-wait-threshold": "leave it out: an adapter that waits too long always gets a slot",
@@ -139,12 +136,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `Config`, with its default and help."""
     for f in dataclasses.fields(Config):
         name, meta = "--" + f.name.replace("_", "-"), f.metadata
-        if f.type == "bool":
+        if f.type is bool:
             parser.add_argument(name, action="store_true", default=f.default, help=meta["help"])
-        elif f.type == "list[str]":
+        elif f.type == list[str]:
             parser.add_argument(name, nargs="*", default=[], metavar="ADAPTER" if f.name == "lora_paths" else "NAME", help=meta["help"])
         else:
-            kind = {"int": int, "float": float}.get(f.type.split(" ")[0], str)
+            kind = (*get_args(f.type), f.type)[0]  # int of `int | None`
             shown = "" if f.default in (None, "") else f" (default: {f.default})"
             parser.add_argument(name, type=kind, default=f.default, choices=meta["choices"], help=meta["help"] + shown)
 

@@ -28,6 +28,10 @@ from sglang_lora_moe.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
+# Of the configuration, as it was resolved: what users may ask for
+_TOLD: tuple[str, ...] = ("model_path", "served_model_name", "dtype", "device", "moe_runner_backend", "attention_backend")
+_TOLD += ("max_total_tokens", "enable_lora", "max_loras_per_batch", "max_lora_rank")
+
 
 def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     """The engine with the adapters of `lora_paths` loaded, the resolved configuration, and the facts that users may ask for.
@@ -181,21 +185,11 @@ def _load(core: EngineCore, name: str, path: str, pinned: bool) -> None:
 
 
 def _model_info(config: Config, model: ServedModel) -> dict[str, Any]:
-    return {
-        "model_path": config.model_path,
-        "served_model_name": config.served_model_name,
+    return {name: getattr(config, name) for name in _TOLD} | {
         "architectures": list(getattr(model.hf.config, "architectures", None) or [type(model.hf).__name__]),
         "model_type": model.config.model_type,
         "max_model_len": min(config.context_length or 0, config.max_total_tokens or 0),
         "vocab_size": model.vocab_size,
         "eos_token_ids": list(model.eos_token_ids),
-        "dtype": config.dtype,
-        "device": config.device,
-        "moe_runner_backend": config.moe_runner_backend,
-        "attention_backend": config.attention_backend,
-        "max_total_tokens": config.max_total_tokens,
-        "enable_lora": config.enable_lora,
-        "max_loras_per_batch": config.max_loras_per_batch,
-        "max_lora_rank": config.max_lora_rank,
         "weight_version": "default",
     }

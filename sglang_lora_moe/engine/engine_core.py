@@ -36,7 +36,7 @@ class EngineCore:
         self.num_steps = 0
         self._seeds = random.Random(seed)
         self._entries: dict[Request, AdapterEntry] = {}
-        self._stalled = False
+        self.is_stalled = False  # the last step had nothing to compute: whoever waits, waits for an adapter
         self._outbox: list[EngineMessage] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             Submit: self._submit,
@@ -58,11 +58,6 @@ class EngineCore:
         """An adapter is on its way; `step` will take it in."""
         return self.lora is not None and self.lora.is_loading
 
-    @property
-    def is_stalled(self) -> bool:
-        """The last step had nothing to compute: whoever waits, waits for an adapter."""
-        return self._stalled
-
     def handle(self, message: FrontMessage) -> list[EngineMessage]:
         """Take in one message; returns what is to be said at once."""
         try:
@@ -76,10 +71,10 @@ class EngineCore:
         """Take in adapters that have arrived, and compute one step if there is one."""
         if self.lora is not None:
             self._poll_adapters(self.lora)
-        if self._in_flight is not None and not self.scheduler.can_run_ahead():
+        if not self.scheduler.can_run_ahead():
             self._collect()
         batch, previous = self.scheduler.schedule(), self._in_flight
-        self._stalled = batch is None and previous is None
+        self.is_stalled = batch is None and previous is None
         if self.lora is not None:
             self.lora.start_fills()
         if batch is not None:
@@ -125,11 +120,10 @@ class EngineCore:
 
     # ---- the step in flight -----------------------------------------------------------------------------------------
     def _collect(self) -> None:
-        """Wait for the step in flight."""
-        assert self._in_flight is not None
-        batch, launched = self._in_flight
-        self._in_flight = None
-        self._finish(batch, launched)
+        """Wait for the step in flight, if there is one."""
+        if self._in_flight is not None:
+            (batch, launched), self._in_flight = self._in_flight, None
+            self._finish(batch, launched)
 
     def _finish(self, batch: Batch, launched: Launched) -> None:
         self._outbox.extend(self.scheduler.update(batch, self.runner.collect(launched)))

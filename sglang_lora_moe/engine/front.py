@@ -256,8 +256,5 @@ def native_result(
 def _finish(sample: Chunk) -> dict[str, Any] | None:
     if sample.finish_reason is None:
         return None
-    if sample.finish_reason == "stop":
-        return {"type": "stop", "matched": sample.matched_stop}
-    if sample.finish_reason == "length":
-        return {"type": "length", "length": sample.completion_tokens}
-    return {"type": sample.finish_reason, "message": "aborted"}
+    details: dict[str, dict[str, Any]] = {"stop": {"matched": sample.matched_stop}, "length": {"length": sample.completion_tokens}}
+    return {"type": sample.finish_reason} | details.get(sample.finish_reason, {"message": "aborted"})

@@ -105,7 +105,7 @@ class PrefixCache:
         assert count <= self.available, f"{count} pages wanted, {self.available} available"
         while len(self.pool.free) < count:
             page, _ = self._idle.popitem(last=False)
-            self._forget(page)
+            del self._page_of[self._key_of.pop(page)]
             self.pool.give(page)
         return [self.pool.take() for _ in range(count)]
 
@@ -139,6 +139,3 @@ class PrefixCache:
         self._page_of.clear()
         self._key_of.clear()
         return known
-
-    def _forget(self, page: int) -> None:
-        del self._page_of[self._key_of.pop(page)]

@@ -92,10 +92,8 @@ class MemoryBudget:
     def arithmetic(self) -> str:
         """The sum as a text: total, limit, parts, rest."""
         fraction = f"--mem-fraction-static {self.config.mem_fraction_static:g}"
-        if self.is_gpu:
-            head = f"GPU memory {_size(self.total)}, {_size(self.free)} free at start, of which {fraction} gives {_size(self.limit)}"
-        else:
-            head = f"main memory {_size(self.total)}, {_size(self.free)} available at start, of which {fraction} gives {_size(max(self.limit, 0))}"
+        kind, free, limit = ("GPU", "free", self.limit) if self.is_gpu else ("main", "available", max(self.limit, 0))
+        head = f"{kind} memory {_size(self.total)}, {_size(self.free)} {free} at start, of which {fraction} gives {_size(limit)}"
         shown = [f"{part} {_size(nbytes)}" + (f" ({self._notes[part]})" if self._notes[part] else "") for part, nbytes in self.parts.items()]
         return f"{head}: {' + '.join([*shown, f'{_size(self.left)} left'])}" if self.left >= 0 else f"{head}, needed: {' + '.join(shown)}"
 

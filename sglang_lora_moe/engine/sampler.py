@@ -93,14 +93,12 @@ class _Plan:
 
     requests: list[Request]
     greedy: bool  # all of them, without any modification of logits
-    all_argmax: bool
     argmax_rows: torch.Tensor | None  # bool [B], None = no row
-    temperature: torch.Tensor | None  # float32 [B, 1], None where all_argmax
+    temperature: torch.Tensor | None  # float32 [B, 1], None = argmax of every row
     filter: _Filter | None
     bias: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # rows, token ids, values
     penalised: list[int]  # rows
-    penalised_rows: torch.Tensor | None  # the same, int64 on the device
-    penalties: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # repetition, presence, frequency [len(penalised), 1]
+    penalties: tuple[torch.Tensor, ...] | None  # the same, int64 on the device; repetition, presence, frequency [len(penalised), 1]
     min_new: list[int]  # rows with min_new_tokens
     logprob_rows: list[int]
     logprob_index: torch.Tensor | None  # the same, int64 on the device, None where they are all rows
@@ -144,21 +142,16 @@ class Sampler:
         return self._plan
 
     def _modified_tokens(self, logits: torch.Tensor, plan: _Plan, inputs: Callable[[], torch.Tensor] | None) -> torch.Tensor:
-        z = self._modify(logits, plan, inputs)
-        best = z.argmax(dim=-1) if plan.argmax_rows is not None else None
-        if plan.all_argmax:
-            assert best is not None
-            return best
-        assert plan.temperature is not None
-        z = z / plan.temperature
+        modified = self._modify(logits, plan, inputs)
+        if plan.temperature is None:
+            return modified.argmax(dim=-1)
+        z = modified / plan.temperature
         if plan.filter is not None:
             z[plan.filter.rows] = self._cut(z[plan.filter.rows], plan.filter)
         u = to_device([[uniform(request.seed, request.num_output)] for request in plan.requests], torch.float64, self.device)
         cumulative = torch.softmax(z, dim=-1).cumsum(dim=-1, dtype=torch.float64)
         tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).clamp_(max=z.shape[1] - 1).squeeze(1)
-        if plan.argmax_rows is not None and best is not None:
-            tokens = torch.where(plan.argmax_rows, best, tokens)
-        return tokens
+        return tokens if plan.argmax_rows is None else torch.where(plan.argmax_rows, modified.argmax(dim=-1), tokens)
 
     def _modify(self, logits: torch.Tensor, plan: _Plan, inputs: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         """Bias, penalties and the minimum length, on a copy if there are any."""
@@ -169,10 +162,11 @@ class Sampler:
         if plan.bias is not None:
             rows, ids, values = plan.bias
             z.index_put_((rows, ids), values, accumulate=True)
-        if plan.penalties is not None and plan.penalised_rows is not None:
+        if plan.penalties is not None:
+            rows, *penalties = plan.penalties
             penalised = [plan.requests[row] for row in plan.penalised]
-            last = inputs()[plan.penalised_rows] if inputs is not None and any(request.tokens[-1] == PENDING for request in penalised) else None
-            z[plan.penalised_rows] = self._penalise(z[plan.penalised_rows], penalised, plan.penalties, last)
+            last = inputs()[rows] if inputs is not None and any(request.tokens[-1] == PENDING for request in penalised) else None
+            z[rows] = self._penalise(z[rows], penalised, penalties, last)
         if early:
             pairs = [(row, token) for row in early for token in plan.requests[row].stop_ids if token < self.vocab_size]
             if pairs:
@@ -180,7 +174,7 @@ class Sampler:
                 z.index_put_((rows, ids), z.new_full((), -math.inf))
         return z
 
-    def _penalise(self, z: torch.Tensor, requests: list[Request], penalties: tuple[torch.Tensor, ...], last: torch.Tensor | None) -> torch.Tensor:
+    def _penalise(self, z: torch.Tensor, requests: list[Request], penalties: list[torch.Tensor], last: torch.Tensor | None) -> torch.Tensor:
         repetition, presence, frequency = penalties
         counts, seen = self._history.gather(requests, last)
         z = torch.where(seen, torch.where(z > 0, z / repetition, z * repetition), z)
@@ -209,8 +203,8 @@ class Sampler:
         penalties = None
         if penalised:
             names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-            repetition, presence, frequency = (self._column([getattr(params[row], name) for row in penalised]) for name in names)
-            penalties = (repetition, presence, frequency)
+            columns = (self._column([getattr(params[row], name) for row in penalised]) for name in names)
+            penalties = (to_device(penalised, torch.int64, self.device), *columns)
         bias = None
         if biased:
             rows, ids = to_device([(row, token) for row, token, _ in biased], torch.int64, self.device).unbind(1)
@@ -220,13 +214,11 @@ class Sampler:
         return _Plan(
             requests=list(requests),
             greedy=greedy,
-            all_argmax=all(argmax),
             argmax_rows=to_device(argmax, torch.bool, self.device) if any(argmax) and not greedy else None,
             temperature=None if all(argmax) else self._column([1.0 if a else p.temperature for a, p in zip(argmax, params, strict=True)]),
             filter=self._make_filter([row for row, a in enumerate(argmax) if not a], requests),
             bias=bias,
             penalised=penalised,
-            penalised_rows=to_device(penalised, torch.int64, self.device) if penalised else None,
             penalties=penalties,
             min_new=min_new,
             logprob_rows=logprob_rows,

@@ -53,7 +53,7 @@ class StepInputs:
         positions: list[int] = []
         kv_slots: list[int] = []
         ends: list[int] = []
-        sources: list[tuple[int, int]] = []  # (token, row of ctx.sampled)
+        sources: dict[int, int] = {}  # token -> row of ctx.sampled
         for request, count in zip(requests, query_lens, strict=True):
             start = request.num_computed
             ends.append(start + count)
@@ -66,7 +66,7 @@ class StepInputs:
                 positions += range(start, start + count)
                 kv_slots += _rows(request.pages, page_size, start, start + count)
             if ids[-1] < 0:  # sampled by the step that still runs
-                sources.append((len(ids) - 1, request.sampled_row))
+                sources[len(ids) - 1] = request.sampled_row
                 ids[-1] = 0
         starts = [0, *accumulate(query_lens)]
         wanted = [_wanted_rows(request, first, end) for request, first, end in zip(requests, starts, ends, strict=False)]
@@ -84,8 +84,9 @@ class StepInputs:
         self._write(input_ids=_pad(ids, padded, 0), positions=_pad(positions, padded, 0), kv_slots=_pad(kv_slots, padded, 0))  # KV row 0: dump page
         if not decode:
             starts = _pad(starts, padded_requests + 1, starts[-1])
-        self._write(query_starts=starts, seq_lens=_pad(ends, padded_requests, 0), logit_rows=rows)
-        self._write_sources(sources)
+        token_source = np.full(ctx.num_tokens, -1, dtype=np.int32)
+        token_source[list(sources)] = list(sources.values())
+        self._write(query_starts=starts, seq_lens=_pad(ends, padded_requests, 0), logit_rows=rows, token_source=token_source)
         self._send(self._changed_pages(requests))
         return wanted
 
@@ -93,12 +94,6 @@ class StepInputs:
         arrays = self._ring[self._turn].arrays
         for name, entries in values.items():
             arrays[name][: len(entries)] = entries
-
-    def _write_sources(self, sources: list[tuple[int, int]]) -> None:
-        array = self._ring[self._turn].arrays["token_source"]
-        array[: self.ctx.num_tokens] = -1
-        for token, row in sources:
-            array[token] = row
 
     def _changed_pages(self, requests: list[Request]) -> tuple[list[int], list[int]]:
         """(places in the flattened page table, pages) that differ from what it holds."""

@@ -1,7 +1,5 @@
 """A linear layer that may hold several of the checkpoint's linears stacked by rows (q, k and v, for example)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -48,7 +46,7 @@ class Linear(nn.Module):
         return self.weight[start : start + rows]
 
     @classmethod
-    def from_modules(cls, modules: dict[str, nn.Linear], *, device: torch.device | str, slot_source: str = "tokens", **options: Any) -> Linear:
+    def from_modules(cls, modules: dict[str, nn.Linear], *, device: torch.device | str, slot_source: str = "tokens", **options: Any) -> "Linear":
         """An empty layer with the sizes of `modules` (name -> nn.Linear, also on meta), stacked in their order."""
         first = next(iter(modules.values()))
         parts = tuple((name, module.out_features) for name, module in modules.items())

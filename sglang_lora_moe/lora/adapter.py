@@ -27,8 +27,7 @@ _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half
 _EXPERTS = re.compile(r"(?P<experts>.+\.(?:experts|shared_experts?))(?:\.(?P<rest>.+))?")
 # Tensors beside A and B: what the end of their name says that they are
 _OTHER_TENSORS = {
-    ".lora_magnitude_vector": "DoRA magnitudes, which are not served; train with use_dora=false",
-    ".lora_magnitude_vector.weight": "DoRA magnitudes, which are not served; train with use_dora=false",
+    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight"), "DoRA magnitudes, which are not served; train with use_dora=false"),
     ".lora_B.bias": "a bias of lora_B, which is not served; train with lora_bias=false",
     ".bias": 'a replaced bias of the base model, which is not served; train with bias="none"',
     ".trainable_tokens_delta": "retrained token rows, which are not served; train with LoRA on embed_tokens instead",
@@ -74,7 +73,7 @@ def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: Adapter
     source = AdapterSource(file, config, rules.max_rank, rules.dtype)
     source.report.warnings += config.warnings + _base_warning(config, rules.base_model)
     files: dict[str, Any] = {target.name: target for one in rules.targets.values() for target in (one.of_files() if isinstance(one, ExpertTarget) else [one])}
-    keys = _Names(source, replace(rules, targets=files)).sort()
+    keys = _Names(source, replace(rules, targets=files))
     modules: dict[str, ModuleLoRA] = {name: _read_pair(source, files[name], pair) for name, pair in keys.pairs.items()}
     experts = {name: read_experts(source, files[name], group) for name, group in keys.experts.items()}
     for target in rules.targets.values():
@@ -123,44 +122,34 @@ class _PairKeys:
     halves: dict[str, str] = field(default_factory=dict)  # "A" | "B" -> tensor name
 
 
-@dataclass
-class _SortedKeys:
-    pairs: dict[str, _PairKeys] = field(default_factory=dict)  # by target name
-    experts: dict[str, list[ExpertKey]] = field(default_factory=dict)  # by target name
-
-
 class _Names:
-    """Finds for every tensor of the file the target it belongs to."""
+    """The target that every tensor of the file belongs to. AdapterError for a tensor that has none."""
 
     def __init__(self, source: AdapterSource, rules: AdapterRules) -> None:
         self.source, self.targets, self.rename, self.refused, self.left_out = source, rules.targets, rules.rename, rules.refused, rules.left_out
+        self.pairs: dict[str, _PairKeys] = {}  # by target name
+        self.experts: dict[str, list[ExpertKey]] = {}  # by target name
         self._taken: dict[tuple[object, ...], str] = {}  # place of a tensor -> its name
         self._resolved: dict[str, str | None] = {}
-
-    def sort(self) -> _SortedKeys:
-        found = _SortedKeys()
         unknown: list[tuple[str, str]] = []
-        for key in self.source.file.entries:
+        for key in source.file.entries:
             match = _LORA_KEY.fullmatch(key.removeprefix(_PREFIX))
             if match is None:
                 self._check_other(key)
-                continue
-            module, half = match["module"], match["half"]
-            if not self._add(found, key, module, half, bool(match["embedding"])):
-                unknown.append((key, module))
+            elif not self._add(key, match["module"], match["half"], bool(match["embedding"])):
+                unknown.append((key, match["module"]))
         if unknown:
             raise self._unknown(unknown)
-        if not found.pairs and not found.experts:
-            raise AdapterError(f"{self.source.file.path}: expected LoRA tensors (lora_A, lora_B), found {len(self.source.file.entries)} tensors, none of them.")
-        return found
+        if not self.pairs and not self.experts:
+            raise AdapterError(f"{source.file.path}: expected LoRA tensors (lora_A, lora_B), found {len(source.file.entries)} tensors, none of them.")
 
-    def _add(self, found: _SortedKeys, key: str, module: str, half: str, embedding: bool) -> bool:
+    def _add(self, key: str, module: str, half: str, embedding: bool) -> bool:
         """File one LoRA tensor under its target; False if the model has no such module."""
         expert_key = self._expert_key(key, module, half)
         if expert_key is not None:
             name, entry = expert_key
             place: tuple[object, ...] = (name, *entry[2:])
-            found.experts.setdefault(name, []).append(entry)
+            self.experts.setdefault(name, []).append(entry)
         else:
             resolved = self._resolve(module)
             if resolved is None or isinstance(self.targets[resolved], ExpertTarget):
@@ -169,7 +158,7 @@ class _Names:
             if embedding != isinstance(self.targets[name], EmbeddingTarget):
                 expected = "lora_A and lora_B" if embedding else "lora_embedding_A and lora_embedding_B"
                 raise self.source.error(key, f"{expected} for {name}", "the other kind", "The adapter was made for another base model.")
-            found.pairs.setdefault(name, _PairKeys(module)).halves[half] = key
+            self.pairs.setdefault(name, _PairKeys(module)).halves[half] = key
         if place in self._taken:
             raise self.source.error(key, f"one lora_{half} of this kind for {name}", f"also {self._taken[place]}", "Remove one of the two.")
         self._taken[place] = key

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_lora_moe.engine.validate import shown
+from sglang_lora_moe.engine.validate import is_int, is_number, shown
 from sglang_lora_moe.lora.adapter_file import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -162,38 +162,31 @@ class _Fields:
     def __init__(self, path: Path, raw: dict[str, Any]) -> None:
         self.path, self.raw = path, raw
 
-    def error(self, name: str, expected: str, found: Any) -> AdapterError:
-        return AdapterError(f"{self.path}: {name}: expected {expected}, found {shown(found)}")
+    def expect(self, is_right: bool, name: str, expected: str, value: Any) -> Any:
+        """`value` if it is right."""
+        if not is_right:
+            raise AdapterError(f"{self.path}: {name}: expected {expected}, found {shown(value)}")
+        return value
 
     def rank(self, name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(name, "a rank of at least 1", value)
-        return value
+        return self.expect(is_int(value) and value >= 1, name, "a rank of at least 1", value)
 
     def number(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(name, "a finite number", value)
-        return value
+        return self.expect(is_number(value), name, "a finite number", value)
 
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name)
-        if not isinstance(value, bool | None):
-            raise self.error(name, "true or false", value)
-        return bool(value)
+        return bool(self.expect(isinstance(value, bool | None), name, "true or false", value))
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.raw.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(name, "a list of names", value)
-        return tuple(value)
+        return tuple(self.expect(isinstance(value, list) and all(isinstance(item, str) for item in value), name, "a list of names", value))
 
     def patterns(self, name: str) -> dict[str, Any]:
         value = self.raw.get(name) or {}
-        if not isinstance(value, dict):
-            raise self.error(name, "an object of pattern -> number", value)
-        for pattern in value:
+        for pattern in self.expect(isinstance(value, dict), name, "an object of pattern -> number", value):
             try:
                 re.compile(rf"(.*\.)?({pattern})$")
             except re.error as error:
-                raise self.error(name, "regular expressions as keys", f"{pattern!r} ({error})") from error
+                self.expect(False, name, "regular expressions as keys", f"{pattern!r} ({error})")
         return value

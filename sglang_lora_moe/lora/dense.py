@@ -1,11 +1,8 @@
 """Who computes the deltas of linears and embeddings: `--lora-backend`."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,29 +49,30 @@ class TorchDense(DenseDelta):
         self.ctx = ctx
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
-        runs = slot_runs(self.ctx, slot_source, x.shape[0])
-
-        def add(total: torch.Tensor, source: torch.Tensor) -> None:
-            for slot, start, rows in runs.runs:
-                inputs, outputs = source[start : start + rows], total[start : start + rows]
-                for stacks, first, width in parts:
-                    a = slot_views(stacks.a, slot)
-                    if a.rank:
-                        add_expand(outputs[:, first : first + width], torch.mm(inputs, a.a_t()), slot_views(stacks.b, slot))
-
-        _accumulate(y, x if runs.order is None else x.index_select(0, runs.order), runs, add)
-
-    def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
-        runs = slot_runs(self.ctx, "tokens", ids.shape[0])
-
-        def add(total: torch.Tensor, source: torch.Tensor) -> None:
-            for slot, start, rows in runs.runs:
+        for slot, rows, outputs in self._by_slot(slot_source, x, y):
+            inputs = rows.float()
+            for stacks, first, width in parts:
                 a = slot_views(stacks.a, slot)
                 if a.rank:
-                    low = F.embedding(source[start : start + rows], a.rows())
-                    add_expand(total[start : start + rows], low.float(), slot_views(stacks.b, slot))
+                    add_expand(outputs[:, first : first + width], torch.mm(inputs, a.a_t()), slot_views(stacks.b, slot))
 
-        _accumulate(y, ids if runs.order is None else ids.index_select(0, runs.order), runs, add)
+    def add_embedding(self, y: torch.Tensor, ids: torch.Tensor, stacks: EmbeddingStacks) -> None:
+        for slot, rows, outputs in self._by_slot("tokens", ids, y):
+            a = slot_views(stacks.a, slot)
+            if a.rank:
+                add_expand(outputs, F.embedding(rows, a.rows()).float(), slot_views(stacks.b, slot))
+
+    def _by_slot(self, slot_source: str, source: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(slot, its rows of `source`, those of y in float32) of each run; what the caller adds to these is put into y after the last."""
+        order, runs = slot_runs(self.ctx, slot_source, source.shape[0])
+        total = (y if order is None else y.index_select(0, order)).float()
+        source = source if order is None else source.index_select(0, order)
+        for slot, start, rows in runs:
+            yield slot, source[start : start + rows], total[start : start + rows]
+        if order is not None:
+            y.index_copy_(0, order, total.to(y.dtype))
+        elif total is not y:
+            y.copy_(total)
 
 
 def make_dense_delta(backend: str, ctx: StepContext) -> DenseDelta:
@@ -86,24 +84,8 @@ def make_dense_delta(backend: str, ctx: StepContext) -> DenseDelta:
     return TritonDense(ctx, grouped=backend == "csgmv")
 
 
-# ---- plain torch: sums in float32, and which rows of a step belong to which slot ----------------------------------------
-def _accumulate(y: torch.Tensor, source: torch.Tensor, runs: SlotRuns, add: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
-    """Let `add` work in float32 on rows in the order of the runs, and put the sums back into y."""
-    source = source.float() if source.is_floating_point() else source
-    if runs.order is not None:
-        total = y.index_select(0, runs.order).float()
-        add(total, source)
-        y.index_copy_(0, runs.order, total.to(y.dtype))
-    elif y.dtype == torch.float32:
-        add(y, source)
-    else:
-        total = y.float()
-        add(total, source)
-        y.copy_(total)
-
-
-@dataclass(frozen=True)
-class SlotRuns:
+# ---- plain torch: which rows of a step belong to which slot -----------------------------------------------------------
+class SlotRuns(NamedTuple):
     """Runs (slot, start, rows) over rows in `order`; `order` None = over the rows as they are. Base rows are in no run."""
 
     order: torch.Tensor | None  # int64 [rows with an adapter]

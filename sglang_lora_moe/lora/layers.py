@@ -19,7 +19,7 @@ from sglang_lora_moe.layers.topk import Router
 from sglang_lora_moe.lora.dense import DenseDelta, Part, TorchDense, make_dense_delta
 from sglang_lora_moe.lora.hooks import FusedMoEWithLoRA
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
-from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks, check_dims
+from sglang_lora_moe.lora.stacks import EmbeddingStacks, LinearStacks, check_dims
 
 
 class LinearWithLoRA(nn.Module):
@@ -91,19 +91,13 @@ def wrap_layers(hf: nn.Module, pool: LoRAMemoryPool, ctx: StepContext, backend: 
     for path, module in list(hf.named_modules()):
         parent, _, leaf = path.rpartition(".")
         if isinstance(module, FusedMoE) and module.name in served:
-            setattr(hf.get_submodule(parent), leaf, FusedMoEWithLoRA(module, _stacks(pool, module.name, ExpertStacks), ctx))
+            setattr(hf.get_submodule(parent), leaf, FusedMoEWithLoRA(module, pool.stacks_for(module.name), ctx))
         elif isinstance(module, Linear) and module.parts[0][0] in served:
-            linear = LinearWithLoRA(module, [_stacks(pool, name, LinearStacks) for name, _ in module.parts], ctx, delta)
+            linear = LinearWithLoRA(module, [pool.stacks_for(name) for name, _ in module.parts], ctx, delta)
             if module.slot_source == "logits" or isinstance(hf.get_submodule(parent), Router):
                 rare |= {name: linear for name, _ in module.parts}
             setattr(hf.get_submodule(parent), leaf, linear)
         elif isinstance(module, Embedding) and module.name in served:
-            rare[module.name] = EmbeddingWithLoRA(module, _stacks(pool, module.name, EmbeddingStacks), ctx, delta)
+            rare[module.name] = EmbeddingWithLoRA(module, pool.stacks_for(module.name), ctx, delta)
             setattr(hf.get_submodule(parent), leaf, rare[module.name])
     return rare
-
-
-def _stacks(pool: LoRAMemoryPool, name: str, kind: type[Any]) -> Any:
-    stacks = pool.stacks_for(name)
-    assert isinstance(stacks, kind), f"{name}: the pool has {type(stacks).__name__}, its layer needs {kind.__name__}"
-    return stacks

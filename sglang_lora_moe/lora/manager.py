@@ -83,7 +83,7 @@ class LoRAManager:
     @property
     def is_loading(self) -> bool:
         """Something is on its way; `poll` will take it in."""
-        return bool(self._loads or self._fills or self._reading or self.slots.wanted or self._loader.has_trash)
+        return bool(self._loads or self._fills or self._reading or self.slots.wanted or self._loader.trash)
 
     def load(self, message: LoadAdapter) -> None:
         """Read an adapter and register it; answered when it is in its slot, if there is one for it."""

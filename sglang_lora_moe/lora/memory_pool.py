@@ -34,8 +34,8 @@ class LoRAMemoryPool:
     def region_bytes_used(self, slot: int) -> int:
         return self._used[slot] * self.dtype.itemsize
 
-    def stacks_for(self, target_name: str) -> LinearStacks | EmbeddingStacks | ExpertStacks:
-        """The tables of one target, valid for the life of the pool."""
+    def stacks_for(self, target_name: str) -> Any:
+        """The tables of one target, by its kind `LinearStacks`, `EmbeddingStacks` or `ExpertStacks`; valid for the life of the pool."""
         return self._stacks[target_name]
 
     def region(self, slot: int) -> torch.Tensor:
@@ -44,9 +44,23 @@ class LoRAMemoryPool:
         return self.pool[slot * self.layout.slot_elements : (slot + 1) * self.layout.slot_elements]
 
     def bind(self, slot: int, elements: int, stacks: Sequence[PackedStack]) -> None:
-        """Lead the tables to an image of `elements` that lies in the slot's region."""
+        """Lead the tables to an image of `elements` that lies in the slot's region, in stream order and without waiting; stacks without an entry get rank 0."""
         self._check_slot(slot)
-        self._write_column(slot, stacks)
+        pinned = self.device.type == "cuda"
+        integers = torch.zeros(4, self.layout.num_stacks, dtype=torch.int64, pin_memory=pinned)
+        scaling = torch.zeros(self.layout.num_stacks, dtype=torch.float32, pin_memory=pinned)
+        if stacks:
+            begin = slot * self.layout.slot_elements
+            index = torch.tensor([stack.stack for stack in stacks])
+            integers[:, index] = torch.tensor([[begin + s.offset, s.stride, s.rank, int(s.split_a)] for s in stacks]).t()
+            scaling[index] = torch.tensor([stack.scaling for stack in stacks], dtype=torch.float32)
+        on_device = integers.to(self.device, non_blocking=True)
+        for table, column in zip((self._offset, self._expert_stride, self._rank, self._split_a), on_device, strict=True):
+            table[:, slot] = column
+        self._scaling[:, slot] = scaling.to(self.device, non_blocking=True)
+        for of in self._stacks.values():
+            for stack in vars(of).values():
+                stack.host_cache.pop(slot, None)
         self._used[slot] = elements
 
     def clear(self, slot: int) -> None:
@@ -55,7 +69,6 @@ class LoRAMemoryPool:
 
     def write(self, slot: int, adapter: Any) -> int:
         """Put the modules of an `AdapterWeights` into a slot at once, over whatever was there; the bytes written. On error the pool is unchanged."""
-        self._check_slot(slot)
         image, stacks = self.layout.pack_modules(adapter.modules)
         self.region(slot)[: image.numel()].copy_(image)
         self.bind(slot, image.numel(), stacks)
@@ -77,21 +90,3 @@ class LoRAMemoryPool:
             kind = EmbeddingStacks if isinstance(target, EmbeddingTarget) else LinearStacks
             return kind(stack(target.in_features), stack(target.out_features))
         return ExpertStacks(stack(target.hidden, target.gated), stack(target.w13_rows, target.gated), stack(target.intermediate), stack(target.hidden))
-
-    def _write_column(self, slot: int, stacks: Sequence[PackedStack]) -> None:
-        """Set slot `slot` in the tables of all stacks, in stream order and without waiting; stacks without an entry get rank 0."""
-        pinned = self.device.type == "cuda"
-        integers = torch.zeros(4, self.layout.num_stacks, dtype=torch.int64, pin_memory=pinned)
-        scaling = torch.zeros(self.layout.num_stacks, dtype=torch.float32, pin_memory=pinned)
-        if stacks:
-            begin = slot * self.layout.slot_elements
-            index = torch.tensor([stack.stack for stack in stacks])
-            integers[:, index] = torch.tensor([[begin + s.offset, s.stride, s.rank, int(s.split_a)] for s in stacks]).t()
-            scaling[index] = torch.tensor([stack.scaling for stack in stacks], dtype=torch.float32)
-        on_device = integers.to(self.device, non_blocking=True)
-        for table, column in zip((self._offset, self._expert_stride, self._rank, self._split_a), on_device, strict=True):
-            table[:, slot] = column
-        self._scaling[:, slot] = scaling.to(self.device, non_blocking=True)
-        for of in self._stacks.values():
-            for stack in vars(of).values():
-                stack.host_cache.pop(slot, None)

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -123,9 +124,9 @@ def run_child(fd: int) -> None:
             path = connection.recv_bytes().decode()
         except (EOFError, ConnectionError):
             return
-        memory = _Shared(layout.dtype)
+        memory = os.memfd_create("adapter")
         try:
-            packed = layout.pack(read_adapter(path, rules), memory.allocate)
+            packed = layout.pack(read_adapter(path, rules), partial(_allocate, memory, dtype=layout.dtype))
             answer: Any = replace(packed, image=torch.empty(0, dtype=layout.dtype)), packed.image.numel()
             del packed
         except (ValueError, OSError) as error:
@@ -134,24 +135,14 @@ def run_child(fd: int) -> None:
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         connection.send_bytes(pickle.dumps(answer))
         if not isinstance(answer, Exception):
-            send_handle(connection, memory.fd, os.getppid())
-        memory.close()
+            send_handle(connection, memory, os.getppid())
+        os.close(memory)
 
 
-class _Shared:
-    """Anonymous shared memory for one image."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.fd, self._dtype = -1, dtype
-
-    def allocate(self, elements: int) -> torch.Tensor:
-        self.fd = os.memfd_create("adapter")
-        os.ftruncate(self.fd, elements * self._dtype.itemsize)
-        return _map(self.fd, elements, self._dtype)
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+def _allocate(memory: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """The anonymous shared memory `memory`, made as large as an image of `elements`."""
+    os.ftruncate(memory, elements * dtype.itemsize)
+    return _map(memory, elements, dtype)
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------

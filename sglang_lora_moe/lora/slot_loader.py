@@ -26,7 +26,7 @@ class SlotLoader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._turn = -1
-        self._trash: list[torch.Tensor] = []
+        self.trash: list[torch.Tensor] = []  # what was discarded and not freed yet
 
     def start(self, region: torch.Tensor, image: torch.Tensor) -> Future[None]:
         """Copy `image` [n] to the begin of `region`. Done when the bytes are there; steps launched before may still read what they replace."""
@@ -37,16 +37,12 @@ class SlotLoader:
 
     def discard(self, image: torch.Tensor) -> None:
         """Take over an image that the caller forgets: to give back gigabytes takes a while."""
-        self._trash.append(image)
-
-    @property
-    def has_trash(self) -> bool:
-        return bool(self._trash)
+        self.trash.append(image)
 
     def empty_trash(self) -> None:
         """Free what was discarded, in the thread. Not at once, for the caller of `discard` still holds it then, and would free it itself."""
-        if self._trash:
-            trash, self._trash = self._trash, []
+        if self.trash:
+            trash, self.trash = self.trash, []
             self._thread.submit(trash.clear)
 
     def close(self) -> None:

@@ -33,7 +33,8 @@ class AuthMiddleware:
         path = scope["path"].rstrip("/") or "/"
         if path in OPEN_PATHS:
             return None
-        given = _bearer(Headers(scope=scope).get("authorization", ""))
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = key.strip() if scheme.lower() == "bearer" else ""
         is_admin = self.admin_api_key is not None and _equal(given, self.admin_api_key)
         is_user = self.api_key is not None and _equal(given, self.api_key)
         if is_admin:
@@ -44,11 +45,6 @@ class AuthMiddleware:
             return None
         what = "the API key is wrong" if given else "an API key is needed"
         return RequestError(f"{what}: send 'Authorization: Bearer KEY'", 401, code="invalid_api_key")
-
-
-def _bearer(header: str) -> str:
-    scheme, _, key = header.partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _equal(given: str, expected: str) -> bool:

@@ -120,16 +120,15 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(validation_error(error.errors()))
 
     async def on_http(request: Request, error: Any) -> Response:
-        message = str(error.detail)
-        if error.status_code == 400:  # FastAPI's word for a body that it cannot read
+        path, status = request.url.path, error.status_code
+        if status == 400:  # FastAPI's word for a body that it cannot read
             return error_response(RequestError("the body is not valid JSON in UTF-8", code="invalid_json"))
-        if error.status_code == 404:
-            message = f"there is no {request.url.path} here; see /docs for the endpoints of this server"
-        elif error.status_code == 405:
-            message = f"{request.method} is not allowed for {request.url.path}"
-        elif error.status_code == 413:
-            message = f"the body is larger than {MAX_BODY} bytes"
-        response = error_response(RequestError(message, error.status_code))
+        messages = {
+            404: f"there is no {path} here; see /docs for the endpoints of this server",
+            405: f"{request.method} is not allowed for {path}",
+            413: f"the body is larger than {MAX_BODY} bytes",
+        }
+        response = error_response(RequestError(messages.get(status, str(error.detail)), status))
         response.headers.update(error.headers or {})
         return response
 

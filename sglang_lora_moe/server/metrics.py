@@ -70,7 +70,9 @@ class Metrics:
                     now = time.perf_counter()
                     if is_first:
                         is_first = False
-                        self._begin(name, chunk)
+                        self._names.add(name)
+                        self._prompt.labels(name).inc(chunk.prompt_tokens)
+                        self._cached.labels(name).inc(chunk.cached_tokens)
                         if request.stream or chunk.finish_reason is None:  # else the tokens were held back until the end
                             self._ttft.labels(name).observe(now - begin)
                     if chunk.token_ids:
@@ -107,11 +109,6 @@ class Metrics:
             self._bytes.labels(name).set(record["nbytes"])
             self._resident.labels(name).set(bool(record["resident"]))
         return generate_latest(self.registry)
-
-    def _begin(self, name: str, chunk: Chunk) -> None:
-        self._names.add(name)
-        self._prompt.labels(name).inc(chunk.prompt_tokens)
-        self._cached.labels(name).inc(chunk.cached_tokens)
 
     def _count_tokens(self, name: str, chunk: Chunk, now: float, last: dict[int, float]) -> None:
         if name not in self._names:

@@ -57,10 +57,10 @@ class ModelNames:
 
     async def cards(self) -> list[dict[str, Any]]:
         """The model cards of /v1/models: base first, then adapters by name."""
-        adapters = await self.refresh()
-        info = self._engine.model_info
-        base = self._card(self.base, str(info["model_path"]), None)
-        return [base, *(self._card(name, adapters[name]["path"], self.base) for name in sorted(adapters))]
+        adapters, info = await self.refresh(), self._engine.model_info
+        models = [(self.base, str(info["model_path"]), None), *((name, adapters[name]["path"], self.base) for name in sorted(adapters))]
+        common = {"object": "model", "created": self._created, "owned_by": OWNER, "max_model_len": info["max_model_len"]}
+        return [{"id": name, "root": root, "parent": parent} | common for name, root, parent in models]
 
     async def card(self, model: str) -> dict[str, Any]:
         name = await self.resolve(model) or self.base
@@ -68,17 +68,6 @@ class ModelNames:
             if card["id"] == name:
                 return card
         raise self.not_found(model, "model")
-
-    def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": OWNER,
-            "root": root,
-            "parent": parent,
-            "max_model_len": self._engine.model_info["max_model_len"],
-        }
 
 
 def check_adapter_name(name: str, base: str) -> str:

@@ -27,9 +27,7 @@ _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class StreamOptions(f.RequestModel):
-    unsupported = {
-        "include_obfuscation": ((False,), f"obfuscation of streams {f.NOT_IMPLEMENTED}"),
-    }
+    unsupported = {"include_obfuscation": ((False,), f"obfuscation of streams {f.NOT_IMPLEMENTED}")}
     include_usage: bool = False
     continuous_usage_stats: bool = False  # vLLM's extra: with include_usage, in every event
 
@@ -60,7 +58,7 @@ class OpenAIRequest(f.SamplingFields):
 
 
 class CompletionRequest(OpenAIRequest):
-    """POST /v1/completions. `lora_path` names an adapter for all prompts, or one (or null) per prompt."""
+    """POST /v1/completions. `prompt`: a text, a list of token ids, or a list of either. `lora_path` names an adapter for all, or one (or null) per prompt."""
 
     unsupported = _COMMON_UNSUPPORTED | {"suffix": (("",), f"filling in before a suffix {f.NOT_IMPLEMENTED}")}
     prompt: Any
@@ -75,10 +73,6 @@ class CompletionRequest(OpenAIRequest):
             message = f"best_of: choosing among more samples {f.NOT_IMPLEMENTED}; it must equal n ({self.n})"
             raise RequestError(message, param="best_of", code="unsupported_parameter")
         return self
-
-    def prompts(self) -> list[Prompt]:
-        """The prompts, each a text or a list of token ids; `prompt` may be one of them or a list of one kind."""
-        return split_prompts(self.prompt, "prompt")
 
 
 class ChatMessage(f.RequestModel):

@@ -10,7 +10,7 @@ from sglang_lora_moe.engine.front import GenerateRequest
 from sglang_lora_moe.engine.validate import spread
 from sglang_lora_moe.server.job import Job
 from sglang_lora_moe.server.openai_format import ChatFormat, CompletionFormat
-from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest
+from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest, split_prompts
 from sglang_lora_moe.server.service import Service, new_id
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may go on until the context is full
@@ -64,7 +64,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
 
 async def completion_job(service: Service, body: CompletionRequest) -> Job:
     """One engine request of `n` samples per prompt."""
-    prompts = body.prompts()
+    prompts = split_prompts(body.prompt, "prompt")
     paths = spread(body.lora_path, len(prompts), "lora_path")
     rid = body.rid or f"cmpl-{new_id()}"
     limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens

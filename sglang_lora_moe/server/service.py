@@ -37,7 +37,7 @@ class Service:
             if count > config.max_queued_requests + config.max_running_requests:  # refused before any work is done for them
                 raise RequestError(f"n: {count} samples of one request are more than --max-queued-requests lets wait", param="n")
             if job.stream:
-                first = await until_disconnect(request.receive, _next(chunks))
+                first = await until_disconnect(request.receive, anext(chunks, None))
                 return EventStream(first, chunks, job.format)
             await until_disconnect(request.receive, _collect(job, chunks))
             return JSONResponse(job.format.whole())
@@ -67,12 +67,6 @@ class Service:
 
 def new_id() -> str:
     return uuid.uuid4().hex
-
-
-async def _next(chunks: AsyncGenerator[tuple[int, Chunk], None]) -> tuple[int, Chunk] | None:
-    async for item in chunks:
-        return item
-    return None
 
 
 async def _collect(job: Job, chunks: AsyncGenerator[tuple[int, Chunk], None]) -> None:

@@ -6,7 +6,7 @@ which is how the engine learns that a request is over.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, or `ClientGone` (with `work` cancelled and ended) once the client closes its connection.
 
     The body must have been read: then the next message that `receive` gives is the disconnect.
@@ -117,11 +117,6 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, events: Iterable[dict[str, Any]]) -> None:
-        body = b"".join(sse(event) for event in events)
+        body = "".join(f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n" for event in events)
         if body:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-def sse(event: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
