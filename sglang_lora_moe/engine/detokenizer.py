@@ -88,7 +88,4 @@ class StopStrings:
     def _possible_beginning(self, text: str) -> int:
         """Length of the longest end of `text` that a stop string begins with."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[len(text) - length :]) for stop in self._stops):
-                return length
-        return 0
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)

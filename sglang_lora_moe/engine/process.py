@@ -141,18 +141,15 @@ class AsyncEngine:
         """Start the engine process and wait until it has loaded everything. ValueError or RuntimeError if it cannot."""
         config.validate()
         child = await EngineProcess.start(config)
+        tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, config))
         try:
-            tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, config))
-            try:
-                (reply,) = decode_from_engine(await child.first_frame())
-                assert isinstance(reply, Reply) and reply.rid == _READY
-                if reply.error is not None:
-                    raise ValueError(reply.error)
-            except BaseException:
-                tokenizer.cancel()
-                raise
+            (reply,) = decode_from_engine(await child.first_frame())
+            assert isinstance(reply, Reply) and reply.rid == _READY
+            if reply.error is not None:
+                raise ValueError(reply.error)
             engine = cls(child, Config(**reply.data["config"]), reply.data["model_info"], await tokenizer)
         except BaseException:
+            tokenizer.cancel()
             await child.end()
             raise
         engine._tasks = [asyncio.create_task(task) for task in (engine._receive(), engine._send(), engine._watch())]

@@ -58,9 +58,13 @@ class AdapterRules:
 def read_adapter(path: str | Path, rules: AdapterRules) -> AdapterWeights:
     """Read and check the adapter in directory `path`; raises AdapterError. Weights are returned on the CPU in `rules.dtype`, contiguous."""
     directory = _checked_directory(Path(path), Path(rules.lora_root) if rules.lora_root is not None else None)
-    config = read_config(directory)
-    with AdapterFile(directory / WEIGHTS_FILE) as file:
-        return _read(str(path), file, config, rules)
+    config, weights = read_config(directory), directory / WEIGHTS_FILE
+    try:
+        file = weights.open("rb")
+    except OSError as error:
+        raise AdapterError(f"{weights}: cannot be read: {error.strerror}") from error
+    with file:
+        return _read(str(path), AdapterFile(weights, file), config, rules)
 
 
 def read_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], rules: AdapterRules) -> AdapterWeights:

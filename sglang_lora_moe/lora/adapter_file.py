@@ -5,12 +5,12 @@ whereas a map would end the process. Each read also hashes the bytes, from which
 """
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -86,26 +86,12 @@ class AdapterMemory(AdapterTensors):
 
 
 class AdapterFile(AdapterTensors):
-    """An open safetensors file. `entries` and `metadata` come from its header; a truncated or corrupt file does not open."""
+    """The safetensors file at `path`, open as `file`. `entries` and `metadata` come from its header; AdapterError for a truncated or corrupt one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
         super().__init__()
-        self.path = path
-        try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise AdapterError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            self.metadata, self.entries, self._data_start = self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> "AdapterFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._file.close()
+        self.path, self._file = path, file
+        self.metadata, self.entries, self._data_start = self._read_header()
 
     def _bytes(self, name: str) -> Tensor:
         entry = self.entries[name]

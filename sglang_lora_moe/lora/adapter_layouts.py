@@ -154,14 +154,10 @@ def _plan_named(source: AdapterSource, target: ExpertTarget, projection: str, ke
 
 def missing_half(source: AdapterSource, key: str) -> AdapterError:
     """`key` is one of a pair whose other half is not in the file."""
-    return source.error(_other_half(key), f"the other half of {key}", "no such tensor", "The file is incomplete; save the adapter again.")
-
-
-def _other_half(key: str) -> str:
-    """The name of B's tensor for A's, and of A's for B's."""
     head, _, tail = key.rpartition("lora_")
-    prefix, half, rest = ("embedding_", tail[10], tail[11:]) if tail.startswith("embedding_") else ("", tail[0], tail[1:])
-    return f"{head}lora_{prefix}{'B' if half == 'A' else 'A'}{rest}"
+    at = len("embedding_") if tail.startswith("embedding_") else 0
+    other = f"{head}lora_{tail[:at]}{'B' if tail[at] == 'A' else 'A'}{tail[at + 1 :]}"
+    return source.error(other, f"the other half of {key}", "no such tensor", "The file is incomplete; save the adapter again.")
 
 
 def _is_flattened(source: AdapterSource, target: ExpertTarget, halves: dict[str, dict[int | None, ExpertKey]]) -> bool:

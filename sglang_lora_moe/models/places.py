@@ -86,18 +86,10 @@ class ExpertsPlace:
         if found != expected:
             raise LoadError(f"has shape {found}, expected {expected}")
         for expert in range(found[0]):
-            self._put_expert(expert, _floating(read[expert : expert + 1])[0])
+            tensor = _floating(read[expert : expert + 1])[0]
+            tensor = tensor.T if self.transposed else tensor
+            self.storage[expert].copy_(torch.cat([tensor[0::2], tensor[1::2]]) if self.interleaved else tensor)
             self.pieces.update((expert, part) for part in range(self.num_parts))
-
-    def _put_expert(self, expert: int, tensor: torch.Tensor) -> None:
-        if self.transposed:
-            tensor = tensor.T
-        if self.interleaved:
-            half = tensor.shape[0] // 2
-            self.storage[expert, :half].copy_(tensor[0::2])
-            self.storage[expert, half:].copy_(tensor[1::2])
-        else:
-            self.storage[expert].copy_(tensor)
 
     def missing(self) -> str | None:
         return _missing_pieces(self.pieces, self.storage.shape[0], self.num_parts)

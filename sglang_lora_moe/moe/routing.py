@@ -7,6 +7,7 @@ says what row i of a [P, ..] intermediate belongs to:
     "pair"    pair i = m * K + k; no sort is needed, each pair reads its own weights (decode)
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,31 +17,29 @@ from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import moe_lora_align as align
 
 
+@dataclass(eq=False)
 class Routing:
-    """topk_ids int32 [M, K], -1 = none; token_slots int32 [M] or None, -1 = base. S = `num_slots`."""
+    """What one layer's step is routed by, then what kernels of the layer note for those after them."""
 
-    def __init__(
-        self,
-        topk_ids: torch.Tensor,
-        token_slots: torch.Tensor | None,
-        num_experts: int,
-        num_slots: int = 0,
-        *,
-        base_block: int = 16,
-        lora_block: int = 16,
-        rows: str = "sorted",
-        workspace: Workspace | None = None,
-    ) -> None:
-        assert rows in ("sorted", "pair"), rows
-        self.topk_ids, self.token_slots = topk_ids, token_slots
-        self.num_experts, self.num_slots = num_experts, 0 if token_slots is None else num_slots
-        self.base_block, self.lora_block, self.rows = base_block, lora_block, rows
-        self.workspace = workspace
-        self.lora_ranges: torch.Tensor | None = None  # kernels' note: which LoRA tiles meet each base tile, made by the first shrink
-        self.told: torch.Tensor | None = None  # kernels' note: int32 [1], 0 after the first shrink, 1 when gate_up is complete; down starts beside the second
-        self.wgmma: Any = None  # kernels' note: the tile of both GEMMs where they are wgmma's, of which the first can make s of the second
-        self.following: Any = None  # kernels' note: what down adds, where gate_up makes it
-        self.reports = 0  # kernels' note: how often the gate_up before reports each base tile, for a down that does not wait for its end
+    topk_ids: torch.Tensor  # int32 [M, K], -1 = none
+    token_slots: torch.Tensor | None  # int32 [M], -1 = base
+    num_experts: int
+    num_slots: int = 0  # S; 0 without token_slots
+    base_block: int = 16  # rows of a tile of the alignment
+    lora_block: int = 16
+    rows: str = "sorted"
+    workspace: Workspace | None = None
+    lora_ranges: torch.Tensor | None = None  # which LoRA tiles meet each base tile, made by the first shrink
+    told: torch.Tensor | None = None  # int32 [1], 0 after the first shrink, 1 when gate_up is complete; down starts beside the second
+    wgmma: Any = None  # the tile of both GEMMs where they are wgmma's, of which the first can make s of the second
+    following: Any = None  # what down adds, where gate_up makes it
+    reports: int = 0  # how often the gate_up before reports each base tile, for a down that does not wait for its end
+    _gathered: tuple[torch.Tensor, torch.Tensor] | None = None  # of `gather`: x, and its rows
+
+    def __post_init__(self) -> None:
+        assert self.rows in ("sorted", "pair"), self.rows
+        if self.token_slots is None:
+            self.num_slots = 0
 
     @property
     def num_pairs(self) -> int:
@@ -106,5 +105,3 @@ class Routing:
         if self._gathered is None or self._gathered[0] is not x:
             self._gathered = (x, x.index_select(0, self.tokens))
         return self._gathered[1]
-
-    _gathered: tuple[torch.Tensor, torch.Tensor] | None = None

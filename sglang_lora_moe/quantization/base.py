@@ -44,6 +44,12 @@ class TritonQuantInfo:
     b2: torch.Tensor | None
 
 
+def register_empty(layer: nn.Module, name: str, shape: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Give `layer` an empty parameter, which the loader fills, or None under its name where there is no shape."""
+    parameter = None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    layer.register_parameter(name, parameter)
+
+
 class QuantMethod(ABC):
     """How the experts' weights of one checkpoint format are kept."""
 

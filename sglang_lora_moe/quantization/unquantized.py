@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.moe.spec import MoESpec
-from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo, TritonQuantInfo
+from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo, TritonQuantInfo, register_empty
 
 
 class UnquantizedMethod(QuantMethod):
@@ -17,22 +17,15 @@ class UnquantizedMethod(QuantMethod):
 
     def create_weights(self, layer: nn.Module, spec: MoESpec, dtype: torch.dtype, device: torch.device | str) -> None:
         e, h, i, rows = spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.w13_rows
-        shapes: dict[str, tuple[int, ...]] = {"w13": (e, rows, h), "w2": (e, h, i)}
-        if spec.has_bias:
-            shapes |= {"b13": (e, rows), "b2": (e, h)}
-        for name in ("w13", "w2", "b13", "b2"):
-            shape = shapes.get(name)
-            parameter = None if shape is None else nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-            layer.register_parameter(name, parameter)
+        register_empty(layer, "w13", (e, rows, h), dtype, device)
+        register_empty(layer, "w2", (e, h, i), dtype, device)
+        register_empty(layer, "b13", (e, rows) if spec.has_bias else None, dtype, device)
+        register_empty(layer, "b2", (e, h) if spec.has_bias else None, dtype, device)
 
     def get_torch_quant_info(self, layer: Any) -> TorchQuantInfo:
-        w13, w2, b13, b2 = layer.w13, layer.w2, layer.b13, layer.b2
-        return TorchQuantInfo(
-            w13.detach().transpose(1, 2).unbind(0),
-            w2.detach().transpose(1, 2).unbind(0),
-            None if b13 is None else b13.detach().unbind(0),
-            None if b2 is None else b2.detach().unbind(0),
-        )
+        w13, w2 = (weight.detach().transpose(1, 2).unbind(0) for weight in (layer.w13, layer.w2))
+        b13, b2 = (None if bias is None else bias.detach().unbind(0) for bias in (layer.b13, layer.b2))
+        return TorchQuantInfo(w13, w2, b13, b2)
 
     def get_triton_quant_info(self, layer: Any) -> TritonQuantInfo:
         return TritonQuantInfo(layer.w13, layer.w2, layer.b13, layer.b2)

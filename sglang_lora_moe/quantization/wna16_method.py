@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.moe.spec import MoESpec
-from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo, TritonQuantInfo
+from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo, TritonQuantInfo, register_empty
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, split_row
 
 MARLIN_GROUPS = frozenset({32, 64, 128, -1})  # what the marlin backend reads, as `ops/marlin_moe.py` checks
@@ -47,9 +47,8 @@ class WNA16Method(QuantMethod):
         e, h, i, rows = spec.num_experts, spec.hidden_size, spec.intermediate_size, spec.w13_rows
         create_wna16(layer, "w13_", f"{layer.name}.gate_up_proj", (e, rows, h), self.scheme, dtype, device)
         create_wna16(layer, "w2_", f"{layer.name}.down_proj", (e, h, i), self.down, dtype, device)
-        for name, width in (("b13", rows), ("b2", h)):
-            bias = nn.Parameter(torch.empty(e, width, dtype=dtype, device=device), requires_grad=False) if spec.has_bias else None
-            layer.register_parameter(name, bias)
+        register_empty(layer, "b13", (e, rows) if spec.has_bias else None, dtype, device)
+        register_empty(layer, "b2", (e, h) if spec.has_bias else None, dtype, device)
 
     def weights(self, layer: Any) -> tuple[WNA16Weight, WNA16Weight]:
         """w13 and w2 of the layer, without copying."""
@@ -75,14 +74,9 @@ def create_wna16(layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...
     """Register `{prefix}packed`, `{prefix}scales` and `{prefix}zeros` of a weight [.., O, I]; refuses widths that do not divide."""
     *outer, inputs = shape
     groups, _ = split_row(name, inputs, scheme.group_size, scheme.bits)
-    sizes: dict[str, tuple[int, torch.dtype] | None] = {
-        "packed": (inputs * scheme.bits // 32, torch.int32),
-        "scales": (groups, dtype),
-        "zeros": None if scheme.symmetric else (groups, torch.uint8),
-    }
-    for leaf, size in sizes.items():
-        parameter = None if size is None else nn.Parameter(torch.empty(*outer, size[0], dtype=size[1], device=device), requires_grad=False)
-        layer.register_parameter(f"{prefix}{leaf}", parameter)
+    register_empty(layer, f"{prefix}packed", (*outer, inputs * scheme.bits // 32), torch.int32, device)
+    register_empty(layer, f"{prefix}scales", (*outer, groups), dtype, device)
+    register_empty(layer, f"{prefix}zeros", None if scheme.symmetric else (*outer, groups), torch.uint8, device)
 
 
 def get_wna16(layer: nn.Module, prefix: str, scheme: WNA16Scheme) -> WNA16Weight:
