@@ -13,15 +13,13 @@ import gc
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from sglang_lora_moe.engine.request import Batch
-
-if TYPE_CHECKING:
-    from sglang_lora_moe.models.served import ServedModel
+from sglang_lora_moe.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
 FEW_REQUESTS = 16
@@ -48,7 +46,7 @@ class _Graphs:
 
     what = "steps"
 
-    def __init__(self, model: "ServedModel", families: Sequence[bool], sizes: Sequence[Size]) -> None:
+    def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[Size]) -> None:
         self.model, self.families = model, tuple(families)
         self.sizes = sorted(sizes)
         self._graphs: dict[tuple[Size, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -116,7 +114,7 @@ class DecodeGraphs(_Graphs):
 
     what = "decode steps"
 
-    def __init__(self, model: "ServedModel", families: Sequence[bool], sizes: Sequence[int]) -> None:
+    def __init__(self, model: ServedModel, families: Sequence[bool], sizes: Sequence[int]) -> None:
         super().__init__(model, families, [(size, size) for size in sizes])
         self._by_count = [0, *(next(size for size, _ in self.sizes if size >= n) for n in range(1, max(sizes) + 1))]
 

@@ -43,8 +43,8 @@ class EngineCore:
             Abort: self._abort,
             LoadAdapter: lambda message: self.need_lora("name").load(message),
             UnloadAdapter: self._unload,
-            FlushCache: lambda message: self._reply(message.rid, {"flushed_pages": self.scheduler.cache.flush()}),
-            GetStats: lambda message: self._reply(message.rid, self.stats()),
+            FlushCache: lambda message: self._outbox.append(Reply(message.rid, {"flushed_pages": self.scheduler.cache.flush()})),
+            GetStats: lambda message: self._outbox.append(Reply(message.rid, self.stats())),
         }
         scheduler.on_release = self._release
 
@@ -178,9 +178,6 @@ class EngineCore:
         if self.lora is None:
             raise RequestError(LORA_DISABLED, 400, param, "lora_not_enabled")
         return self.lora
-
-    def _reply(self, rid: str, data: dict[str, Any]) -> None:
-        self._outbox.append(Reply(rid, data))
 
     def _flush_outbox(self) -> list[EngineMessage]:
         messages, self._outbox = self._outbox, []

@@ -6,7 +6,6 @@
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +14,7 @@ from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, PrefillGraphs
 from sglang_lora_moe.engine.request import Batch, StepResult
 from sglang_lora_moe.engine.sampler import Logprobs, Sampler, token_logprobs
 from sglang_lora_moe.engine.step_inputs import StepInputs
-
-if TYPE_CHECKING:
-    from sglang_lora_moe.models.served import ServedModel
+from sglang_lora_moe.models.served import ServedModel
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Launched:
 class ModelRunner:
     """One model on one device. `graphs` None = decode steps are eager, `prefill_graphs` None = so are the others."""
 
-    def __init__(self, model: "ServedModel", graphs: DecodeGraphs | None = None, prefill_graphs: PrefillGraphs | None = None) -> None:
+    def __init__(self, model: ServedModel, graphs: DecodeGraphs | None = None, prefill_graphs: PrefillGraphs | None = None) -> None:
         self.model, self.graphs, self.prefill_graphs = model, graphs, prefill_graphs
         self.inputs = StepInputs(model.ctx)
         self.sampler = Sampler(model.vocab_size, model.ctx.device)
@@ -107,22 +104,20 @@ class ModelRunner:
         prompt_rows: list[int] = []
         targets: list[int] = []
         tops: list[int] = []
+        owners: list[int] = []  # index of the request of each prompt row
         row = 0
         for b, (request, count, rows) in enumerate(zip(batch.requests, batch.query_lens, wanted, strict=True)):
-            end = request.num_computed + count
-            positions = request.prompt_logit_positions(end)
+            positions = request.prompt_logit_positions(request.num_computed + count)
             if request.logprobs is not None and request.prompt_logit_start is not None:
                 first = request.logprobs.prompt_start == 0 and request.num_computed == 0
                 result.prompt_logprobs[b] = [TokenLogprob(request.tokens[0], None)] if first else []
                 targets += [request.tokens[position + 1] for position in positions]
                 tops += [request.logprobs.top] * len(positions)
+                owners += [b] * len(positions)
             prompt_rows += range(row, row + len(positions))
             sample_rows += range(row + len(positions), row + len(rows))
             row += len(rows)
         if prompt_rows:
-            values = iter(token_logprobs(logits[prompt_rows].float(), targets, tops))
-            for b in result.prompt_logprobs:
-                request = batch.requests[b]
-                count = len(request.prompt_logit_positions(request.num_computed + batch.query_lens[b]))
-                result.prompt_logprobs[b] += [next(values) for _ in range(count)]
+            for b, value in zip(owners, token_logprobs(logits[prompt_rows].float(), targets, tops), strict=True):
+                result.prompt_logprobs[b].append(value)
         return sample_rows

@@ -272,9 +272,9 @@ class _TokenHistory:
         self._vocab, self._device = vocab_size, device
         self._counts = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self._seen = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
-        self._owners: list[Request | None] = []
         self._applied: dict[Request, int] = {}  # output tokens counted so far
         self._row: dict[Request, int] = {}
+        self._free: list[int] = []  # rows of no request
 
     def gather(self, requests: list[Request], last: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts int32 [n, V] and seen bool [n, V] of `requests`, brought up to date. `last` int64 [n]: what PENDING stands for."""
@@ -304,17 +304,16 @@ class _TokenHistory:
         self._seen.index_put_((rows, ids), torch.ones_like(rows, dtype=torch.bool))
 
     def _add(self, request: Request) -> int:
-        if None not in self._owners:
+        if not self._free:
             for owner in [owner for owner in self._row if owner.finish_reason is not None]:
-                self._owners[self._row.pop(owner)] = None
+                self._free.append(self._row.pop(owner))
                 del self._applied[owner]
-        if None not in self._owners:
-            grown = max(4, len(self._owners))
-            self._counts = torch.cat([self._counts, self._counts.new_zeros(grown, self._vocab)])
-            self._seen = torch.cat([self._seen, self._seen.new_zeros(grown, self._vocab)])
-            self._owners.extend([None] * grown)
-        row = self._owners.index(None)
-        self._owners[row] = request
+        if not self._free:
+            rows = len(self._row)
+            self._free += range(rows, rows + max(4, rows))
+            self._counts = torch.cat([self._counts, self._counts.new_zeros(len(self._free), self._vocab)])
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(len(self._free), self._vocab)])
+        row = self._free.pop()
         self._row[request], self._applied[request] = row, 0
         self._counts[row] = 0
         self._seen[row] = False

@@ -38,11 +38,8 @@ class TensorEntry:
 class AdapterTensors:
     """Named tensors: `entries` and `metadata` say what there is; `path` names their origin in errors."""
 
-    path: Path
-    entries: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-    def __init__(self) -> None:
+    def __init__(self, path: Path, metadata: dict[str, str], entries: dict[str, TensorEntry]) -> None:
+        self.path, self.metadata, self.entries = path, metadata, entries
         self._digests: dict[str, str] = {}
 
     def read(self, name: str) -> Tensor:
@@ -76,10 +73,10 @@ class AdapterMemory(AdapterTensors):
     """Tensors that a program holds, on any device; `name` stands for their origin."""
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.path, self.metadata, self._tensors = Path(f"tensors of {name}"), {}, tensors
         names = {dtype: short for short, dtype in DTYPES.items()}
-        self.entries = {key: TensorEntry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, tensor.nbytes) for key, tensor in tensors.items()}
+        entries = {key: TensorEntry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, tensor.nbytes) for key, tensor in tensors.items()}
+        super().__init__(Path(f"tensors of {name}"), {}, entries)
+        self._tensors = tensors
 
     def _bytes(self, name: str) -> Tensor:
         return self._tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -89,9 +86,9 @@ class AdapterFile(AdapterTensors):
     """The safetensors file at `path`, open as `file`. `entries` and `metadata` come from its header; AdapterError for a truncated or corrupt one."""
 
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
-        super().__init__()
-        self.path, self._file = path, file
-        self.metadata, self.entries, self._data_start = self._read_header()
+        metadata, entries, self._data_start = _read_header(path, file)
+        super().__init__(path, metadata, entries)
+        self._file = file
 
     def _bytes(self, name: str) -> Tensor:
         entry = self.entries[name]
@@ -102,14 +99,16 @@ class AdapterFile(AdapterTensors):
             raise AdapterError(f"{self.path}: {name}: expected {raw.numel()} bytes, found {count}: the file was changed while it was read. Load it again.")
         return raw
 
-    def _read_header(self) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
-        try:
-            with safe_open(self.path, framework="pt") as checked:  # refuses what is not whole and exact; the weights are not read through its map
-                metadata = checked.metadata() or {}
-        except SafetensorError as error:
-            found = f"expected a whole one, found {self.path.stat().st_size} bytes: {error}"
-            raise AdapterError(f"{self.path}: truncated or not a safetensors file: {found}. Copy or download it again.") from error
-        length = int.from_bytes(self._file.read(8), "little")
-        header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
-        return metadata, {name: TensorEntry(item["dtype"], tuple(item["shape"]), *item["data_offsets"]) for name, item in header.items()}, 8 + length
+
+def _read_header(path: Path, file: io.BufferedReader) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
+    """(metadata, entries, place of the first byte behind the header)."""
+    try:
+        with safe_open(path, framework="pt") as checked:  # refuses what is not whole and exact; the weights are not read through its map
+            metadata = checked.metadata() or {}
+    except SafetensorError as error:
+        found = f"expected a whole one, found {path.stat().st_size} bytes: {error}"
+        raise AdapterError(f"{path}: truncated or not a safetensors file: {found}. Copy or download it again.") from error
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return metadata, {name: TensorEntry(item["dtype"], tuple(item["shape"]), *item["data_offsets"]) for name, item in header.items()}, 8 + length

@@ -34,7 +34,7 @@ class AddendOps(Protocol):
 class SeparateOps(Protocol):
     """LoRA functions of a backend whose GEMMs know no adapters."""
 
-    def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> RankSpace:
+    def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
         """A x of every pair with an adapter, float32; rows as above."""
         ...
 
@@ -50,28 +50,6 @@ class SeparateOps(Protocol):
 ExpertLoRAOps = AddendOps | SeparateOps
 
 
-class _Separate:
-    """One layer's adapters and the rank-space vectors between a pre hook and its post hook."""
-
-    def __init__(self, stacks: ExpertStacks, ops: SeparateOps) -> None:
-        self.stacks, self.ops = stacks, ops
-        self.s: RankSpace = None
-
-    def pre_gate_up(self, inp: RunnerInput, routing: Routing) -> None:
-        self.s = self.ops.shrink(inp, inp.x, self.stacks.a13, self.stacks.b13, routing, "tokens")
-
-    def post_gate_up(self, inp: RunnerInput, gate_up: torch.Tensor, routing: Routing) -> torch.Tensor:
-        s, self.s = self.s, None
-        return self.ops.act_with_delta(inp, gate_up, s, self.stacks.b13, routing)
-
-    def pre_down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing) -> None:
-        self.s = self.ops.shrink(inp, act, self.stacks.a2, self.stacks.b2, routing, "pairs")
-
-    def post_down(self, inp: RunnerInput, act: torch.Tensor, down: torch.Tensor, routing: Routing) -> torch.Tensor:
-        s, self.s = self.s, None
-        return self.ops.combine_with_delta(inp, down, s, self.stacks.b2, routing)
-
-
 def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
     """Hooks for one layer; `ops` from `moe.backends.make_lora_ops`, which refuses backends that cannot serve adapters."""
     if hasattr(ops, "addend"):
@@ -80,8 +58,13 @@ def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
             lambda inp, routing: addend(inp, inp.x, stacks, routing, "tokens"),
             lambda inp, act, routing: addend(inp, act, stacks, routing, "pairs"),
         )
-    layer = _Separate(stacks, ops)
-    return LoRAHooks(layer.pre_gate_up, layer.pre_down, layer.post_gate_up, layer.post_down)
+    separate: SeparateOps = ops
+    return LoRAHooks(
+        lambda inp, routing: separate.shrink(inp, inp.x, stacks.a13, routing, "tokens"),
+        lambda inp, act, routing: separate.shrink(inp, act, stacks.a2, routing, "pairs"),
+        lambda inp, gate_up, s, routing: separate.act_with_delta(inp, gate_up, s, stacks.b13, routing),
+        lambda inp, down, s, routing: separate.combine_with_delta(inp, down, s, stacks.b2, routing),
+    )
 
 
 class FusedMoEWithLoRA(nn.Module):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,7 @@ from sglang_lora_moe.lora.reader import AdapterReader
 from sglang_lora_moe.lora.registry import AdapterEntry, LoRARegistry
 from sglang_lora_moe.lora.slot_loader import SlotLoader
 from sglang_lora_moe.lora.slots import SlotTable
-
-if TYPE_CHECKING:
-    from sglang_lora_moe.models.served import ServedModel
+from sglang_lora_moe.models.served import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ class LoRAManager:
 
     def __init__(
         self,
-        model: "ServedModel",
+        model: ServedModel,
         reader: AdapterReader,
         pool: LoRAMemoryPool,
         *,

@@ -48,8 +48,9 @@ def check_config(config: Any) -> None:
 
 def find_attention(hf: nn.Module) -> dict[str, nn.Module]:
     """Modules that use the KV cache directly, by path; refuses kinds that are not known."""
-    users = {path: module for path, module in hf.named_modules() if _takes_cache(module)}
-    leaves = {path: module for path, module in users.items() if not any(other.startswith(f"{path}.") for other in users) and path}
+    modules = dict(hf.named_modules())
+    users = [path for path, module in modules.items() if not _CACHE_ARGUMENTS.isdisjoint(inspect.signature(type(module).forward).parameters)]
+    leaves = {path: modules[path] for path in users if not any(other.startswith(f"{path}.") for other in users) and path}
     for path, module in leaves.items():
         if not (is_standard(module) or type(module).__name__ in LATENT_ATTENTION or _is_generic(module)):
             raise UnsupportedModelError(
@@ -95,10 +96,6 @@ def check_rotary(hf: nn.Module, max_model_len: int) -> int:
 def _looks_like_experts(path: str, module: nn.Module) -> bool:
     kind = type(module).__name__
     return path.rpartition(".")[2] == "experts" or ("Experts" in kind and "Shared" not in kind)
-
-
-def _takes_cache(module: nn.Module) -> bool:
-    return not _CACHE_ARGUMENTS.isdisjoint(inspect.signature(type(module).forward).parameters)
 
 
 def _has_projections(module: nn.Module) -> bool:

@@ -33,16 +33,16 @@ class RunnerInput:
 class LoRAHooks:
     """Built once per layer by `lora/hooks.py`, called with the layer's input and the intermediates of `MoeRunnerCore`.
 
-    `pre_gate_up(inp, routing)` and `pre_down(inp, act, routing)` come before the GEMMs;
-    `post_gate_up(inp, gate_up, routing)` returns the activation [P, I], `post_down(inp, act, down, routing)` the layer's output [M, H].
-    Without `post_*` hooks the `pre_*` hooks return a low-rank addend in the backend's own form: the core then adds it before its
-    store, and activates and combines as it does without adapters.
+    `pre_gate_up(inp, routing)` and `pre_down(inp, act, routing)` come before the GEMMs. What they return goes, as `s`, to the `post_*` hooks:
+    `post_gate_up(inp, gate_up, s, routing)` returns the activation [P, I], `post_down(inp, down, s, routing)` the layer's output [M, H].
+    Without `post_*` hooks it is a low-rank addend in the backend's own form: the core then adds it before its store, and activates
+    and combines as it does without adapters.
     """
 
     pre_gate_up: Callable[[RunnerInput, Routing], Any]
     pre_down: Callable[[RunnerInput, torch.Tensor, Routing], Any]
-    post_gate_up: Callable[[RunnerInput, torch.Tensor, Routing], torch.Tensor] | None = None
-    post_down: Callable[[RunnerInput, torch.Tensor, torch.Tensor, Routing], torch.Tensor] | None = None
+    post_gate_up: Callable[[RunnerInput, torch.Tensor, Any, Routing], torch.Tensor] | None = None
+    post_down: Callable[[RunnerInput, torch.Tensor, Any, Routing], torch.Tensor] | None = None
 
 
 class MoeRunnerCore(Protocol):
@@ -92,15 +92,15 @@ class MoeRunner:
         routing = core.make_routing(inp)
         if hooks is None:
             return core.down_combine(inp, core.gate_up_activation(inp, routing, quant_info), routing, quant_info)
-        addend = hooks.pre_gate_up(inp, routing)
+        s = hooks.pre_gate_up(inp, routing)
         if hooks.post_gate_up is not None:
-            act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), routing)
+            act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), s, routing)
         else:
-            act = core.gate_up_activation(inp, routing, quant_info, addend)
-        addend = hooks.pre_down(inp, act, routing)
+            act = core.gate_up_activation(inp, routing, quant_info, s)
+        s = hooks.pre_down(inp, act, routing)
         if hooks.post_down is not None:
-            return hooks.post_down(inp, act, core.down(inp, act, routing, quant_info), routing)
-        return core.down_combine(inp, act, routing, quant_info, addend)
+            return hooks.post_down(inp, core.down(inp, act, routing, quant_info), s, routing)
+        return core.down_combine(inp, act, routing, quant_info, s)
 
 
 def _weight_input(inp: RunnerInput) -> RunnerInput:

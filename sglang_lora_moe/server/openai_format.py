@@ -40,7 +40,7 @@ class OpenAIFormat(ResponseFormat):
 
     @abstractmethod
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
-        """One entry of `choices` of a whole answer."""
+        """One entry of `choices`, of which `sample` is all, or what is new."""
 
 
 class ChatFormat(OpenAIFormat):
@@ -88,32 +88,19 @@ class CompletionFormat(OpenAIFormat):
 
     def __init__(self, body: CompletionRequest, rid: str, base: str, tokens: TokenText, echoes: list[str]) -> None:
         super().__init__(len(echoes), body, rid, base, tokens)
-        self._echoes = echoes
+        self._echoes = [echo for echo in echoes for _ in range(self.n)]  # by choice, "" once it has been sent
         self._logprobs = None
         if body.logprobs is not None:
-            self._logprobs = [[CompletionLogprobs(tokens, body.logprobs > 0, body.skip_special_tokens) for _ in range(self.n)] for _ in echoes]
-        self._begun: set[int] = set()
+            self._logprobs = [CompletionLogprobs(tokens, body.logprobs > 0, body.skip_special_tokens) for _ in self._echoes]
 
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
-        prompt, k = divmod(index, self.n)
-        return {
-            "index": index,
-            "text": self._echoes[prompt] + sample.text,
-            "logprobs": self._piece(prompt, k, sample.prompt_logprobs + sample.logprobs),
-            "finish_reason": sample.finish_reason,
-            "matched_stop": sample.matched_stop,
-        }
+        text, self._echoes[index] = self._echoes[index] + sample.text, ""
+        entries = sample.prompt_logprobs + sample.logprobs
+        logprobs = self._logprobs[index].piece(entries) if self._logprobs is not None else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": sample.finish_reason, "matched_stop": sample.matched_stop}
 
     def events(self, prompt: int, chunk: Chunk) -> Iterable[dict[str, Any]]:
         self.add(prompt, chunk)
-        index, text = prompt * self.n + chunk.index, chunk.text
-        if index not in self._begun:
-            self._begun.add(index)
-            text = self._echoes[prompt] + text
-        entries = chunk.prompt_logprobs + chunk.logprobs
-        if text or entries or chunk.token_ids or chunk.finish_reason is not None:  # ids without text: a model without a tokenizer
-            logprobs = self._piece(prompt, chunk.index, entries)
-            yield self.event({"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason, "matched_stop": chunk.matched_stop})
-
-    def _piece(self, prompt: int, k: int, entries: list[TokenLogprob]) -> dict[str, Any] | None:
-        return self._logprobs[prompt][k].piece(entries) if self._logprobs is not None else None
+        choice = self.choice(prompt * self.n + chunk.index, chunk)
+        if choice["text"] or chunk.logprobs or chunk.prompt_logprobs or chunk.token_ids or chunk.finish_reason is not None:  # ids without text: no tokenizer
+            yield self.event(choice)

@@ -16,7 +16,7 @@ from sglang_lora_moe.moe.spec import apply_activation
 RankSpace = list[torch.Tensor | None]  # per group of routing.groups: float32 [rows, c * rank]
 
 
-def shrink(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, rows_from: str) -> RankSpace:
+def shrink(inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
     """A x per group."""
     source = (routing.gather(rows) if rows_from == "tokens" else rows).float()
     sizes = [size for _, _, size in routing.groups]
