@@ -144,8 +144,7 @@ def _plan_named(source: AdapterSource, target: ExpertTarget, projection: str, ke
                     raise missing_half(source, key.key)
     elif _is_flattened(source, target, halves):
         a, b = halves["A"][None], halves["B"][None]
-        orientation = _orientation(source, target, projection, a.key, b.key)
-        return _flattened_projection(source, target, projection, (a.key, b.key, a.module), _settle(source, target, {projection: orientation})[projection])
+        return _flattened(source, target, {projection: (a.key, b.key, a.module)})[projection]
     inputs, outputs = _sizes(target, projection)
     a_pieces = [_named_piece(source, target, key, (None, inputs)) for key in halves["A"].values()]
     b_pieces = [_named_piece(source, target, key, (outputs, None)) for key in halves["B"].values()]
@@ -222,9 +221,7 @@ def _plan_flattened(source: AdapterSource, target: ExpertTarget, keys: dict[str,
     if not target.gated and "gate_up" in pairs:  # such a module's first parameter is up_proj
         a_key, b_key, name = pairs.pop("gate_up")
         pairs["up"] = (a_key, b_key, name.replace("gate_up_proj", "up_proj"))
-    orientations = {name: _orientation(source, target, name, a_key, b_key) for name, (a_key, b_key, _) in pairs.items()}
-    flipped = _settle(source, target, orientations)
-    return {name: _flattened_projection(source, target, name, pair, flipped[name]) for name, pair in pairs.items()}
+    return _flattened(source, target, pairs)
 
 
 def _sole_parameter(source: AdapterSource, target: ExpertTarget, a_key: str, b_key: str) -> str:
@@ -255,8 +252,9 @@ def _orientation(source: AdapterSource, target: ExpertTarget, projection: str, a
     return None if inputs == outputs else found == (outputs, inputs)
 
 
-def _settle(source: AdapterSource, target: ExpertTarget, orientations: dict[str, bool | None]) -> dict[str, bool]:
-    """Orientation of square parameters: as the layer's other parameter, else as the file's metadata or PEFT version implies."""
+def _flattened(source: AdapterSource, target: ExpertTarget, pairs: dict[str, tuple[str, str, str]]) -> dict[str, Projection]:
+    """The projections of `pairs` (A, B, name that patterns address). Square ones lie as the layer's other one, else as metadata or PEFT version imply."""
+    orientations = {name: _orientation(source, target, name, a_key, b_key) for name, (a_key, b_key, _) in pairs.items()}
     known = next((flipped for flipped in orientations.values() if flipped is not None), None)
     if known is None:
         layout = source.file.metadata.get("paramwrapper_layout")
@@ -267,7 +265,8 @@ def _settle(source: AdapterSource, target: ExpertTarget, orientations: dict[str,
             warning = f"square expert matrices were read as {'[out, in]' if known else '[in, out]'}, because {source.config.path.name} has no peft_version"
             if source.config.peft_version is None and warning not in source.report.warnings:
                 source.report.warnings.append(warning)
-    return {name: known if flipped is None else flipped for name, flipped in orientations.items()}
+    flipped = {name: known if found is None else found for name, found in orientations.items()}
+    return {name: _flattened_projection(source, target, name, pair, flipped[name]) for name, pair in pairs.items()}
 
 
 def _flattened_projection(source: AdapterSource, target: ExpertTarget, projection: str, pair: tuple[str, str, str], flipped: bool) -> Projection:

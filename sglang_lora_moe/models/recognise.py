@@ -174,12 +174,15 @@ def moe_spec(path: str, module: Any, config: Any) -> MoESpec:
         clamped = {"swiglu_alpha": float(module.alpha), "swiglu_limit": float(module.limit)}
     if getattr(module, "has_post_expert_norm", False):
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}, which normalises expert outputs; that is not supported")
+    activation = "SiLU" if clamped else type(module.act_fn).__name__
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedModelError(f"{path} is a {type(module).__name__} with activation {activation}, which is not supported")
     return MoESpec(
         num_experts=num_experts,
         top_k=_top_k(config),
         hidden_size=hidden,
         intermediate_size=rows // 2 if module.has_gate else rows,
-        activation="silu" if clamped else _activation(path, module),
+        activation=_ACTIVATIONS[activation],
         gated=bool(module.has_gate),
         has_bias=bool(module.has_bias),
         **clamped,
@@ -191,13 +194,6 @@ def shared_expert(path: str, block: Any, spec: MoESpec) -> SharedExpert | None:
     leaf, gate = _SHARED_EXPERTS.get(type(block).__name__, ("", ""))
     count, rest = divmod(getattr(block, leaf).gate_proj.out_features if leaf else 0, spec.intermediate_size)
     return SharedExpert(f"{path}.{leaf}", gate and f"{path}.{gate}", count) if count and not rest else None
-
-
-def _activation(path: str, module: Any) -> str:
-    name = type(module.act_fn).__name__
-    if name not in _ACTIVATIONS:
-        raise UnsupportedModelError(f"{path} is a {type(module).__name__} with activation {name}, which is not supported")
-    return _ACTIVATIONS[name]
 
 
 def _top_k(config: Any) -> int:

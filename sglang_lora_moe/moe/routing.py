@@ -88,8 +88,6 @@ class Routing:
     @cached_property
     def base_runs(self) -> list[tuple[int, int]]:
         """(expert, rows) of every non-empty expert; together they cover the sorted rows in order."""
-        if self.num_slots == 0:
-            return [(expert, rows) for expert, _, rows in self.groups]
         runs: dict[int, int] = {}
         for expert, _, rows in self.groups:
             runs[expert] = runs.get(expert, 0) + rows

@@ -77,13 +77,23 @@ def moe_lora_align_block_size(
     `buffers` and `workspace` (int32, at least `workspace_elements`) are allocated where they are not given. Returns the buffers, filled,
     without a look at them on the host. ValueError for what does not fit, such as more than 1,024 experts or 256 slots.
     """
-    num_slots = 0 if token_slots is None else num_slots
-    _check(topk_ids, token_slots, num_experts, num_slots, base_block, lora_block)
+    name, num_slots = "moe_lora_align_block_size", 0 if token_slots is None else num_slots
+    if topk_ids.dim() != 2 or topk_ids.dtype not in (torch.int32, torch.int64) or not topk_ids.is_contiguous():
+        found = f"{topk_ids.dtype} {tuple(topk_ids.shape)} with strides {topk_ids.stride()}"
+        raise ValueError(f"{name}: expected topk_ids to be contiguous int32 or int64 [M, K], got {found}")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"{name}: expected num_experts in 1..{MAX_EXPERTS}, got {num_experts}")
+    if not 0 <= num_slots <= MAX_SLOTS:
+        raise ValueError(f"{name}: expected num_slots in 0..{MAX_SLOTS}, got {num_slots}")
+    if base_block < 1 or lora_block < 1:
+        raise ValueError(f"{name}: expected blocks of at least 1, got base_block {base_block}, lora_block {lora_block}")
+    if token_slots is not None:
+        _expect(f"{name}: token_slots", token_slots, (topk_ids.shape[0],), topk_ids.device)
     pairs = topk_ids.numel()
     if buffers is None:
         buffers = empty_alignment(pairs, num_experts, num_slots, base_block, lora_block, topk_ids.device)
-    for name, shape in buffer_shapes(pairs, num_experts, num_slots, base_block, lora_block).items():
-        _expect(f"moe_lora_align_block_size: {name}", getattr(buffers, name), shape, topk_ids.device, at_least=name.endswith("tiles"))
+    for part, shape in buffer_shapes(pairs, num_experts, num_slots, base_block, lora_block).items():
+        _expect(f"{name}: {part}", getattr(buffers, part), shape, topk_ids.device, at_least=part.endswith("tiles"))
     if workspace is None:
         workspace = topk_ids.new_empty(workspace_elements(pairs, num_experts) if topk_ids.is_cuda else 0, dtype=torch.int32)
     if topk_ids.is_cuda:
@@ -154,21 +164,6 @@ def _write_tiles(out: torch.Tensor, labels: tuple[torch.Tensor, ...], starts: to
 
 
 LIBRARY.impl("moe_lora_align_block_size", _align_cpu, "CPU")
-
-
-def _check(topk_ids: torch.Tensor, token_slots: torch.Tensor | None, num_experts: int, num_slots: int, base_block: int, lora_block: int) -> None:
-    name = "moe_lora_align_block_size"
-    if topk_ids.dim() != 2 or topk_ids.dtype not in (torch.int32, torch.int64) or not topk_ids.is_contiguous():
-        found = f"{topk_ids.dtype} {tuple(topk_ids.shape)} with strides {topk_ids.stride()}"
-        raise ValueError(f"{name}: expected topk_ids to be contiguous int32 or int64 [M, K], got {found}")
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ValueError(f"{name}: expected num_experts in 1..{MAX_EXPERTS}, got {num_experts}")
-    if not 0 <= num_slots <= MAX_SLOTS:
-        raise ValueError(f"{name}: expected num_slots in 0..{MAX_SLOTS}, got {num_slots}")
-    if base_block < 1 or lora_block < 1:
-        raise ValueError(f"{name}: expected blocks of at least 1, got base_block {base_block}, lora_block {lora_block}")
-    if token_slots is not None:
-        _expect(f"{name}: token_slots", token_slots, (topk_ids.shape[0],), topk_ids.device)
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device, at_least: bool = False) -> None:

@@ -5,8 +5,9 @@ the others with a sentence, so that a backend never runs on weights that did not
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,18 +16,12 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 
-class ExpertMatrices(Protocol):
-    """`matrices[e]` is expert e's, which may be made when it is asked for."""
-
-    def __getitem__(self, expert: int, /) -> torch.Tensor: ...
-
-
 @dataclass(frozen=True)
 class TorchQuantInfo:
-    """One matrix per expert, ready for `x @ matrix`: w13 [H, 2I], w2 [I, H] (transposed views), biases [2I] and [H] or None."""
+    """By expert the matrices for `x @ matrix`: w13 [H, 2I], w2 [I, H] (transposed, maybe made when asked for), biases [2I] and [H] or None."""
 
-    w13: ExpertMatrices
-    w2: ExpertMatrices
+    w13: Callable[[int], torch.Tensor]
+    w2: Callable[[int], torch.Tensor]
     b13: tuple[torch.Tensor, ...] | None
     b2: tuple[torch.Tensor, ...] | None
 

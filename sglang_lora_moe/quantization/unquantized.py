@@ -23,7 +23,7 @@ class UnquantizedMethod(QuantMethod):
         register_empty(layer, "b2", (e, h) if spec.has_bias else None, dtype, device)
 
     def get_torch_quant_info(self, layer: Any) -> TorchQuantInfo:
-        w13, w2 = (weight.detach().transpose(1, 2).unbind(0) for weight in (layer.w13, layer.w2))
+        w13, w2 = (weight.detach().transpose(1, 2).unbind(0).__getitem__ for weight in (layer.w13, layer.w2))
         b13, b2 = (None if bias is None else bias.detach().unbind(0) for bias in (layer.b13, layer.b2))
         return TorchQuantInfo(w13, w2, b13, b2)
 

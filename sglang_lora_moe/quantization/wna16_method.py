@@ -1,6 +1,7 @@
 """Experts with integer weights (int4 and int8): storage, and the forms in which backends read them."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +21,6 @@ class WNA16QuantInfo(TritonQuantInfo):
 
     w13: WNA16Weight
     w2: WNA16Weight
-
-
-class DequantizedExperts:
-    """`experts[e]` is expert e's matrix [in, out] in the activation dtype, made anew each time: one expert's memory, not E."""
-
-    def __init__(self, weight: WNA16Weight) -> None:
-        self.weight = weight
-
-    def __getitem__(self, expert: int) -> torch.Tensor:
-        return dequantize(self.weight[expert], self.weight.scales.dtype).t()
 
 
 class WNA16Method(QuantMethod):
@@ -55,9 +46,9 @@ class WNA16Method(QuantMethod):
         return get_wna16(layer, "w13_", self.scheme), get_wna16(layer, "w2_", self.down)
 
     def get_torch_quant_info(self, layer: Any) -> TorchQuantInfo:
-        w13, w2 = self.weights(layer)
+        w13, w2 = (partial(_dequantized, weight) for weight in self.weights(layer))
         b13, b2 = (None if bias is None else bias.detach().unbind(0) for bias in (layer.b13, layer.b2))
-        return TorchQuantInfo(DequantizedExperts(w13), DequantizedExperts(w2), b13, b2)
+        return TorchQuantInfo(w13, w2, b13, b2)
 
     def get_triton_quant_info(self, layer: Any) -> TritonQuantInfo:
         return TritonQuantInfo(*self.weights(layer), layer.b13, layer.b2)
@@ -68,6 +59,11 @@ class WNA16Method(QuantMethod):
     def release_weights(self, layer: nn.Module) -> None:
         for prefix in ("w13_", "w2_"):
             release_wna16(layer, prefix)
+
+
+def _dequantized(weight: WNA16Weight, expert: int) -> torch.Tensor:
+    """The expert's matrix [in, out] in the activation dtype, made anew each time: one expert's memory, not E."""
+    return dequantize(weight[expert], weight.scales.dtype).t()
 
 
 def create_wna16(layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...], scheme: WNA16Scheme, dtype: torch.dtype, device: torch.device | str) -> None:

@@ -4,13 +4,15 @@ One matmul per non-empty expert over rows gathered once into sorted order. It re
 it synchronises and cannot be captured. Intermediates have a row per pair with an expert; pairs without one have none.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.moe.spec import apply_activation
-from sglang_lora_moe.quantization.base import ExpertMatrices, QuantMethod, TorchQuantInfo
+from sglang_lora_moe.quantization.base import QuantMethod, TorchQuantInfo
 
 
 class TorchNativeCore(MoeRunnerCore):
@@ -47,14 +49,14 @@ def combine(inp: RunnerInput, down: torch.Tensor, routing: Routing) -> torch.Ten
 
 
 def _grouped_matmul(
-    rows: torch.Tensor, runs: list[tuple[int, int]], weights: ExpertMatrices, biases: tuple[torch.Tensor, ...] | None, out_features: int
+    rows: torch.Tensor, runs: list[tuple[int, int]], weights: Callable[[int], torch.Tensor], biases: tuple[torch.Tensor, ...] | None, out_features: int
 ) -> torch.Tensor:
-    """out[run] = rows[run] @ weights[expert] + biases[expert]; the runs cover all rows in order."""
+    """out[run] = rows[run] @ weights(expert) + biases[expert]; the runs cover all rows in order."""
     out = rows.new_empty(rows.shape[0], out_features)
     sizes = [size for _, size in runs]
     for (expert, _), source, target in zip(runs, rows.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True):
         if biases is None:
-            torch.mm(source, weights[expert], out=target)
+            torch.mm(source, weights(expert), out=target)
         else:
-            torch.addmm(biases[expert], source, weights[expert], out=target)
+            torch.addmm(biases[expert], source, weights(expert), out=target)
     return out
