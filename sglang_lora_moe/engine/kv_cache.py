@@ -36,14 +36,9 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         if num_pages < 2:
             raise ValueError(f"a KV cache needs at least 2 pages (page 0 is the dump page), got {num_pages}")
-        self.num_pages = num_pages
+        self.total = num_pages - 1  # pages that requests can own
         self.refs = [0] * num_pages
         self.free = list(range(num_pages - 1, 0, -1))  # a stack, lowest page on top
-
-    @property
-    def total(self) -> int:
-        """Pages that requests can own."""
-        return self.num_pages - 1
 
     def take(self) -> int:
         page = self.free.pop()

@@ -46,6 +46,7 @@ class Scheduler:
 
     def __init__(self, cache: PrefixCache, slots: SlotTable | None, limits: Limits) -> None:
         self.cache, self.slots, self.limits = cache, slots, limits
+        self.capacity = min(limits.max_model_len, cache.pool.total * cache.page_size)  # most tokens that one request can ever have
         self.waiting: list[Request] = []  # by arrival
         self.running: list[Request] = []  # by arrival, so that the last one is the youngest
         self.requests: dict[str, Request] = {}
@@ -55,11 +56,6 @@ class Scheduler:
         self._pass = 0
         self._dirty = True  # something changed since the last admission scan that admitted nothing
         self._pending_keys: set[bytes] = set()  # page keys that running requests are about to compute
-
-    @property
-    def capacity(self) -> int:
-        """Most tokens that one request can ever have."""
-        return min(self.limits.max_model_len, self.cache.pool.total * self.cache.page_size)
 
     @property
     def has_work(self) -> bool:

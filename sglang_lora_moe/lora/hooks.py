@@ -19,9 +19,6 @@ from sglang_lora_moe.moe.backends import make_lora_ops
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import LoRAHooks, RunnerInput
 
-# What `shrink` returns goes to the matching `*_with_delta` unread: a tensor [P, shrink_width] or a backend's own form.
-RankSpace = Any
-
 
 class AddendOps(Protocol):
     """LoRA functions of a backend whose GEMMs add B s themselves. Pairs of slot -1 and slots of rank 0 get no delta."""
@@ -34,15 +31,15 @@ class AddendOps(Protocol):
 class SeparateOps(Protocol):
     """LoRA functions of a backend whose GEMMs know no adapters."""
 
-    def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> RankSpace:
-        """A x of every pair with an adapter, float32; rows as above."""
+    def shrink(self, inp: RunnerInput, rows: torch.Tensor, stack_a: Stack, routing: Routing, rows_from: str) -> Any:
+        """s = A x of every pair with an adapter, float32, in the backend's own form; rows as above."""
         ...
 
-    def act_with_delta(self, inp: RunnerInput, gate_up: torch.Tensor, s: RankSpace, stack_b: Stack, routing: Routing) -> torch.Tensor:
+    def act_with_delta(self, inp: RunnerInput, gate_up: torch.Tensor, s: Any, stack_b: Stack, routing: Routing) -> torch.Tensor:
         """act(gate_up + scaling * B s) [P, I]; the sum is in float32. `gate_up` may be overwritten."""
         ...
 
-    def combine_with_delta(self, inp: RunnerInput, down: torch.Tensor, s: RankSpace, stack_b: Stack, routing: Routing) -> torch.Tensor:
+    def combine_with_delta(self, inp: RunnerInput, down: torch.Tensor, s: Any, stack_b: Stack, routing: Routing) -> torch.Tensor:
         """The layer's output [M, H]: router-weighted sum of down + scaling * B s, in float32. `down` may be overwritten."""
         ...
 

@@ -52,15 +52,12 @@ class PoolLayout:
         self.max_rank, self.dtype = max_rank, dtype
         self._align = ALIGN_BYTES // dtype.itemsize
         self.slot_elements = sum(self._capacity(target) for target in targets)
+        self.slot_bytes = self.slot_elements * dtype.itemsize
         self.first_row: dict[str, int] = {}  # of a target's stacks in the tables
         self.num_stacks = 0
         for target in targets:
             self.first_row[target.name] = self.num_stacks
             self.num_stacks += 4 if isinstance(target, ExpertTarget) else 2
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.slot_elements * self.dtype.itemsize
 
     def pack(self, adapter: AdapterWeights, allocate: Callable[[int], torch.Tensor] | None = None) -> PackedAdapter:
         """Lay a whole adapter out; ValueError if it is not one of this layout. `allocate` as in `pack_modules`."""

@@ -18,12 +18,10 @@ class SlotTable:
         self.pinned: set[str] = set()  # revisions; at most num_slots - 1, which the registry checks
         self.draining: dict[int, str] = {}  # slot -> the revision it is drained for
         self.absent: set[str] = set()  # revisions whose weights are not in host memory, so that no slot can be filled with them
-        self._slot_of: dict[str, int] = {}
+        self._slot_of: dict[str, int] = {}  # in the order in which they got their slots
         self.free = list(range(num_slots - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # resident without users, next to be reused first
         self.filling: set[int] = set()  # slots whose weights are on their way
-        self._arrived = [0] * num_slots  # when each slot's adapter came
-        self._arrivals = 0
         self._writes: list[tuple[int, str]] = []
         self._wanted: dict[str, None] = {}
 
@@ -82,8 +80,6 @@ class SlotTable:
         """The weights of the slot's revision are there."""
         self.filling.remove(slot)
         self._idle[slot] = None
-        self._arrivals += 1
-        self._arrived[slot] = self._arrivals
 
     def take_writes(self) -> list[tuple[int, str]]:
         """(slot, revision) pairs reserved since the last call; `filled` says when their weights are there."""
@@ -121,10 +117,10 @@ class SlotTable:
         return [slot for slot, users in enumerate(self.users) if users > 0 and slot not in self.draining and self.revision_of[slot] not in self.pinned]
 
     def _evict(self) -> int | None:
-        candidates = [slot for slot in self._idle if self.revision_of[slot] not in self.pinned]
-        if not candidates:
+        order = self._idle if self.policy == "lru" else self._slot_of.values()
+        slot = next((slot for slot in order if slot in self._idle and self.revision_of[slot] not in self.pinned), None)
+        if slot is None:
             return None
-        slot = candidates[0] if self.policy == "lru" else min(candidates, key=lambda candidate: self._arrived[candidate])
         revision = self.revision_of[slot]
         assert revision is not None
         del self._idle[slot], self._slot_of[revision]

@@ -50,8 +50,9 @@ class MoESpec:
             raise ValueError(f"a router weight on the expert's input needs top_k 1, got top_k {self.top_k}: one x cannot carry several weights")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k must be in 1..num_experts ({self.num_experts}), got {self.top_k}")
-        if (self.swiglu_alpha is not None or self.swiglu_limit is not None) and not (self.gated and self.activation == "silu"):
-            raise ValueError("swiglu_alpha and swiglu_limit belong to the gated silu activation")
+        clamped = (self.swiglu_alpha is not None, self.swiglu_limit is not None)
+        if any(clamped) and not (all(clamped) and self.gated and self.activation == "silu"):
+            raise ValueError("swiglu_alpha and swiglu_limit come together and belong to the gated silu activation")
 
     @property
     def w13_rows(self) -> int:
@@ -71,9 +72,7 @@ def apply_activation(gate_up: torch.Tensor, spec: MoESpec) -> torch.Tensor:
     if not spec.gated:
         return ACTIVATIONS[spec.activation](gate_up)
     gate, up = gate_up.split(spec.intermediate_size, dim=-1)
-    if spec.swiglu_limit is None and spec.swiglu_alpha is None:
+    if spec.swiglu_limit is None or spec.swiglu_alpha is None:
         return ACTIVATIONS[spec.activation](gate).mul_(up)
-    if spec.swiglu_limit is not None:
-        gate, up = gate.clamp(max=spec.swiglu_limit), up.clamp(-spec.swiglu_limit, spec.swiglu_limit)
-    alpha = 1.0 if spec.swiglu_alpha is None else spec.swiglu_alpha
-    return torch.sigmoid(gate * alpha).mul_(gate).mul_(up + 1)
+    gate, up = gate.clamp(max=spec.swiglu_limit), up.clamp(-spec.swiglu_limit, spec.swiglu_limit)
+    return torch.sigmoid(gate * spec.swiglu_alpha).mul_(gate).mul_(up + 1)

@@ -61,7 +61,7 @@ class QuantMethod(ABC):
     def get_triton_quant_info(self, layer: nn.Module) -> TritonQuantInfo:
         self._refuse("triton")
 
-    def get_marlin_quant_info(self, layer: nn.Module) -> Any:
+    def get_marlin_quant_info(self, layer: nn.Module) -> Any:  # TritonQuantInfo of integer weights, which the core converts once
         self._refuse("marlin")
 
     def release_weights(self, layer: nn.Module) -> None:

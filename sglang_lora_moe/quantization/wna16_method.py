@@ -1,6 +1,5 @@
 """Experts with integer weights (int4 and int8): storage, and the forms in which backends read them."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,6 @@ from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequant
 
 MARLIN_GROUPS = frozenset({32, 64, 128, -1})  # what the marlin backend reads, as `ops/marlin_moe.py` checks
 MARLIN_DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class WNA16QuantInfo(TritonQuantInfo):
-    """`TritonQuantInfo` of integer weights, which a core may convert once."""
-
-    w13: WNA16Weight
-    w2: WNA16Weight
 
 
 class WNA16Method(QuantMethod):
@@ -53,8 +44,8 @@ class WNA16Method(QuantMethod):
     def get_triton_quant_info(self, layer: Any) -> TritonQuantInfo:
         return TritonQuantInfo(*self.weights(layer), layer.b13, layer.b2)
 
-    def get_marlin_quant_info(self, layer: Any) -> WNA16QuantInfo:
-        return WNA16QuantInfo(*self.weights(layer), layer.b13, layer.b2)
+    def get_marlin_quant_info(self, layer: Any) -> TritonQuantInfo:
+        return self.get_triton_quant_info(layer)
 
     def release_weights(self, layer: nn.Module) -> None:
         for prefix in ("w13_", "w2_"):

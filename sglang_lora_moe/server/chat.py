@@ -39,11 +39,8 @@ class ChatRenderer:
         if self._tokenizer is None:
             raise RequestError("messages: this model has no tokenizer; send token ids to /v1/completions or /generate", param="messages", code="no_tokenizer")
         if self._template is None:
-            raise RequestError(
-                "messages: the tokenizer of this model has no chat template; use /v1/completions, or start the server with --chat-template FILE",
-                param="messages",
-                code="no_chat_template",
-            )
+            way_out = "use /v1/completions, or start the server with --chat-template FILE"
+            raise RequestError(f"messages: the tokenizer of this model has no chat template; {way_out}", param="messages", code="no_chat_template")
         messages = [message.plain(f"messages.{i}") for i, message in enumerate(request.messages)]
         continues = request.continue_final_message
         try:

@@ -80,10 +80,8 @@ class ChatMessage(f.RequestModel):
 
     unsupported: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {
         "tool_calls": (([],), _TOOLS),
-        "tool_call_id": ((), _TOOLS),
-        "function_call": ((), _TOOLS),
-        "refusal": ((), f.NOT_IMPLEMENTED),
-        "audio": ((), f.NOT_IMPLEMENTED),
+        **dict.fromkeys(("tool_call_id", "function_call"), ((), _TOOLS)),
+        **dict.fromkeys(("refusal", "audio"), ((), f.NOT_IMPLEMENTED)),
         "annotations": (([],), f.NOT_IMPLEMENTED),
     }
     role: Literal["system", "developer", "user", "assistant"]
@@ -120,11 +118,9 @@ class ChatRequest(OpenAIRequest):
     """POST /v1/chat/completions."""
 
     unsupported = _COMMON_UNSUPPORTED | {
-        "tools": (([],), _TOOLS),
-        "tool_choice": (("none", "auto"), _TOOLS),
+        **dict.fromkeys(("tools", "functions"), (([],), _TOOLS)),
+        **dict.fromkeys(("tool_choice", "function_call"), (("none", "auto"), _TOOLS)),
         "parallel_tool_calls": ((True, False), _TOOLS),
-        "functions": (([],), _TOOLS),
-        "function_call": (("none", "auto"), _TOOLS),
         "modalities": ((["text"],), "this server answers in text only"),
         "audio": ((), "this server answers in text only"),
         "prediction": ((), f"a predicted output {f.NOT_IMPLEMENTED}"),

@@ -17,9 +17,10 @@ from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation, marlin_moe_repack
+from sglang_lora_moe.quantization.base import TritonQuantInfo
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize
-from sglang_lora_moe.quantization.wna16_method import WNA16Method, WNA16QuantInfo
+from sglang_lora_moe.quantization.wna16_method import WNA16Method
 from tests.moe.test_triton import Poisoned
 from tests.moe_cases import LAYOUTS, MoECase, full_grid, make_case
 from tests.quantize import quantize
@@ -34,11 +35,11 @@ UNGATED = MoESpec(8, 2, 128, 96, activation="relu2", gated=False)
 class Quantized:
     """Stands in for a quantization method: canonical tensors on any device."""
 
-    info: WNA16QuantInfo
+    info: TritonQuantInfo
     name: str = "int4"
     backends: tuple[str, ...] = ("marlin",)
 
-    def get_marlin_quant_info(self, layer: Any) -> WNA16QuantInfo:
+    def get_marlin_quant_info(self, layer: Any) -> TritonQuantInfo:
         return self.info
 
 
@@ -46,7 +47,7 @@ def quantized(case: MoECase, bits: int = 4, group: int = 32, symmetric: bool = T
     """The case with weights that are exactly what the quantized ones mean."""
     w13, w2 = (quantize(w, bits, group, symmetric, case.x.dtype) for w in (case.w13, case.w2))
     exact = replace(case, w13=dequantize(w13, case.x.dtype), w2=dequantize(w2, case.x.dtype))
-    return exact, Quantized(WNA16QuantInfo(w13, w2, case.b13, case.b2))
+    return exact, Quantized(TritonQuantInfo(w13, w2, case.b13, case.b2))
 
 
 def run(case: MoECase, info: Any, core: MarlinRunnerCore, lora: bool = True, workspace: Workspace | None = None) -> torch.Tensor:

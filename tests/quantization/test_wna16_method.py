@@ -19,7 +19,7 @@ from sglang_lora_moe.quantization.base import TritonQuantInfo
 from sglang_lora_moe.quantization.linear import QuantizedLinear
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
 from sglang_lora_moe.quantization.wna16 import QuantizationError, WNA16Scheme, WNA16Weight, dequantize, unpack
-from sglang_lora_moe.quantization.wna16_method import WNA16Method, WNA16QuantInfo
+from sglang_lora_moe.quantization.wna16_method import WNA16Method
 from tests.quantize import quantize
 
 EXPERTS, TOP_K, HIDDEN, INTER = 4, 2, 128, 64
@@ -83,7 +83,7 @@ def test_backends_are_given_the_canonical_tensors() -> None:
     method = WNA16Method(WNA16Scheme(4, 32, False, "awq"))
     layer = make_experts(method, torch.bfloat16)
     for info in (method.get_marlin_quant_info(layer), method.get_triton_quant_info(layer)):
-        assert isinstance(info, WNA16QuantInfo | TritonQuantInfo)
+        assert isinstance(info, TritonQuantInfo)
         assert info.w13.packed.shape == (EXPERTS, 2 * INTER, HIDDEN // 8) and info.w13.packed.dtype == torch.int32
         assert info.w13.scales.shape == (EXPERTS, 2 * INTER, HIDDEN // 32) and info.w13.scales.dtype == torch.bfloat16
         assert info.w2.zeros is not None and info.w2.zeros.shape == (EXPERTS, HIDDEN, INTER // 32) and info.w2.zeros.dtype == torch.uint8
