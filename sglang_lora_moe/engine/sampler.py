@@ -25,10 +25,6 @@ _GREEDY_TEMPERATURE = 1e-5  # below this, dividing by it leaves nothing to chanc
 _FIRST_CANDIDATES = 256  # top_p without top_k looks at so many tokens before it sorts the whole vocabulary
 
 
-def is_greedy(request: Request) -> bool:
-    return request.sampling.temperature < _GREEDY_TEMPERATURE or request.sampling.top_k == 1
-
-
 class Logprobs:
     """Log-probabilities on their way to the host: of one token per row of logits [N, V], and of the `tops[i]` best of row i.
 
@@ -196,7 +192,7 @@ class Sampler:
 
     def _make_plan(self, requests: list[Request]) -> _Plan:
         params = [request.sampling for request in requests]
-        argmax = [is_greedy(request) for request in requests]
+        argmax = [p.temperature < _GREEDY_TEMPERATURE or p.top_k == 1 for p in params]
         biased = [(row, token, value) for row, p in enumerate(params) for token, value in p.logit_bias.items()]
         penalised = [row for row, p in enumerate(params) if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty]
         min_new = [row for row, p in enumerate(params) if p.min_new_tokens > 0]

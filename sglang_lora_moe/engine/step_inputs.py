@@ -18,8 +18,7 @@ class _Staging:
     """Host memory for the inputs of one step: the context's own on a CPU, else pinned, with the event of its last transfer."""
 
     def __init__(self, ctx: StepContext) -> None:
-        self.pinned = ctx.device.type != "cpu"
-        if self.pinned:
+        if ctx.device.type != "cpu":
             self.flat, views = ctx.make_inputs("cpu", pin_memory=True)
             self.sent = torch.cuda.Event()
         else:

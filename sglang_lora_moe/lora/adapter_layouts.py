@@ -113,10 +113,8 @@ def read_experts(source: AdapterSource, target: ExpertTarget, keys: list[ExpertK
         return ExpertLoRA(a13, b13, split, scaling13)
     down = projections["down"]
     scaling2 = _reference_scaling(down.b)
-    a2 = _allocate(source, target, down.a, down.rank, target.intermediate)
-    b2 = _allocate(source, target, down.b, target.hidden, down.rank)
-    _fill(source, a2, down.a)
-    _fill(source, b2, down.b, scaling2)
+    a2 = _fill(source, target, [(down.a, 0)], down.rank, target.intermediate)
+    b2 = _fill(source, target, [(down.b, 0)], target.hidden, down.rank, scaling2)
     return ExpertLoRA(a13, b13, split, scaling13, a2, b2, scaling2)
 
 
@@ -295,14 +293,16 @@ def _reference_scaling(pieces: Iterable[Piece]) -> float:
     return max((piece.scaling for piece in pieces), key=abs)
 
 
-def _allocate(source: AdapterSource, target: ExpertTarget, pieces: list[Piece], rows: int, cols: int) -> Tensor:
-    shared = all(piece.expert is None and piece.shape[0] == 1 for piece in pieces)
-    return torch.zeros(1 if shared else target.num_experts, rows, cols, dtype=source.dtype)
+def _fill(
+    source: AdapterSource, target: ExpertTarget, parts: list[tuple[list[Piece], int]], rows: int, cols: int, reference: float = 0.0, order: Tensor | None = None
+) -> Tensor:
+    """[E, rows, cols], or [1, rows, cols] where all experts share them, of pieces with the row that each list of them begins at.
 
-
-def _fill(source: AdapterSource, out: Tensor, pieces: list[Piece], reference: float | None = None, row: int = 0, order: Tensor | None = None) -> None:
-    """Copy pieces into out [n, rows, cols] from `row` on, B pieces times scaling / reference, their rows taken in `order`."""
-    for piece in pieces:
+    B pieces are multiplied by scaling / `reference`, and their rows taken in `order`.
+    """
+    shared = all(piece.expert is None and piece.shape[0] == 1 for pieces, _ in parts for piece in pieces)
+    out = torch.zeros(1 if shared else target.num_experts, rows, cols, dtype=source.dtype)
+    for piece, row in ((piece, row) for pieces, row in parts for piece in pieces):
         tensor = piece.transform(source.file.read(piece.key))
         if order is not None:
             tensor = tensor[:, order]
@@ -310,31 +310,22 @@ def _fill(source: AdapterSource, out: Tensor, pieces: list[Piece], reference: fl
             tensor = tensor.float() * (piece.scaling / reference)
         place = out if piece.expert is None else out[piece.expert : piece.expert + 1]
         place[:, row : row + tensor.shape[1], : tensor.shape[2]].copy_(tensor)
+    return out
 
 
 def _fill_w13(source: AdapterSource, target: ExpertTarget, parts: dict[str, Projection]) -> tuple[Tensor, Tensor, bool, float]:
     """(a13, b13, split_a, scaling13) from gate_up, or from gate and up (either may be missing)."""
-    rank, b_pieces = max(part.rank for part in parts.values()), [piece for part in parts.values() for piece in part.b]
-    scaling = _reference_scaling(b_pieces)
-    b13 = _allocate(source, target, b_pieces, target.w13_rows, rank)
+    rank, scaling = max(part.rank for part in parts.values()), _reference_scaling(piece for part in parts.values() for piece in part.b)
     if "gate_up" in parts:
-        part = parts["gate_up"]
-        a13 = _allocate(source, target, part.a, part.a[0].shape[1] if part.split else rank, target.hidden)
-        _fill(source, a13, part.a)
-        rows = torch.arange(target.w13_rows)
-        _fill(source, b13, part.b, scaling, order=torch.cat([rows[0::2], rows[1::2]]) if target.interleaved_gate_up else None)
-        return a13, b13, part.split, scaling
-    for name, part in parts.items():
-        _fill(source, b13, part.b, scaling, row=target.intermediate if name == "up" and target.gated else 0)
-    if len(parts) == 1 or _same_a(source, parts["gate"], parts["up"]):
-        part = next(iter(parts.values()))
-        a13 = _allocate(source, target, part.a, rank, target.hidden)
-        _fill(source, a13, part.a)
-        return a13, b13, False, scaling
-    a13 = _allocate(source, target, parts["gate"].a + parts["up"].a, 2 * rank, target.hidden)
-    _fill(source, a13, parts["gate"].a)
-    _fill(source, a13, parts["up"].a, row=rank)
-    return a13, b13, True, scaling
+        part, rows = parts["gate_up"], torch.arange(target.w13_rows)
+        order = torch.cat([rows[0::2], rows[1::2]]) if target.interleaved_gate_up else None
+        a13 = _fill(source, target, [(part.a, 0)], part.a[0].shape[1] if part.split else rank, target.hidden)
+        return a13, _fill(source, target, [(part.b, 0)], target.w13_rows, rank, scaling, order), part.split, scaling
+    b_parts = [(part.b, target.intermediate if name == "up" and target.gated else 0) for name, part in parts.items()]
+    b13 = _fill(source, target, b_parts, target.w13_rows, rank, scaling)
+    split = len(parts) == 2 and not _same_a(source, parts["gate"], parts["up"])
+    a_parts = [(parts["gate"].a, 0), (parts["up"].a, rank)] if split else [(next(iter(parts.values())).a, 0)]
+    return _fill(source, target, a_parts, 2 * rank if split else rank, target.hidden), b13, split, scaling
 
 
 def _same_a(source: AdapterSource, gate: Projection, up: Projection) -> bool:

@@ -17,33 +17,32 @@ class SlotViews:
         self.scaling = float(stack.scaling[slot])
         self.split_a = bool(stack.split_a[slot])
         self._offset, self._stride = int(stack.offset[slot]), int(stack.expert_stride[slot])
-        self._a: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._b: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._views: dict[int, tuple[torch.Tensor, ...]] = {}  # by expert: A transposed, or the parts of B transposed
 
     def a_t(self, expert: int = 0) -> torch.Tensor:
         """A transposed, [in, c * rank] float32 (a view where the pool is float32)."""
-        view = self._a.get(expert)
-        if view is None:
+        views = self._views.get(expert)
+        if views is None:
             shape = (self.dim, self.rank * (2 if self.split_a else 1))
-            view = self._keep(self._a, expert, (self.pool.as_strided(shape, (1, self.dim), self._offset + expert * self._stride),))
-        return view[0]
+            views = self._keep(expert, (self.pool.as_strided(shape, (1, self.dim), self._offset + expert * self._stride),))
+        return views[0]
 
     def b_t(self, expert: int = 0) -> tuple[torch.Tensor, ...]:
         """B transposed, float32: one [rank, out], or with split A its two halves [rank, out / 2]."""
-        views = self._b.get(expert)
+        views = self._views.get(expert)
         if views is None:
             b_t = self.rows(expert).t()
-            views = self._keep(self._b, expert, b_t.chunk(2, dim=1) if self.split_a else (b_t,))
+            views = self._keep(expert, b_t.chunk(2, dim=1) if self.split_a else (b_t,))
         return views
 
     def rows(self, expert: int = 0) -> torch.Tensor:
         """The matrix [dim, rank] as it lies in the pool: B, or an embedding's transposed A."""
         return self.pool.as_strided((self.dim, self.rank), (self.rank, 1), self._offset + expert * self._stride)
 
-    def _keep(self, cache: dict[int, tuple[torch.Tensor, ...]], expert: int, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _keep(self, expert: int, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if views[0].dtype != torch.float32:
             return tuple(view.float() for view in views)  # copies: not worth keeping
-        cache[expert] = views
+        self._views[expert] = views
         return views
 
 

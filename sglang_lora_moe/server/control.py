@@ -16,7 +16,7 @@ from sglang_lora_moe.server.fields import RequestModel
 from sglang_lora_moe.server.service import Service, new_id
 
 HEALTH_SECONDS = 20.0
-_SECRETS = ("api_key", "admin_api_key")
+_SECRETS = ("api_key", "admin_api_key")  # of which only is said whether there is one
 
 
 class AbortRequest(RequestModel):
@@ -51,8 +51,9 @@ def control_routes(service: Service) -> APIRouter:
     @router.get("/server_info")
     @router.get("/get_server_info")
     async def server_info() -> dict[str, Any]:
-        adapters = await service.names.refresh()
-        return {"version": __version__, "config": _masked(engine.config), "stats": await engine.stats(), "adapters": list(adapters.values())}
+        adapters, config = await service.names.refresh(), dataclasses.asdict(engine.config)
+        config |= {name: "***" for name in _SECRETS if config[name] is not None}
+        return {"version": __version__, "config": config, "stats": await engine.stats(), "adapters": list(adapters.values())}
 
     @router.get("/flush_cache", include_in_schema=False)
     @router.post("/flush_cache")
@@ -89,9 +90,3 @@ async def _generates(service: Service) -> bool:
             if chunk.finish_reason is not None:
                 return True
     return False
-
-
-def _masked(config: Any) -> dict[str, Any]:
-    """The configuration; of a key only whether there is one."""
-    values = dataclasses.asdict(config)
-    return values | {name: "***" for name in _SECRETS if values[name] is not None}
