@@ -75,11 +75,7 @@ class AdapterConfig:
 
 def _lookup(patterns: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
-    for name in names:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-    return default
+    return next((value for name in names for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
 
 
 def read_config(directory: Path) -> AdapterConfig:

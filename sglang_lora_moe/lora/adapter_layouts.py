@@ -10,7 +10,6 @@ tensor is read once and copied to its place.
     flattened (PEFT 0.17+)  experts.lora_A [E * R, in], lora_B [out, R * E]; two parameters of one module nest as experts.base_layer
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -81,6 +80,10 @@ class Piece:
     transform: Callable[[Tensor], Tensor]
     scaling: float = 1.0  # of B pieces
 
+    @property
+    def shared(self) -> bool:
+        return self.expert is None and self.shape[0] == 1
+
 
 @dataclass
 class Projection:
@@ -90,10 +93,6 @@ class Projection:
     b: list[Piece]
     rank: int
     split: bool = False
-
-    @property
-    def shared_a(self) -> bool:
-        return len(self.a) == 1 and self.a[0].expert is None and self.a[0].shape[0] == 1
 
 
 def read_experts(source: AdapterSource, target: ExpertTarget, keys: list[ExpertKey]) -> ExpertLoRA:
@@ -300,7 +299,7 @@ def _fill(
 
     B pieces are multiplied by scaling / `reference`, and their rows taken in `order`.
     """
-    shared = all(piece.expert is None and piece.shape[0] == 1 for pieces, _ in parts for piece in pieces)
+    shared = all(piece.shared for pieces, _ in parts for piece in pieces)
     out = torch.zeros(1 if shared else target.num_experts, rows, cols, dtype=source.dtype)
     for piece, row in ((piece, row) for pieces, row in parts for piece in pieces):
         tensor = piece.transform(source.file.read(piece.key))
@@ -330,7 +329,7 @@ def _fill_w13(source: AdapterSource, target: ExpertTarget, parts: dict[str, Proj
 
 def _same_a(source: AdapterSource, gate: Projection, up: Projection) -> bool:
     """Whether gate and up share one A, as shared-outer files write it twice; then it is stored and multiplied once."""
-    if not (gate.shared_a and up.shared_a) or math.prod(gate.a[0].shape) != math.prod(up.a[0].shape):
+    if not (gate.a[0].shared and up.a[0].shared and gate.a[0].shape == up.a[0].shape):
         return False
     return torch.equal(source.file.read(gate.a[0].key).flatten(), source.file.read(up.a[0].key).flatten())
 

@@ -33,10 +33,7 @@ class TensorPlace:
     def put(self, opened: Any, key: str, piece: Piece | None) -> None:
         if piece is not None:
             raise LoadError("is one expert's tensor, but the model has no experts of that name")
-        tensor = _floating(opened.get_tensor(key))
-        if tensor.shape != self.shape:
-            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(self.shape)}")
-        tensor = tensor.to(self.storage.device, self.storage.dtype).view(self.storage.shape)
+        tensor = _floating(opened.get_tensor(key), self.shape).to(self.storage.device, self.storage.dtype).view(self.storage.shape)
         if self.filled and not torch.equal(self.storage, tensor):
             raise LoadError("differs from another tensor that the model ties it to; set tie_word_embeddings to false in config.json")
         self.storage.copy_(tensor)
@@ -69,10 +66,8 @@ class ExpertsPlace:
         if piece is None:
             self._put_whole(opened.get_slice(key))
             return
-        place, tensor = self.storage[_rows_of(piece, self.storage, self.num_parts)], _floating(opened.get_tensor(key))
-        if tensor.shape != place.shape:
-            raise LoadError(f"has shape {list(tensor.shape)}, expected {list(place.shape)}")
-        place.copy_(tensor)
+        place = self.storage[_rows_of(piece, self.storage, self.num_parts)]
+        place.copy_(_floating(opened.get_tensor(key), place.shape))
         self.pieces.add(piece)
 
     def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
@@ -86,7 +81,7 @@ class ExpertsPlace:
         if found != expected:
             raise LoadError(f"has shape {found}, expected {expected}")
         for expert in range(found[0]):
-            tensor = _floating(read[expert : expert + 1])[0]
+            tensor = _floating(read[expert : expert + 1], (1, *expected[1:]))[0]
             tensor = tensor.T if self.transposed else tensor
             self.storage[expert].copy_(torch.cat([tensor[0::2], tensor[1::2]]) if self.interleaved else tensor)
             self.pieces.update((expert, part) for part in range(self.num_parts))
@@ -190,7 +185,10 @@ def _expert_places(experts: Any) -> Iterator[tuple[str, Place]]:
         yield f"{experts.name}.down_proj_bias", ExpertsPlace(experts.b2.detach(), 1, False, False)
 
 
-def _floating(tensor: torch.Tensor) -> torch.Tensor:
+def _floating(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`tensor`, if it is of floating point and of this shape."""
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise LoadError(f"has dtype {tensor.dtype}, expected float32, float16 or bfloat16 (the checkpoint seems quantized)")
+    if tensor.shape != shape:
+        raise LoadError(f"has shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor

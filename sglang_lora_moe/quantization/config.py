@@ -6,23 +6,25 @@ in transformers' model): a rule holds for it if it matches one of them.
 """
 
 import re
-from typing import Any, NoReturn, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NoReturn
 
 from sglang_lora_moe.quantization.wna16 import QuantizationError, WNA16Scheme
 
 SERVED = "compressed-tensors (pack-quantized), gptq and awq with int4 or int8 weights"
 
 
-class QuantizationConfig(Protocol):
+class QuantizationConfig(ABC):
     """What a parsed `quantization_config` answers."""
 
+    @abstractmethod
     def scheme_for(self, *names: str) -> WNA16Scheme | None:
         """The scheme of the linear known by `names`; None = the rules except it."""
-        ...
 
     def covers_by_default(self, name: str) -> bool:
-        """Whether a linear that no rule names is quantized, for want of files that show it (dummy weights)."""
-        ...
+        """Whether a linear that no rule names is quantized, for want of files that show it (dummy weights): GPTQ and AWQ tools
+        quantize the decoder layers' linears, without the one-row gates of shared experts."""
+        return ".layers." in name and not name.endswith("_gate")
 
 
 def parse_quantization_config(config: dict[str, Any]) -> QuantizationConfig:
@@ -34,7 +36,7 @@ def parse_quantization_config(config: dict[str, Any]) -> QuantizationConfig:
     return parsers[method](config)  # type: ignore[call-arg]
 
 
-class CompressedTensorsConfig:
+class CompressedTensorsConfig(QuantizationConfig):
     """Groups of targets (module names, "re:" patterns, class names), each with a scheme, and a list of ignored modules."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -92,7 +94,7 @@ def _packed_scheme(place: str, group: dict[str, Any], default_format: Any) -> WN
     return WNA16Scheme(_bits(f"{place}.weights.num_bits", weights.get("num_bits")), size, bool(weights.get("symmetric", True)), "compressed-tensors")
 
 
-class GPTQConfig:
+class GPTQConfig(QuantizationConfig):
     """One scheme, and gptqmodel's `dynamic` rules: pattern -> other fields, or "-:pattern" = left in 16 bit.
 
     The tool quantizes the decoder layers' linears except what it knows to be sensitive (routers, for example), of which the
@@ -125,10 +127,10 @@ class GPTQConfig:
         return self.scheme
 
     def covers_by_default(self, name: str) -> bool:
-        return _in_decoder(name) or (self.lm_head and name.endswith("lm_head"))
+        return super().covers_by_default(name) or (self.lm_head and name.endswith("lm_head"))
 
 
-class AWQConfig:
+class AWQConfig(QuantizationConfig):
     """One scheme, always with zero points, and names of modules that stay in 16 bit."""
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -141,18 +143,11 @@ class AWQConfig:
         if bits != 4:
             _refuse("bits", bits, "the gemm layout of AWQ has 4 bits")
         self.scheme = WNA16Scheme(bits, _group_size("group_size", config.get("group_size", config.get("q_group_size"))), False, "awq")
-        self._excepted = [tuple(entry.split(".")) for entry in config.get("modules_to_not_convert") or []]
+        self._excepted: list[str] = config.get("modules_to_not_convert") or []
 
     def scheme_for(self, *names: str) -> WNA16Scheme | None:
         """An exception is one or more whole components of a name: "gate" means mlp.gate, not gate_proj."""
-        for name in names:
-            parts = tuple(name.split("."))
-            if any(parts[i : i + len(entry)] == entry for entry in self._excepted for i in range(len(parts) - len(entry) + 1)):
-                return None
-        return self.scheme
-
-    def covers_by_default(self, name: str) -> bool:
-        return _in_decoder(name)
+        return None if any(f".{entry}." in f".{name}." for entry in self._excepted for name in names) else self.scheme
 
 
 def _bits(place: str, value: Any) -> int:
@@ -172,11 +167,6 @@ def _pattern(place: str, text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         _refuse(place, text, f"it is not a regular expression ({error})")
-
-
-def _in_decoder(name: str) -> bool:
-    """What GPTQ and AWQ tools quantize: the decoder layers' linears, without the one-row gates of shared experts."""
-    return ".layers." in name and not name.endswith("_gate")
 
 
 def _refuse(place: str, value: Any, why: str) -> NoReturn:
