@@ -31,6 +31,7 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, config: Config) -> "EngineProcess":
+        """Start the child. A new interpreter, not a fork: it takes over no thread, socket or signal handler of the server."""
         folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-")
         if len(folder.name) > 80:  # the address of a Unix socket has at most 107 characters
             folder = tempfile.TemporaryDirectory(prefix="sglang-lora-moe-", dir="/tmp")
@@ -38,7 +39,18 @@ class EngineProcess:
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.set_hwm(0)
         socket.bind(address)
-        return cls(await _spawn(config, address), socket, folder)
+        root = str(Path(__file__).parents[2])  # so that the package is found however the parent found it
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-c", f"import sys; {ENTRY}; sys.exit(run())"]
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of a step that spin at its many small barriers stall on a busy machine; the user's own choice wins
+        environment = {**waiting, **os.environ, "PYTHONPATH": path}
+        # its own session: a Ctrl-C in the terminal would else hit it before it has a handler
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=environment, start_new_session=True)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({"config": dataclasses.asdict(config), "address": address}).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # it died already; whoever waits for it will see
+            await process.stdin.drain()
+        return cls(process, socket, folder)
 
     async def first_frame(self) -> bytes:
         """What the child says when it is ready or cannot be; RuntimeError if it ends without a word."""
@@ -74,19 +86,3 @@ def end_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: an interpreter that ends cannot take the lock of a blocked reader
         pass
     os._exit(0)  # at once, also in the middle of a step: nobody is left to hear of it
-
-
-async def _spawn(config: Config, address: str) -> asyncio.subprocess.Process:
-    """Start the child. A new interpreter, not a fork: it takes over no thread, socket or signal handler of the server."""
-    root = str(Path(__file__).parents[2])  # so that the package is found however the parent found it
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", f"import sys; {ENTRY}; sys.exit(run())"]
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of a step that spin at its many small barriers stall on a busy machine; the user's own choice wins
-    environment = {**waiting, **os.environ, "PYTHONPATH": path}
-    # its own session: a Ctrl-C in the terminal would else hit it before it has a handler
-    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE, env=environment, start_new_session=True)
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({"config": dataclasses.asdict(config), "address": address}).encode() + b"\n")
-    with contextlib.suppress(ConnectionError):  # it died already; whoever waits for it will see
-        await process.stdin.drain()
-    return process

@@ -18,6 +18,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 
 def root_key(revision: str | None) -> bytes:
@@ -75,14 +76,7 @@ class PrefixCache:
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
         """Pages of the longest known prefix of a key chain. Takes no references; follow with `hold` before allocating."""
-        pages: list[int] = []
-        if self.enabled:
-            for key in keys:
-                page = self._page_of.get(key)
-                if page is None:
-                    break
-                pages.append(page)
-        return pages
+        return [self._page_of[key] for key in takewhile(self._page_of.__contains__, keys)]
 
     def idle_among(self, pages: Iterable[int]) -> int:
         """How many of `pages` nobody holds: holding them takes them out of `available`."""

@@ -1,5 +1,6 @@
 """Turns every "auto" of the configuration into a decision, in one place (the build decides the experts' backend)."""
 
+import contextlib
 import json
 import logging
 import os
@@ -77,9 +78,7 @@ def _largest_rank(config: Config) -> int:
     """The largest rank of the adapters given at start. One that cannot be read is reported when it is loaded."""
     ranks = []
     for _, path, _ in config.lora_specs():
-        try:
+        with contextlib.suppress(ValueError):
             adapter = read_config(Path(path))
-        except ValueError:
-            continue
-        ranks.append(max([adapter.r, *adapter.rank_pattern.values()]))
+            ranks.append(max([adapter.r, *adapter.rank_pattern.values()]))
     return max(ranks, default=DEFAULT_MAX_LORA_RANK)

@@ -159,22 +159,19 @@ class Sampler:
             rows, ids, values = plan.bias
             z.index_put_((rows, ids), values, accumulate=True)
         if plan.penalties is not None:
-            rows, *penalties = plan.penalties
+            rows, repetition, presence, frequency = plan.penalties
             penalised = [plan.requests[row] for row in plan.penalised]
             last = inputs()[rows] if inputs is not None and any(request.tokens[-1] == PENDING for request in penalised) else None
-            z[rows] = self._penalise(z[rows], penalised, penalties, last)
+            counts, seen = self._history.gather(penalised, last)
+            own = z[rows]
+            own = torch.where(seen, torch.where(own > 0, own / repetition, own * repetition), own)
+            z[rows] = own - frequency * counts - presence * (counts > 0)
         if early:
             pairs = [(row, token) for row in early for token in plan.requests[row].stop_ids if token < self.vocab_size]
             if pairs:
                 rows, ids = to_device(pairs, torch.int64, self.device).unbind(1)
                 z.index_put_((rows, ids), z.new_full((), -math.inf))
         return z
-
-    def _penalise(self, z: torch.Tensor, requests: list[Request], penalties: list[torch.Tensor], last: torch.Tensor | None) -> torch.Tensor:
-        repetition, presence, frequency = penalties
-        counts, seen = self._history.gather(requests, last)
-        z = torch.where(seen, torch.where(z > 0, z / repetition, z * repetition), z)
-        return z - frequency * counts - presence * (counts > 0)
 
     @staticmethod
     def _cut(z: torch.Tensor, cut: _Filter) -> torch.Tensor:

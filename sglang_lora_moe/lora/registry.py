@@ -98,7 +98,5 @@ class LoRARegistry:
     def _check_pins(self, revision: str, old: AdapterEntry | None) -> None:
         pinned = {entry.revision for entry in self.loaded.values() if entry.pinned and entry is not old} | {revision}
         if len(pinned) >= self.num_slots:
-            raise RequestError(
-                f"at most {self.num_slots - 1} of {self.num_slots} adapter slots (--max-loras-per-batch) may be pinned, so that the others can be served",
-                400, "pinned",
-            )  # fmt: skip
+            most = f"at most {self.num_slots - 1} of {self.num_slots} adapter slots (--max-loras-per-batch) may be pinned"
+            raise RequestError(f"{most}, so that the others can be served", 400, "pinned")

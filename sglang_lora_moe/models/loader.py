@@ -50,8 +50,7 @@ class NameTable:
 
     def rename_module(self, name: str) -> str:
         """A checkpoint's module path as transformers' module path; expert numbers and leaf names (w1, gate_proj) stay."""
-        renamed = rename_source_key(f"{name}.weight", self.renamings, [])[0]
-        return renamed.removesuffix(".weight")
+        return rename_source_key(f"{name}.weight", self.renamings, [])[0].removesuffix(".weight")
 
 
 _LINEARISED = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")

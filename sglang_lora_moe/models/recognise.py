@@ -73,10 +73,12 @@ def find_experts(hf: nn.Module) -> dict[str, nn.Module]:
     """Experts modules that declare their layout, by path; refuses those that do not."""
     found = {}
     for path, module in hf.named_modules():
+        kind = type(module).__name__
+        looks_like_experts = path.rpartition(".")[2] == "experts" or ("Experts" in kind and "Shared" not in kind)
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
             found[path] = module
-        elif _looks_like_experts(path, module) and not any(path.startswith(f"{other}.") for other in found):
-            raise UnsupportedModelError(f"{path} is a {type(module).__name__}, experts that do not declare their weight layout to transformers")
+        elif looks_like_experts and not any(path.startswith(f"{other}.") for other in found):
+            raise UnsupportedModelError(f"{path} is a {kind}, experts that do not declare their weight layout to transformers")
     return found
 
 
@@ -91,11 +93,6 @@ def check_rotary(hf: nn.Module, max_model_len: int) -> int:
                 config: Any = module.config
                 max_model_len = min(max_model_len, int(config.rope_parameters.get("original_max_position_embeddings") or max_model_len))
     return max_model_len
-
-
-def _looks_like_experts(path: str, module: nn.Module) -> bool:
-    kind = type(module).__name__
-    return path.rpartition(".")[2] == "experts" or ("Experts" in kind and "Shared" not in kind)
 
 
 def _has_projections(module: nn.Module) -> bool:

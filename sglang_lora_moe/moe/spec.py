@@ -42,8 +42,7 @@ class MoESpec:
     def __post_init__(self) -> None:
         known = GATED_ACTIVATIONS if self.gated else tuple(ACTIVATIONS)
         if self.activation not in known:
-            kind = "gated" if self.gated else "ungated"
-            raise ValueError(f"experts with the {kind} activation {self.activation!r} are not supported; known: {', '.join(known)}")
+            raise ValueError(f"experts with the {'' if self.gated else 'un'}gated activation {self.activation!r} are not supported; known: {', '.join(known)}")
         if self.router_weight_on not in ("output", "input"):
             raise ValueError(f"router_weight_on must be 'output' or 'input', got {self.router_weight_on!r}")
         if self.router_weight_on == "input" and self.top_k != 1:

@@ -113,12 +113,15 @@ def _is_union_member(part: Any) -> bool:
 def install_error_handlers(app: FastAPI) -> None:
     """Give `app` the translation of each kind of exception."""
 
+    @app.exception_handler(RequestError)
     async def on_request_error(request: Request, error: Any) -> Response:
         return error_response(error)
 
+    @app.exception_handler(RequestValidationError)
     async def on_validation(request: Request, error: Any) -> Response:
         return error_response(validation_error(error.errors()))
 
+    @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: Any) -> Response:
         path, status = request.url.path, error.status_code
         if status == 400:  # FastAPI's word for a body that it cannot read
@@ -132,15 +135,11 @@ def install_error_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    @app.exception_handler(ClientGone)
     async def on_client_gone(request: Request, error: Any) -> Response:
         return Response(status_code=499)  # nobody reads it; the access log shows nginx's number for this
 
+    @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Any) -> Response:
         logger.error("%s %s failed: %r", request.method, request.url.path, error)  # the traceback follows from the HTTP server
         return error_response(RequestError(f"internal error: {type(error).__name__}", 500))
-
-    app.add_exception_handler(RequestError, on_request_error)
-    app.add_exception_handler(RequestValidationError, on_validation)
-    app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(ClientGone, on_client_gone)
-    app.add_exception_handler(Exception, on_bug)

@@ -12,6 +12,9 @@ from sglang_lora_moe.core import TokenLogprob
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _FLOOR = -9999.0  # what OpenAI reports for a probability of zero; JSON has no -inf
+# Byte-level BPE writes each byte as one printable character: printable Latin-1 as itself, the rest from U+0100 on
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + i): byte for i, byte in enumerate(sorted({*range(256)} - _PRINTABLE))}
 
 
 class TokenText:
@@ -58,16 +61,6 @@ class TokenText:
             if piece.startswith("\u2581"):  # SentencePiece's mark of a space, which decode() strips from a lone token
                 return piece.replace("\u2581", " ").encode()
         return str(self._tokenizer.decode([token_id])).encode()
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one printable character: printable Latin-1 as itself, the rest from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    shifted = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(shifted)}
-
-
-_BYTE_OF = _byte_level_alphabet()
 
 
 def finite(logprob: float | None) -> float | None:
