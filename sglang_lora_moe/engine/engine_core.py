@@ -35,7 +35,7 @@ class EngineCore:
         self.vocab_size, self.eos_ids = vocab_size, frozenset(eos_ids)
         self.num_steps = 0
         self._seeds = random.Random(seed)
-        self._entries: dict[Request, AdapterEntry] = {}
+        self._entries: dict[Request, AdapterEntry] = {}  # of requests with an adapter that have not ended
         self.is_stalled = False  # the last step had nothing to compute: whoever waits, waits for an adapter
         self._outbox: list[EngineMessage] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -73,7 +73,7 @@ class EngineCore:
             self._poll_adapters(self.lora)
         if not self.scheduler.can_run_ahead():
             self._collect()
-        batch, previous = self.scheduler.schedule(), self._in_flight
+        batch, previous = self.scheduler.schedule(), self._in_flight  # `previous` still runs: its tokens are not known yet
         self.is_stalled = batch is None and previous is None
         if self.lora is not None:
             self.lora.start_fills()

@@ -131,14 +131,18 @@ class Front:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int], capacity: int | None = None) -> None:
         self.tokenizer, self.vocab_size, self.capacity = tokenizer, vocab_size, capacity
         eos = getattr(tokenizer, "eos_token_id", None)
-        self._more_eos: list[Any] = [eos] if is_int(eos) and eos not in eos_ids else []  # chat models often end with another id than their config's
+        # A chat model often ends with another id than its config's
+        self._more_eos: list[Any] = [eos] if is_int(eos) and eos not in eos_ids else []
         self._decode = {skip: make_decode(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
         self._samples: dict[str, _Sample] = {}  # by the id that the engine knows, which is never used twice
         self._requests: dict[str, list[str]] = {}  # request -> ids of its samples that have not ended
         self._serial = 0
 
     def submit(self, request: GenerateRequest, ids: list[int] | None = None) -> list[Submit]:
-        """Check and register a request, giving it an id if it has none. The messages go to the engine, in order. `ids`: what `tokenize` gave."""
+        """Check and register a request, giving it an id if it has none: messages that go to the engine, in order. `ids`: what `tokenize` gave.
+
+        RequestError, and nothing registered, for a value that cannot be right.
+        """
         check_request(request.sampling, request.stop, request.n, request.logprobs, self.vocab_size)
         for name in ("skip_special_tokens", "no_stop_trim"):
             if not isinstance(getattr(request, name), bool):

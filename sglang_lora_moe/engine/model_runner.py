@@ -46,6 +46,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
         """Start the step. Its requests' tokens may be pending: then they are what the last launched step sampled."""
+        # Tokens and requests of the graph that fits, filled up with padding; 0 of a step that runs without one
         size = self.graphs.padded_size(batch) if self.graphs is not None else 0
         tokens, count = (size, size) if size or self.prefill_graphs is None else self.prefill_graphs.padded_size(batch)
         wanted = self.inputs.fill(batch, tokens, count)
@@ -60,7 +61,7 @@ class ModelRunner:
         sampled = [b for b, (request, count) in enumerate(ends) if request.num_computed + count == len(request.tokens)]
         result = StepResult(sampled, [])
         ctx, rows = self.model.ctx, self.model.ctx.logit_rows[: len(sampled)]
-        if sum(map(len, wanted)) > len(sampled):
+        if sum(map(len, wanted)) > len(sampled):  # some logits are for scoring prompts
             sample_rows = self._score_prompts(logits, batch, wanted, result)
             logits, best, rows = logits[sample_rows], None, ctx.logit_rows[sample_rows]
         if not sampled:

@@ -108,7 +108,9 @@ def serve_engine(core: "EngineCore", socket: zmq.Socket[bytes]) -> None:
     """The loop: take in what has come, compute a step, send what is new; wait only when there is nothing to do."""
     while True:
         messages: list[EngineMessage] = []
-        timeout = 0 if core.has_work and not core.is_stalled else _LOAD_POLL_MS if core.has_work or core.is_loading else None
+        can_step = core.has_work and not core.is_stalled
+        waits_for_adapter = core.has_work or core.is_loading
+        timeout = 0 if can_step else _LOAD_POLL_MS if waits_for_adapter else None  # ms; None: until a message comes
         while socket.poll(timeout):
             for message in decode_to_engine(socket.recv()):
                 messages += core.handle(message)
@@ -129,9 +131,9 @@ class AsyncEngine:
         self.config, self.model_info, self.tokenizer = config, model_info, tokenizer
         self.child = child
         self._front = Front(tokenizer, model_info["vocab_size"], model_info["eos_token_ids"], model_info["max_model_len"])
-        self._queues: dict[str, asyncio.Queue[Chunk | Failure]] = {}
-        self._replies: dict[str, asyncio.Future[Reply]] = {}
-        self._outbox: asyncio.Queue[msgspec.Raw] = asyncio.Queue()
+        self._queues: dict[str, asyncio.Queue[Chunk | Failure]] = {}  # by request: what its stream has not taken yet
+        self._replies: dict[str, asyncio.Future[Reply]] = {}  # by control message: who waits for its reply
+        self._outbox: asyncio.Queue[msgspec.Raw] = asyncio.Queue()  # to the engine, sent by a task
         self._tasks: list[asyncio.Task[None]] = []
         self._death: RequestError | None = None  # why nothing can be asked any more
         self._controls = 0
@@ -215,6 +217,7 @@ class AsyncEngine:
         await self.child.end()
 
     async def _control(self, message: LoadAdapter | UnloadAdapter | FlushCache | GetStats) -> dict[str, Any]:
+        """Send a control message and wait for its reply; RequestError if the engine refuses or ends."""
         self._check_alive()
         self._controls += 1
         message.rid = f"control/{self._controls}"

@@ -2,7 +2,7 @@
 
 `schedule()` chooses the next step, `update()` takes in its result. Every running request that is decoding takes part in
 every step; what is left of `prefill_budget` goes to prompts, oldest first, in chunks, so that a long prompt never stops
-the others' decoding. Admission is first come, first served, but nobody waits for what he does not need:
+the others' decoding. Admission is first come, first served, but no request waits for what it does not need:
 
 * A request that does not fit (pages, or no slot for its adapter) is passed over; younger ones that fit may go ahead.
 * A request passed over for `patience` steps is overdue. If it waits for pages, nothing younger is admitted until it
@@ -95,9 +95,10 @@ class Scheduler:
         logit_budget = self.limits.prompt_logit_rows
 
         def take(request: Request) -> bool:
+            """Let the request take part with as many tokens as the budgets allow, maybe none; False once no prompt tokens are left."""
             nonlocal budget, logit_budget
             count = len(request.tokens) - request.num_computed
-            if count > 1 or request.num_output == 0:
+            if count > 1 or request.num_output == 0:  # not decoding
                 count = min(count, budget)
                 if request.prompt_logit_start is not None:
                     count = min(count, logit_budget)
@@ -270,7 +271,7 @@ class Scheduler:
             slots.draining[min(left, key=lambda slot: left[slot])] = revision
 
     def _commit_pages(self, request: Request, full: int) -> None:
-        """Offer the first `full` pages of a request to the prefix cache."""
+        """Offer the first `full` pages of a request, which are computed, to the prefix cache."""
         if self.cache.enabled:
             request.extend_keys(self.cache.page_size, full)
             for index in range(request.num_committed, full):
@@ -298,12 +299,14 @@ class Scheduler:
         return output
 
     def _retract(self, request: Request) -> None:
+        """Let a running request wait again, in its place of arrival."""
         self._stop(request)
         request.prompt_logprobs = []
         insort(self.waiting, request, key=lambda r: r.order)
         self.totals["retractions"] += 1
 
     def _end(self, request: Request, reason: FinishReason) -> None:
+        """Forget a request, running or waiting, and count its end."""
         if request.running:
             self._stop(request)
         else:

@@ -31,7 +31,7 @@ class ServedModel:
         self.kv_dtype = dtype  # of keys and values in the cache; set it before allocate_kv
         self._decoder: FusedDecoder | None = None
         self._backends = {id(layer.backend): layer.backend for layer in attention}
-        self._checked = False
+        self._checked = False  # that every attention layer went through the paged cache
 
     def allocate_kv(self, num_pages: int) -> None:
         """Give every attention layer `num_pages` pages of `ctx.page_size` tokens. Page 0 is where padding rows write."""

@@ -92,7 +92,7 @@ class MoeRunner:
         routing = core.make_routing(inp)
         if hooks is None:
             return core.down_combine(inp, core.gate_up_activation(inp, routing, quant_info), routing, quant_info)
-        s = hooks.pre_gate_up(inp, routing)
+        s = hooks.pre_gate_up(inp, routing)  # for the hook after the GEMM, or, without one, an addend for the core
         if hooks.post_gate_up is not None:
             act = hooks.post_gate_up(inp, core.gate_up(inp, routing, quant_info), s, routing)
         else:

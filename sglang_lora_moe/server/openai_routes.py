@@ -43,7 +43,7 @@ def openai_routes(service: Service) -> APIRouter:
 
 
 async def chat_job(service: Service, body: ChatRequest) -> Job:
-    """One engine request of `n` samples over the rendered conversation."""
+    """One engine request of `n` samples over the rendered conversation; RequestError for an unknown model or a template that refuses."""
     adapter = await service.names.choose(body.model, body.lora_path)
     ids = await service.chat.render(body)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -63,7 +63,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
 
 
 async def completion_job(service: Service, body: CompletionRequest) -> Job:
-    """One engine request of `n` samples per prompt."""
+    """One engine request of `n` samples per prompt; RequestError for an unknown model or prompts that are neither texts nor token ids."""
     prompts = split_prompts(body.prompt, "prompt")
     paths = spread(body.lora_path, len(prompts), "lora_path")
     rid = body.rid or f"cmpl-{new_id()}"

@@ -19,7 +19,7 @@ from sglang_lora_moe.server.streaming import EventStream, merge, until_disconnec
 
 
 class Service:
-    """Everything one app holds. Made by `create_app`, given to the route factories."""
+    """Everything one app holds: its routes are made over it."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -30,7 +30,7 @@ class Service:
         self._batches: dict[str, list[str]] = {}  # running batch -> the ids of its requests
 
     async def respond(self, request: Request, job: Job) -> Response:
-        """Run `job` and answer it; the job ends when the client goes away."""
+        """Run `job` and answer it, whole or as a stream; the job ends when the client goes away. RequestErrors name the fields of the job's protocol."""
         config, count = self.engine.config, sum(one.n for one in job.requests)
         chunks = self._chunks(job)
         try:
@@ -42,10 +42,10 @@ class Service:
             await until_disconnect(request.receive, _collect(job, chunks))
             return JSONResponse(job.format.whole())
         except RequestError as error:
-            inner = error.param or ""
-            error.param = job.fields.get(inner, error.param)
-            if error.message.startswith(f"{inner}:"):
-                error.message = f"{error.param}{error.message.removeprefix(inner)}"
+            engine_name = error.param or ""
+            error.param = job.fields.get(engine_name, error.param)
+            if error.message.startswith(f"{engine_name}:"):
+                error.message = f"{error.param}{error.message.removeprefix(engine_name)}"
             raise
 
     async def abort(self, rid: str) -> None:
@@ -54,6 +54,7 @@ class Service:
             await self.engine.abort(one)
 
     async def _chunks(self, job: Job) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """(prompt, chunk) of all the job's requests as they come; `abort` knows a batch while it runs."""
         if len(job.requests) > 1:
             self._batches[job.rid] = [request.rid for request in job.requests]
         streams = [self.metrics.observe(request, self.engine.generate(request)) for request in job.requests]
