@@ -66,6 +66,7 @@ struct MarlinMoeGemm {
   int32_t bits, is_bf16, halves;
   int32_t activation;           // 0 none; 1 with halves 2: g * sigmoid(alpha * (g + cubic * g^3)) * (u + shift), g = min(gate, limit), u = clamp(up, limit)
   float alpha, cubic, limit, shift;
+  const uint32_t* told;         // or null: a word that is set once x is complete; by mma.sync, with early 2 and without adapters
   int32_t early;                // what the kernel before this one in the stream may have written: 0 anything; 1 x alone; 2 low* alone
   int32_t gather, scatter;      // x by token (pair / top_k) rather than by row; out by pair rather than by row
   int32_t report, behind;       // by wgmma: count in `tiles` what is stored of each, and s of the next; x is that of the kernel before, which reports each tile so often

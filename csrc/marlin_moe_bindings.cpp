@@ -34,7 +34,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
                         std::optional<Tensor> low_records, std::optional<Tensor> low_ranges, int64_t low_max_rank, std::optional<Tensor> slots, std::optional<Tensor> rank,
                         std::optional<Tensor> split, std::optional<Tensor> b_offset, std::optional<Tensor> b_stride, std::optional<Tensor> a_pool, std::optional<Tensor> a_offset,
                         std::optional<Tensor> a_stride, std::optional<Tensor> scaling, std::optional<Tensor> lora_tiles, std::optional<Tensor> next_pool, std::optional<Tensor> next_records,
-                        std::optional<Tensor> next_parts, std::optional<Tensor> next_s, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
+                        std::optional<Tensor> next_parts, std::optional<Tensor> next_s, std::optional<Tensor> told, Tensor out, Tensor partials, Tensor arrivals, int64_t rows,
                         int64_t group_size, int64_t halves, bool activation, double alpha, double cubic, double limit, double shift, bool gather, bool scatter, int64_t config, int64_t sms,
                         bool overlap, int64_t early, bool report, int64_t behind) {
   const int32_t device = x.get_device_index();
@@ -72,6 +72,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
   a.low_width = low ? (int32_t)low->size(low->dim() - 1) : 0, a.low_max_rank = (int32_t)low_max_rank;
   a.low_lines = low ? (int32_t)(low_pool->numel() / 64) : 0;
   a.next = {};
+  a.told = told ? checked<const uint32_t>("marlin_moe", *told, "told", ScalarType::Int, device, 1) : nullptr;
   if (next_parts) {
     STD_TORCH_CHECK(low_records && next_pool && next_records && next_s && activation && report, "marlin_moe_gemm: parts of the next product's s come with its pool, records and s, an addend with records, an activation and report");
     a.next.s_width = (int32_t)next_s->size(next_s->dim() - 1);

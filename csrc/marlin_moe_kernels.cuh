@@ -88,16 +88,19 @@ DEVICE void load_stage(const MarlinMoeGemm& a, const Derived& d, const Work& w, 
   l.unit++, l.k_step++;
 }
 
-// The first stages. Weights of the first tile come first: where tiles are older than the kernel before this one, they need not wait for its end.
+// The first stages. Weights of the first tile come first: where tiles are older than what x waits for, the kernel before this one or a word, they need not.
 template <class S>
 DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
   const int k_step = l.k_step, left = l.end - l.unit < w.k_steps - k_step ? l.end - l.unit : w.k_steps - k_step;
   int loaded = 0;
-  if (a.early == 1) {
+  if (a.early == 1 || a.told) {
 #pragma unroll 1
     for (; loaded < S::kAhead && loaded < left; loaded++, l.k_step++) load_weights<S>(a, d, s, l, loaded);
     l.k_step = k_step;
-    wait_for_previous_kernel(), allow_next_kernel();
+    if (!a.told) wait_for_previous_kernel(), allow_next_kernel();
+    else if (thread_index() == 0)
+      while (observe(a.told) == 0) {}
+    if (a.told) sync_block();
   }
 #pragma unroll 1
   for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, d, w, s, l, i, i >= loaded), cp_commit();

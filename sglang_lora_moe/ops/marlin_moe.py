@@ -39,7 +39,7 @@ define(
     "int top_k, Tensor? low, Tensor? low_pool, Tensor? low_records, Tensor? low_ranges, int low_max_rank, "
     "Tensor? slots, Tensor? rank, Tensor? split, Tensor? b_offset, Tensor? b_stride, "
     "Tensor? a_pool, Tensor? a_offset, Tensor? a_stride, Tensor? scaling, Tensor? lora_tiles, "
-    "Tensor? next_pool, Tensor? next_records, Tensor(d!)? next_parts, Tensor(e!)? next_s, "
+    "Tensor? next_pool, Tensor? next_records, Tensor(d!)? next_parts, Tensor(e!)? next_s, Tensor? told, "
     "Tensor(a!) out, Tensor(b!) partials, Tensor(c!) arrivals, int rows, int group_size, int halves, bool activation, float alpha, "
     "float cubic, float limit, float shift, bool gather, bool scatter, int config, int sms, bool overlap, int early, bool report, int behind) -> ()"
 )
@@ -197,6 +197,7 @@ def marlin_moe_gemm(
     early: int = 0,
     report: bool = False,
     behind: int = 0,
+    told: torch.Tensor | None = None,
 ) -> torch.Tensor:  # budget: the tensors of one grouped product and its launch
     """x [M, k] with `gather`, else [P, k] in routing order -> out, which it returns: [P, rows], or [P, rows / 2] with an activation.
 
@@ -205,14 +206,14 @@ def marlin_moe_gemm(
     `addend`: of a shrink over the same alignment; B s is added before the activation. With A it is found by slot, for tiles of 32
     tokens, or without records, where the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16.
     With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
-    written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone.
+    written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone. `told`, with 2 and without an addend: a word, 1 once x is complete.
     By wgmma, `report`: count beside the rows of each base tile, in its upper 16 bits, the tiles of rows that are stored (more than four stages
     of k); `behind`: the GEMM before this one, which made x, reports so often, and only that is waited for. An addend with a `following`, of
     up to 16 ranks: with `activation` and `report` s of the second product is made too, and reported as one more; without one it takes no report.
     """
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
         x, weight.packed, weight.scales, weight.zeros, weight.bias,
-        alignment.base_tiles, alignment.counts, alignment.sorted_pairs, top_k, *_addend_args(addend, alignment.lora_tiles),
+        alignment.base_tiles, alignment.counts, alignment.sorted_pairs, top_k, *_addend_args(addend, alignment.lora_tiles), told,
         out, scratch.partials, scratch.arrivals, weight.rows, weight.group_size, weight.halves,
         *activation_of(activation), gather, scatter, config, sms, overlap, early, report, behind,
     )  # fmt: skip

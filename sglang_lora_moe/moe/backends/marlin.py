@@ -125,17 +125,9 @@ class MarlinRunnerCore(MoeRunnerCore):
         return self.combine(inp, self.down(inp, act, routing, quant_info, addend), routing, addend and addend.of_combine)
 
     def _gemm(
-        self,
-        inp: RunnerInput,
-        x: torch.Tensor,
-        weight: MarlinWeight,
-        routing: Routing,
-        out: torch.Tensor,
-        addend: LowRank | None,
-        *,
-        gather: bool,
-        activation: MoESpec | None = None,
-    ) -> torch.Tensor:
+        self, inp: RunnerInput, x: torch.Tensor, weight: MarlinWeight, routing: Routing, out: torch.Tensor, addend: LowRank | None, *,
+        gather: bool, activation: MoESpec | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         plan = self._plan(inp)
         # what comes before: a shrink that others are done before, the alignment, gate_up, or the second shrink and gate_up beside it
         early = 1 if not gather and (addend is None or addend.records is None and addend.a is not None) else 2 if addend is not None else 0
@@ -148,7 +140,7 @@ class MarlinRunnerCore(MoeRunnerCore):
         return marlin_moe_gemm(
             x, weight, routing.alignment, routing.top_k, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,
-            addend=addend, overlap=plan.overlap, early=early, report=report, behind=behind,
+            addend=addend, overlap=plan.overlap, early=early, report=report, behind=behind, told=None if gather else routing.told,
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:

@@ -6,7 +6,7 @@ from sglang_lora_moe.lora.stacks import ExpertStacks
 from sglang_lora_moe.moe.backends.triton_lora import MAX_FOLLOWING_RANK, combine_adds
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
-from sglang_lora_moe.ops.fused_moe_lora import moe_shrink
+from sglang_lora_moe.ops.fused_moe_lora import AT_ONCE, moe_shrink
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation
 from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters
@@ -27,7 +27,10 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
             assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
             routing.following = PairAdapters.allocate(stacks, inp.token_slots, inp.spec, inp.workspace)
         return routing.following
-    if not gather and routing.num_pairs >= COMBINED_PAIRS and combine_adds(stacks, routing):
+    combined = routing.num_pairs >= COMBINED_PAIRS and combine_adds(stacks, routing)
+    if gather and combined and stacks.a2.dim <= AT_ONCE:
+        routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
+    if not gather and combined:
         return moe_shrink(rows, a, b, routing, inp.workspace, gather=False, name=name, scatter=True)
     if max(routing.base_block, routing.lora_block) <= OWN_SHRINK_ROWS and not gather:
         assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
