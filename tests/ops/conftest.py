@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.ops import ahead
+from sglang_lora_moe.ops import build
+from tests.ops import ahead, emulator
 
 os.environ.setdefault("ASAN_OPTIONS", "detect_leaks=0")  # that checker needs ptrace, which some containers forbid; it would fail every emulated kernel
 
 
 def waits_for(item: pytest.Item) -> ahead.Command | None:
     module = getattr(item, "module", None)
-    names = getattr(item, "fixturenames", ())
-    emulated = "driver" in names or "emulated" in names and not torch.cuda.is_available()  # "emulated" asks for the driver where there is no GPU
-    if emulated and shutil.which("g++"):
+    needs_driver = "driver" in getattr(item, "fixturenames", ()) or hasattr(module, "emulate") and not torch.cuda.is_available()
+    if needs_driver and shutil.which("g++"):
         return ahead.emulated(module.DRIVER)  # type: ignore[union-attr]
     return module.waits_for(item) if hasattr(module, "waits_for") else None  # type: ignore[union-attr]
 
@@ -48,3 +49,15 @@ def driver(request: pytest.FixtureRequest) -> Path:
     compiled = ahead.finished(ahead.emulated(request.module.DRIVER))
     assert compiled.returncode == 0, compiled.stderr
     return ahead.FOLDER / request.module.DRIVER.stem
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Without a GPU the operators that the module's `emulate(driver)` returns run on CPU tensors; with one they are the library's own."""
+    if not hasattr(request.module, "emulate"):
+        yield
+    elif torch.cuda.is_available():
+        build.load()
+        yield
+    else:
+        yield from emulator.implemented(request.module.emulate(request.getfixturevalue("driver")))

@@ -17,9 +17,13 @@ def answer(driver: Path, head: bytes, *tensors: torch.Tensor | None) -> bytearra
     return bytearray(done.stdout)
 
 
-def implemented(name: str, run: Callable[..., None]) -> Iterator[None]:
-    """For a fixture: `run` is the operator on CPU tensors meanwhile."""
+Operators = dict[str, Callable[..., None]]  # by name, on CPU tensors
+
+
+def implemented(operators: Operators) -> Iterator[None]:
+    """For a fixture: what runs on CPU tensors meanwhile."""
     library = torch.library.Library("sglang_lora_moe", "IMPL")
-    library.impl(name, run, "CPU")
+    for name, run in operators.items():
+        library.impl(name, run, "CPU")
     yield
     library._destroy()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from sglang_lora_moe.quantization.wna16 import dequantize
 from tests.moe_cases import Noise, generator
 from tests.ops import ahead, emulator
 from tests.ops.test_marlin_linear import make_weight
-from tests.ops.test_skinny_linear import DEVICE, GPU, make_addend
+from tests.ops.test_skinny_linear import DEVICE, make_addend
 from tests.references import ref_linear, relative_error
 
 DRIVER = Path(__file__).parent / "marlin_pairs_driver.cpp"
@@ -33,13 +32,9 @@ def waits_for(item: pytest.Item) -> ahead.Command | None:
     return ahead.emulated(DRIVER)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+def emulate(driver: Path) -> emulator.Operators:
     """The operator on CPU tensors is the emulated kernel."""
-    if GPU:
-        yield
-        return
-    driver, turn = request.getfixturevalue("driver"), 0
+    turn = 0
 
     def run(
         x, packed, scales, zeros, bias, ids, weights, s, slots, pool, offset, rank, scaling, starts, out, group_size, part_stride, units, alone
@@ -58,7 +53,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         written = emulator.answer(driver, head, x, packed, scales, zeros, bias, ids, weights, slots, pool, *tables, starts, s)
         out.copy_(torch.frombuffer(written, dtype=out.dtype, count=out.numel()).view(out.shape))
 
-    yield from emulator.implemented("marlin_linear_pairs", run)
+    return {"marlin_linear_pairs": run}
 
 
 def begun(x: torch.Tensor, addend: LinearAddend, stacks: list[LinearStacks], splits: int) -> LinearAddend:

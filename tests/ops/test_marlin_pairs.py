@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,9 @@ def waits_for(item: pytest.Item) -> ahead.Command | None:
     return ahead.emulated(DRIVER)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+def emulate(driver: Path) -> emulator.Operators:
     """The operator on CPU tensors is the emulated kernel."""
-    driver, order = request.getfixturevalue("driver"), 0
+    order = 0
 
     def run(
         x, packed, scales, zeros, bias, topk_ids, topk_weights, slots, a_pool, a_offset, a_stride, b_pool, b_offset, b_stride, rank, split, scaling,
@@ -72,7 +70,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
                 where += tensor.numel() * tensor.element_size()
                 tensor.copy_(torch.where(new.view(torch.int16) == 0xCDCD - 65536, out, new) if tensor is out else new)
 
-    yield from emulator.implemented("marlin_moe_pairs", run)
+    return {"marlin_moe_pairs": run}
 
 
 def check(bits: int = 4, group: int = 32, symmetric: bool = True, lora: bool = True, **arguments: Any) -> None:

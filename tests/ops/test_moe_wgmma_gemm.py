@@ -35,13 +35,9 @@ def tiles(form: tuple[int, int]) -> LayerTiles:
     return LayerTiles(WgmmaTile(2, cluster, tokens=tokens), WgmmaTile(3, cluster, tokens=tokens), lora_block=16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+def emulate(driver: Path) -> emulator.Operators:
     """The operator on CPU tensors is the emulated kernel."""
-    if GPU:
-        yield
-        return
-    driver, order = request.getfixturevalue("driver"), 0
+    order = 0
 
     def gemm(
         x, w, bias, tiles, counts, sorted_pairs, s, pool, records, ranges, out, next_pool, next_records, next_parts, next_s,
@@ -64,7 +60,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         rows = (written != 0xCDCD - 65536).any(1)
         out[rows] = written.view(out.dtype)[rows]
 
-    yield from emulator.implemented("moe_wgmma_gemm", gemm)
+    return {"moe_wgmma_gemm": gemm}
 
 
 def shrink_in_torch(
@@ -94,7 +90,7 @@ def following(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(triton_lora, "MAX_FOLLOWING_RANK", 64)
     for module in (triton_lora, fused_moe_lora):
         monkeypatch.setattr(module, "can_shrink", lambda rows, experts: True)
-    yield from () if GPU else emulator.implemented("moe_lora_shrink", shrink_in_torch)
+    yield from () if GPU else emulator.implemented({"moe_lora_shrink": shrink_in_torch})
     if GPU:
         yield
 

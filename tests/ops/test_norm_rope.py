@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,13 +28,9 @@ EPS = 1e-5
 CASES = [(1, 16, 1, False), (600, 16, 2, True), (70, 24, 3, False), (33, 40, 9, True)]  # tokens, largest rank, splits of s, with scales of rows
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+def emulate(driver: Path) -> emulator.Operators:
     """The operators on CPU tensors are the emulated kernels."""
-    if GPU:
-        yield
-        return
-    driver, order = request.getfixturevalue("driver"), 0
+    order = 0
 
     def run(rotates: bool, inputs: tuple, sizes: tuple, has_norm: bool, added: tuple, outputs: tuple[torch.Tensor, ...]) -> None:
         nonlocal order
@@ -61,10 +56,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     def norm(x, residual, weight, out, *added) -> None:
         run(False, (x, residual, weight), (x.shape[0], 0, 0, 0, 0, 0, x.shape[1]), False, added, (residual, out))
 
-    for implemented in (emulator.implemented("rotate_rows", rotate), emulator.implemented("norm_rows", norm)):
-        request.addfinalizer(lambda made=implemented: next(made, None))
-        next(implemented)
-    yield
+    return {"rotate_rows": rotate, "norm_rows": norm}
 
 
 def make_addend(parts: dict[str, int], k: int, m: int, max_rank: int, splits: int, scaled: bool, noise: Noise) -> tuple[LinearAddend, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from sglang_lora_moe.ops import build
 from sglang_lora_moe.ops.paged_attention import in_cuda, paged_attention
 from tests.ops import emulator
 from tests.ops.test_paged_attention import reference
@@ -33,14 +31,9 @@ if GPU:
     CASES["many requests"] = (32, 8, 64, [7 * i % 50 + 1 for i in range(200)], [7 * i % 50 + 1 + 31 * i % 900 for i in range(200)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+def emulate(driver: Path) -> emulator.Operators:
     """The operator on CPU tensors is the emulated kernel."""
-    if GPU:
-        build.load()
-        yield
-        return
-    driver, order = request.getfixturevalue("driver"), 0
+    order = 0
 
     def run(q, k_cache, v_cache, page_table, query_starts, seq_lens, tickets, out, page_size, scale, blocks, overlap) -> None:
         nonlocal order
@@ -51,10 +44,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         tickets.copy_(torch.frombuffer(written[:8], dtype=torch.int32))
         out.copy_(torch.frombuffer(written[8:], dtype=out.dtype).view(out.shape))
 
-    implemented = emulator.implemented("prefill_attention", run)
-    request.addfinalizer(lambda: next(implemented, None))
-    next(implemented)
-    yield
+    return {"prefill_attention": run}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

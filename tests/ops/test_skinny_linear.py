@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,13 +29,9 @@ pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
 SPLITS = [1, 2, 4, 8] if GPU else [1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+def emulate(driver: Path) -> emulator.Operators:
     """The operator on CPU tensors is the emulated kernel."""
-    if GPU:
-        yield
-        return
-    driver, turn = request.getfixturevalue("driver"), 0
+    turn = 0
 
     def run(
         x, w, bias, s, readers, slots, order, ordered, pool, a_offset, b_offset, rank, scaling, starts, out, part_stride, max_rank, rows, splits, group,
@@ -56,7 +51,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         written = emulator.answer(driver, head, x, w, bias, slots, order, ordered, pool, *tables, starts)
         out.copy_(torch.frombuffer(written, dtype=out.dtype).view(out.shape))
 
-    yield from emulator.implemented("skinny_linear", run)
+    return {"skinny_linear": run}
 
 
 def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: str, noise: Noise, *, max_rank: int) -> tuple:
