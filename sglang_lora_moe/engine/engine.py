@@ -224,8 +224,7 @@ def _make_request(prompt: Any, is_text: bool, params: dict[str, Any], request: G
         setattr(request, name, values.pop(name, getattr(request, name)))
     unknown = sorted(set(values) - _SAMPLING_FIELDS)
     if unknown:
-        raise RequestError(
-            f"sampling_params: unknown field {unknown[0]!r}; known: stop, {', '.join(sorted([*_TEXT_FIELDS, *_SAMPLING_FIELDS]))}", param=unknown[0]
-        )
+        known = ", ".join(["stop", *sorted([*_TEXT_FIELDS, *_SAMPLING_FIELDS])])
+        raise RequestError(f"sampling_params: unknown field {unknown[0]!r}; known: {known}", param=unknown[0])
     request.sampling = SamplingParams(**{name: value for name, value in values.items() if value is not None})
     return request

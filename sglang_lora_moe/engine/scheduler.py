@@ -197,7 +197,9 @@ class Scheduler:
                     self._dirty = True
                     break
             elif reason not in ("prefix", "loading"):
-                overdue = self._overdue(request)
+                if request.blocked_since < 0:
+                    request.blocked_since = self._pass
+                overdue = self._pass - request.blocked_since >= self.limits.patience
                 if reason == "slot":
                     assert request.revision is not None
                     no_slot[request.revision] = no_slot.get(request.revision, False) or overdue
@@ -208,11 +210,6 @@ class Scheduler:
             self.waiting = [request for request in self.waiting if not request.running]
         if self.slots is not None:
             self._drain(self.slots, [revision for revision, overdue in no_slot.items() if overdue])
-
-    def _overdue(self, request: Request) -> bool:
-        if request.blocked_since < 0:
-            request.blocked_since = self._pass
-        return self._pass - request.blocked_since >= self.limits.patience
 
     def _try_start(self, request: Request) -> str | None:
         """Make a waiting request running, or say what it has to wait for: "pages", "slot", "loading" (of its adapter) or "prefix"."""
