@@ -12,7 +12,7 @@ from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation
 from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
-COMBINED_PAIRS = 96  # from which a launch for s and a combine that adds B s take less than down's own shrink: measured
+COMBINED_PAIRS = 96  # from which a launch for s before down and a combine that adds B s take less than down's own shrink: measured
 FOLLOWING_ROWS = 48  # of an expert on average, from which gate_up makes s of down: 2 to 4 us more than a shrink at 32, less at 64
 MOST_FOLLOWING_SLOTS, FEW_SLOTS, MANY_ROWS = 16, 12, 128  # 16 fit gate_up's ring, though records may name some twice; beyond 12 from 128 rows on: measured
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
@@ -27,8 +27,9 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
             assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
             routing.following = PairAdapters.allocate(stacks, inp.token_slots, inp.spec, inp.workspace)
         return routing.following
-    combined = routing.num_pairs >= COMBINED_PAIRS and combine_adds(stacks, routing)
-    if gather and combined and stacks.a2.dim <= AT_ONCE:
+    beside = stacks.a2.dim <= AT_ONCE  # the second shrink and down
+    combined = (beside or routing.num_pairs >= COMBINED_PAIRS) and combine_adds(stacks, routing)
+    if gather and combined and beside:
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
     if not gather and combined:
         return moe_shrink(rows, a, b, routing, inp.workspace, gather=False, name=name, scatter=True)
