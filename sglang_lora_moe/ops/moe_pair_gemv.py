@@ -17,6 +17,8 @@ from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import NO_PAIR_ARGS, NO_PAIR_OPTIONS, LowRank, load_b_columns, load_b_rows, load_s, load_slot, pdl_early, pdl_wait, row_delta
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 
+MOST_OF_B = 4096  # values that a program of down holds; beyond, fewer registers let more programs run at once
+
 
 @dataclass(frozen=True)
 class GemvTile:
@@ -26,6 +28,13 @@ class GemvTile:
     k: int
     warps: int
     stages: int
+
+
+@triton.jit
+def _load_pair_s(s_ptr, row, num_pairs, width, column, rr, rank, SPLITS: tl.constexpr, MAX_RANK: tl.constexpr):
+    """s[row, column + rr], zeros from `rank` on; read in fours where columns begin at such places."""
+    mask = rr // 4 < (rank + 3) // 4 if MAX_RANK % 4 == 0 else rr < rank
+    return tl.where(rr < rank, load_s(s_ptr, row, num_pairs, width, column + rr, mask, SPLITS), 0.0)
 
 
 @triton.jit
@@ -46,8 +55,7 @@ def _pair_gate_up_kernel(
         rank, split, offset, stride = load_slot(slots_ptr, rank_ptr, split_ptr, offset_ptr, stride_ptr, token)
         column = split * MAX_RANK
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
-    n0 = tl.program_id(1) * BN
-    rn = n0 + tl.arange(0, BN)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
     valid = (expert >= 0) & (expert < num_experts)
     if valid:
@@ -77,13 +85,15 @@ def _pair_gate_up_kernel(
                 up += tl.load(bias_ptr + expert * HALVES * N + N + rn, mask=rn < N, other=0.0).to(tl.float32)
         if ADDEND:
             pdl_wait(PDL)
-            delta = tl.sum(b.to(tl.float32) * load_s(s_ptr, pair, num_pairs, s_width, rr, rr < rank, SPLITS)[None, :], axis=1)
-            delta += row_delta(s_ptr, num_pairs, s_width, pair, 0, pool_ptr, place, rn, N, rank, RANK_BLOCK, SPLITS, RANK_BLOCK, ALIGN)
-            gate += delta
-            if GATED:
-                delta = tl.sum(b_up.to(tl.float32) * load_s(s_ptr, pair, num_pairs, s_width, column + rr, rr < rank, SPLITS)[None, :], axis=1)
-                delta += row_delta(s_ptr, num_pairs, s_width, pair, column, pool_ptr, place, N + rn, 2 * N, rank, RANK_BLOCK, SPLITS, RANK_BLOCK, ALIGN)
-                up += delta
+            low = _load_pair_s(s_ptr, pair, num_pairs, s_width, 0, rr, rank, SPLITS, MAX_RANK)
+            if GATED:  # both on their way before the first is used
+                high = _load_pair_s(s_ptr, pair, num_pairs, s_width, column, rr, rank, SPLITS, MAX_RANK)
+                up += tl.sum(b_up.to(tl.float32) * high[None, :], axis=1)
+            gate += tl.sum(b.to(tl.float32) * low[None, :], axis=1)
+            if rank > RANK_BLOCK:
+                gate += row_delta(s_ptr, num_pairs, s_width, pair, 0, pool_ptr, place, rn, N, rank, RANK_BLOCK, SPLITS, RANK_BLOCK, ALIGN)
+                if GATED:
+                    up += row_delta(s_ptr, num_pairs, s_width, pair, column, pool_ptr, place, N + rn, 2 * N, rank, RANK_BLOCK, SPLITS, RANK_BLOCK, ALIGN)
         act = activate(gate, up, ACT, GATED, ALPHA, LIMIT)
         tl.store(out_ptr + pair.to(tl.int64) * N + rn, act.to(out_ptr.dtype.element_ty), mask=rn < N)
     if ADDEND:
@@ -137,9 +147,9 @@ def _pair_down_kernel(
         pdl_wait(PDL)
         r0 = 0
         while r0 < rank:
-            mask = routed & (r0 + rr < rank)
+            mask = tl.max_constancy(routed & ((r0 + rr) // 4 < (rank + 3) // 4), 4) if MAX_RANK % 4 == 0 else routed & (r0 + rr < rank)
             low = load_s(s_ptr, token * TOP_K + of_k, num_pairs, s_width, r0 + rr, mask, SPLITS) * gain
-            total += tl.sum(b.to(tl.float32) * tl.where(mask, low, 0.0)[None, :], axis=1)
+            total += tl.sum(b.to(tl.float32) * tl.where(routed & (r0 + rr < rank), low, 0.0)[None, :], axis=1)
             r0 += RANK_BLOCK
             if r0 < rank:
                 b = load_b_columns(pool_ptr, place, rn, N, rank, r0 + rr, routed, ALIGN)
@@ -193,10 +203,13 @@ def pair_down(
     num_pairs, k = act.shape
     launch.expect("pair_down: w", w, (w.shape[0], n, k), act.dtype, act.device)
     launch.expect("pair_down: act", act, (topk_ids.numel(), k), act.dtype, act.device)
+    options: dict[str, int] = dict(launch.options(act.device))
+    if addend is not None and addend.pair_options()["RANK_BLOCK"] * launch.next_power_of_2(topk_ids.shape[1]) * tile.n > MOST_OF_B:
+        options["maxnreg"] = 128
     _pair_down_kernel[(tokens, triton.cdiv(n, tile.n))](
         act, w, bias, out, topk_ids, topk_weights, *(NO_PAIR_ARGS if addend is None else addend.pair_args()), n, k, num_pairs, w.shape[0],
         TOP_K=topk_ids.shape[1], K_BLOCK=launch.next_power_of_2(topk_ids.shape[1]), **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()),
         EVEN=n % tile.n == 0 and k % tile.k == 0,
-        BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **launch.options(act.device),
+        BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **options,
     )  # fmt: skip
     return out
