@@ -264,7 +264,7 @@ def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: in
 
 def moe_shrink(
     rows: torch.Tensor, stack_a: Stack, stack_b: Stack, routing: Routing, workspace: Workspace, *,
-    gather: bool, name: str, by_cuda: bool = False, following: tuple[Stack, Stack, int] | None = None, scatter: bool = False,
+    gather: bool, name: str, by_cuda: bool = False, following: tuple[Stack, Stack, int] | None = None, scatter: bool = False, tile: ShrinkTile | None = None,
 ) -> LowRank:  # fmt: skip  # budget: a shrink's inputs, and who makes them
     """scaling * A x of every pair with an adapter in `routing.rows` order, as the addend that B of the same adapters completes.
 
@@ -272,14 +272,14 @@ def moe_shrink(
     shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it. `by_cuda`: by the
     kernel of ops/moe_lora_shrink.py where `can_shrink`; the caller knows beside which GEMM that is faster. `following`, with that kernel: A and B
     of the layer's second projection, whose shrink the GEMM does within itself, in so many blocks of columns. `scatter`: s of grouped rows goes to
-    pair order, without records, as the combine adds it; the GEMM after must wait for `routing.told`, if it is there.
+    pair order, without records, as the combine adds it; the GEMM after must wait for `routing.told`, if it is there. `tile`: other than `shrink_tile`.
     """
     pairs, cols, slots = routing.num_pairs, stack_a.dim, routing.token_slots
     assert slots is not None, "a shrink needs the slots of the tokens"
     by_pair = routing.rows == "pair"
     launch.expect_float("moe_shrink: rows", rows.dtype)
     launch.expect("moe_shrink: rows", rows, (pairs // routing.top_k if gather else pairs, cols), stack_a.pool.dtype, stack_a.pool.device)
-    tile = shrink_tile(pairs, routing.lora_block, by_pair, stack_a.shrink_width, cols)
+    tile = tile or shrink_tile(pairs, routing.lora_block, by_pair, stack_a.shrink_width, cols)
     s = workspace.get(f"{name}.s", (tile.split, pairs, stack_a.shrink_width), torch.float32 if by_pair else rows.dtype)
     if by_pair:
         _launch_pair_shrink(rows, s, stack_a, stack_b, routing, tile, gather)

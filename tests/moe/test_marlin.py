@@ -171,6 +171,7 @@ def test_gpu_few_pairs_of_many_experts(routing: str) -> None:
     """Where the combine adds B s of the second projection."""
     for tokens in (5, 15):
         check_on_gpu(spec=MoESpec(128, 8, 1024, 512), m=tokens, routing=routing, layouts=LAYOUTS, active=5)
+    check_on_gpu(spec=MoESpec(32, 4, 2880, 512), m=12, routing=routing, layouts=LAYOUTS, active=5)  # long rows: a launch shape of its own
 
 
 @pytest.mark.gpu

@@ -2,11 +2,12 @@
 
 import torch
 
-from sglang_lora_moe.lora.stacks import ExpertStacks
+from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
 from sglang_lora_moe.moe.backends.triton_lora import MAX_FOLLOWING_RANK, combine_adds
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
-from sglang_lora_moe.ops.fused_moe_lora import AT_ONCE, moe_shrink
+from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.fused_moe_lora import AT_ONCE, ShrinkTile, moe_shrink
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation
 from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters
@@ -16,6 +17,13 @@ COMBINED_PAIRS = 96  # from which a launch for s before down and a combine that 
 FOLLOWING_ROWS = 48  # of an expert on average, from which gate_up makes s of down: 2 to 4 us more than a shrink at 32, less at 64
 MOST_FOLLOWING_SLOTS, FEW_SLOTS, MANY_ROWS = 16, 12, 128  # 16 fit gate_up's ring, though records may name some twice; beyond 12 from 128 rows on: measured
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
+LONG_TILE = ShrinkTile(16, 16, 512, 4, 4)  # of the first shrink where `_is_long`
+
+
+def _is_long(a: Stack, routing: Routing, device: torch.device) -> bool:
+    """Whether the first shrink, of few LoRA tiles, takes less with half the rows of A and four times the columns under way a program: measured."""
+    few = 32 <= routing.num_pairs <= max(64, 16 * routing.top_k)
+    return few and a.dim > 2048 and a.shrink_width <= 32 and routing.lora_block == LONG_TILE.m and launch.has_wgmma(device)
 
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank | PairAdapters:
@@ -44,7 +52,8 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
     makes_next = makes_next and routing.num_pairs >= least and can_shrink(rows, routing.num_experts)
     makes_next = makes_next and stacks.a2.max_rank <= MAX_FOLLOWING_RANK and inp.num_slots <= MOST_FOLLOWING_SLOTS
     then = following if makes_next else None
-    low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048, following=then)
+    tile = LONG_TILE if gather and _is_long(a, routing, rows.device) else None
+    low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048, following=then, tile=tile)
     if low.following is not None:
         routing.following = low.following.low
         return low
