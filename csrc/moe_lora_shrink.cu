@@ -5,10 +5,13 @@
 //     asked for an item ahead.
 //   * Only rows that exist are fetched, of x and of A, and multiplied in sixteens. The warps share the columns of a chunk, so that each value
 //     is read once from shared memory; their sums meet at the item's end in the chunk that was just read, and are added in a fixed order.
+//   * Many rows of high ranks are multiplied by wgmma, with rows of A as its first operand: by mma.sync they ran at 150 TFLOP/s.
 //   * The matrix A of a block's first item is on its way before the kernel before this one is complete, where the tiles are older.
 #include "moe_lora_shrink.h"
 
-#include "gemm_prims.cuh"
+#include <type_traits>
+
+#include "hopper_prims.cuh"
 
 namespace {
 
@@ -16,17 +19,34 @@ constexpr int kRecord = 5, kNotes = 8;  // notes: more than items that a ring ho
 
 HOST_DEVICE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// An item's most rows of x and of A, columns of a chunk, chunks in the ring, and how warps share rows, rows of A and columns.
-template <int ROWS, int LOW, int K, int STAGES, int WN, int WK>
-struct Shape {
-  static constexpr int kRows = ROWS, kLow = LOW, kK = K, kStages = STAGES, kWN = WN, kWK = WK;
-  static constexpr int kThreads = 32 * WN * WK, kPieces = K / 8, kAtOnce = kThreads / kPieces;  // rows that all threads fetch a piece each of
+// An item's most rows of x and of A, columns of a chunk, chunks in the ring.
+template <int ROWS, int LOW, int K, int STAGES, int THREADS>
+struct Ring {
+  static constexpr int kRows = ROWS, kLow = LOW, kK = K, kStages = STAGES, kThreads = THREADS;
+  static constexpr int kPieces = K / 8, kAtOnce = kThreads / kPieces;  // rows that all threads fetch a piece each of
   static constexpr int kPasses = divide_up(ROWS, kAtOnce), kLowPasses = divide_up(LOW, kAtOnce);
-  static constexpr int kSixteens = ROWS / 16, kEights = LOW / 8 / WN;  // of a warp
-  static constexpr int kStageBytes = (ROWS + LOW) * K * 2, kPitch = LOW + 8;  // floats of a row of sums
+  static constexpr int kStageBytes = (ROWS + LOW) * K * 2;
   static constexpr int kSharedBytes = STAGES * kStageBytes + kNotes * 32, kFit = 227 * 1024 / (kSharedBytes + 1024);
   static constexpr int kResident = kFit * kThreads > 640 ? 640 / kThreads : kFit;  // more would leave too few registers
-  static_assert(WK * 16 * kPitch * 4 <= kStageBytes && kAtOnce % 8 == 0 && kEights % 2 == 0 && K / 16 % WK == 0 && STAGES < kNotes);
+  static_assert(kAtOnce % 8 == 0 && STAGES < kNotes);
+};
+
+// How warps share rows of A and columns.
+template <int ROWS, int LOW, int K, int STAGES, int WN, int WK>
+struct Shape : Ring<ROWS, LOW, K, STAGES, 32 * WN * WK> {
+  static constexpr bool kWgmma = false;
+  static constexpr int kWN = WN, kWK = WK;
+  static constexpr int kSixteens = ROWS / 16, kEights = LOW / 8 / WN, kPitch = LOW + 8;  // of a warp; floats of a row of sums
+  static_assert(WK * 16 * kPitch * 4 <= Shape::kStageBytes && kEights % 2 == 0 && K / 16 % WK == 0);
+};
+
+// Two warpgroups, which share rows of A, or rows of x where A has no more than 64.
+template <int ROWS, int LOW, int STAGES>
+struct WideShape : Ring<ROWS, LOW, 64, STAGES, 256> {
+  static constexpr bool kWgmma = true;
+  static constexpr int kParts = 128 / LOW, kPart = ROWS / kParts;                   // of the rows
+  static constexpr int kSlice = ROWS < 64 ? ROWS : 64, kPitch = LOW * 2 + 16;  // rows that leave at once, bytes of one
+  static_assert(kPart % 16 == 0 && kPart <= 144 && kSlice * kPitch <= WideShape::kStageBytes);
 };
 
 struct Note {  // of an item, from the fetching side of the block to the multiplying one
@@ -239,6 +259,75 @@ struct Multiplier {
   }
 };
 
+// The same by wgmma: rows of A are its first operand, rows of x its columns. Each warpgroup has all columns of a chunk.
+template <class T, class S>
+struct WideMultiplier {
+  uint8_t* const ring;
+  float d[72];
+
+  DEVICE int group() const { return (int)shuffle((uint32_t)warp_index() / 4, 0); }
+  DEVICE int low0() const { return S::kParts == 1 ? group() * 64 : 0; }
+  DEVICE int row0() const { return S::kParts == 1 ? 0 : group() * S::kPart; }
+  DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < 72; i++) d[i] = 0.f;
+  }
+  template <int SIXTEENS>
+  DEVICE void products(uint8_t* x, uint8_t* matrix) {
+    if constexpr (16 * SIXTEENS <= S::kPart) {
+      wgmma_begin();
+#pragma unroll
+      for (int i = 0; i < S::kK / 16; i++) multiply_shared<T, 2 * SIXTEENS>(d, wgmma_matrix(matrix) + 2 * i, wgmma_matrix(x) + 2 * i, true);
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+  }
+  DEVICE void chunk(int stage, const Note& note) {
+    uint8_t* const x = ring + stage * S::kStageBytes;
+    const int rows = (int)shuffle((uint32_t)note.rows, 0) - row0();
+    switch (divide_up(rows < S::kPart ? rows : S::kPart, 16)) {
+#define CASE(SIXTEENS) \
+  case SIXTEENS: products<SIXTEENS>(x + row0() * 128, x + (S::kRows + low0()) * 128); break;
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+    }
+  }
+  // Rows leave by way of the chunk that was read last, where they come to lie by row.
+  DEVICE void finish(const MoeLoraShrink& a, int stage, const Note& note) {
+    uint8_t* const out = ring + stage * S::kStageBytes;
+    const int lane = lane_index(), warp = warp_index() & 3, pieces = divide_up(note.low, 8);
+    const bool whole = (note.rank | a.max_rank | a.width) % 8 == 0;
+#pragma unroll
+    for (int c = 0; c < S::kRows; c += S::kSlice) {
+      if (c >= note.rows) break;
+      sync_block();  // the chunk, or the rows before, are read
+#pragma unroll
+      for (int i = 0; i < S::kPart / 8; i++) {
+        const int row = row0() + i * 8;
+        if (row < c || row >= c + S::kSlice || row >= note.rows) continue;
+        uint32_t value[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) value[h] = T::pack(d[4 * i + 2 * h] * note.scaling, d[4 * i + 2 * h + 1] * note.scaling);
+        store_matrix_x2_transposed(out + (row - c + (lane & 7)) * S::kPitch + (low0() + warp * 16 + (lane >> 3 & 1) * 8) * 2, value[0], value[1]);
+      }
+      sync_block();
+      const int rows = note.rows - c < S::kSlice ? note.rows - c : S::kSlice;
+      for (int index = thread_index(); index < rows * pieces; index += S::kThreads) {
+        const int row = index / pieces, piece = index - row * pieces, r = note.first + piece * 8;
+        uint16_t* const s = (uint16_t*)a.s + (int64_t)(note.start + c + row) * a.width;
+        const uint8_t* const from = out + row * S::kPitch + piece * 16;
+        if (whole) {
+          uint32_t words[4];
+          load_words(words, from);
+          store_words(s + (r < note.rank ? r : r + a.max_rank - note.rank), words);
+        } else {
+          for (int i = 0; i < 8 && piece * 8 + i < note.low; i++) s[r + i < note.rank ? r + i : r + i + a.max_rank - note.rank] = ((const uint16_t*)from)[i];
+        }
+      }
+    }
+  }
+};
+
 // Per base tile the LoRA tiles that overlap it: both lists ascend by first row. The blocks with the fewest items begin.
 DEVICE void write_ranges(const MoeLoraShrink& a) {
   const int threads = (int)(gridDim.x * blockDim.x), tiles = a.counts[2];
@@ -282,15 +371,16 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
     for (int i = 0; i < f.early; i++) f.fetch_matrix(i, i);
     wait_for_previous_kernel(), allow_next_kernel();
   }
-  Multiplier<T, S> m{smem_, {}};
+  std::conditional_t<S::kWgmma, WideMultiplier<T, S>, Multiplier<T, S>> m{smem_, {}};
   Note note = {};
   for (int stage = 0, ahead = 0, number = 0, k = 0;;) {
     if (ahead == S::kStages - 1) {
       cp_wait<S::kStages - 2>();
+      if constexpr (S::kWgmma) see_copies();
       sync_block();  // the chunk is there, and the one before it is read
       if (k == 0) note = notes[number % kNotes], m.clear();
       if (note.rows <= 0) break;
-      m.chunk(stage, note);  // before the next copies, behind which its loads from shared memory would queue
+      if constexpr (!S::kWgmma) m.chunk(stage, note);  // before the next copies, behind which its loads from shared memory would queue
     }
     f.step(stage + ahead < S::kStages ? stage + ahead : stage + ahead - S::kStages);
     if (ahead < S::kStages - 1) {
@@ -300,6 +390,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
       }
       continue;
     }
+    if constexpr (S::kWgmma) m.chunk(stage, note);
     if ((k += S::kK) >= a.cols) m.finish(a, stage, note), number++, k = 0;
     stage = stage + 1 == S::kStages ? 0 : stage + 1;
   }
@@ -318,17 +409,20 @@ int run(const MoeLoraShrink& a, int32_t tiles, int32_t multiprocessors, void* st
 // `use` on the shape for tiles of so many rows and so many columns of s.
 template <class F>
 auto with_shape(int lora_block, int width, F use) {
-  const int low = width <= 16 ? 0 : width <= 32 ? 1 : 2;
-  switch ((lora_block <= 16 ? 0 : lora_block <= 32 ? 3 : 6) + low) {
+  const int low = width <= 16 ? 0 : width <= 32 ? 1 : width <= 64 ? 2 : 3;
+  switch ((lora_block <= 16 ? 0 : lora_block <= 32 ? 4 : lora_block <= 64 ? 8 : 12) + low) {
     case 0: return use(Shape<16, 16, 128, 4, 1, 4>{});
     case 1: return use(Shape<16, 32, 128, 4, 1, 4>{});
-    case 2: return use(Shape<16, 64, 128, 3, 1, 4>{});
-    case 3: return use(Shape<32, 16, 128, 4, 1, 4>{});
-    case 4: return use(Shape<32, 32, 128, 3, 1, 4>{});
-    case 5: return use(Shape<32, 64, 128, 3, 1, 4>{});
-    case 6: return use(Shape<64, 16, 128, 3, 1, 4>{});
-    case 7: return use(Shape<64, 32, 128, 3, 1, 4>{});
-    default: return use(Shape<64, 64, 128, 3, 2, 2>{});
+    case 2: case 3: return use(Shape<16, 64, 128, 3, 1, 4>{});
+    case 4: return use(Shape<32, 16, 128, 4, 1, 4>{});
+    case 5: return use(Shape<32, 32, 128, 3, 1, 4>{});
+    case 6: case 7: return use(Shape<32, 64, 128, 3, 1, 4>{});
+    case 8: case 12: return use(Shape<64, 16, 128, 3, 1, 4>{});
+    case 9: case 13: return use(Shape<64, 32, 128, 3, 1, 4>{});
+    case 10: return use(Shape<64, 64, 128, 3, 2, 2>{});
+    case 11: return use(WideShape<64, 128, 4>{});
+    case 14: return use(WideShape<128, 64, 4>{});
+    default: return use(WideShape<128, 128, 3>{});
   }
 }
 

@@ -148,6 +148,16 @@ DEVICE void multiply_low(const MoeWgmmaGemm& a, const Note& note, Multiplier<F>&
   }
 }
 
+// Of what down reads soon, while the weights that leave L2 first pass by.
+DEVICE void store_words_to_stay(void* p, const uint32_t (&r)[4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr uint64_t kStay = 0x14F0000000000000;  // as createpolicy makes it: last to leave
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(kStay) : "memory");
+#else
+  store_words(p, r);
+#endif
+}
+
 // This warpgroup's part of a tile: to 16 bit, transposed through shared memory, out in pieces of 16 bytes. Returns a tile to add up, or -1.
 template <class T, class F>
 DEVICE int store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[2][72], Multiplier<F>& m, const int (&row)[2]) {
@@ -214,7 +224,9 @@ DEVICE int store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[
       const int token = token0 + i * kTogether;
       if (token >= tokens || column >= a.n) continue;
       const int to = F::kHalves == 1 ? rows[c + token] : note.start + c + token;
-      store_words((uint16_t*)a.out + (int64_t)to * a.n + column, words[i]);
+      uint16_t* const target = (uint16_t*)a.out + (int64_t)to * a.n + column;
+      if (F::kHalves == 2 && a.stream) store_words_to_stay(target, words[i]);
+      else store_words(target, words[i]);
     }
   }
   int open = -1;

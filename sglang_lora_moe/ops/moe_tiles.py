@@ -160,7 +160,7 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, Layer
         (416, 1536, _wgmma(1, 1, 32, True), _wgmma(1, 1, 32, True)),
         (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)),
         (3073, 6144, _wgmma(4, 2), _wgmma(4, 2)),
-        (6145, _MANY, _wgmma(4, 1), _wgmma(4, 1)),
+        (6145, _MANY, _wgmma(4, 1), _wgmma(4, 1, 128)),
     ],
     (8, 4096, 14336): [(224, 767, _wgmma(1, 1), _wgmma(1, 1)), (768, 1536, _wgmma(8, 2), _wgmma(8, 2))],
     (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16, True)), (1537, 3072, None, _wgmma(2, 1)), (3073, _MANY, _wgmma(2, 1), _wgmma(2, 1))],

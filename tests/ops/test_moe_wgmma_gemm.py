@@ -87,7 +87,6 @@ def shrink_in_torch(
 @pytest.fixture
 def following(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The shrink of act within gate_up at every size and rank that the kernel takes."""
-    monkeypatch.setattr(triton_lora, "MAX_FOLLOWING_RANK", 64)
     for module in (triton_lora, fused_moe_lora):
         monkeypatch.setattr(module, "can_shrink", lambda rows, experts: True)
     yield from () if GPU else emulator.implemented({"moe_lora_shrink": shrink_in_torch})

@@ -3,7 +3,7 @@
 import torch
 
 from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
-from sglang_lora_moe.moe.backends.triton_lora import MAX_FOLLOWING_RANK, combine_adds
+from sglang_lora_moe.moe.backends.triton_lora import combine_adds
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.ops import launch
@@ -14,6 +14,7 @@ from sglang_lora_moe.ops.marlin_moe_pairs import PairAdapters
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 COMBINED_PAIRS = 96  # from which a launch for s before down and a combine that adds B s take less than down's own shrink: measured
+MAX_FOLLOWING_RANK = 16  # up to which gate_up makes s of down
 FOLLOWING_ROWS = 48  # of an expert on average, from which gate_up makes s of down: 2 to 4 us more than a shrink at 32, less at 64
 MOST_FOLLOWING_SLOTS, FEW_SLOTS, MANY_ROWS = 16, 12, 128  # 16 fit gate_up's ring, though records may name some twice; beyond 12 from 128 rows on: measured
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured

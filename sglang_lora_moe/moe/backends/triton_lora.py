@@ -13,7 +13,7 @@ from sglang_lora_moe.ops.fused_moe_lora import AT_ONCE, moe_shrink
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
-MAX_FOLLOWING_RANK = 16  # rank 64 with 16 adapters takes 963 us for 945 at 1,024 tokens
+MAX_FOLLOWING_RANK = 64  # what parts of s are for at most (csrc/moe_wgmma_gemm.h)
 SHORT_DOWN = 512  # columns of act up to which down adds B s, which then takes less: 19 us for 24 in DeepSeek's layer of 16 tokens
 
 
