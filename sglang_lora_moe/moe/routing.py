@@ -31,6 +31,7 @@ class Routing:
     workspace: Workspace | None = None
     lora_ranges: torch.Tensor | None = None  # which LoRA tiles meet each base tile, made by the first shrink
     told: torch.Tensor | None = None  # int32 [1], 0 after the first shrink, 1 when gate_up is complete; down starts beside the second
+    beside: bool = False  # gate_up, too, starts beside its shrink: the word is 0 when the alignment is complete
     wgmma: Any = None  # the tile of both GEMMs where they are wgmma's, of which the first can make s of the second
     following: Any = None  # what down adds, where gate_up makes it
     reports: int = 0  # how often the gate_up before reports each base tile, for a down that does not wait for its end

@@ -22,7 +22,7 @@ class Workspace:
         self._cuda = self.device.type == "cuda"
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised contiguous tensor; a later `get` of the same name returns the same memory."""
+        """A contiguous tensor of whatever it held last, at first all bits set; a later `get` of the same name returns the same memory."""
         if not self._cuda:
             return torch.empty(shape, dtype=dtype, device=self.device)
         nbytes = math.prod(shape) * dtype.itemsize
@@ -33,5 +33,5 @@ class Workspace:
                 raise RuntimeError(f"workspace buffer {name!r} has {have} bytes but {nbytes} are needed during graph capture: run the largest step first")
             if buffer is not None:
                 self._outgrown.append(buffer)
-            buffer = self._buffers[name] = torch.empty(-(-nbytes // _ALIGN) * _ALIGN, dtype=torch.uint8, device=self.device)
+            buffer = self._buffers[name] = torch.full((-(-nbytes // _ALIGN) * _ALIGN,), 255, dtype=torch.uint8, device=self.device)
         return buffer[:nbytes].view(dtype).view(shape)

@@ -111,14 +111,16 @@ def _shrink_group_kernel(
     x_ptr, s_ptr, tiles_ptr, base_tiles_ptr, counts_ptr, sorted_pairs_ptr, records_ptr, ranges_ptr,
     pool_ptr, offset_ptr, stride_ptr, rank_ptr, split_ptr, scaling_ptr, b_offset_ptr, b_stride_ptr, told_ptr,
     cols, width, rank_blocks,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, RANGES: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, EARLY: tl.constexpr, RANGES: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (LoRA tiles or persistent programs, rank blocks + RANGES)."""
+    """Grid (tiles or persistent programs, rank blocks + RANGES). The word is 0 with GATHER, else 1, once all before is complete; EARLY: for who started."""
+    if EARLY:
+        pdl_early(PDL)
     pdl_wait(PDL)
     num_lora = tl.load(counts_ptr + 2)
     if told_ptr is not None and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(told_ptr, 0)
+        tl.atomic_xchg(told_ptr, 0 if GATHER else 1, sem="release")
     if RANGES and tl.program_id(1) == rank_blocks:
         _write_ranges(tiles_ptr, base_tiles_ptr, ranges_ptr, tl.load(counts_ptr + 1), num_lora, 512)
     else:
@@ -339,9 +341,10 @@ def _launch_group_shrink(
     programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas))
     _shrink_group_kernel[(programs, rank_blocks + (ranges is not None))](
         rows, s, align.lora_tiles, align.base_tiles, align.counts, align.sorted_pairs, records, ranges,
-        a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride, routing.told if gather else None,
+        a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride, routing.told,
         a.dim, a.shrink_width, rank_blocks,
-        TOP_K=routing.top_k, GATHER=gather, RANGES=ranges is not None, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
+        TOP_K=routing.top_k, GATHER=gather, EARLY=routing.beside or not gather and routing.told is not None, RANGES=ranges is not None,
+        MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
         BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % tile.k == 0, STAGES=tile.stages,
         PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),
     )  # fmt: skip

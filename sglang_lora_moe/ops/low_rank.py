@@ -43,6 +43,7 @@ class LowRank:
     ranges: torch.Tensor | None = None  # int32 [base tiles, 2]
     following: Following | None = None
     a: Stack | None = None  # for a GEMM that finds adapters by slot; without records it computes s itself
+    summed: torch.Tensor | None = None  # float32 [M, out]: B s summed over a token's experts, which down leaves for the combine
 
     @property
     def of_combine(self) -> LowRank | None:
@@ -60,6 +61,11 @@ class LowRank:
     def pair_args(self) -> tuple:
         b = self.b
         return (self.token_slots, self.s, b.pool, b.offset, b.expert_stride, b.rank, b.split_a, self.s.shape[2])
+
+    def token_args(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor, num_experts: int) -> tuple:
+        """For `moe_combine.token_delta`."""
+        b = self.b
+        return (topk_ids, topk_weights, num_experts, self.token_slots, b.offset, b.expert_stride, b.rank, b.num_slots, self.s, b.pool, b.shrink_width)
 
     def pair_options(self) -> dict[str, int | bool]:
         return {**self._options(min(64, self._ranks)), "SPLITS": self.s.shape[0]}
@@ -125,9 +131,9 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def told(word_ptr):
-    """Wait until another program has set the word, and so for what that one has waited for. One thread looks, the copy engine may read after it."""
-    while tl.atomic_add(word_ptr, 0, sem="acquire") == 0:
+def told(word_ptr, value):
+    """Wait until another program has set the word so, and so for what that one has waited for. One thread looks, the copy engine may read after it."""
+    while tl.atomic_add(word_ptr, 0, sem="acquire") != value:
         pass
     tl.inline_asm_elementwise("fence.proxy.async.global; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
 

@@ -19,11 +19,13 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import FEW_ACCUMULATORS, NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_records, pdl_wait, tile_delta, told
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
+from sglang_lora_moe.ops.moe_combine import token_delta
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.ops.wna16_tile import load_wna16
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
 FIRST_ROUND = 6  # programs of a multiprocessor that run at once, at most
+SUM_COLUMNS = tl.constexpr(32)  # of a program that sums B s of a token
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,30 @@ def _one_tile(
 
 
 @triton.jit
+def _tile_or_sum(sums, N, LATE: tl.constexpr, TOP_K: tl.constexpr, ALIGN: tl.constexpr):
+    """This program's tile. With `sums` every other program from LATE on sums B s of some columns of a token, until that is done, and gets one beyond all."""
+    tile = tl.program_id(0)
+    if sums is not None:
+        summed_ptr, tokens, token_args = sums
+        blocks = tl.cdiv(N, SUM_COLUMNS)
+        later = tl.maximum(tile - LATE, 0)
+        i = later // 2
+        tile -= tl.minimum((later + 1) // 2, tokens * blocks)
+        if (later % 2 == 1) & (i < tokens * blocks):
+            tile = 1 << 30
+            token = i // blocks
+            rn = i % blocks * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)
+            tl.store(summed_ptr + token.to(tl.int64) * N + rn, token_delta(token_args, token, rn, N, TOP_K, 16, ALIGN), mask=rn < N)
+    return tile
+
+
+@triton.jit
 def _grouped_gemm_kernel(
     a_ptr, a_desc, tail_desc, w_ptr, w_desc, bias_ptr, out_ptr,  # [rows, K] (three forms), [E, HALVES * N, K], [E, HALVES * N], [P, N]
     w_scales, w_zeros,  # of integer weights, None without
     tiles_ptr, counts_ptr, sorted_pairs_ptr,  # the alignment
     s_ptr, pool_ptr, records_ptr, ranges_ptr, s_width,  # the addend, None without
-    told_ptr, N, K, max_tiles, BITS: tl.constexpr, W_GROUP: tl.constexpr,
+    sums, told_ptr, N, K, max_tiles, BITS: tl.constexpr, W_GROUP: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ADDEND: tl.constexpr, RANK_BLOCK: tl.constexpr, MAX_RANK: tl.constexpr, ALIGN: tl.constexpr, SEVERAL: tl.constexpr,
     AHEAD: tl.constexpr, LATE: tl.constexpr,
@@ -175,27 +195,29 @@ def _grouped_gemm_kernel(
 ):  # fmt: skip
     """A walk over (tile, block of columns). What a tile needs before its main loop is fetched during the one before: a chain of
     dependent loads (tile, pairs, records) would otherwise stand between any two. With TAIL, tiles of few rows run at half height.
-
     LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end. Programs from
     number LATE on, if not 1, begin when that is over: they wait first, have the addend under way during the main loop, and the kernel after may start.
     """
     early = (tl.program_id(0) >= LATE) & (LATE > 1) if LATE else True
     if early:
         pdl_wait(PDL)
+    elif PDL and GATHER and told_ptr is not None:
+        told(told_ptr, 0)  # the alignment is complete
     num_tiles = tl.load(counts_ptr + 1)
     n_blocks = tl.cdiv(N, BN)
     total = num_tiles * n_blocks
     step = tl.num_programs(0)
     rm = tl.arange(0, BM)
-    tile, expert, start, rows, n0 = _find_tile(tl.program_id(0), total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
+    begin = _tile_or_sum(sums, N, LATE, TOP_K, 128 // a_ptr.dtype.element_ty.primitive_bitwidth)
+    tile, expert, start, rows, n0 = _find_tile(begin, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
     tile1, expert1, start1, rows1, n1 = tile, expert, start, rows, n0
     pair = tl.load(sorted_pairs_ptr + start + rm, mask=rm < rows, other=0)
     if not LATE:
-        tile1, expert1, start1, rows1, n1 = _find_tile(tl.program_id(0) + step, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
+        tile1, expert1, start1, rows1, n1 = _find_tile(begin + step, total, num_tiles, max_tiles, n_blocks, tiles_ptr, GROUP, BN)
     first, last = _records_of(ranges_ptr, tile, early, ADDEND)
-    if PDL and told_ptr is not None and not early:
-        told(told_ptr)
-    for t in tl.range(tl.program_id(0), total, step, num_stages=1):
+    if PDL and not GATHER and told_ptr is not None and not early:
+        told(told_ptr, 1)  # a is
+    for t in tl.range(begin, total, step, num_stages=1):
         pair1, first1, last1 = pair, first, last
         tile2, expert2, start2, rows2, n2 = tile1, expert1, start1, rows1, n1
         if not LATE:
@@ -224,14 +246,15 @@ def _grouped_gemm_kernel(
 def grouped_gemm(
     a: torch.Tensor, w: torch.Tensor | WNA16Weight, bias: torch.Tensor | None, alignment: Alignment, out: torch.Tensor, tile: GemmTile, *,
     top_k: int, gather: bool, scatter: bool, activation: MoESpec | None = None, addend: LowRank | None = None, beside: bool = False,
-    told_ptr: torch.Tensor | None = None,
+    sums: tuple | None = None, told_ptr: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip  # budget: the tensors of one grouped product, its row orders and its addend
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
     a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K], plain or with 4 or 8 bits and scales in a's dtype;
     bias [E, N or 2N]. `activation` = the layer's spec where the epilogue activates (gate_up), None for a plain product.
-    `tile.m` must be the alignment's base_block. `beside`: without an addend, too, the kernel before
-    wrote nothing that this one reads; with `told_ptr` it sets this word, int32 [1], when all before it is complete, in place of letting this one start.
+    `tile.m` must be the alignment's base_block. `beside`: without an addend, too, the kernel before wrote nothing that this one reads, but for
+    `sums` = (float32 [M, N], M, `LowRank.token_args`): B s of that addend, summed over a token's experts for the combine by programs of their own.
+    With `told_ptr` it lets this one start at once, and sets this word, int32 [1], when all before it is complete: to 0 with `gather`, else to 1.
     """
     matrix, scales, zeros, bits, group = _storage(w)
     (num_experts, w_rows), k = matrix.shape[:2], a.shape[1]
@@ -242,19 +265,23 @@ def grouped_gemm(
     w_desc = TensorDescriptor(matrix, [num_experts * w_rows, k], [k, 1], [tile.n, tile.k]) if use_tma and not bits else None
     a_desc, tail_desc = (TensorDescriptor(a, [num_pairs, k], [k, 1], [m, tile.k]) if use_tma and not gather else None for m in (tile.m, tile.m // 2))
     tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
-    grid = (max(1, min(tiles, launch.multiprocessors(a.device) * tile.ctas) if tile.ctas else tiles),)
+    ctas, late = 0 if sums else tile.ctas, FIRST_ROUND * launch.multiprocessors(a.device)
+    grid = max(1, min(tiles, launch.multiprocessors(a.device) * ctas) if ctas else tiles)
+    if sums is not None:
+        more = sums[1] * triton.cdiv(n, SUM_COLUMNS.value)
+        grid = max(grid, late + more) + more
     options = launch.options(a.device)
     added, early = NO_TILE_OPTIONS, beside
     if addend is not None:
         added, early = _addend_options(addend, tile, w_rows // n, w_desc is not None)
-    _grouped_gemm_kernel[grid](
+    _grouped_gemm_kernel[(grid,)](
         a, a_desc, tail_desc if tile.tail else None, matrix, w_desc, bias, out, scales, zeros,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
         *(NO_TILE_ARGS if addend is None else addend.tile_args()),
-        told_ptr, n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
+        sums, told_ptr, n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
-        **added, LATE=0 if tile.ctas else FIRST_ROUND * launch.multiprocessors(a.device) if early else int(addend is not None),
+        **added, LATE=0 if ctas else late if early else int(addend is not None),
         EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
         num_warps=tile.warps, **options,
     )  # fmt: skip

@@ -59,6 +59,7 @@ class TritonRunnerCore(MoeRunnerCore):
             options["report"] = (addend is None or following is not None) and isinstance(tiles.down, WgmmaTile)
             routing.reports = tiles.gate_up.reports(out.shape[1]) + (following is not None) if options["report"] else 0
             return wgmma_gemm(inp.x, _plain(quant_info.w13), quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
+        options["told_ptr"] = routing.told if routing.beside else None
         return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
     def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
@@ -68,11 +69,12 @@ class TritonRunnerCore(MoeRunnerCore):
         assert not isinstance(tiles.down, GemvTile), "per pair, down and the sum over k are one kernel"
         options: dict[str, Any] = {"top_k": routing.top_k, "gather": False, "scatter": True, "addend": addend}
         if addend is not None and addend.of_combine is not None:
-            options |= {"addend": None, "beside": True, "told_ptr": routing.told}
+            args = addend.token_args(inp.topk_ids, inp.topk_weights, inp.spec.num_experts)
+            options |= {"addend": None, "beside": True, "sums": None if addend.summed is None else (addend.summed, inp.x.shape[0], args)}
         if isinstance(tiles.down, WgmmaTile):
             options["behind"], routing.reports = routing.reports, 0
             return wgmma_gemm(act, _plain(quant_info.w2), quant_info.b2, routing.alignment, out, tiles.down, **options)
-        return grouped_gemm(act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, **options)
+        return grouped_gemm(act, quant_info.w2, quant_info.b2, routing.alignment, out, tiles.down, told_ptr=routing.told, **options)
 
     def combine(self, inp: RunnerInput, down: torch.Tensor, routing: Routing, addend: LowRank | None = None) -> torch.Tensor:
         return moe_combine(down, inp.topk_ids, inp.topk_weights, inp.spec.num_experts, torch.empty_like(inp.x), addend)

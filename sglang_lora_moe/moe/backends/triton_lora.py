@@ -4,6 +4,8 @@ The shrink is launched before a GEMM, whose kernel starts beside it (programmati
 Where both GEMMs are wgmma's the shrink of act is gate_up's own, so that down need not wait for its end.
 """
 
+from dataclasses import replace
+
 import torch
 
 from sglang_lora_moe.lora.stacks import ExpertStacks
@@ -14,12 +16,19 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 MAX_FOLLOWING_RANK = 64  # what parts of s are for at most (csrc/moe_wgmma_gemm.h)
+LONG_DOWN = 4096  # columns of act beyond which the combine adds B s itself: down has few programs, and Mixtral takes 5 to 8 us less at 4 tokens
 SHORT_DOWN = 512  # columns of act up to which down adds B s, which then takes less: 19 us for 24 in DeepSeek's layer of 16 tokens
 
 
-def combine_adds(stacks: ExpertStacks, routing: Routing) -> bool:
+def combine_adds(stacks: ExpertStacks, routing: Routing, max_rank: int = 16) -> bool:
     """Whether the combine adds B s of the second projection: it reads B once a pair, which pays while few pairs share one (measured)."""
-    return routing.rows == "sorted" and routing.base_block <= 16 and stacks.b2.max_rank <= 16 and routing.num_pairs <= routing.num_experts
+    return routing.rows == "sorted" and routing.base_block <= 16 and stacks.b2.max_rank <= max_rank and routing.num_pairs <= routing.num_experts
+
+
+def down_sums(stacks: ExpertStacks, routing: Routing) -> bool:
+    """Whether programs of down sum B s for the combine: among enough others (measured; at half the pairs it takes 0.6 us more)."""
+    some = 4 * routing.num_pairs >= 3 * routing.num_experts and SHORT_DOWN < stacks.a2.dim <= LONG_DOWN
+    return some and combine_adds(stacks, routing, max_rank=32)
 
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
@@ -28,10 +37,14 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
     if rows_from == "pairs":
         if routing.following is not None:
             return routing.following
-        scatter = combine_adds(stacks, routing) and stacks.a2.dim > SHORT_DOWN
-        return moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=scatter)
-    if combine_adds(stacks, routing) and SHORT_DOWN < stacks.a2.dim <= AT_ONCE:
+        summed = down_sums(stacks, routing)
+        scatter = summed or stacks.a2.dim > SHORT_DOWN and combine_adds(stacks, routing)
+        low = moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=scatter)
+        return replace(low, summed=inp.workspace.get("lora.summed", inp.x.shape, torch.float32)) if summed else low
+    summed = down_sums(stacks, routing)
+    if stacks.a2.dim <= AT_ONCE and (summed or combine_adds(stacks, routing)):
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
+        routing.beside = summed or stacks.a2.dim <= SHORT_DOWN
     following = None
     if tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK:
         following = (stacks.a2, stacks.b2, tile.blocks(inp.spec.intermediate_size))
