@@ -44,7 +44,7 @@ struct MarlinMoePairs {
 struct MarlinMoePairsPlan {
   int32_t units;    // of 32 rows a block, 1 to 16; down: 1, or 0 for half of one
   int32_t shrinks;  // of a pair's first blocks that share its A x and wait for each other: no more than the GPU runs at once
-  int32_t alone;    // sm_90: no two blocks on a multiprocessor, so that few are spread evenly
+  int32_t alone;    // sm_90: no two blocks on a multiprocessor, so that few are spread evenly; gate_up with adapters has more warps for them then
   int32_t overlap;  // start beside the end of the kernel before, where the GPU can: down's weights and adapters are older
 };
 

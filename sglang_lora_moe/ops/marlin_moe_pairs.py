@@ -38,6 +38,7 @@ define(
 MOST_SHRINKS, SHARES = 16, 8  # blocks that share a pair's A x and wait for each other; shares of A's columns
 MOST_CHOSEN = 32  # experts of a token
 MOST_UNITS, RESIDENT = 16, 2  # units of a block of gate_up; blocks that a multiprocessor holds
+FEW_RANKS, AT_ONCE = 16, 2048  # no more ranks than these gain by warps of their own only where A has so few columns, as in csrc/marlin_moe_pairs_lora.cuh
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,16 @@ class PairAdapters:
     s13: torch.Tensor
     s2: torch.Tensor
     shrinks: int  # blocks that share a pair's A x
+    alone: int  # units of a block of gate_up up to which it is alone on a multiprocessor
 
     @classmethod
     def allocate(cls, stacks: ExpertStacks, slots: torch.Tensor, spec: MoESpec, workspace: Workspace) -> PairAdapters:
         pairs, row_units, sms = slots.shape[0] * spec.top_k, padded_units(spec.w13_rows, spec.hidden_size, 2)[0], launch.multiprocessors(slots.device)
-        parts, shape = -(-row_units // units_of(pairs, row_units, sms, False)), (pairs, SHARES, _sixteens(stacks.a13))
+        alone = _units_alone(stacks, slots.device)
+        parts, shape = -(-row_units // units_of(pairs, row_units, sms, False, alone)), (pairs, SHARES, _sixteens(stacks.a13))
         s2 = workspace.get("lora.2.s", (pairs, parts, _sixteens(stacks.a2)), torch.float32)
         elements = 1 << max(12, (math.prod(shape) - 1).bit_length())
-        return cls(stacks, slots, _exchange(elements, slots.device)[: math.prod(shape)].view(shape), s2, max(1, min(MOST_SHRINKS, parts, sms // 2)))
+        return cls(stacks, slots, _exchange(elements, slots.device)[: math.prod(shape)].view(shape), s2, max(1, min(MOST_SHRINKS, parts, sms // 2)), alone)
 
     def arguments(self, down: bool) -> tuple[torch.Tensor | None, ...]:
         s = self.stacks
@@ -73,16 +76,28 @@ def _sixteens(a: Stack) -> int:
     return -(-a.max_rank // 16) * 16 * (2 if a.may_split else 1)
 
 
+def _units_alone(stacks: ExpertStacks, device: torch.device) -> int:
+    """Up to which one block a multiprocessor, with more warps for adapters, takes less than two: measured on Qwen3, DeepSeek and gpt-oss."""
+    rank = stacks.a2.max_rank
+    if not launch.has_wgmma(device) or (rank <= FEW_RANKS and stacks.a13.dim > AT_ONCE):
+        return 0
+    return 6 if rank <= 2 * FEW_RANKS else 12
+
+
 @lru_cache(maxsize=64)
 def _exchange(elements: int, device: torch.device) -> torch.Tensor:
     return empty_s(elements, device)
 
 
 @lru_cache(maxsize=256)
-def units_of(owners: int, row_units: int, sms: int, down: bool) -> int:
-    """Units of 32 rows of a block: as few as let all blocks run at once. For down 1, or 0 for half of one."""
+def units_of(owners: int, row_units: int, sms: int, down: bool, alone: int = 0) -> int:
+    """Units of 32 rows of a block: as few as let all blocks run at once, each alone on a multiprocessor where `alone` units suffice.
+
+    For down 1, or 0 for half of one."""
     if down:
         return int(10 * owners * row_units > 9 * sms)
+    if alone and owners * -(-row_units // alone) <= sms:
+        return next(units for units in range(1, alone + 1) if owners * -(-row_units // units) <= sms)
     return next((units for units in range(1, MOST_UNITS) if owners * -(-row_units // units) <= RESIDENT * sms), MOST_UNITS)
 
 
@@ -100,7 +115,7 @@ def marlin_moe_pairs(
         raise ValueError("marlin_moe_pairs: gate_up has an activation and down router weights, never both")
     sms = launch.multiprocessors(x.device)
     row_units = weight.packed.shape[1]
-    units = units_of(topk_ids.shape[0] if down else topk_ids.numel(), row_units, sms, down)
+    units = units_of(topk_ids.shape[0] if down else topk_ids.numel(), row_units, sms, down, 0 if adapters is None else adapters.alone)
     blocks = topk_ids.shape[0] * row_units * (2 - units) if down else topk_ids.numel() * -(-row_units // units)
     alone = blocks <= sms and launch.has_wgmma(x.device)
     if x.is_cuda:

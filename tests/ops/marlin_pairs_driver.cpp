@@ -8,7 +8,7 @@ namespace {
 
 struct Case {
   int32_t order_seed, experts, tokens, top_k, rows, k, row_units, k_units, groups, group_size, bits, is_bf16, has_zeros, has_bias, down, has_slots, num_slots, width, next_width, parts,
-      units, shrinks, linear_parts, part_stride, s_width;
+      units, shrinks, linear_parts, part_stride, s_width, alone;
   float alpha, cubic, limit, shift;
   int64_t a_pool, b_pool, next_pool, then_pool;
 };
@@ -56,7 +56,7 @@ int main() {
       next.with(next_rank.data(), nullptr, next_scaling.data()), then.with(next_rank.data(), nullptr, next_scaling.data()), s.data(), other_s.data(), c.num_slots,
       c.down ? c.next_width : c.width, c.next_width, (int32_t)first, c.parts, c.experts, c.tokens, c.top_k, c.rows, c.k, c.row_units, c.k_units, c.groups, c.group_size, c.bits, c.is_bf16, c.alpha, c.cubic, c.limit, c.shift,
       linear ? starts.data() : nullptr, c.linear_parts, c.part_stride, c.s_width};
-  const int error = marlin_moe_pairs(&arguments, {c.units, c.shrinks, 0, 0}, nullptr);
+  const int error = marlin_moe_pairs(&arguments, {c.units, c.shrinks, c.alone, 0}, nullptr);
   std::fwrite(out.data(), 2, out.size(), stdout);
   if (!s.empty()) std::fwrite(s.data(), 4, s.size(), stdout);
   if (!other_s.empty()) std::fwrite(other_s.data(), 4, other_s.size(), stdout);

@@ -47,9 +47,9 @@ def emulate(driver: Path) -> emulator.Operators:
         fields = (
             turn % 4, 1, x.shape[0], 1, out.shape[1], x.shape[1], *packed.shape[1:3], scales.shape[2], group_size, packed.shape[3] // 32,
             x.dtype == torch.bfloat16, zeros is not None, bias is not None, True, s is not None, 0 if rank is None else rank.numel(),
-            -(-width // 16) * 16, -(-width // 16) * 16, splits, units, 1, parts, part_stride, width,
+            -(-width // 16) * 16, -(-width // 16) * 16, splits, units, 1, parts, part_stride, width, alone,
         )  # fmt: skip
-        head = struct.pack("25i4fxxxx4q", *map(int, fields), 0.0, 0.0, 0.0, 0.0, 0, 0 if pool is None else pool.numel(), 0, 0)
+        head = struct.pack("26i4f4q", *map(int, fields), 0.0, 0.0, 0.0, 0.0, 0, 0 if pool is None else pool.numel(), 0, 0)
         written = emulator.answer(driver, head, x, packed, scales, zeros, bias, ids, weights, slots, pool, *tables, starts, s)
         out.copy_(torch.frombuffer(written, dtype=out.dtype, count=out.numel()).view(out.shape))
 

@@ -55,14 +55,14 @@ def emulate(driver: Path) -> emulator.Operators:
         fields = (
             order % 4, packed.shape[0], *topk_ids.shape, rows, x.shape[1], *packed.shape[1:3], scales.shape[2], group_size, packed.shape[3] // 32,
             x.dtype == torch.bfloat16, zeros is not None, bias is not None, topk_weights is not None, slots is not None, 0 if rank is None else rank.numel(),
-            *low, units, shrinks, 0, 0, 0,
+            *low, units, shrinks, 0, 0, 0, alone,
         )  # fmt: skip
         pools = [0 if pool is None else pool.numel() for pool in (a_pool, b_pool, next_pool, then_pool)]
         inputs = (
             x, packed, scales, zeros, bias, topk_ids, topk_weights, slots, a_pool, a_offset, a_stride, b_pool, b_offset, b_stride, rank, split, scaling,
             next_pool, next_offset, next_stride, next_rank, next_scaling, then_pool, then_offset, then_stride, s, other_s,
         )  # fmt: skip
-        written = emulator.answer(driver, struct.pack("25i4fxxxx4q", *map(int, fields), alpha, cubic, limit, shift, *pools), *inputs)
+        written = emulator.answer(driver, struct.pack("26i4f4q", *map(int, fields), alpha, cubic, limit, shift, *pools), *inputs)
         where = 0
         for tensor in (out, s, other_s):
             if tensor is not None:
@@ -108,3 +108,12 @@ def test_blocks_of_few_rows(top_k: int, rank: int, monkeypatch: pytest.MonkeyPat
     """As on a GPU of many multiprocessors: down by halves of a row unit, and several eights of the parts that gate_up leaves, shared by both helpers."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 40)
     check(spec=MoESpec(8, top_k, 160, 320), m=1, ranks=(rank,), active=1, slots=1, base_share=0.0)
+
+
+@pytest.mark.parametrize(("spec", "tokens", "sms"), [(SPEC, 4, 12), (BIASED, 2, 132), (LONG, 1, 7)], ids=["silu", "clamped with bias", "long"])
+def test_many_ranks(spec: MoESpec, tokens: int, sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Hopper: blocks of gate_up that are alone on a multiprocessor, whose helpers share all that adapters add."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: sms)
+    monkeypatch.setattr(launch, "has_wgmma", lambda device: True)
+    for bits, ranks in ((4, (16, 3)), (4, (16, 7, 40)), (8, (64, 9)), (4, (100, 150))):
+        check(bits, 32, spec=spec, m=tokens, layouts=LAYOUTS, ranks=ranks, active=5, routing="partial")
