@@ -47,7 +47,8 @@ class TritonDense(DenseDelta):
             return self._addend(parts, "tokens", tokens, splits or 1, f"dense.plan{splits or 1}")
         if tokens > NORM_MAX:
             return None
-        splits = shrink_splits(tokens, self._tables[id(parts)].a.dim)
+        a = self._tables[id(parts)].a
+        splits = shrink_splits(tokens, a.dim, a.shrink_width)
         return self._addend(parts, "tokens", tokens, splits, "dense.norm", self.workspace.get("dense.scale", (tokens,), torch.float32))
 
     def within(self, parts: Sequence[Part], tokens: int) -> LinearAddend | None:
@@ -63,7 +64,7 @@ class TritonDense(DenseDelta):
         return self._shrink(x, parts, "tokens", "dense.begin")
 
     def _shrink(self, x: torch.Tensor, parts: Sequence[Part], slot_source: str, name: str) -> LinearAddend:
-        low = self._addend(parts, slot_source, x.shape[0], shrink_splits(x.shape[0], x.shape[1]), name)
+        low = self._addend(parts, slot_source, x.shape[0], shrink_splits(x.shape[0], x.shape[1], self._tables[id(parts)].a.shrink_width), name)
         linear_shrink(x, low)
         return low
 

@@ -257,7 +257,7 @@ class ShrinkShape:
     @classmethod
     def of(cls, low: LinearAddend, dtype: torch.dtype) -> ShrinkShape:
         (splits, m, parts, width), k = low.s.shape, low.tables.a.dim
-        br = max(16, min(64 if parts == 1 else 32, triton.next_power_of_2(width)))
+        br = max(16, min(64 // triton.next_power_of_2(parts), triton.next_power_of_2(width)))  # more of them spill
         bm, shares, per_split = tile_tokens(m), tile_shares(m), triton.cdiv(k, splits)
         once = bm == 16 and per_split <= 256
         options: dict[str, int | str] = {
@@ -267,11 +267,11 @@ class ShrinkShape:
         return cls(triton.cdiv(m, bm), triton.cdiv(width, br) * shares, splits, options)
 
 
-def shrink_splits(tokens: int, inputs: int) -> int:
-    """Splits of x's columns for a step of so many tokens: of 256 at decode, where programs are too few to fill a GPU."""
+def shrink_splits(tokens: int, inputs: int, width: int = 16) -> int:
+    """Splits of x's columns for a step of so many tokens: of 256 at decode, where programs are too few to fill a GPU; fewer of large s."""
     if tile_tokens(tokens) == 16:
         return max(1, min(16, triton.cdiv(inputs, 256)))
-    return max(1, min(8, inputs // 256, 264 // triton.cdiv(tokens, tile_tokens(tokens))))
+    return max(1, min(8, max(1, 128 // width), inputs // 256, 264 // triton.cdiv(tokens, tile_tokens(tokens))))
 
 
 def linear_shrink(x: torch.Tensor, low: LinearAddend) -> None:

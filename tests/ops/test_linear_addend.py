@@ -96,7 +96,7 @@ def test_before_and_after_qkv(dtype: torch.dtype, family: str, monkeypatch: pyte
 @pytest.mark.parametrize("splits", [1, 5])
 def test_after_o(dtype: torch.dtype, family: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(dtype, family, monkeypatch)
-    monkeypatch.setattr(triton_dense, "shrink_splits", lambda tokens, inputs: splits)
+    monkeypatch.setattr(triton_dense, "shrink_splits", lambda tokens, inputs, width: splits)
     x, residual, norm, weight = case.noise(TOKENS, HQ * D), case.noise(TOKENS, H), case.noise(H) + 1, case.noise(H, HQ * D)
     want_total = residual.clone()
     want = rms_norm.rms_norm(case.linear(x, weight, case.o), norm, 1e-5, want_total)
