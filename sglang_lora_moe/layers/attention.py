@@ -288,9 +288,13 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: object) -> tuple[torch.Tensor, None]:
         """hidden_states [1, T, H], position_embeddings cos and sin [1, T, R or R/2] -> ([1, T, H], None)."""
-        cos, sin = (table[0] if self.half_tables else table[0, :, : table.shape[-1] // 2] for table in position_embeddings)
-        out = self.attend(self.qkv(hidden_states[0]), cos, sin)
+        out = self.attend(self.qkv(hidden_states[0]), *self.tables(position_embeddings))
         return self.o_proj(out.flatten(1))[None], None
+
+    def tables(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, R/2]."""
+        cos, sin = (table[0] if self.half_tables else table[0, :, : table.shape[-1] // 2] for table in position_embeddings)
+        return cos, sin
 
     def attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """qkv [T, rows of q, k and v], cos and sin [T, R/2] -> [T, Hq, Dv]: what lies between the two linears."""

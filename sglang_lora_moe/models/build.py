@@ -197,30 +197,18 @@ class _Swap:
     def _make_attention(self, path: str, module: Any, paged: PagedAttention) -> Attention:
         q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
         return Attention(
-            self._linear(path, module, "q_proj", "k_proj", "v_proj"),
-            self._linear(path, module, "o_proj"),
-            paged,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            norm_per_head=q_norm is None or q_norm.weight.shape[0] == paged.spec.kv.k_dim,
-            sinks=getattr(module, "sinks", None),
-            half_tables=type(module).__name__ in recognise.HALF_TABLE_ATTENTION,
-        )
+            self._linear(path, module, "q_proj", "k_proj", "v_proj"), self._linear(path, module, "o_proj"), paged,
+            q_norm=q_norm, k_norm=k_norm, norm_per_head=q_norm is None or q_norm.weight.shape[0] == paged.spec.kv.k_dim,
+            sinks=getattr(module, "sinks", None), half_tables=type(module).__name__ in recognise.HALF_TABLE_ATTENTION,
+        )  # fmt: skip
 
     def _make_latent(self, path: str, module: Any, paged: PagedAttention) -> AbsorbedMLA:
         direct = module.q_lora_rank is None
         return AbsorbedMLA(
-            self._linear(path, module, "q_proj" if direct else "q_a_proj", "kv_a_proj_with_mqa"),
-            None if direct else module.q_a_layernorm,
-            None if direct else self._linear(path, module, "q_b_proj"),
-            module.kv_a_layernorm,
-            module.kv_b_proj,
-            self._linear(path, module, "o_proj"),
-            paged,
-            nope_dim=module.qk_nope_head_dim,
-            v_dim=module.v_head_dim,
-            interleaved=bool(getattr(self.config, "rope_interleave", True)),
-        )
+            self._linear(path, module, "q_proj" if direct else "q_a_proj", "kv_a_proj_with_mqa"), None if direct else module.q_a_layernorm,
+            None if direct else self._linear(path, module, "q_b_proj"), module.kv_a_layernorm, module.kv_b_proj, self._linear(path, module, "o_proj"), paged,
+            nope_dim=module.qk_nope_head_dim, v_dim=module.v_head_dim, interleaved=bool(getattr(self.config, "rope_interleave", True)),
+        )  # fmt: skip
 
     def _swap_experts(self, path: str, module: Any) -> None:
         """Replace experts and router, and the whole block where its shared expert becomes one of the experts."""

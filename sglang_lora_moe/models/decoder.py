@@ -19,13 +19,15 @@ from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router, RouterSpec, select_experts
+from sglang_lora_moe.models.overrides.mla import AbsorbedMLA
 from sglang_lora_moe.ops import skinny_linear
+from sglang_lora_moe.ops.latent_attention import latent_queries, latent_values
 from sglang_lora_moe.ops.lora_linear import linear_expand
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
 from sglang_lora_moe.ops.router_topk import FEW_TOKENS, router_logits, router_topk
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "DeepseekV2", "DeepseekV3")
 _CAUSAL_MODELS = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
 _LAYERS = frozenset(f"{family}DecoderLayer" for family in FAMILIES)
 _LAYER_PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
@@ -45,9 +47,9 @@ def _is_standard_layer(layer: Any) -> bool:
     return (
         type(layer).__name__ in _LAYERS
         and _has_parts(layer, _LAYER_PARTS)
-        and isinstance(layer.self_attn, Attention)
+        and isinstance(layer.self_attn, Attention | AbsorbedMLA)
         and isinstance(layer.self_attn.paged.backend, TritonAttention)
-        and all(norm is None or isinstance(norm, RMSNorm) for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm))
+        and all(isinstance(child, RMSNorm) for name, child in layer.self_attn.named_children() if name.endswith("norm"))
         and isinstance(layer.input_layernorm, RMSNorm)
         and isinstance(layer.post_attention_layernorm, RMSNorm)
     )
@@ -64,8 +66,7 @@ class FusedDecoder:
         self.hf, self.ctx = hf, ctx
         positions = torch.arange(max_positions, device=ctx.device).unsqueeze(0)
         sample = torch.empty(0, dtype=torch.float32, device=ctx.device)  # tables stay float32; rotation is in float32
-        first: Attention = hf.model.layers[0].self_attn
-        cos, sin = (table[0] if first.half_tables else table[0, :, : table.shape[-1] // 2] for table in hf.model.rotary_emb(sample, positions))
+        cos, sin = hf.model.layers[0].self_attn.tables(hf.model.rotary_emb(sample, positions))
         self.cos, self.sin = cos.contiguous(), sin.contiguous()  # [positions, R/2]
         self._rotated: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -76,7 +77,7 @@ class FusedDecoder:
         x, residual = model.embed_tokens(ctx.input_ids[: ctx.num_tokens]), None
         for layer in model.layers:
             x, residual, low = self._input_norm(layer, x, residual)
-            x, addend = self._attention(layer.self_attn, x, low)
+            x, addend = (self._latent_attention if isinstance(layer.self_attn, AbsorbedMLA) else self._attention)(layer.self_attn, x, low)
             x = rms_norm(x, *_norm(layer.post_attention_layernorm), residual, addend=addend)
             x = self._mlp(layer.mlp, x)
         return rms_norm(x, *_norm(model.norm), residual)
@@ -98,10 +99,10 @@ class FusedDecoder:
         normed = rms_norm(x, *_norm(layer.input_layernorm), residual)
         return normed, x if residual is None else residual, None if alone else _begin(qkv, normed)
 
-    def _is_fusable(self, attention: Attention) -> bool:
+    def _is_fusable(self, attention: Attention | AbsorbedMLA) -> bool:
         """Whether one kernel can do norm, rotation and cache write."""
         kv = attention.paged.spec.kv
-        return kv.k_dim == kv.v_dim and 2 * self.cos.shape[1] == kv.k_dim
+        return isinstance(attention, AbsorbedMLA) or (kv.k_dim == kv.v_dim and 2 * self.cos.shape[1] == kv.k_dim)
 
     def _attention(self, attention: Attention, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
         """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None). `low`: of `_input_norm`."""
@@ -128,6 +129,24 @@ class FusedDecoder:
             o_low = _begin(o_proj, out)
         return _multiply(o_proj, out, o_low)
 
+    def _latent_attention(self, attention: AbsorbedMLA, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
+        """As `_attention`, over latents."""
+        ctx, paged, o_proj, t = self.ctx, attention.paged, attention.o_proj, x.shape[0]
+        qkv, low = _multiply(attention.qkv, x, low)
+        if low is not None:
+            qkv = linear_expand(qkv, low)
+        q = qkv
+        if attention.q_b is not None:
+            q = _multiply(attention.q_b, rms_norm(qkv[:, : attention.q_width], *_norm(attention.q_a_layernorm)), None)[0]
+        queries = latent_queries(
+            q, qkv[:, attention.q_width :], attention.kv_b_proj.weight, _norm(attention.kv_a_layernorm), paged.k_cache,
+            (ctx.kv_slots[:t], ctx.positions[:t]), (self.cos, self.sin),
+            heads=paged.spec.num_heads, nope_dim=attention.nope_dim, interleaved=attention.interleaved,
+        )  # fmt: skip
+        paged.calls += 1
+        out = latent_values(paged.backend.attend(queries, paged, None), attention.kv_b_proj.weight, attention.v_dim)
+        return _multiply(o_proj, out, None if _whole(o_proj, out) is not None else _begin(o_proj, out))
+
     def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
         if self._rotated is None:
@@ -151,15 +170,11 @@ class FusedDecoder:
         spec, ctx, linear = router.spec, self.ctx, _without_adapters(router.linear)
         if not _fits_kernel(spec):
             return select_experts(router.linear(x.float() if spec.float32_logits else x), spec, router.e_score_correction_bias)
-        if type(linear) is Linear and linear.weight.dtype == x.dtype and x.shape[0] <= FEW_TOKENS:
+        if type(linear) is Linear and linear.weight.dtype in (x.dtype, torch.float32) and x.shape[0] <= FEW_TOKENS:
             logits = router_logits(x, linear.weight, linear.bias)
         else:
             logits = router.linear(x.float() if spec.float32_logits else x)
-        mode = "choice" if spec.score == "topk_softmax" else "softmax"
-        return router_topk(
-            logits, spec.top_k, mode=mode, renormalize=spec.renormalise, scale=spec.scale, kv_slots=ctx.kv_slots[: x.shape[0]], dump_rows=ctx.page_size,
-            shared=spec.shared,
-        )  # fmt: skip
+        return router_topk(logits, spec, router.e_score_correction_bias, ctx.kv_slots[: x.shape[0]], ctx.page_size)
 
 
 def _without_adapters(linear: Any) -> Any:
@@ -168,7 +183,8 @@ def _without_adapters(linear: Any) -> Any:
 
 
 def _fits_kernel(spec: RouterSpec) -> bool:
-    return spec.score in ("softmax", "topk_softmax") and not spec.correction_bias and spec.num_groups == 1 and spec.epsilon == 0.0
+    """Whether `router_topk` can choose."""
+    return spec.score == "sigmoid" or (not spec.correction_bias and (spec.num_groups == 1 or spec.group_best == 1))
 
 
 def _plan(linear: Any, tokens: int, splits: int | None = None) -> Any:
@@ -204,5 +220,5 @@ def _multiply(linear: Any, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any
     return (linear.base(x), low) if added is None else (added, None)
 
 
-def _norm(norm: RMSNorm) -> tuple[torch.Tensor, float]:
+def _norm(norm: Any) -> tuple[torch.Tensor, float]:
     return norm.weight, norm.variance_epsilon

@@ -9,7 +9,7 @@ results by their log-sum-exp (flash decoding), always in the same order, so that
 
 The cache may be narrower than q (float8 e4m3): keys and values are widened as they are read.
 
-With MLA the cache holds one latent row per token: pass the same tensor as k_cache and v_cache; v is its first `Dv` columns.
+With MLA the cache holds one latent row per token: pass its first `Dv` columns as v_cache; they are then read once for keys and values.
 
 On Hopper several query tokens of 16-bit heads of 128, without window, sinks or cap, are csrc/prefill_attention.cu's: `in_cuda` is the rule.
 """
@@ -25,7 +25,7 @@ from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
-MIN_SPLIT_KEYS = 128
+MIN_SPLIT_KEYS, MIN_LATENT_KEYS = 128, 64
 DECODE_PROGRAMS = 264  # as many as fill a GPU of 132 multiprocessors twice; fixed, so that results do not depend on the machine
 
 define(
@@ -49,14 +49,15 @@ def _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q: tl.constexpr, R
 
 @triton.jit
 def _attend_blocks(
-    q, acc, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+    q, q_c, acc, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
     k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Go on with the streaming softmax of q [rows, D_PAD] over keys [first_key, last_key) of one request; in powers of two.
 
-    Without MASKED every row sees all of these keys, and they are whole blocks.
+    Without MASKED every row sees all of these keys, and they are whole blocks. LATENT: `q_c` [rows, DV_PAD] belongs to the columns that are
+    values, too, q to the D others.
     """
     dims, v_dims, keys = tl.arange(0, D_PAD), tl.arange(0, DV_PAD), tl.arange(0, BLOCK_N)
     page = tl.load(pages_ptr + (first_key + keys) // PAGE, mask=first_key + keys < last_key, other=0)
@@ -74,6 +75,8 @@ def _attend_blocks(
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         k, v = k.to(q.dtype), v.to(q.dtype)  # the cache may be narrower
         scores = tl.dot(q, k, input_precision="ieee")  # times `scale`, which becomes part of the subtraction below
+        if LATENT:
+            scores = tl.dot(q_c, tl.trans(v), scores, input_precision="ieee")
         if SOFTCAP:
             scores = (2 * tl.sigmoid(2 * (scores * scale) / (softcap * LOG2E)) - 1) * (softcap * LOG2E) / scale
         if MASKED:
@@ -93,10 +96,10 @@ def _attend_blocks(
 
 @triton.jit
 def _attend_keys(
-    q, maximum, total, position, first_position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+    q, q_c, maximum, total, position, first_position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
     k_row_stride, k_head_stride, v_row_stride, v_head_stride,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
     """Keys [first_key, last_key) of one request: whole blocks that all rows see, then what needs a mask. Returns (values, maximum, total)."""
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
@@ -104,13 +107,24 @@ def _attend_keys(
     if not WINDOW:
         masked_from = tl.maximum(tl.minimum(first_position + 1, last_key) // BLOCK_N * BLOCK_N, first_key)
         acc, maximum, total = _attend_blocks(
-            q, acc, maximum, total, position, first_key, masked_from, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
-            k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, False,
+            q, q_c, acc, maximum, total, position, first_key, masked_from, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+            k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, LATENT, False,
         )  # fmt: skip
     return _attend_blocks(
-        q, acc, maximum, total, position, masked_from, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
-        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, True,
+        q, q_c, acc, maximum, total, position, masked_from, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
+        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, LATENT, True,
     )  # fmt: skip
+
+
+@triton.jit
+def _load_queries(q_ptrs, head, valid, dims, v_dims, D: tl.constexpr, DV: tl.constexpr, LATENT: tl.constexpr):
+    """(q [rows, D_PAD] of the columns of keys that are no values, q_c [rows, DV_PAD] of the others); q twice where no columns are both."""
+    q_ptrs = q_ptrs[:, None] + (head * (D + DV if LATENT else D))[:, None]
+    q = tl.load(q_ptrs + (DV if LATENT else 0) + dims[None, :], mask=valid[:, None] & (dims[None, :] < D), other=0.0)
+    q_c = q
+    if LATENT:
+        q_c = tl.load(q_ptrs + v_dims[None, :], mask=valid[:, None] & (v_dims[None, :] < DV), other=0.0)
+    return q, q_c
 
 
 @triton.jit
@@ -124,7 +138,7 @@ def _attention_kernel(
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    REQUESTS_PAD: tl.constexpr, DECODE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    REQUESTS_PAD: tl.constexpr, DECODE: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_Q query tokens x all heads of one KV head x one share of the keys. Rows are (token, head)."""
     pdl_wait(PDL)
@@ -157,15 +171,15 @@ def _attention_kernel(
         if (first_key >= last_key) & (split > 0):  # nothing left for this program; the merge reads no more than this
             tl.store(lse_ptr + (token * HQ + head) * SPLITS + split, float("-inf"), mask=valid)
             return
-    q = tl.load(q_ptr + token[:, None] * q_stride + (head * D)[:, None] + dims[None, :], mask=valid[:, None] & (dims[None, :] < D), other=0.0)
+    q, q_c = _load_queries(q_ptr + token * q_stride, head, valid, dims, v_dims, D, DV, LATENT)
     maximum, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if SINKS and split == 0:
         maximum = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * LOG2E
         total += 1.0
     acc, maximum, total = _attend_keys(
-        q, maximum, total, context + query, context + first_query, first_key, last_key, kv_head, k_ptr, v_ptr, page_table_ptr + request * page_table_stride,
-        scale * LOG2E, window, softcap, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
-        D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, STAGES,
+        q, q_c, maximum, total, context + query, context + first_query, first_key, last_key, kv_head, k_ptr, v_ptr,
+        page_table_ptr + request * page_table_stride, scale * LOG2E, window, softcap, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
+        D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, STAGES, LATENT,
     )  # fmt: skip
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = (token * HQ + head) * SPLITS + split
@@ -253,15 +267,18 @@ def paged_attention(
     if splits > 1:
         scratch = q.new_empty(m * hq * splits * (dv + 1), dtype=torch.float32) if scratch is None else scratch
         partial, lse = scratch[: m * hq * splits * dv], scratch[m * hq * splits * dv :]
+    latent = dv < d and v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride()
     block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size())
+    own = d - dv if latent else d  # columns of a key that are no value
     _attention_kernel[(requests if decode else m // block_q + requests, hkv, splits)](
-        q, k_cache, v_cache, partial, lse, page_table, query_starts, seq_lens, sinks if sinks is not None else q,
+        q, k_cache[..., dv:] if latent else k_cache, v_cache, partial, lse, page_table, query_starts, seq_lens, sinks if sinks is not None else q,
         requests, scale, window or 0, softcap or 0.0,
         q.stride(0), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), page_table.stride(0),
-        HQ=hq, HKV=hkv, D=d, D_PAD=triton.next_power_of_2(d), DV=dv, DV_PAD=triton.next_power_of_2(dv),
+        HQ=hq, HKV=hkv, D=own, D_PAD=max(16, triton.next_power_of_2(own)), DV=dv, DV_PAD=triton.next_power_of_2(dv),
         PAGE=page_size, BLOCK_Q=block_q, GROUP_PAD=group_pad, BLOCK_N=block_n,
-        SPLITS=splits, MIN_KEYS=MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        REQUESTS_PAD=1 if decode else triton.next_power_of_2(requests), DECODE=decode, STAGES=stages, num_warps=warps, **launch.options(q.device),
+        SPLITS=splits, MIN_KEYS=MIN_LATENT_KEYS if latent else MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
+        REQUESTS_PAD=1 if decode else triton.next_power_of_2(requests), DECODE=decode, STAGES=stages, LATENT=latent, num_warps=warps,
+        **launch.options(q.device),
     )  # fmt: skip
     assert low is None or splits > 1, "only the merge of splits fills s"
     if splits > 1:
@@ -296,7 +313,8 @@ def _block_shape(group: int, d: int, decode: bool, itemsize: int) -> tuple[int, 
     """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows."""
     group_pad = triton.next_power_of_2(group)
     if d > 256:  # latent rows of MLA
-        return max(1, (16 if decode or itemsize > 2 else 32) // group_pad), group_pad, 32, 4, 1
+        rows, stages = (16, 1) if itemsize > 2 else (16, 3) if decode else (32, 2)
+        return max(1, rows // group_pad), group_pad, 32, 4, stages
     if decode:
         return max(1, 16 // group_pad), group_pad, 64, 4, 2 if itemsize > 2 else 3
     if itemsize > 2:

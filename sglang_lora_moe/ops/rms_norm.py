@@ -33,7 +33,7 @@ ADD_ROWS_MAX = 256  # tokens up to which such a norm here owns one token a progr
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, H,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, H, x_stride,
     s_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width, num_slots,
     HAS_RESIDUAL: tl.constexpr, ADDEND: tl.constexpr, SHRINK: tl.constexpr, SPLITS: tl.constexpr, RANK_BLOCK: tl.constexpr,
     RANK_BLOCKS: tl.constexpr, SLOTS_PAD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -63,7 +63,7 @@ def _rms_norm_kernel(
         a_ptr = matrix_of(pool_ptr, offset_ptr, entry)
         a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * H + cols[None, :], mask=real[:, None] & mask[None, :], other=0.0)
     pdl_wait(PDL)
-    x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row + cols, mask=mask, other=0.0)
     if ADDEND:
@@ -126,7 +126,7 @@ def rms_norm(
     out: torch.Tensor | None = None,
     addend: LinearAddend | None = None,
 ) -> torch.Tensor:
-    """Return the norm of x [M, H] (or of residual + x, which is written back to residual; with an addend x may be too). Raises ValueError on strided rows."""
+    """The norm of x [M, H] (or of residual + x, which is written back to residual; with an addend x may be too). Only x alone may have gaps between rows."""
     if addend is not None and residual is not None:
         if (addend.grouped or x.shape[0] >= NARROW_MIN) and norm_rope.norms(x, addend):
             _check(x, residual)
@@ -156,7 +156,8 @@ def rms_norm_shrink(x: torch.Tensor, weight: torch.Tensor, eps: float, residual:
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor | None) -> None:
-    if not x.is_contiguous() or (residual is not None and (residual.shape != x.shape or not residual.is_contiguous())):
+    packed = x.is_contiguous() or (residual is None and x.dim() == 2 and x.stride(1) == 1)
+    if not packed or (residual is not None and (residual.shape != x.shape or not residual.is_contiguous())):
         raise ValueError(f"rms_norm: x {tuple(x.shape)} and residual must be contiguous and of one shape")
 
 
@@ -172,7 +173,7 @@ def _launch(
 ) -> torch.Tensor:
     _check(x, residual)
     h = x.shape[-1]
-    out = torch.empty_like(x) if out is None else out
+    out = x.new_empty(x.shape) if out is None else out
     block, extra, jobs, splits, rank_block, rank_blocks = triton.next_power_of_2(h), (*NO_LINEAR_ADDEND, 0, 1), 1, 1, 16, 1
     options: dict[str, int] = {}
     if addend is not None:
@@ -187,7 +188,7 @@ def _launch(
         extra, jobs = (*low.shrink_args(), width, 1), 1 + parts * rank_blocks
     plain = addend is None and low is None
     _rms_norm_kernel[(x.numel() // h, jobs)](
-        x, residual, weight, out, total, eps, h, *extra, HAS_RESIDUAL=residual is not None, ADDEND=addend is not None, SHRINK=low is not None,
+        x, residual, weight, out, total, eps, h, x.stride(-2), *extra, HAS_RESIDUAL=residual is not None, ADDEND=addend is not None, SHRINK=low is not None,
         SPLITS=splits, RANK_BLOCK=rank_block, RANK_BLOCKS=rank_blocks, BLOCK=block, SLOTS_PAD=triton.next_power_of_2(extra[-1]),
         num_warps=min(16, max(1, block // (512 if plain else 256 if low is not None else 128))), **options, **launch.options(x.device),
     )  # fmt: skip

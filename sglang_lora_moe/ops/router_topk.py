@@ -1,16 +1,14 @@
 """The router's logits for few tokens, and its scores, choice and weights in one kernel.
 
-    softmax:  p = softmax(logits) in float32; the K largest; divided by their sum if `renormalize`
-    choice:   the K largest logits; softmax over those K  (gpt-oss)
-
-Ties go to the smaller expert id. Shared experts follow the chosen ones, as in `RouterSpec`. Rows of padding, which write to the
-dump page of the KV cache, get ids -1, so that they read no expert. Larger routers (groups, correction bias) stay with layers/topk.py.
+Scores, groups of experts and shared experts, which follow the chosen ones, are those of `RouterSpec`; of softmax scores only a group's best counts.
+Ties go to the smaller expert id. Rows of padding, which write to the dump page of the KV cache, get ids -1, so that they read no expert.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from sglang_lora_moe.layers.topk import RouterSpec
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import pdl_wait
 
@@ -26,18 +24,26 @@ def _router_logits_kernel(
     split = tl.program_id(2)
     rm, re, rk = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BE + tl.arange(0, BE), split * BK + tl.arange(0, BK)
     w = tl.load(w_ptr + re[:, None] * H + rk[None, :], mask=(re < E)[:, None] & (rk < H)[None, :], other=0.0)  # no kernel of a step writes it
+    WIDE: tl.constexpr = w_ptr.dtype.element_ty != x_ptr.dtype.element_ty
+    high = w.to(x_ptr.dtype.element_ty)
+    if WIDE:  # float32 as a sum of three numbers of x's type
+        rest = w - high.to(tl.float32)
+        middle = rest.to(high.dtype)
+        low = (rest - middle.to(tl.float32)).to(high.dtype)
     pdl_wait(PDL)
     x = tl.load(x_ptr + rm.to(tl.int64)[:, None] * H + rk[None, :], mask=(rm < M)[:, None] & (rk < H)[None, :], other=0.0)
-    acc = tl.dot(x, tl.trans(w), input_precision=PRECISION)
+    acc = tl.dot(x, tl.trans(high), input_precision=PRECISION)
+    if WIDE:
+        acc = tl.dot(x, tl.trans(low), tl.dot(x, tl.trans(middle), acc))
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + re, mask=(re < E) & (split == 0), other=0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + (split * M + rm)[:, None] * E + re[None, :], acc, mask=(rm < M)[:, None] & (re < E)[None, :])
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, H], weight [E, H], bias [E] -> float32 [splits, M, E], whose sum over splits is x W^T + b, not rounded to x's dtype."""
+    """x [M, H], weight [E, H] of x's dtype or float32, bias [E] -> float32 [splits, M, E], whose sum over splits is x W^T + b, not rounded to x's dtype."""
     (m, h), experts = x.shape, weight.shape[0]
-    launch.expect("router_logits: x", x, (m, h), weight.dtype, weight.device)
+    launch.expect("router_logits: x", x, (m, h), x.dtype, weight.device)
     launch.expect("router_logits: weight", weight, (experts, h), weight.dtype, weight.device)
     splits = triton.cdiv(h, SPLIT)
     out = x.new_empty(splits, m, experts, dtype=torch.float32)
@@ -48,32 +54,72 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 @triton.jit
+def _of_best_groups(left, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BEST: tl.constexpr, GROUP_BEST: tl.constexpr):
+    """left [BLOCK_E] in BLOCK_G rows, -inf outside the BEST groups of the largest sums of GROUP_BEST."""
+    grouped, group = tl.reshape(left, (BLOCK_G, BLOCK_E // BLOCK_G)), tl.arange(0, BLOCK_G)
+    place = tl.arange(0, BLOCK_E // BLOCK_G)[None, :]
+    rest, score = grouped, tl.zeros([BLOCK_G], tl.float32)
+    for _ in tl.static_range(GROUP_BEST):
+        top = tl.max(rest, axis=1)
+        score += top
+        first = tl.min(tl.where(rest == top[:, None], place, BLOCK_E), axis=1)
+        rest = tl.where(place == first[:, None], float("-inf"), rest)
+    score = tl.where(group < GROUPS, score, float("-inf"))
+    kept = group < 0
+    for _ in tl.static_range(BEST):
+        chosen = group == tl.min(tl.where(score == tl.max(score, axis=0), group, BLOCK_G), axis=0)
+        kept, score = kept | chosen, tl.where(chosen, float("-inf"), score)
+    return tl.reshape(tl.where(kept[:, None], grouped, float("-inf")), (BLOCK_E,))
+
+
+@triton.jit
 def _router_topk_kernel(
-    logits_ptr, weights_ptr, ids_ptr, kv_slots_ptr, stride, split_stride, E, K, scale, dump_rows,
-    CHOICE: tl.constexpr, RENORM: tl.constexpr, SHARED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, kv_slots_ptr, stride, split_stride, E, K, scale, epsilon, dump_rows,
+    CHOICE: tl.constexpr, SIGMOID: tl.constexpr, RENORM: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BEST: tl.constexpr, GROUP_BEST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token."""
+    """One program per token; each group of experts has a power of two of places."""
+    place, places = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    of_group = place % (BLOCK_E // BLOCK_G)
+    experts = place // (BLOCK_E // BLOCK_G) * (E // GROUPS) + of_group
+    real = (of_group < E // GROUPS) & (experts < E)
     pdl_wait(PDL)
     token = tl.program_id(0).to(tl.int64)
-    experts, places = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    left = tl.load(logits_ptr + token * stride + experts, mask=experts < E, other=float("-inf")).to(tl.float32)
+    left = tl.load(logits_ptr + token * stride + experts, mask=real, other=float("-inf")).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
-        left += tl.load(logits_ptr + split * split_stride + token * stride + experts, mask=experts < E, other=0.0)
+        left += tl.load(logits_ptr + split * split_stride + token * stride + experts, mask=real, other=0.0)
     top = tl.max(left, axis=0)
     total = tl.sum(tl.exp(left - top), axis=0)
-    best, chosen = tl.full([BLOCK_K], float("-inf"), tl.float32), tl.zeros([BLOCK_K], tl.int32)
+    scores = left
+    if SIGMOID:
+        scores = tl.sigmoid(left)  # 0 beyond the experts
+        left = tl.where(real, scores, float("-inf"))
+        if bias_ptr is not None:
+            left += tl.load(bias_ptr + experts, mask=real, other=0.0).to(tl.float32)
+    if GROUPS > 1:
+        left = _of_best_groups(left, BLOCK_E, GROUPS, BLOCK_G, BEST, GROUP_BEST)
+    best, chosen = tl.full([BLOCK_K], 0.0 if SIGMOID else float("-inf"), tl.float32), tl.zeros([BLOCK_K], tl.int32)
     for k in range(K):
         value = tl.max(left, axis=0)
         expert = tl.min(tl.where(left == value, experts, BLOCK_E), axis=0)
-        best, chosen = tl.where(places == k, value, best), tl.where(places == k, expert, chosen)
         left = tl.where(experts == expert, float("-inf"), left)
-    p = tl.exp(best - top)
-    weights = p / (tl.sum(p, axis=0) if CHOICE or RENORM else total) * scale
+        if SIGMOID:
+            value = tl.sum(tl.where(experts == expert, scores, 0.0), axis=0)
+        best, chosen = tl.where(places == k, value, best), tl.where(places == k, expert, chosen)
+    p = best
+    if SIGMOID:
+        total = 1.0
+    else:
+        p = tl.exp(best - top)
+    weights = p / (tl.sum(p, axis=0) + epsilon if CHOICE or RENORM else total) * scale
     if SHARED:
-        gate = tl.load(logits_ptr + token * stride + E).to(tl.float32)
-        for split in tl.static_range(1, SPLITS):
-            gate += tl.load(logits_ptr + split * split_stride + token * stride + E)
-        weights = tl.where(places < K, weights, tl.sigmoid(gate))
+        own = 1.0
+        if GATED:
+            gate = tl.load(logits_ptr + token * stride + E).to(tl.float32)
+            for split in tl.static_range(1, SPLITS):
+                gate += tl.load(logits_ptr + split * split_stride + token * stride + E)
+            own = tl.sigmoid(gate)
+        weights = tl.where(places < K, weights, own)
         chosen = tl.where(places < K, chosen, E + places - K)
         K += SHARED
     if kv_slots_ptr is not None:  # noqa: SIM102 - decided when compiling
@@ -85,29 +131,22 @@ def _router_topk_kernel(
 
 
 def router_topk(
-    logits: torch.Tensor,
-    top_k: int,
-    *,
-    mode: str = "softmax",
-    renormalize: bool = True,
-    scale: float = 1.0,
-    kv_slots: torch.Tensor | None = None,
-    dump_rows: int = 0,
-    shared: int = 0,
+    logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None, kv_slots: torch.Tensor | None = None, dump_rows: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (topk_weights float32 [M, K], topk_ids int32 [M, K]) for logits [M, E], or the sum of logits [splits, M, E]. `mode`: "softmax" or "choice".
+    """(topk_weights float32 [M, K], topk_ids int32 [M, K]) for logits [M, E], or the sum of logits [splits, M, E]; shared experts count in K, their gate in E.
 
-    kv_slots int64 [M], if given: rows below `dump_rows` are padding. With `shared` results are [M, K + shared], logits [M, E + 1].
+    bias float32 [E] corrects the choice. kv_slots int64 [M], if given: rows below `dump_rows` are padding. Raises ValueError on logits that do not fit.
     """
-    if mode not in ("softmax", "choice") or logits.dim() not in (2, 3) or logits.stride(-1) != 1 or top_k > logits.shape[-1]:
-        raise ValueError(f"router_topk: mode {mode!r}, logits {tuple(logits.shape)}, top_k {top_k}: expected [M, E] rows and K <= E")
-    m, columns = logits.shape[-2:]
-    splits, experts = logits.shape[0] if logits.dim() == 3 else 1, columns - bool(shared)
-    weights = logits.new_empty(m, top_k + shared, dtype=torch.float32)
-    ids = logits.new_empty(m, top_k + shared, dtype=torch.int32)
+    (m, columns), experts, top_k = logits.shape[-2:], spec.num_experts, spec.top_k + spec.shared
+    if logits.dim() not in (2, 3) or logits.stride(-1) != 1 or not 0 <= columns - experts <= spec.shared or spec.top_k > experts:
+        raise ValueError(f"router_topk: logits {tuple(logits.shape)} do not fit {spec}")
+    weights, ids = logits.new_empty(m, top_k, dtype=torch.float32), logits.new_empty(m, top_k, dtype=torch.int32)
+    block_g = triton.next_power_of_2(spec.num_groups)
     _router_topk_kernel[(m,)](
-        logits, weights, ids, kv_slots, logits.stride(-2), m * columns, experts, top_k, scale, dump_rows, CHOICE=mode == "choice", RENORM=renormalize,
-        SHARED=shared, SPLITS=splits, BLOCK_E=triton.next_power_of_2(experts), BLOCK_K=triton.next_power_of_2(top_k + shared),
+        logits, bias, weights, ids, kv_slots, logits.stride(-2), m * columns, experts, spec.top_k, spec.scale, spec.epsilon, dump_rows,
+        CHOICE=spec.score == "topk_softmax", SIGMOID=spec.score == "sigmoid", RENORM=spec.renormalise, SHARED=spec.shared, GATED=columns > experts,
+        SPLITS=logits.shape[0] if logits.dim() == 3 else 1, GROUPS=spec.num_groups, BLOCK_G=block_g, BEST=spec.topk_groups, GROUP_BEST=spec.group_best,
+        BLOCK_E=block_g * triton.next_power_of_2(experts // spec.num_groups), BLOCK_K=triton.next_power_of_2(top_k),
         num_warps=1 if experts <= 128 else 4, **launch.options(logits.device),
     )  # fmt: skip
     return weights, ids

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.served import ServedModel
 from tests.models.driver import Driver, Sequence, make_context
-from tests.models.test_against_transformers import load_stock, random_tokens, stock_logits
+from tests.models.test_against_transformers import OTHERS, load_stock, random_tokens, stock_logits
 from tests.tiny_models import make_tiny_model
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,7 +24,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "olmoe": ("olmoe", {}),
     "gpt_oss": ("gpt_oss", {}),
-    "deepseek_v3": ("deepseek_v3", {}),  # not fused: latent attention on the same backend
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3-direct-q": ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True, "norm_topk_prob": False}),
+    "deepseek_v3-odd-shared-expert": ("deepseek_v3", {"n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
+    "deepseek_v2": ("deepseek_v2", OTHERS["deepseek_v2"]),
+    "glm4_moe": ("glm4_moe", OTHERS["glm4_moe"]),  # transformers' forward on the same backend
 }
 
 
@@ -40,7 +44,7 @@ def test_logits_equal_stock(case: str, tmp_path: Path) -> None:
     stock = load_stock(path)
     expected = [stock_logits(stock, seq.tokens) for seq in seqs]
     model = build(path)
-    assert (model._decoder is None) == (arch == "deepseek_v3")
+    assert (model._decoder is None) == (arch == "glm4_moe")
     driver = Driver(model)
     got: list[list[torch.Tensor]] = [[], []]
     for work, padding in [([(0, 13), (1, 9)], 0), ([(1, 11), (0, 1)], 2), ([(0, 1), (1, 1)], 0), ([(1, 1)], 0), ([(0, 3)], 0)]:

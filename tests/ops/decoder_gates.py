@@ -12,8 +12,10 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.compile_ahead import compiling
+from sglang_lora_moe.layers.topk import RouterSpec
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import LinearTarget
+from sglang_lora_moe.ops.latent_attention import latent_queries, latent_values
 from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, linear_expand, linear_shrink, shrink_splits
 from sglang_lora_moe.ops.paged_attention import paged_attention
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
@@ -58,7 +60,25 @@ def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
         linear_expand(x, o)
     rms_norm(x, empty(H), 1e-6, empty(tokens, H), addend=o)
     if tokens <= FEW_TOKENS:
-        router_topk(router_logits(x, empty(128, H), None), 8)
+        router_topk(router_logits(x, empty(128, H), None), RouterSpec(128, 8))
+        grouped = RouterSpec(256, 8, "sigmoid", True, True, 8, 4, 2, True, 1e-20, 2.5, 1)
+        router_topk(router_logits(x, empty(256, H, dtype=torch.float32), None), grouped, empty(256, dtype=torch.float32))
+
+
+def latents(tokens: int, requests: int, cache: torch.dtype) -> None:
+    """Of DeepSeek-V2-Lite, with linears between of DeepSeek-V3's form."""
+    heads, dim, rank, rope, longs, ints = 16, 128, 512, 64, empty(tokens, dtype=torch.int64), empty(requests + 1, dtype=torch.int32)
+    both, kv_b, k_cache = empty(tokens, heads * (dim + rope) + rank + rope), empty(2 * heads * dim, rank), empty(4096, 1, rank + rope, dtype=cache)
+    rms_norm(both[:, :1536], empty(1536), 1e-6)
+    tables = (empty(4096, rope // 2, dtype=torch.float32),) * 2
+    found = latent_queries(
+        both, both[:, heads * (dim + rope) :], kv_b, (empty(rank), 1e-6), k_cache, (longs, longs), tables, heads=heads, nope_dim=dim, interleaved=True
+    )
+    found = paged_attention(
+        found, k_cache, k_cache[..., :rank], empty(requests, 64, dtype=torch.int32), ints, ints[1:],
+        page_size=16, scale=0.1, decode=tokens == requests,
+    )  # fmt: skip
+    latent_values(found, kv_b, dim)
 
 
 def main() -> None:
@@ -66,6 +86,7 @@ def main() -> None:
         for cache in (torch.bfloat16, torch.float8_e4m3fn):
             with compiling(90, inspect=True) as found:
                 layer(tokens, requests, cache)
+                latents(tokens, requests, cache)
             for kernel in found:
                 print(json.dumps({"tokens": tokens, "cache": str(cache), **asdict(kernel)}))
     sys.stdout.flush()

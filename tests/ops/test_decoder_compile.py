@@ -31,8 +31,11 @@ def test_kernels_compile_for_both_caches_without_spills(kernels: list[dict]) -> 
         "_merge_kernel",
         "_attention_kernel",
         "_router_logits_kernel",
+        "_router_topk_kernel",
+        "_queries_kernel",
+        "_values_kernel",
     }
     assert {kernel["cache"] for kernel in kernels} == {"torch.bfloat16", "torch.float8_e4m3fn"}
     for kernel in kernels:
-        assert kernel["stack"] <= 32, kernel  # a few bytes outside the loops
+        assert kernel["stack"] <= 48, kernel  # a few bytes outside the loops
         assert kernel["shared"] <= SHARED_LIMIT[90], kernel

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.references import assert_near
+from sglang_lora_moe.layers.topk import RouterSpec
+from tests.references import assert_near, relative_error
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -86,7 +87,7 @@ def test_router_topk(mode: str, renormalize: bool, experts: int, k: int) -> None
 
     torch.manual_seed(2)
     logits = torch.randn(7, experts, device=DEVICE)
-    weights, ids = router_topk(logits, k, mode=mode, renormalize=renormalize)
+    weights, ids = router_topk(logits, RouterSpec(experts, k, "topk_softmax" if mode == "choice" else mode, renormalise=renormalize))
     scores = logits.double() if mode == "choice" else logits.double().softmax(-1)
     want, index = scores.topk(k, -1)
     want = want.softmax(-1) if mode == "choice" else want / want.sum(-1, keepdim=True) if renormalize else want
@@ -95,51 +96,78 @@ def test_router_topk(mode: str, renormalize: bool, experts: int, k: int) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "weights in float32"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("m", "h", "experts"), [(3, 300, 6), (17, 520, 60), pytest.param(250, 2048, 128, marks=pytest.mark.gpu)])
-def test_router_logits(m: int, h: int, experts: int, bias: bool, dtype: torch.dtype) -> None:
+def test_router_logits(m: int, h: int, experts: int, bias: bool, wide: bool, dtype: torch.dtype) -> None:
     """Their sum over splits, and the same choice from them as from the sum."""
     from sglang_lora_moe.ops.router_topk import router_logits, router_topk
 
     torch.manual_seed(3)
-    x, w = torch.randn(m, h, device=DEVICE).to(dtype), torch.randn(experts, h, device=DEVICE).to(dtype)
+    x, w = torch.randn(m, h, device=DEVICE).to(dtype), torch.randn(experts, h, device=DEVICE).to(torch.float32 if wide else dtype)
     b = torch.randn(experts, device=DEVICE).to(dtype) if bias else None
     found = router_logits(x, w, b)
     assert found.shape[0] > 1
     want = x.double() @ w.double().T + (b.double() if b is not None else 0.0)
     assert_near(found.sum(0), want.float(), "router_logits")
-    for one, other in zip(router_topk(found, 4), router_topk(found.sum(0), 4), strict=True):
+    assert not wide or relative_error(found.sum(0), want.float()) < 1e-5
+    for one, other in zip(router_topk(found, RouterSpec(experts, 4)), router_topk(found.sum(0), RouterSpec(experts, 4)), strict=True):
         torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_router_topk_appends_shared_experts(splits: int) -> None:
     """As layers/topk.py does, whose weights without a logit of theirs are 1."""
-    from sglang_lora_moe.layers.topk import RouterSpec, select_experts
+    from sglang_lora_moe.layers.topk import select_experts
     from sglang_lora_moe.ops.router_topk import router_topk
 
     torch.manual_seed(4)
     logits, spec = torch.randn(splits, 9, 13, device=DEVICE), RouterSpec(12, 3, renormalise=True, scale=2.5, shared=2)
-    weights, ids = router_topk(logits if splits > 1 else logits[0], 3, scale=2.5, shared=2)
+    weights, ids = router_topk(logits if splits > 1 else logits[0], spec)
     want, index = select_experts(logits.sum(0), spec)
     assert torch.equal(ids, index) and ids[:, 3:].tolist() == [[12, 13]] * 9
     assert_near(weights, want, "router_topk")
     torch.testing.assert_close(want[:, 3], logits.sum(0)[:, 12].sigmoid())
     assert (select_experts(logits.sum(0)[:, :12], spec)[0][:, 3:] == 1).all()
-    _, ids = router_topk(logits, 3, kv_slots=torch.tensor([4, 3] + [9] * 7, device=DEVICE), dump_rows=4, shared=2)
+    _, ids = router_topk(logits, spec, None, torch.tensor([4, 3] + [9] * 7, device=DEVICE), 4)
     assert ids[1].tolist() == [-1] * 5 and (ids[0] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts": 12, "num_groups": 4, "topk_groups": 2, "correction_bias": True, "renormalise": True, "epsilon": 1e-20, "scale": 1.5, "shared": 1},
+        {"num_experts": 256, "num_groups": 8, "topk_groups": 4, "correction_bias": True, "renormalise": False, "scale": 2.5, "shared": 2},
+        {"num_experts": 9, "correction_bias": True, "renormalise": True},
+        {"num_experts": 160, "score": "softmax", "num_groups": 8, "topk_groups": 3, "group_best": 1, "scale": 16.0},
+    ],
+    ids=["groups of three", "deepseek_v3", "one group", "deepseek_v2"],
+)
+def test_router_topk_of_deepseek(fields: dict) -> None:
+    """As layers/topk.py does: sigmoid scores, a correction of the choice, groups of experts, shared ones without a gate."""
+    from sglang_lora_moe.layers.topk import select_experts
+    from sglang_lora_moe.ops.router_topk import router_topk
+
+    torch.manual_seed(5)
+    spec = RouterSpec(top_k=4, **{"score": "sigmoid"} | fields)
+    logits = torch.randn(2, 11, spec.num_experts, device=DEVICE)
+    bias = torch.randn(spec.num_experts, device=DEVICE) * 0.3 if spec.correction_bias else None
+    weights, ids = router_topk(logits, spec, bias)
+    want, index = select_experts(logits.sum(0), spec, bias)
+    assert torch.equal(ids, index)
+    assert_near(weights, want, "router_topk")
 
 
 def test_router_topk_breaks_ties_towards_the_smaller_id() -> None:
     from sglang_lora_moe.ops.router_topk import router_topk
 
-    _, ids = router_topk(torch.zeros(2, 6, device=DEVICE), 3)
+    _, ids = router_topk(torch.zeros(2, 6, device=DEVICE), RouterSpec(6, 3))
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
 def test_router_topk_gives_padding_no_expert() -> None:
     from sglang_lora_moe.ops.router_topk import router_topk
 
-    weights, ids = router_topk(torch.randn(3, 6, device=DEVICE), 2, kv_slots=torch.tensor([4, 3, 90], device=DEVICE), dump_rows=4)
+    weights, ids = router_topk(torch.randn(3, 6, device=DEVICE), RouterSpec(6, 2), None, torch.tensor([4, 3, 90], device=DEVICE), 4)
     assert ids[1].tolist() == [-1, -1] and not weights[1].any()
     assert (ids[[0, 2]] >= 0).all() and (weights[[0, 2]] > 0).all()

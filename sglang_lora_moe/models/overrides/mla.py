@@ -18,12 +18,12 @@ KV_B_REASON = "kv_b_proj is absorbed into the queries and outputs of latent atte
 class AbsorbedMLA(nn.Module):
     """Replaces transformers' latent attention module. dn, dr, dv: columns of a head's plain key, rotary key and value; r: latent rank.
 
-    `qkv_a` has two parts over the same input: q_a_proj (or q_proj, then `q_b` is None) and kv_a_proj_with_mqa.
+    `qkv` has two parts over the same input: q_a_proj (or q_proj, then `q_b` is None) and kv_a_proj_with_mqa.
     """
 
     def __init__(
         self,
-        qkv_a: Linear,
+        qkv: Linear,
         q_norm: nn.Module | None,
         q_b: Linear | None,
         kv_norm: nn.Module,
@@ -36,28 +36,28 @@ class AbsorbedMLA(nn.Module):
         interleaved: bool,
     ) -> None:  # budget: the seven parts of latent attention, each swapped before, and their sizes
         super().__init__()
-        self.qkv_a, self.q_a_layernorm, self.q_b, self.kv_a_layernorm, self.kv_b_proj, self.o_proj = qkv_a, q_norm, q_b, kv_norm, kv_b_proj, o_proj
+        self.qkv, self.q_a_layernorm, self.q_b, self.kv_a_layernorm, self.kv_b_proj, self.o_proj = qkv, q_norm, q_b, kv_norm, kv_b_proj, o_proj
         self.paged, self.interleaved, self.nope_dim, self.v_dim = paged, interleaved, nope_dim, v_dim
-        self.q_width = qkv_a.parts[0][1]  # read here: adapters may wrap the linear later
+        self.q_width = qkv.parts[0][1]  # read here: adapters may wrap the linear later
         self.rank = paged.spec.value_dim
         self.rope_dim = paged.spec.kv.k_dim - self.rank
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Tables, **_: object) -> tuple[torch.Tensor, None]:
         """hidden_states [1, T, H] -> ([1, T, H], None)."""
         heads = self.paged.spec.num_heads
-        q, latent, k_rope = self.qkv_a(hidden_states[0]).split([self.q_width, self.rank, self.rope_dim], dim=-1)
+        q, latent, k_rope = self.qkv(hidden_states[0]).split([self.q_width, self.rank, self.rope_dim], dim=-1)
         if self.q_b is not None and self.q_a_layernorm is not None:
             q = self.q_b(self.q_a_layernorm(q))
         q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)  # [T, heads, dn], [T, heads, dr]
         latent = self.kv_a_layernorm(latent)
-        cos, sin = self._tables(position_embeddings)
+        cos, sin = self.tables(position_embeddings)
         w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.rank).split([self.nope_dim, self.v_dim], dim=1)  # [heads, dn, r], [heads, dv, r]
         queries = torch.cat([torch.einsum("thn,hnr->thr", q_nope, w_uk), self._rotate(q_rope, cos, sin)], dim=-1)
         keys = torch.cat([latent, self._rotate(k_rope.unsqueeze(1), cos, sin).squeeze(1)], dim=-1)
         out = self.paged(queries, keys.unsqueeze(1), None)  # [T, heads, r]
         return self.o_proj(torch.einsum("thr,hvr->thv", out, w_uv).flatten(1))[None], None
 
-    def _tables(self, position_embeddings: Tables) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, position_embeddings: Tables) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, dr/2]; DeepSeek-V2 hands over complex numbers cos + i sin."""
         if isinstance(position_embeddings, torch.Tensor):
             return position_embeddings[0].real, position_embeddings[0].imag
