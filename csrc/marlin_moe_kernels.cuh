@@ -98,9 +98,8 @@ DEVICE void load_first(const MarlinMoeGemm& a, const Derived& d, const Work& w, 
     for (; loaded < S::kAhead && loaded < left; loaded++, l.k_step++) load_weights<S>(a, d, s, l, loaded);
     l.k_step = k_step;
     if (!a.told) wait_for_previous_kernel(), allow_next_kernel();
-    else if (thread_index() == 0)
+    else
       while (observe(a.told) == 0) {}
-    if (a.told) sync_block();
   }
 #pragma unroll 1
   for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, d, w, s, l, i, i >= loaded), cp_commit();

@@ -80,7 +80,7 @@ struct Fetcher {
   // The item that is fetched from.
   const uint16_t* matrix = nullptr;  // of A: this thread's piece of the first row of the item
   uint32_t source[S::kPasses] = {};  // of x, in 16 bytes
-  int item = 0, number = -1, rows = 0, low = 0, chunk = 0, early = 0;  // number: in this block; early: chunks of the first item's A that are under way
+  int item = 0, number = -1, rows = 0, low = 0, chunk = 0;  // number: in this block
   // The next one: what the tables say, on its way, and the tile of the one after.
   uint32_t tile[4] = {}, next_tile[4] = {};
   int64_t offset = 0, stride = 0, b_offset = 0, b_stride = 0;
@@ -166,7 +166,7 @@ struct Fetcher {
   // The next chunk, as one group of copies; an empty group where there is none.
   DEVICE void step(int stage) {
     if (any()) {
-      if (number > 0 || chunk >= early) fetch_matrix(stage, chunk);
+      if (!a.early || number > 0 || chunk >= S::kStages - 1) fetch_matrix(stage, chunk);  // the first item's first ones are under way
       fetch_rows(stage, chunk);
       if (++chunk * S::kK >= a.cols) turn();
     }
@@ -295,8 +295,8 @@ struct WideMultiplier {
   // Rows leave by way of the chunk that was read last, where they come to lie by row.
   DEVICE void finish(const MoeLoraShrink& a, int stage, const Note& note) {
     uint8_t* const out = ring + stage * S::kStageBytes;
-    const int lane = lane_index(), warp = warp_index() & 3, pieces = divide_up(note.low, 8);
-    const bool whole = (note.rank | a.max_rank | a.width) % 8 == 0;
+    const int lane = lane_index(), warp = warp_index() & 3;
+    const int wide = (note.rank | a.max_rank | a.width) % 8 == 0 ? 8 : 1, pieces = divide_up(note.low, wide);  // columns that are written at once
 #pragma unroll
     for (int c = 0; c < S::kRows; c += S::kSlice) {
       if (c >= note.rows) break;
@@ -312,16 +312,17 @@ struct WideMultiplier {
       }
       sync_block();
       const int rows = note.rows - c < S::kSlice ? note.rows - c : S::kSlice;
+#pragma unroll 1
       for (int index = thread_index(); index < rows * pieces; index += S::kThreads) {
-        const int row = index / pieces, piece = index - row * pieces, r = note.first + piece * 8;
-        uint16_t* const s = (uint16_t*)a.s + (int64_t)(note.start + c + row) * a.width;
-        const uint8_t* const from = out + row * S::kPitch + piece * 16;
-        if (whole) {
+        const int row = index / pieces, column = (index - row * pieces) * wide, r = note.first + column;
+        uint16_t* const s = (uint16_t*)a.s + (int64_t)(note.start + c + row) * a.width + (r < note.rank ? r : r + a.max_rank - note.rank);
+        const uint8_t* const from = out + row * S::kPitch + column * 2;
+        if (wide == 8) {
           uint32_t words[4];
           load_words(words, from);
-          store_words(s + (r < note.rank ? r : r + a.max_rank - note.rank), words);
+          store_words(s, words);
         } else {
-          for (int i = 0; i < 8 && piece * 8 + i < note.low; i++) s[r + i < note.rank ? r + i : r + i + a.max_rank - note.rank] = ((const uint16_t*)from)[i];
+          *s = *(const uint16_t*)from;
         }
       }
     }
@@ -366,9 +367,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
   Fetcher<S> f{a, by, smem_, notes, per_tile};
   f.begin();
   if (a.early) {
-    const int chunks = divide_up(a.cols, S::kK);
-    f.early = !f.any() ? 0 : chunks < S::kStages - 1 ? chunks : S::kStages - 1;
-    for (int i = 0; i < f.early; i++) f.fetch_matrix(i, i);
+    for (int i = 0; i < S::kStages - 1 && i * S::kK < a.cols && f.any(); i++) f.fetch_matrix(i, i);
     wait_for_previous_kernel(), allow_next_kernel();
   }
   std::conditional_t<S::kWgmma, WideMultiplier<T, S>, Multiplier<T, S>> m{smem_, {}};
@@ -391,7 +390,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
       continue;
     }
     if constexpr (S::kWgmma) m.chunk(stage, note);
-    if ((k += S::kK) >= a.cols) m.finish(a, stage, note), number++, k = 0;
+    if ((k += S::kK) >= a.cols) m.finish(a, stage, notes[number % kNotes]), number++, k = 0;
     stage = stage + 1 == S::kStages ? 0 : stage + 1;
   }
   cp_wait<0>();
