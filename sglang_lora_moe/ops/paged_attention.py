@@ -268,7 +268,7 @@ def paged_attention(
         scratch = q.new_empty(m * hq * splits * (dv + 1), dtype=torch.float32) if scratch is None else scratch
         partial, lse = scratch[: m * hq * splits * dv], scratch[m * hq * splits * dv :]
     latent = dv < d and v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride()
-    block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size())
+    block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size(), k_cache.element_size())
     own = d - dv if latent else d  # columns of a key that are no value
     _attention_kernel[(requests if decode else m // block_q + requests, hkv, splits)](
         q, k_cache[..., dv:] if latent else k_cache, v_cache, partial, lse, page_table, query_starts, seq_lens, sinks if sinks is not None else q,
@@ -309,11 +309,11 @@ def scratch_elements(max_requests: int, heads: int, kv_heads: int, v_dim: int) -
     return max(requests * num_splits(requests, kv_heads) for requests in range(1, max_requests + 1)) * heads * (v_dim + 1)
 
 
-def _block_shape(group: int, d: int, decode: bool, itemsize: int) -> tuple[int, int, int, int, int]:
+def _block_shape(group: int, d: int, decode: bool, itemsize: int, cache_itemsize: int) -> tuple[int, int, int, int, int]:
     """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows."""
     group_pad = triton.next_power_of_2(group)
     if d > 256:  # latent rows of MLA
-        rows, stages = (16, 1) if itemsize > 2 else (16, 3) if decode else (32, 2)
+        rows, stages = (16, 1) if itemsize > 2 else (16, 3) if decode or cache_itemsize == 1 else (32, 2)  # more rows of float8 keys spill
         return max(1, rows // group_pad), group_pad, 32, 4, stages
     if decode:
         return max(1, 16 // group_pad), group_pad, 64, 4, 2 if itemsize > 2 else 3

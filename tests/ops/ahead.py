@@ -30,7 +30,7 @@ def command(*words: str | Path) -> Command:
 
 def emulated(driver: Path) -> Command:
     """`driver` as a program with sanitizers, with the kernels it includes running on csrc/emulator."""
-    flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-cast-function-type", *SANITIZERS]
+    flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-cast-function-type", *SANITIZERS]
     return command("g++", *flags, f"-I{ROOT / 'csrc'}", "-x", "c++", driver, "-o", FOLDER / driver.stem)
 
 
