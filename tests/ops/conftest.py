@@ -24,9 +24,15 @@ def waits_for(item: pytest.Item) -> ahead.Command | None:
     return module.waits_for(item) if hasattr(module, "waits_for") else None  # type: ignore[union-attr]
 
 
+def turn(item: pytest.Item) -> int:
+    """Tests that wait for no program come first, then those that run what they wait for, beside the last compilers, then readers of compilers' reports."""
+    command = waits_for(item)
+    return 0 if command is None else 1 if command[0] == "g++" else 2
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: waits_for(item) is not None)
+    items.sort(key=turn)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

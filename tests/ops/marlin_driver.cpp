@@ -1,8 +1,21 @@
 // Runs cases from stdin through csrc/marlin_moe.cu on the emulator. Each buffer is a heap block of its exact size, poisoned.
 // In: 37 int32 (see Case), then for a repack the codes, for a GEMM the tensors in the order of `run_gemm`. Out: packed, or out and arrivals.
 #include "../../csrc/marlin_moe.cu"
-#include "../../csrc/marlin_moe_int8.cu"
 #include "driver_input.h"
+
+// int8 with one format for each shape of tiles, two by wgmma: all formats for all shapes would take the compiler as long as those of int4.
+template <class T, bool ZEROS>
+using Int8 = Shapes<Format<T, 8, ZEROS>>;
+int marlin_moe_gemm_int8(const MarlinMoeGemm& a, MarlinMoePlan plan, void* stream) {
+  const int format = 2 * (a.zeros != nullptr) + !a.is_bf16;  // as test_marlin_moe.INT8_FORMATS numbers them
+  switch (plan.config) {
+    case 0: return format == 0 ? launch_gemm<Int8<BFloat16, false>::S0>(a, plan, stream) : 7;
+    case 1: return format == 1 ? launch_gemm<Int8<Float16, false>::S1>(a, plan, stream) : 7;
+    case 2: return format == 2 ? launch_gemm<Int8<BFloat16, true>::S2>(a, plan, stream) : 7;
+    case 3: return format == 3 ? launch_gemm<Int8<Float16, true>::S3>(a, plan, stream) : 7;
+    default: return format == 0 ? launch_gemm<Int8<BFloat16, false>::S4>(a, plan, stream) : format == 3 ? launch_gemm<Int8<Float16, true>::S4>(a, plan, stream) : 7;
+  }
+}
 
 namespace {
 
