@@ -76,13 +76,17 @@ def read_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping
 def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: AdapterRules) -> AdapterWeights:
     source = AdapterSource(file, config, rules.max_rank, rules.dtype)
     source.report.warnings += config.warnings + _base_warning(config, rules.base_model)
-    files: dict[str, Any] = {target.name: target for one in rules.targets.values() for target in (one.of_files() if isinstance(one, ExpertTarget) else [one])}
+    files: dict[str, Any] = {}  # targets as files have them: a shared expert is a module of its own
+    for target in rules.targets.values():
+        files.update({part.name: part for part in target.of_files()} if isinstance(target, ExpertTarget) else {target.name: target})
     keys = _Names(source, replace(rules, targets=files))
     modules: dict[str, ModuleLoRA] = {name: _read_pair(source, files[name], pair) for name, pair in keys.pairs.items()}
     experts = {name: read_experts(source, files[name], group) for name, group in keys.experts.items()}
     for target in rules.targets.values():
-        if isinstance(target, ExpertTarget) and (found := [experts.get(one.name) for one in target.of_files()]) != [None] * len(found):
-            modules[target.name] = join_shared(target, *found)
+        if isinstance(target, ExpertTarget):
+            parts = [experts.get(part.name) for part in target.of_files()]
+            if any(part is not None for part in parts):
+                modules[target.name] = join_shared(target, *parts)
     if rules.dtype is torch.float16:
         _check_float16(source, modules)
     revision = file.revision(config.inference_fields() | {"paramwrapper_layout": file.metadata.get("paramwrapper_layout")})

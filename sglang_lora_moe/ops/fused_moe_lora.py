@@ -273,8 +273,8 @@ def moe_shrink(
     rows [M, cols] by token with `gather`, else [P, cols] in routing order. `name` prefixes the workspace buffers. Grouped, the
     shrink of x leaves in the routing which LoRA tiles meet which base tile; the shrink of the activation uses it. `by_cuda`: by the
     kernel of ops/moe_lora_shrink.py where `can_shrink`; the caller knows beside which GEMM that is faster. `following`, with that kernel: A and B
-    of the layer's second projection, whose shrink the GEMM does within itself, in so many blocks of columns. `scatter`: s of grouped rows goes to
-    pair order, without records, as the combine adds it; the GEMM after must wait for `routing.told`, if it is there. `tile`: other than `shrink_tile`.
+    of the layer's second projection, whose shrink the GEMM does within itself, in so many blocks of columns. `scatter` (without `gather`): s of grouped rows
+    goes to pair order, without records, as the combine adds it; the GEMM after must wait for `routing.told`, if it is there. `tile`: other than `shrink_tile`.
     """
     pairs, cols, slots = routing.num_pairs, stack_a.dim, routing.token_slots
     assert slots is not None, "a shrink needs the slots of the tokens"
@@ -286,17 +286,10 @@ def moe_shrink(
     if by_pair:
         _launch_pair_shrink(rows, s, stack_a, stack_b, routing, tile, gather)
         return LowRank(s, stack_b, slots)
-    align = routing.alignment
-    if scatter and cols <= AT_ONCE and stack_a.shrink_width <= 16:
-        _shrink_scatter_kernel[(align.lora_tiles.shape[0],)](
-            rows, s, align.lora_tiles, align.counts, align.sorted_pairs, routing.told, stack_a.pool, stack_a.offset, stack_a.expert_stride, stack_a.rank,
-            stack_b.scaling, cols, stack_a.shrink_width, ALIGN=16 // rows.element_size(), BM=tile.m, BR=16, BK=max(16, launch.next_power_of_2(cols)),
-            PRECISION=launch.dot_precision(rows.dtype), num_warps=4, **launch.options(rows.device),
-        )  # fmt: skip
-    elif scatter:
-        _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, None, None)
     if scatter:
+        _launch_scatter_shrink(rows, s, stack_a, stack_b, routing, tile)
         return LowRank(s, stack_b, slots)
+    align = routing.alignment
     records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
     made = routing.lora_ranges
     ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
@@ -329,6 +322,18 @@ def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack,
         TOP_K=routing.top_k, GATHER=gather, SPLIT_K=tile.split, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
         BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % (tile.k * tile.split) == 0, STAGES=tile.stages,
         PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),
+    )  # fmt: skip
+
+
+def _launch_scatter_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile) -> None:
+    """s in pair order of rows [P, cols] in sorted order: by programs that hold all of A where that is small."""
+    if a.dim > AT_ONCE or a.shrink_width > 16:
+        return _launch_group_shrink(rows, s, a, b, routing, tile, False, None, None)
+    align = routing.alignment
+    _shrink_scatter_kernel[(align.lora_tiles.shape[0],)](
+        rows, s, align.lora_tiles, align.counts, align.sorted_pairs, routing.told, a.pool, a.offset, a.expert_stride, a.rank, b.scaling,
+        a.dim, a.shrink_width, ALIGN=16 // rows.element_size(), BM=tile.m, BR=16, BK=max(16, launch.next_power_of_2(a.dim)),
+        PRECISION=launch.dot_precision(rows.dtype), num_warps=4, **launch.options(rows.device),
     )  # fmt: skip
 
 

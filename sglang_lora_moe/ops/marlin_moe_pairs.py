@@ -55,12 +55,15 @@ class PairAdapters:
 
     @classmethod
     def allocate(cls, stacks: ExpertStacks, slots: torch.Tensor, spec: MoESpec, workspace: Workspace) -> PairAdapters:
-        pairs, row_units, sms = slots.shape[0] * spec.top_k, padded_units(spec.w13_rows, spec.hidden_size, 2)[0], launch.multiprocessors(slots.device)
+        sms, pairs = launch.multiprocessors(slots.device), slots.shape[0] * spec.top_k
+        row_units, _ = padded_units(spec.w13_rows, spec.hidden_size, 2)
         alone = _units_alone(stacks, slots.device)
-        parts, shape = -(-row_units // units_of(pairs, row_units, sms, False, alone)), (pairs, SHARES, _sixteens(stacks.a13))
+        parts = -(-row_units // units_of(pairs, row_units, sms, False, alone))  # gate_up's blocks of a pair
+        shape = (pairs, SHARES, _sixteens(stacks.a13))
+        elements = math.prod(shape)
+        s13 = _exchange(1 << max(12, (elements - 1).bit_length()), slots.device)[:elements].view(shape)
         s2 = workspace.get("lora.2.s", (pairs, parts, _sixteens(stacks.a2)), torch.float32)
-        elements = 1 << max(12, (math.prod(shape) - 1).bit_length())
-        return cls(stacks, slots, _exchange(elements, slots.device)[: math.prod(shape)].view(shape), s2, max(1, min(MOST_SHRINKS, parts, sms // 2)), alone)
+        return cls(stacks, slots, s13, s2, max(1, min(MOST_SHRINKS, parts, sms // 2)), alone)
 
     def arguments(self, down: bool) -> tuple[torch.Tensor | None, ...]:
         s = self.stacks

@@ -264,26 +264,27 @@ def grouped_gemm(
     use_tma = tile.tma and launch.has_tma(a.device) and (k * a.element_size()) % 16 == 0
     w_desc = TensorDescriptor(matrix, [num_experts * w_rows, k], [k, 1], [tile.n, tile.k]) if use_tma and not bits else None
     a_desc, tail_desc = (TensorDescriptor(a, [num_pairs, k], [k, 1], [m, tile.k]) if use_tma and not gather else None for m in (tile.m, tile.m // 2))
-    tiles = alignment.base_tiles.shape[0] * triton.cdiv(n, tile.n)
-    ctas, late = 0 if sums else tile.ctas, FIRST_ROUND * launch.multiprocessors(a.device)
-    grid = max(1, min(tiles, launch.multiprocessors(a.device) * ctas) if ctas else tiles)
+    sms, max_tiles = launch.multiprocessors(a.device), alignment.base_tiles.shape[0]
+    ctas, late = 0 if sums else tile.ctas, FIRST_ROUND * sms
+    programs = max(1, max_tiles * triton.cdiv(n, tile.n))
+    if ctas:
+        programs = min(programs, sms * ctas)
     if sums is not None:
         more = sums[1] * triton.cdiv(n, SUM_COLUMNS.value)
-        grid = max(grid, late + more) + more
-    options = launch.options(a.device)
+        programs = max(programs, late + more) + more
     added, early = NO_TILE_OPTIONS, beside
     if addend is not None:
         added, early = _addend_options(addend, tile, w_rows // n, w_desc is not None)
-    _grouped_gemm_kernel[(grid,)](
+    _grouped_gemm_kernel[(programs,)](
         a, a_desc, tail_desc if tile.tail else None, matrix, w_desc, bias, out, scales, zeros,
         alignment.base_tiles, alignment.counts, alignment.sorted_pairs,
         *(NO_TILE_ARGS if addend is None else addend.tile_args()),
-        sums, told_ptr, n, k, alignment.base_tiles.shape[0], BITS=bits, W_GROUP=group,
+        sums, told_ptr, n, k, max_tiles, BITS=bits, W_GROUP=group,
         TOP_K=top_k, GATHER=gather, SCATTER=scatter, GATED=gated, ACT=0 if activation is None else activation_code(activation),
         ALPHA=(activation.swiglu_alpha or 0.0) if activation else 0.0, LIMIT=(activation.swiglu_limit or 0.0) if activation else 0.0,
         **added, LATE=0 if ctas else late if early else int(addend is not None),
-        EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages, PRECISION=launch.dot_precision(a.dtype),
-        num_warps=tile.warps, **options,
+        EVEN_K=k % tile.k == 0, GROUP=tile.group, TAIL=tile.tail, BM=tile.m, BN=tile.n, BK=tile.k, STAGES=tile.stages,
+        PRECISION=launch.dot_precision(a.dtype), num_warps=tile.warps, **launch.options(a.device),
     )  # fmt: skip
     return out
 

@@ -128,19 +128,19 @@ class MarlinRunnerCore(MoeRunnerCore):
         self, inp: RunnerInput, x: torch.Tensor, weight: MarlinWeight, routing: Routing, out: torch.Tensor, addend: LowRank | None, *,
         gather: bool, activation: MoESpec | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        plan = self._plan(inp)
-        # what comes before: a shrink that others are done before, the alignment, gate_up, or the second shrink and gate_up beside it
-        early = 1 if not gather and (addend is None or addend.records is None and addend.a is not None) else 2 if addend is not None else 0
-        addend = None if addend is None or addend.of_combine else addend
-        # down begins with what gate_up has stored of each tile, where no shrink stands between them
-        shape, following = SHAPES[plan.gate_up], addend is not None and addend.following is not None
-        report = activation is not None and (addend is None or following) and plan.gate_up >= EVERYWHERE and weight.k > shape.stages * shape.block_k
-        behind, routing.reports = 0 if gather else routing.reports, -(-weight.packed.shape[1] * UNIT // shape.block_rows) + following if report else 0
-        early = 1 if behind else early
+        plan, added = self._plan(inp), None if addend is None or addend.of_combine else addend
+        shape, following = SHAPES[plan.gate_up], added is not None and added.following is not None
+        # A gate_up of whole tiles says which it has stored, so that a down with no shrink before it need not wait for the last.
+        report = activation is not None and (added is None or following) and plan.gate_up >= EVERYWHERE and weight.k > shape.stages * shape.block_k
+        behind = 0 if gather else routing.reports
+        routing.reports = -(-weight.packed.shape[1] * UNIT // shape.block_rows) + following if report else 0
+        makes_s = addend is not None and addend.records is None and addend.a is not None
+        after_gate_up = not gather and (addend is None or makes_s or behind > 0)
+        early = 1 if after_gate_up else 0 if addend is None else 2  # what the launch before may have written: 0 anything, 1 x alone, 2 s alone
         return marlin_moe_gemm(
             x, weight, routing.alignment, routing.top_k, out, scratch_of(x.device),
             config=plan.gate_up if gather else plan.down, sms=launch.multiprocessors(x.device), gather=gather, scatter=not gather, activation=activation,
-            addend=addend, overlap=plan.overlap, early=early, report=report, behind=behind, told=None if gather else routing.told,
+            addend=added, overlap=plan.overlap, early=early, report=report, behind=behind, told=None if gather else routing.told,
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:

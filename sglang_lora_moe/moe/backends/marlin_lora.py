@@ -1,5 +1,7 @@
 """LoRA functions of the marlin backend (`lora.hooks.AddendOps`): grouped the triton backend's, per pair part of the GEMMs' own launches."""
 
+from dataclasses import replace
+
 import torch
 
 from sglang_lora_moe.lora.stacks import ExpertStacks, Stack
@@ -17,6 +19,7 @@ COMBINED_PAIRS = 96  # from which a launch for s before down and a combine that 
 MAX_FOLLOWING_RANK = 16  # up to which gate_up makes s of down
 FOLLOWING_ROWS = 48  # of an expert on average, from which gate_up makes s of down: 2 to 4 us more than a shrink at 32, less at 64
 MOST_FOLLOWING_SLOTS, FEW_SLOTS, MANY_ROWS = 16, 12, 128  # 16 fit gate_up's ring, though records may name some twice; beyond 12 from 128 rows on: measured
+CUDA_PAIRS = 2048  # from which shrinks of grouped rows are csrc/moe_lora_shrink.cu's where it can
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
 LONG_TILE = ShrinkTile(16, 16, 512, 4, 4)  # of the first shrink where `_is_long`
 
@@ -29,33 +32,57 @@ def _is_long(a: Stack, routing: Routing, device: torch.device) -> bool:
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank | PairAdapters:
     """What the GEMM adds before its store. NOTE: it must be the very next launch."""
-    gather = rows_from == "tokens"
-    name, a, b = ("lora.13", stacks.a13, stacks.b13) if gather else ("lora.2", stacks.a2, stacks.b2)
+    first = rows_from == "tokens"
     if routing.rows == "pair":
-        if gather:
+        if first:
             assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
             routing.following = PairAdapters.allocate(stacks, inp.token_slots, inp.spec, inp.workspace)
         return routing.following
-    beside = stacks.a2.dim <= AT_ONCE  # the second shrink and down
-    combined = (beside or routing.num_pairs >= COMBINED_PAIRS) and combine_adds(stacks, routing)
-    if gather and combined and beside:
+    return _of_gate_up(inp, rows, stacks, routing) if first else _of_down(inp, rows, stacks, routing)
+
+
+def _combined(stacks: ExpertStacks, routing: Routing) -> bool:
+    """Whether the combine adds B s of down."""
+    return (stacks.a2.dim <= AT_ONCE or routing.num_pairs >= COMBINED_PAIRS) and combine_adds(stacks, routing)
+
+
+def _of_gate_up(inp: RunnerInput, x: torch.Tensor, stacks: ExpertStacks, routing: Routing) -> LowRank:
+    if stacks.a2.dim <= AT_ONCE and _combined(stacks, routing):  # down may begin beside its shrink
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
-    if not gather and combined:
-        return moe_shrink(rows, a, b, routing, inp.workspace, gather=False, name=name, scatter=True)
-    if max(routing.base_block, routing.lora_block) <= OWN_SHRINK_ROWS and not gather:
+    following = None
+    if _makes_s_of_down(inp, x, stacks, routing):
+        following = (stacks.a2, stacks.b2, -(-stacks.a2.dim * 2 // SHAPES[EVERYWHERE].block_rows))
+    tile = LONG_TILE if _is_long(stacks.a13, routing, x.device) else None
+    by_cuda = routing.num_pairs >= CUDA_PAIRS
+    low = moe_shrink(x, stacks.a13, stacks.b13, routing, inp.workspace, gather=True, name="lora.13", by_cuda=by_cuda, following=following, tile=tile)
+    if low.following is None:
+        return _found_by_slot(low, stacks.a13, routing)
+    routing.following = low.following.low
+    return low
+
+
+def _makes_s_of_down(inp: RunnerInput, x: torch.Tensor, stacks: ExpertStacks, routing: Routing) -> bool:
+    """Whether gate_up by wgmma makes s of down: with enough rows for each expert, and few and narrow adapters."""
+    shape = SHAPES[EVERYWHERE]
+    able = routing.base_block == shape.block_tokens and stacks.a13.dim > shape.stages * shape.block_k and fuses_activation(inp.spec)
+    small = stacks.a2.max_rank <= MAX_FOLLOWING_RANK and inp.num_slots <= MOST_FOLLOWING_SLOTS
+    least_rows = FOLLOWING_ROWS if inp.num_slots <= FEW_SLOTS else MANY_ROWS
+    return able and small and routing.num_pairs >= least_rows * routing.num_experts and can_shrink(x, routing.num_experts)
+
+
+def _of_down(inp: RunnerInput, act: torch.Tensor, stacks: ExpertStacks, routing: Routing) -> LowRank:
+    a, b = stacks.a2, stacks.b2
+    if _combined(stacks, routing):
+        return moe_shrink(act, a, b, routing, inp.workspace, gather=False, name="lora.2", scatter=True)
+    if max(routing.base_block, routing.lora_block) <= OWN_SHRINK_ROWS:  # down computes s itself
         assert inp.token_slots is not None, "a shrink needs the slots of the tokens"
-        return LowRank(inp.workspace.get(f"{name}.s", (1, routing.num_pairs, a.shrink_width), rows.dtype), b, inp.token_slots, a=a)
-    if not gather and routing.following is not None:
+        return LowRank(inp.workspace.get("lora.2.s", (1, routing.num_pairs, a.shrink_width), act.dtype), b, inp.token_slots, a=a)
+    if routing.following is not None:  # gate_up has made it
         return routing.following
-    shape, following = SHAPES[EVERYWHERE], (stacks.a2, stacks.b2, -(-stacks.a2.dim * 2 // SHAPES[EVERYWHERE].block_rows))
-    makes_next = gather and routing.base_block == shape.block_tokens and a.dim > shape.stages * shape.block_k and fuses_activation(inp.spec)
-    least = routing.num_experts * (FOLLOWING_ROWS if inp.num_slots <= FEW_SLOTS else MANY_ROWS)
-    makes_next = makes_next and routing.num_pairs >= least and can_shrink(rows, routing.num_experts)
-    makes_next = makes_next and stacks.a2.max_rank <= MAX_FOLLOWING_RANK and inp.num_slots <= MOST_FOLLOWING_SLOTS
-    then = following if makes_next else None
-    tile = LONG_TILE if gather and _is_long(a, routing, rows.device) else None
-    low = moe_shrink(rows, a, b, routing, inp.workspace, gather=gather, name=name, by_cuda=routing.num_pairs >= 2048, following=then, tile=tile)
-    if low.following is not None:
-        routing.following = low.following.low
-        return low
-    return LowRank(low.s, b, low.token_slots, low.records, low.ranges, a=a if OWN_SHRINK_ROWS < routing.base_block <= BY_SLOT_ROWS else None)
+    low = moe_shrink(act, a, b, routing, inp.workspace, gather=False, name="lora.2", by_cuda=routing.num_pairs >= CUDA_PAIRS)
+    return _found_by_slot(low, a, routing)
+
+
+def _found_by_slot(low: LowRank, a: Stack, routing: Routing) -> LowRank:
+    """`low`, whose adapters the GEMM finds by slot rather than by records where base tiles have few rows."""
+    return replace(low, a=a) if OWN_SHRINK_ROWS < routing.base_block <= BY_SLOT_ROWS else low
