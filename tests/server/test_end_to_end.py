@@ -76,7 +76,7 @@ class Server:
         elif number is not None:
             self.process.send_signal(number)
         try:
-            _, err = self.process.communicate(timeout=30)
+            _, err = self.process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)  # nothing of a failed test goes on beside the others
             raise
@@ -417,7 +417,7 @@ def test_quiet_end_while_loading(files: tuple[Path, Path], number: int) -> None:
     wait_for(lambda: _children(process.pid))
     children = _children(process.pid)
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert not any(map(alive, children))
 
