@@ -12,6 +12,7 @@ from typing import Any
 from sglang_lora_moe.core import Abort, EngineMessage, LogprobOptions, Reply, RequestError, SamplingParams, Submit, TokenLogprob, TokenOutput
 from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
 from sglang_lora_moe.engine.seeds import derive_seed
+from sglang_lora_moe.engine.tokenizer import encode
 from sglang_lora_moe.engine.validate import check_request, is_int, refuse, too_long
 
 Triple = tuple[float | None, int, str | None]  # SGLang's (logprob, token id, text or None)
@@ -128,7 +129,7 @@ class _Sample:
 class Front:
     """All requests of one engine that have not ended. `tokenizer` None: ids only, texts are empty. `capacity`: most tokens of a request."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int], capacity: int | None = None) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: list[int], capacity: int) -> None:
         self.tokenizer, self.vocab_size, self.capacity = tokenizer, vocab_size, capacity
         eos = getattr(tokenizer, "eos_token_id", None)
         # A chat model often ends with another id than its config's
@@ -210,19 +211,15 @@ class Front:
 
     def tokenize(self, request: GenerateRequest) -> list[int]:
         """The token ids of the prompt, checked. Changes nothing, so that any thread may do it."""
-        ids = self._input_ids(request)
-        if self.capacity is not None and len(ids) >= self.capacity:
-            raise too_long(len(ids), self.capacity, "prompt" if request.input_ids is None else "input_ids")
-        if not all(map(is_int, ids)):
-            raise refuse("input_ids", "a list of token ids", ids)
-        return ids
-
-    def _input_ids(self, request: GenerateRequest) -> list[int]:
         if (request.prompt is None) == (request.input_ids is None):
             raise RequestError("prompt: exactly one of prompt and input_ids must be given", param="prompt")
         if request.input_ids is not None:
             if not isinstance(request.input_ids, list) or not request.input_ids:
                 raise refuse("input_ids", "a list of token ids that is not empty", request.input_ids)
+            if len(request.input_ids) >= self.capacity:
+                raise too_long(len(request.input_ids), self.capacity, "input_ids")
+            if not all(map(is_int, request.input_ids)):
+                raise refuse("input_ids", "a list of token ids", request.input_ids)
             return request.input_ids
         if not isinstance(request.prompt, str):
             raise refuse("prompt", "a text", request.prompt)
@@ -232,7 +229,7 @@ class Front:
             request.prompt.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt: not valid Unicode text ({error.reason})", param="prompt") from error
-        return list(self.tokenizer.encode(request.prompt))
+        return encode(self.tokenizer, request.prompt, self.capacity, "prompt")
 
 
 # ---- SGLang's result object, the same in-process and over HTTP --------------------------------------------------------

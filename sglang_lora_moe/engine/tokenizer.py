@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_lora_moe.config import Config
+from sglang_lora_moe.engine.validate import too_long
 
 logger = logging.getLogger(__name__)
 
@@ -25,3 +26,20 @@ def load_tokenizer(config: Config) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever is in those files, the user needs to know which directory it is about
         raise ValueError(f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def encode(tokenizer: Any, text: str, capacity: int, param: str, **options: Any) -> list[int]:
+    """The token ids of `text`; RequestError for `capacity` or more.
+
+    A text that is far too long is refused by its beginning: each token takes 400 bytes of memory while it is made.
+    """
+    length = 8 * capacity  # characters
+    while length < len(text):
+        count = len(tokenizer.encode(text[:length], **options))
+        if count > 2 * capacity:  # a few tokens at the cut may be others in the whole text
+            raise too_long(f"more than {count}", capacity, param)
+        length *= 2
+    ids = list(tokenizer.encode(text, **options))
+    if len(ids) >= capacity:
+        raise too_long(len(ids), capacity, param)
+    return ids

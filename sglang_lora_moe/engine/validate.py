@@ -31,7 +31,7 @@ def spread(value: Any, count: int, param: str) -> list[Any]:
     return value
 
 
-def too_long(tokens: int, capacity: int, param: str) -> RequestError:
+def too_long(tokens: int | str, capacity: int, param: str) -> RequestError:
     text = f"the prompt has {tokens} tokens; with one for the answer it exceeds the {capacity} of a request (--context-length, --max-total-tokens)"
     return RequestError(text, 400, param, "context_length_exceeded")
 

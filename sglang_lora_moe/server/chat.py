@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.front import LONG_TEXT
+from sglang_lora_moe.engine.tokenizer import encode
 from sglang_lora_moe.server.openai_protocol import ChatRequest
 
 
@@ -23,10 +24,10 @@ def read_template(path: str | None) -> str | None:
 
 
 class ChatRenderer:
-    """Renders and tokenizes in one go, because templates write the special tokens themselves."""
+    """Renders and tokenizes. Templates write the special tokens themselves."""
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template: str | None, capacity: int) -> None:
+        self._tokenizer, self._capacity = tokenizer, capacity
         self._template = template if template is not None else getattr(tokenizer, "chat_template", None)
         self._taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} if tokenizer is not None else set()
 
@@ -44,18 +45,17 @@ class ChatRenderer:
         messages = [message.plain(f"messages.{i}") for i, message in enumerate(request.messages)]
         continues = request.continue_final_message
         try:
-            ids = self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 messages,
                 chat_template=self._template if isinstance(self._template, str) else None,
                 add_generation_prompt=request.add_generation_prompt and not continues,
                 continue_final_message=continues,
-                tokenize=True,
-                return_dict=False,
+                tokenize=False,
                 **self._variables(request),
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages", code="invalid_value") from error
-        return [int(token) for token in ids]
+        return encode(self._tokenizer, text, self._capacity, "messages", add_special_tokens=False)
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
         """The template's own variables; one that the template does not read is refused."""

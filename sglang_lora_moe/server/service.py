@@ -26,7 +26,7 @@ class Service:
         self.names = ModelNames(engine)
         self.metrics = Metrics(self.names.base)
         self.tokens = TokenText(engine.tokenizer)
-        self.chat = ChatRenderer(engine.tokenizer, read_template(engine.config.chat_template))
+        self.chat = ChatRenderer(engine.tokenizer, read_template(engine.config.chat_template), engine.model_info["max_model_len"])
         self._batches: dict[str, list[str]] = {}  # running batch -> the ids of its requests
 
     async def respond(self, request: Request, job: Job) -> Response:

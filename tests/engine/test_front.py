@@ -15,7 +15,7 @@ TOKENIZER = make_tokenizer()
 
 
 def front(tokenizer: Any = TOKENIZER, eos_ids: list[int] | None = None) -> Front:
-    return Front(tokenizer, VOCAB_SIZE, [EOS_ID] if eos_ids is None else eos_ids)
+    return Front(tokenizer, VOCAB_SIZE, [EOS_ID] if eos_ids is None else eos_ids, 1000)
 
 
 def ids_of(text: str) -> list[int]:
@@ -53,7 +53,7 @@ def test_streaming_gives_deltas() -> None:
 
 def test_streamed_ids_wait_for_their_text() -> None:
     tokenizer = byte_level_tokenizer()
-    f = Front(tokenizer, len(tokenizer), [0])
+    f = Front(tokenizer, len(tokenizer), [0], 1000)
     (submit,) = f.submit(GenerateRequest(prompt="x", stream=True))
     ids = tokenizer.encode("é!")
     events = [event for token in ids for event in f.on_message(TokenOutput(submit.rid, [token], 1, logprobs=[TokenLogprob(token, -1.0)]))]
@@ -241,3 +241,22 @@ def test_bad_requests_name_their_field(param: str, fields: dict[str, Any]) -> No
 def test_submits_are_plain_messages() -> None:
     (submit,) = front().submit(GenerateRequest(prompt="hi"))
     assert isinstance(submit, Submit)
+
+
+def test_a_text_far_too_long_is_refused_by_its_beginning() -> None:
+    seen = []
+
+    class Watched:
+        decode = staticmethod(TOKENIZER.decode)
+
+        def encode(self, text: str) -> list[int]:
+            seen.append(len(text))
+            return ids_of(text)
+
+    f = front(Watched())
+    with pytest.raises(RequestError, match="more than 8000 tokens") as error:
+        f.submit(GenerateRequest(prompt="x" * 10**7))
+    assert seen == [8000] and error.value.param == "prompt" and error.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError, match="has 1000 tokens"):
+        f.submit(GenerateRequest(prompt="x" * 1000))
+    assert f.submit(GenerateRequest(prompt="x" * 999))

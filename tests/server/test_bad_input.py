@@ -222,6 +222,13 @@ def test_full_queue(client: TestClient, engine: FakeEngine, stream: bool) -> Non
     assert error_of(response, 503)["type"] == "server_error" and response.headers["retry-after"] == "3"
 
 
+def test_a_conversation_far_too_long_is_refused_by_its_beginning(client: TestClient, engine: FakeEngine, monkeypatch: Any) -> None:
+    seen, encode = [], engine.tokenizer.encode
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text, **options: seen.append(len(text)) or encode(text, **options))
+    error = error_of(client.post("/v1/chat/completions", json=user("x" * 10**6)))
+    assert seen == [8 * 512] and error["param"] == "messages" and error["code"] == "context_length_exceeded"
+
+
 def test_no_chat_template(client_of: Any) -> None:
     client = client_of(FakeEngine(chat_template=False))
     error = error_of(client.post("/v1/chat/completions", json=CHAT))
