@@ -16,7 +16,7 @@ from sglang_lora_moe.engine.tokenizer import encode
 from sglang_lora_moe.engine.validate import check_request, is_int, refuse, too_long
 
 Triple = tuple[float | None, int, str | None]  # SGLang's (logprob, token id, text or None)
-LONG_TEXT = 20_000  # characters; what is longer the server tokenizes in a thread, so that no stream waits for it
+LONG_TEXT = 20_000  # characters of a request or a batch; more of them the server tokenizes in threads, so that no stream waits for it
 
 
 @dataclass(slots=True)

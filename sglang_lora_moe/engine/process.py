@@ -23,7 +23,7 @@ import zmq
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, FrontMessage, GetStats, LoadAdapter, Reply, RequestError, Submit, TokenOutput, UnloadAdapter
 from sglang_lora_moe.engine.child import EngineProcess, end_with_parent
-from sglang_lora_moe.engine.front import LONG_TEXT, Chunk, Failure, Front, GenerateRequest
+from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -162,11 +162,10 @@ class AsyncEngine:
         return self._death is None
 
     # ---- requests ---------------------------------------------------------------------------------------------------
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Chunks of all `request.n` samples as they come; closing the iterator aborts the request."""
+    async def generate(self, request: GenerateRequest, in_thread: bool = False) -> AsyncGenerator[Chunk, None]:
+        """Chunks of all `request.n` samples as they come; closing the iterator aborts the request. `in_thread`: tokenize beside the event loop."""
         self._check_alive()
-        is_long = len(request.prompt or "") > LONG_TEXT
-        messages = self._front.submit(request, await asyncio.to_thread(self._front.tokenize, request) if is_long else None)
+        messages = self._front.submit(request, await asyncio.to_thread(self._front.tokenize, request) if in_thread else None)
         queue: asyncio.Queue[Chunk | Failure] = asyncio.Queue()
         self._queues[request.rid] = queue
         left = request.n

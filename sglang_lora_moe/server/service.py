@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from sglang_lora_moe.core import RequestError
-from sglang_lora_moe.engine.front import Chunk
+from sglang_lora_moe.engine.front import LONG_TEXT, Chunk
 from sglang_lora_moe.engine.process import AsyncEngine
 from sglang_lora_moe.server.chat import ChatRenderer, read_template
 from sglang_lora_moe.server.job import Job
@@ -57,7 +57,8 @@ class Service:
         """(prompt, chunk) of all the job's requests as they come; `abort` knows a batch while it runs."""
         if len(job.requests) > 1:
             self._batches[job.rid] = [request.rid for request in job.requests]
-        streams = [self.metrics.observe(request, self.engine.generate(request)) for request in job.requests]
+        is_long = sum(len(request.prompt or "") for request in job.requests) > LONG_TEXT
+        streams = [self.metrics.observe(request, self.engine.generate(request, in_thread=is_long)) for request in job.requests]
         try:
             async with aclosing(merge(streams)) as items:
                 async for item in items:

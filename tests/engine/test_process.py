@@ -112,18 +112,19 @@ def test_answers_equal_transformers(session: Session) -> None:
 
 
 def test_a_long_prompt_stops_nobody(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text that takes the tokenizer long is tokenized beside the event loop, and refused there if it is too long."""
+    """Texts that take the tokenizer long are tokenized beside the event loop, and refused there if they are too long."""
 
     def encode(text: str) -> list[int]:
         time.sleep(0.5)
         return [1] * len(text)
 
     async def turns_meanwhile() -> int:
-        refused, turns = asyncio.ensure_future(session.collect(prompt="a" * 30_000, input_ids=None)), 0
+        request = GenerateRequest(prompt="a" * 600)
+        refused, turns = asyncio.ensure_future(anext(session.engine.generate(request, in_thread=True))), 0
         while not refused.done():
             await asyncio.sleep(0.001)
             turns += 1
-        with pytest.raises(RequestError, match="the prompt has 30000 tokens; .* exceeds the 512 ") as error:
+        with pytest.raises(RequestError, match="the prompt has 600 tokens; .* exceeds the 512 ") as error:
             refused.result()
         assert error.value.code == "context_length_exceeded"
         return turns

@@ -41,10 +41,12 @@ class FakeEngine:
         self.aborted: list[str] = []  # by closed iterators
         self.abort_calls: list[str] = []
         self.flushed = 0
+        self.in_thread = False  # where the last prompt was to be tokenized
 
     # ---- generation -------------------------------------------------------------------------------------------------
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, request: GenerateRequest, in_thread: bool = False) -> AsyncGenerator[Chunk, None]:
         ids = self._admit(request)
+        self.in_thread = in_thread
         self.requests.append(request)
         self.running[request.rid] = request
         finished = False
