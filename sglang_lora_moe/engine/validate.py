@@ -70,6 +70,8 @@ def check_request(params: SamplingParams, stops: list[str], n: int, logprobs: Lo
             raise refuse(name, expected, value)
     if params.min_new_tokens > params.max_new_tokens:
         raise refuse("min_new_tokens", f"at most the {params.max_new_tokens} tokens that may be generated", params.min_new_tokens)
+    if bad := [token for token in params.stop_token_ids if not 0 <= token < vocab_size]:
+        raise refuse("stop_token_ids", f"token ids from 0 to {vocab_size - 1}", bad[0])
     for token, bias in params.logit_bias.items():
         if not is_int(token) or not 0 <= token < vocab_size:
             raise refuse("logit_bias", f"token ids from 0 to {vocab_size - 1}", token)

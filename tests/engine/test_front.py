@@ -260,3 +260,10 @@ def test_a_text_far_too_long_is_refused_by_its_beginning() -> None:
     with pytest.raises(RequestError, match="has 1000 tokens"):
         f.submit(GenerateRequest(prompt="x" * 1000))
     assert f.submit(GenerateRequest(prompt="x" * 999))
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB_SIZE])
+def test_stop_ids_outside_the_vocabulary_are_refused(token: int) -> None:
+    with pytest.raises(RequestError, match="stop_token_ids: expected token ids from 0 to") as error:
+        front().submit(GenerateRequest(prompt="x", sampling=SamplingParams(stop_token_ids=[5, token])))
+    assert error.value.param == "stop_token_ids"
