@@ -19,7 +19,7 @@ from sglang_lora_moe.engine.validate import shown
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
-UNSUPPORTED = "unsupported_parameter"  # pydantic's type for it, and OpenAI's code
+UNSUPPORTED, UNKNOWN = "unsupported_parameter", "unknown_parameter"  # types of our own that pydantic reports, and OpenAI's codes
 MAX_BODY = 64 << 20  # bytes; the ids of a million tokens take 7 MB
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error", 429: "rate_limit_error"}
@@ -55,10 +55,10 @@ def error_object(message: str, status: int = 400, param: str | None = None, code
     """OpenAI's error object, without the envelope."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     code = code or ("invalid_value" if status == 400 and param else None)
-    return {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}
+    return {"message": printable(message), "type": kind, "param": param and printable(param), "code": code}
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """JSON allows lone surrogates in strings, UTF-8 does not: an error may quote what was sent."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -80,16 +80,19 @@ def validation_error(errors: list[Any]) -> RequestError:
     kind, message = first["type"], first["msg"]
     if kind == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json")
-    location = [part for part in first["loc"] if part not in ("body", "query", "path")] + ([first["ctx"]["name"]] if kind == UNSUPPORTED else [])
-    if not location:
+    location = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    names = [str(part) for i, part in enumerate(location) if i == 0 or not _is_union_member(part)]
+    if kind in (UNSUPPORTED, UNKNOWN):
+        names.append(first["ctx"]["name"])
+    field = ".".join(names)
+    if not field:
         if kind in ("model_attributes_type", "dict_type", "missing"):
             return RequestError("the body must be a JSON object, sent with the header 'Content-Type: application/json'", code="invalid_json")
         return RequestError(message.removeprefix("Value error, "))
-    field = ".".join(str(part) for i, part in enumerate(location) if i == 0 or not _is_union_member(part))
     if kind == UNSUPPORTED:
         return RequestError(f"{field}: {message}", param=field, code=UNSUPPORTED)
-    if kind == "extra_forbidden":
-        return RequestError(f"unknown field {field!r}", param=field, code="unknown_parameter")
+    if kind == UNKNOWN:
+        return RequestError(f"unknown field {field!r}", param=field, code=UNKNOWN)
     if kind == "missing":
         return RequestError(f"the field {field!r} is required", param=field, code="missing_required_parameter")
     return RequestError(f"{field}: {message.removeprefix('Value error, ')} (got {shown(first.get('input'))})", param=field, code="invalid_value")

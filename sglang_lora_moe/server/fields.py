@@ -6,24 +6,24 @@ otherwise a sentence says so. A field nobody defined is refused by name. So no p
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang_lora_moe.core import RequestError, SamplingParams
 from sglang_lora_moe.engine.validate import MAX_SAMPLES, MAX_STOPS, shown
-from sglang_lora_moe.server.errors import UNSUPPORTED
+from sglang_lora_moe.server.errors import UNKNOWN, UNSUPPORTED, printable
 
 NOT_IMPLEMENTED = "is not implemented by this server"
 MAX_TOP_LOGPROBS = 20
 
 
 class RequestModel(BaseModel):
-    """A request body. `null` means "not given", as in OpenAI's API; unknown fields are errors.
+    """A request body. `null` means "not given", as in OpenAI's API. The first unknown field is an error, and the first bad element of a list.
 
     `unsupported` maps a field to (values that are accepted and dropped, why others are refused).
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
     unsupported: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {}
 
     @model_validator(mode="before")
@@ -33,11 +33,13 @@ class RequestModel(BaseModel):
             return data
         kept = {}
         for name, value in data.items():
-            neutral, reason = cls.unsupported.get(name, ((), ""))
             if name in cls.unsupported:
+                neutral, reason = cls.unsupported[name]
                 if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
                     raise PydanticCustomError(UNSUPPORTED, "{reason}", {"name": name, "reason": reason})
-            elif value is not None or name not in cls.model_fields or cls.model_fields[name].is_required():
+            elif name not in cls.model_fields:
+                raise PydanticCustomError(UNKNOWN, "unknown", {"name": printable(name)})
+            elif value is not None or cls.model_fields[name].is_required():
                 kept[name] = value
         return kept
 
@@ -53,10 +55,10 @@ def check_text(text: str, param: str) -> str:
 
 def check_ids(ids: list[Any], param: str) -> list[int]:
     """`ids` if they are integers >= 0 (the engine knows how many there are)."""
-    for i, value in enumerate(ids):
-        if type(value) is not int or value < 0:
-            raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {shown(value)}", param=param, code="invalid_value")
-    return ids
+    if set(map(type, ids)) <= {int} and min(ids, default=0) >= 0:
+        return ids
+    i = next(i for i, value in enumerate(ids) if type(value) is not int or value < 0)
+    raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {shown(ids[i])}", param=param, code="invalid_value")
 
 
 def _stop_list(value: Any) -> Any:
@@ -98,7 +100,7 @@ class SamplingFields(RequestModel):
     seed: Seed | None = None
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias), Field(max_length=1024)] = {}
     stop: Annotated[list[Annotated[str, Field(max_length=1024)]], BeforeValidator(_stop_list), Field(max_length=MAX_STOPS)] = []
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1024), FailFast()] = []
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     skip_special_tokens: bool = True

@@ -60,13 +60,13 @@ class NativeRequest(f.RequestModel):
     stream: bool = False
     rid: f.RequestId | list[f.RequestId] | None = None
 
-    def prompts(self) -> tuple[list[Prompt], bool]:
-        """The prompts, and whether they came as a batch."""
+    def prompts(self, most: int) -> tuple[list[Prompt], bool]:
+        """The prompts, at most `most`, and whether they came as a batch."""
         if (self.text is None) == (self.input_ids is None):
             raise RequestError("text: exactly one of text and input_ids must be given", param="text", code="invalid_value")
         param = "text" if self.input_ids is None else "input_ids"
         value = self.text if self.input_ids is None else self.input_ids
-        prompts = split_prompts(value, param)
+        prompts = split_prompts(value, param, most)
         if any(isinstance(prompt, str) != (param == "text") for prompt in prompts):
             raise RequestError(f"{param}: must hold {'texts' if param == 'text' else 'token ids'} only", param=param, code="invalid_value")
         return prompts, isinstance(value, list) and (param == "text" or isinstance(value[0], list))
@@ -111,7 +111,7 @@ class NativeFormat(ResponseFormat):
 
 async def native_job(service: Service, body: NativeRequest) -> Job:
     """One engine request of `n` samples per prompt."""
-    prompts, is_batch = body.prompts()
+    prompts, is_batch = body.prompts(service.max_samples)
     count = len(prompts)
     sampling = body.sampling(count)
     wants, starts, tops = (spread(getattr(body, name), count, name) for name in ("return_logprob", "logprob_start_len", "top_logprobs_num"))
@@ -131,7 +131,8 @@ async def native_job(service: Service, body: NativeRequest) -> Job:
         )
         for i, prompt in enumerate(prompts)
     ]
-    names = {"n": "sampling_params.n", "prompt": "text", "input_ids": "text" if body.input_ids is None else "input_ids", "model": "lora_path"}
+    names = {name: f"sampling_params.{name}" for name in NativeSampling.model_fields}
+    names |= {"prompt": "text", "input_ids": "text" if body.input_ids is None else "input_ids", "model": "lora_path"}
     answer = NativeFormat(requests, is_batch, service.tokens, body.return_text_in_logprobs)
     return Job(base_rid, requests, answer, body.stream, names)
 

@@ -5,7 +5,7 @@ What OpenAI defines but this server lacks is listed in `unsupported` and refused
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.validate import shown
@@ -128,7 +128,7 @@ class ChatRequest(OpenAIRequest):
         "verbosity": (("medium",), f.NOT_IMPLEMENTED),
         "best_of": ((1,), f"choosing among more samples {f.NOT_IMPLEMENTED}"),
     }
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
     max_completion_tokens: f.NewTokens | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | None = None
@@ -149,12 +149,14 @@ class ChatRequest(OpenAIRequest):
         return self
 
 
-def split_prompts(value: Any, param: str) -> list[Prompt]:
-    """str | [int] | [str] | [[int]] as a list of prompts; anything else, mixtures included, is refused."""
+def split_prompts(value: Any, param: str, most: int) -> list[Prompt]:
+    """str | [int] | [str] | [[int]] as a list of at most `most` prompts; anything else, mixtures included, is refused."""
     if isinstance(value, str):
         return [f.check_text(value, param)]
     if not isinstance(value, list) or not value:
         raise RequestError(f"{param}: must be a text, a list of token ids, or a list of either that is not empty", param=param, code="invalid_value")
+    if isinstance(value[0], str | list) and len(value) > most:  # refused before anything is made of them
+        raise RequestError(f"{param}: {len(value)} prompts are more than --max-queued-requests lets wait", param=param, code="invalid_value")
     if all(isinstance(item, str) for item in value):
         return [f.check_text(item, param) for item in value]
     if all(isinstance(item, list) for item in value):

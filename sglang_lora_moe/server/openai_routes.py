@@ -64,7 +64,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
 
 async def completion_job(service: Service, body: CompletionRequest) -> Job:
     """One engine request of `n` samples per prompt; RequestError for an unknown model or prompts that are neither texts nor token ids."""
-    prompts = split_prompts(body.prompt, "prompt")
+    prompts = split_prompts(body.prompt, "prompt", service.max_samples)
     paths = spread(body.lora_path, len(prompts), "lora_path")
     rid = body.rid or f"cmpl-{new_id()}"
     limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens

@@ -27,14 +27,14 @@ class Service:
         self.metrics = Metrics(self.names.base)
         self.tokens = TokenText(engine.tokenizer)
         self.chat = ChatRenderer(engine.tokenizer, read_template(engine.config.chat_template), engine.model_info["max_model_len"])
-        self._batches: dict[str, list[str]] = {}  # running batch -> the ids of its requests
+        self.max_samples = engine.config.max_queued_requests + engine.config.max_running_requests  # that can ever wait and run together
+        self._jobs: dict[str, list[str]] = {}  # running job -> the ids of its requests
 
     async def respond(self, request: Request, job: Job) -> Response:
         """Run `job` and answer it, whole or as a stream; the job ends when the client goes away. RequestErrors name the fields of the job's protocol."""
-        config, count = self.engine.config, sum(one.n for one in job.requests)
-        chunks = self._chunks(job)
+        count, chunks = sum(one.n for one in job.requests), self._chunks(job)
         try:
-            if count > config.max_queued_requests + config.max_running_requests:  # refused before any work is done for them
+            if count > self.max_samples:  # refused before the engine does any work for them
                 raise RequestError(f"n: {count} samples of one request are more than --max-queued-requests lets wait", param="n")
             if job.stream:
                 first = await until_disconnect(request.receive, anext(chunks, None))
@@ -50,13 +50,14 @@ class Service:
 
     async def abort(self, rid: str) -> None:
         """Abort the request, or all requests of the batch, that runs under `rid`; "" aborts everything."""
-        for one in self._batches.get(rid, [rid]):
+        for one in self._jobs.get(rid, [rid]):
             await self.engine.abort(one)
 
     async def _chunks(self, job: Job) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """(prompt, chunk) of all the job's requests as they come; `abort` knows a batch while it runs."""
-        if len(job.requests) > 1:
-            self._batches[job.rid] = [request.rid for request in job.requests]
+        """(prompt, chunk) of all the job's requests as they come; `abort` knows the job while it runs."""
+        if job.rid in self._jobs:
+            raise RequestError(f"rid: a request with the id {job.rid!r} is running already", param="rid")
+        self._jobs[job.rid] = [request.rid for request in job.requests]
         is_long = sum(len(request.prompt or "") for request in job.requests) > LONG_TEXT
         streams = [self.metrics.observe(request, self.engine.generate(request, in_thread=is_long)) for request in job.requests]
         try:
@@ -64,7 +65,7 @@ class Service:
                 async for item in items:
                     yield item
         finally:
-            self._batches.pop(job.rid, None)
+            del self._jobs[job.rid]
 
 
 def new_id() -> str:

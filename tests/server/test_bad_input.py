@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.server.openai_protocol import ChatRequest
 from tests.server.fake_engine import FakeEngine
 
 COMPLETION = {"model": "base", "prompt": "hello"}
@@ -35,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/unload_lora_adapter", {"lora_name": "a", "surprise": 1}, "surprise"),
     ("/abort_request", {"surprise": 1}, "surprise"),
     ("/generate", {"sampling_params": {"surprise": 1}}, "sampling_params.surprise"),
+    ("/generate", {"sampling_params": {"Surprise": 1}}, "sampling_params.Surprise"),
     ("/v1/chat/completions", user("x", surprise=1), "messages.0.surprise"),
     ("/v1/completions", {"stream": True, "stream_options": {"surprise": 1}}, "stream_options.surprise"),
     # sampling values
@@ -55,6 +58,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"max_tokens": 10**30}, "max_tokens"),
     ("/v1/completions", {"prompt": ["a"] * 50, "n": 128}, "n"),
     ("/generate", {"text": ["a"] * 50, "sampling_params": {"n": 128}}, "sampling_params.n"),
+    ("/v1/completions", {"prompt": ["a"] * 5000}, "prompt"),
+    ("/generate", {"text": ["a"] * 5000}, "text"),
+    ("/v1/completions", {"stop_token_ids": [1] * 1025}, "stop_token_ids"),
     ("/v1/completions", {"seed": 2**63}, "seed"),
     ("/v1/completions", {"logprobs": 21}, "logprobs"),
     ("/v1/completions", {"logprobs": True}, "logprobs"),
@@ -176,7 +182,7 @@ def test_numbers_that_are_none(client: TestClient, number: str) -> None:
     [
         ("/v1/completions", '{"prompt": "x%s"}', "prompt"),
         ("/v1/completions", '{"prompt": "x", "stop": "%s"}', "stop.0"),
-        ("/v1/completions", '{"prompt": "x", "surprise%s": 1}', None),
+        ("/v1/completions", '{"prompt": "x", "surprise%s": 1}', r"surprise\ud800"),
         ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "%s"}]}', "messages.0.content"),
         ("/generate", '{"text": ["x%s"]}', "text"),
         ("/load_lora_adapter", '{"lora_name": "%s", "lora_path": "/a"}', "lora_name"),
@@ -220,6 +226,24 @@ def test_full_queue(client: TestClient, engine: FakeEngine, stream: bool) -> Non
     engine.refusal = RequestError("the queue is full: 4096 requests wait", 503, code="queue_full", retry_after=3)
     response = client.post("/v1/completions", json=COMPLETION | {"stream": stream})
     assert error_of(response, 503)["type"] == "server_error" and response.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{f"surprise{i}": 1 for i in range(9)}, {"messages": [5] * 9}, {"messages": [{"role": "user"}], "stop_token_ids": [-1] * 9}],
+    ids=["fields", "messages", "ids"],
+)
+def test_only_the_first_mistake_is_looked_for(body: dict[str, Any]) -> None:
+    """Millions of them would take minutes to collect."""
+    with pytest.raises(ValidationError) as error:
+        ChatRequest.model_validate(body)
+    assert error.value.error_count() == 1
+
+
+def test_native_names_of_what_the_engine_refuses(client: TestClient, engine: FakeEngine) -> None:
+    engine.refusal = RequestError("logit_bias: no such token", param="logit_bias")
+    error = error_of(client.post("/generate", json=GENERATE))
+    assert error["param"] == "sampling_params.logit_bias" and error["message"].startswith("sampling_params.logit_bias: ")
 
 
 def test_a_conversation_far_too_long_is_refused_by_its_beginning(client: TestClient, engine: FakeEngine, monkeypatch: Any) -> None:

@@ -71,6 +71,20 @@ def test_abort_request(client: TestClient, engine: FakeEngine, everything: bool)
     assert [choice["finish_reason"] for choice in answers[0].json()["choices"]] == ["abort", "abort"]
 
 
+@pytest.mark.parametrize("prompt", [["hello", "ab"], "hello"])
+def test_a_second_request_with_the_name_of_a_running_batch_is_refused(client: TestClient, engine: FakeEngine, prompt: Any) -> None:
+    engine.delay = 0.02
+    answers: list[Any] = []
+    with client:
+        thread = in_background(client, "/v1/completions", {"prompt": ["hello", "ab"], "rid": "mine", "max_tokens": 400}, answers)
+        wait_for(lambda: len(engine.running) == 2)
+        second = client.post("/v1/completions", json={"prompt": prompt, "rid": "mine"})
+        client.post("/abort_request", json={"rid": "mine"})
+        thread.join()
+    assert second.status_code == 400 and second.json()["error"]["param"] == "rid"
+    assert engine.abort_calls == ["mine-0", "mine-1"]  # the first can still be aborted
+
+
 def test_abort_native(client: TestClient, engine: FakeEngine) -> None:
     engine.delay = 0.02
     answers: list[Any] = []
