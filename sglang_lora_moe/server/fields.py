@@ -4,9 +4,9 @@ A field of OpenAI's (or SGLang's) API that this server does not implement is acc
 otherwise a sentence says so. A field nobody defined is refused by name. So no parameter is taken and ignored.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from sglang_lora_moe.core import RequestError, SamplingParams
@@ -15,6 +15,8 @@ from sglang_lora_moe.server.errors import UNKNOWN, UNSUPPORTED, printable
 
 NOT_IMPLEMENTED = "is not implemented by this server"
 MAX_TOP_LOGPROBS = 20
+T = TypeVar("T")
+Listed = Annotated[list[T], Field(fail_fast=True)]  # a list that is read no further than its first bad element
 
 
 class RequestModel(BaseModel):
@@ -61,6 +63,13 @@ def check_ids(ids: list[Any], param: str) -> list[int]:
     raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {shown(ids[i])}", param=param, code="invalid_value")
 
 
+def at_most(count: int, value: Any) -> Any:
+    """`value`, unless it is an object of more than `count` fields."""
+    if isinstance(value, dict) and len(value) > count:
+        raise ValueError(f"at most {count} fields are allowed, not {len(value)}")
+    return value
+
+
 def _stop_list(value: Any) -> Any:
     if isinstance(value, str):
         value = [value]
@@ -73,7 +82,7 @@ def _bias(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     biases = {}
-    for key, bias in value.items():
+    for key, bias in at_most(1024, value).items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit()):
             raise ValueError(f"keys must be token ids, got {shown(key)}")
         biases[int(key)] = bias
@@ -98,9 +107,9 @@ class SamplingFields(RequestModel):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     seed: Seed | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias), Field(max_length=1024)] = {}
-    stop: Annotated[list[Annotated[str, Field(max_length=1024)]], BeforeValidator(_stop_list), Field(max_length=MAX_STOPS)] = []
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1024), FailFast()] = []
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_bias)] = {}
+    stop: Annotated[Listed[Annotated[str, Field(max_length=1024)]], BeforeValidator(_stop_list), Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: Annotated[Listed[Annotated[int, Field(ge=0)]], Field(max_length=1024)] = []
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     skip_special_tokens: bool = True

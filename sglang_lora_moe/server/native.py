@@ -52,13 +52,13 @@ class NativeRequest(f.RequestModel):
     text: Any = None
     input_ids: Any = None
     sampling_params: Any = None
-    lora_path: str | list[str | None] | None = None
-    return_logprob: bool | list[bool] = False
-    logprob_start_len: Annotated[int, Field(ge=-1)] | list[Annotated[int, Field(ge=-1)]] = -1  # -1 = output tokens only
-    top_logprobs_num: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | list[Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)]] = 0
+    lora_path: str | f.Listed[str | None] | None = None
+    return_logprob: bool | f.Listed[bool] = False
+    logprob_start_len: Annotated[int, Field(ge=-1)] | f.Listed[Annotated[int, Field(ge=-1)]] = -1  # -1 = output tokens only
+    top_logprobs_num: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | f.Listed[Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)]] = 0
     return_text_in_logprobs: bool = False
     stream: bool = False
-    rid: f.RequestId | list[f.RequestId] | None = None
+    rid: f.RequestId | f.Listed[f.RequestId] | None = None
 
     def prompts(self, most: int) -> tuple[list[Prompt], bool]:
         """The prompts, at most `most`, and whether they came as a batch."""

@@ -3,9 +3,10 @@
 What OpenAI defines but this server lacks is listed in `unsupported` and refused unless at its neutral value.
 """
 
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.validate import shown
@@ -43,7 +44,7 @@ class OpenAIRequest(f.SamplingFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(partial(f.at_most, 16))] | None = None
     # SGLang's and vLLM's extras
     min_tokens: f.NewTokens = 0
     include_stop_str_in_output: bool = False  # vLLM's name of no_stop_trim
@@ -65,7 +66,7 @@ class CompletionRequest(OpenAIRequest):
     best_of: int | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | None = None
-    lora_path: str | list[str | None] | None = None
+    lora_path: str | f.Listed[str | None] | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
@@ -128,7 +129,7 @@ class ChatRequest(OpenAIRequest):
         "verbosity": (("medium",), f.NOT_IMPLEMENTED),
         "best_of": ((1,), f"choosing among more samples {f.NOT_IMPLEMENTED}"),
     }
-    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
+    messages: Annotated[f.Listed[ChatMessage], Field(min_length=1)]
     max_completion_tokens: f.NewTokens | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | None = None
@@ -157,11 +158,12 @@ def split_prompts(value: Any, param: str, most: int) -> list[Prompt]:
         raise RequestError(f"{param}: must be a text, a list of token ids, or a list of either that is not empty", param=param, code="invalid_value")
     if isinstance(value[0], str | list) and len(value) > most:  # refused before anything is made of them
         raise RequestError(f"{param}: {len(value)} prompts are more than --max-queued-requests lets wait", param=param, code="invalid_value")
-    if all(isinstance(item, str) for item in value):
+    kinds = set(map(type, value))
+    if kinds == {str}:
         return [f.check_text(item, param) for item in value]
-    if all(isinstance(item, list) for item in value):
+    if kinds == {list}:
         return [f.check_ids(item, param) for item in value]
-    kinds = sorted({type(item).__name__ for item in value})
-    if "str" in kinds or "list" in kinds:
-        raise RequestError(f"{param}: all prompts of a batch must be of one type, got a mixture of {' and '.join(kinds)}", param=param, code="invalid_value")
+    if str in kinds or list in kinds:
+        mixture = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise RequestError(f"{param}: all prompts of a batch must be of one type, got a mixture of {mixture}", param=param, code="invalid_value")
     return [f.check_ids(value, param)]

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.server.native import NativeRequest
 from sglang_lora_moe.server.openai_protocol import ChatRequest
 from tests.server.fake_engine import FakeEngine
 
@@ -230,14 +231,27 @@ def test_full_queue(client: TestClient, engine: FakeEngine, stream: bool) -> Non
 
 @pytest.mark.parametrize(
     "body",
-    [{f"surprise{i}": 1 for i in range(9)}, {"messages": [5] * 9}, {"messages": [{"role": "user"}], "stop_token_ids": [-1] * 9}],
-    ids=["fields", "messages", "ids"],
+    [
+        {f"surprise{i}": 1 for i in range(9)},
+        {"messages": [5] * 9},
+        {"messages": [{"role": "user"}], "stop_token_ids": [-1] * 9},
+        {"messages": [{"role": "user"}], "metadata": {str(i): 5 for i in range(99)}},
+        {"messages": [{"role": "user"}], "logit_bias": {str(i): "x" for i in range(2000)}},
+    ],
+    ids=["fields", "messages", "ids", "metadata", "biases"],
 )
 def test_only_the_first_mistake_is_looked_for(body: dict[str, Any]) -> None:
     """Millions of them would take minutes to collect."""
     with pytest.raises(ValidationError) as error:
         ChatRequest.model_validate(body)
     assert error.value.error_count() == 1
+
+
+@pytest.mark.parametrize("field", ["lora_path", "return_logprob", "logprob_start_len", "top_logprobs_num", "rid"])
+def test_only_the_first_mistake_of_a_batch_is_looked_for(field: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        NativeRequest.model_validate({"text": "x", field: [-7] * 9})
+    assert error.value.error_count() == 2  # neither one value, nor a list
 
 
 def test_native_names_of_what_the_engine_refuses(client: TestClient, engine: FakeEngine) -> None:
