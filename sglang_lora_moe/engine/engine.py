@@ -29,7 +29,7 @@ _TEXT_FIELDS = ("n", "skip_special_tokens", "no_stop_trim")
 class Engine:
     """Built from a `Config`, or from its fields as keywords. ValueError for what of them, the model or the adapters cannot be served.
 
-    What is asked of it later and cannot be done is a `RequestError`, whose `param` names the argument.
+    What is asked of it later and cannot be done is a `RequestError`, whose `param` names what is at fault.
     """
 
     def __init__(self, config: Config | None = None, **fields: Any) -> None:
@@ -76,6 +76,8 @@ class Engine:
             _make_request(one, prompt is not None, params[i], GenerateRequest(adapter=adapters[i], logprobs=options, stream=stream))
             for i, one in enumerate(prompts)
         ]
+        for request in requests:
+            self.front.check(request)
         return self._stream(requests) if stream else self._collect(requests, is_batch)
 
     def _collect(self, requests: list[GenerateRequest], is_batch: bool) -> Any:

@@ -217,6 +217,7 @@ def test_refusals(engine: Engine) -> None:
     assert refused(prompt=["x", "y"], lora_path=["r4", "nobody"]).status == 404  # one bad request refuses the call
     assert refused(prompt="x", sampling_params={"max_tokens": 3}).param == "max_tokens"
     assert refused(prompt="x", sampling_params={"temperature": -1}).param == "temperature"
+    assert refused(prompt="x", sampling_params={"n": 0}).param == refused(prompt="x", sampling_params={"n": "2"}).param == "n"
     assert refused(prompt=["x"], lora_path=["r4", "r8"]).param == "lora_path"
     assert refused().param == "prompt"
 
