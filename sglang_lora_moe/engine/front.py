@@ -109,7 +109,7 @@ class _Sample:
         return chunk
 
     def _read(self, last: bool) -> None:
-        """Turn unread ids into text, up to a stop string."""
+        """Turn unread ids into text, up to a stop string, of which there is none within the first `min_new_tokens`."""
         chunk, detokenizer = self.pending, self.detokenizer
         if detokenizer is None:
             return
@@ -117,7 +117,7 @@ class _Sample:
         self.unread = []
         if last:
             text += detokenizer.finish()
-        said, stop = self.stops.push(text)
+        said, stop = self.stops.push(text) if self.completion_tokens >= self.request.sampling.min_new_tokens else (text, None)
         if stop is not None:
             chunk.finish_reason, chunk.matched_stop = "stop", stop
             said += stop if self.request.no_stop_trim else ""
@@ -144,12 +144,7 @@ class Front:
 
         RequestError, and nothing registered, for a value that cannot be right.
         """
-        check_request(request.sampling, request.stop, request.n, request.logprobs, self.vocab_size)
-        for name in ("skip_special_tokens", "no_stop_trim"):
-            if not isinstance(getattr(request, name), bool):
-                raise refuse(name, "true or false", getattr(request, name))
-        if request.adapter is not None and not isinstance(request.adapter, str):
-            raise refuse("lora_path", "the name of an adapter", request.adapter)
+        self.check(request)
         request.rid = request.rid or uuid.uuid4().hex
         if request.rid in self._requests:
             raise RequestError(f"rid: a request with the id {request.rid!r} is running already", param="rid")
@@ -168,6 +163,15 @@ class Front:
             messages.append(Submit(name, ids, own, request.adapter, request.logprobs))
         self._requests[request.rid] = [message.rid for message in messages]
         return messages
+
+    def check(self, request: GenerateRequest) -> None:
+        """RequestError for what can be said to be wrong without its prompt."""
+        check_request(request.sampling, request.stop, request.n, request.logprobs, self.vocab_size)
+        for name in ("skip_special_tokens", "no_stop_trim"):
+            if not isinstance(getattr(request, name), bool):
+                raise refuse(name, "true or false", getattr(request, name))
+        if request.adapter is not None and not isinstance(request.adapter, str):
+            raise refuse("lora_path", "the name of an adapter", request.adapter)
 
     def on_message(self, message: EngineMessage) -> list[Chunk | Failure | Abort | Reply]:
         """Chunks and failures for users, aborts for the engine; replies to control messages pass through."""

@@ -267,3 +267,11 @@ def test_stop_ids_outside_the_vocabulary_are_refused(token: int) -> None:
     with pytest.raises(RequestError, match="stop_token_ids: expected token ids from 0 to") as error:
         front().submit(GenerateRequest(prompt="x", sampling=SamplingParams(stop_token_ids=[5, token])))
     assert error.value.param == "stop_token_ids"
+
+
+def test_stop_strings_wait_for_the_fewest_tokens() -> None:
+    f = front()
+    (submit,) = f.submit(GenerateRequest(prompt="x", stop=["l"], sampling=SamplingParams(min_new_tokens=4)))
+    assert text_of(feed(f, submit.rid, "hello all")) == "hel"  # the second l is token 4
+    (submit,) = f.submit(GenerateRequest(prompt="x", stop=["l"], sampling=SamplingParams(min_new_tokens=5)))
+    assert text_of(feed(f, submit.rid, "hello all")) == "hello a"
