@@ -35,8 +35,7 @@ def encode(tokenizer: Any, text: str, capacity: int, param: str, **options: Any)
     """
     length = 8 * capacity  # characters
     while length < len(text):
-        count = len(tokenizer.encode(text[:length], **options))
-        if count > 2 * capacity:  # a few tokens at the cut may be others in the whole text
+        if (count := len(tokenizer.encode(text[:length], **options))) > 2 * capacity:  # a few at the cut may be others in the whole text
             raise too_long(f"more than {count}", capacity, param)
         length *= 2
     ids = list(tokenizer.encode(text, **options))

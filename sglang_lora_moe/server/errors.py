@@ -89,10 +89,8 @@ def validation_error(errors: list[Any]) -> RequestError:
         if kind in ("model_attributes_type", "dict_type", "missing"):
             return RequestError("the body must be a JSON object, sent with the header 'Content-Type: application/json'", code="invalid_json")
         return RequestError(message.removeprefix("Value error, "))
-    if kind == UNSUPPORTED:
-        return RequestError(f"{field}: {message}", param=field, code=UNSUPPORTED)
-    if kind == UNKNOWN:
-        return RequestError(f"unknown field {field!r}", param=field, code=UNKNOWN)
+    if kind in (UNSUPPORTED, UNKNOWN):
+        return RequestError(f"{field}: {message}", param=field, code=kind)
     if kind == "missing":
         return RequestError(f"the field {field!r} is required", param=field, code="missing_required_parameter")
     return RequestError(f"{field}: {message.removeprefix('Value error, ')} (got {shown(first.get('input'))})", param=field, code="invalid_value")

@@ -40,7 +40,7 @@ class RequestModel(BaseModel):
                 if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
                     raise PydanticCustomError(UNSUPPORTED, "{reason}", {"name": name, "reason": reason})
             elif name not in cls.model_fields:
-                raise PydanticCustomError(UNKNOWN, "unknown", {"name": printable(name)})
+                raise PydanticCustomError(UNKNOWN, "unknown field", {"name": printable(name)})
             elif value is not None or cls.model_fields[name].is_required():
                 kept[name] = value
         return kept
@@ -63,13 +63,6 @@ def check_ids(ids: list[Any], param: str) -> list[int]:
     raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {shown(ids[i])}", param=param, code="invalid_value")
 
 
-def at_most(count: int, value: Any) -> Any:
-    """`value`, unless it is an object of more than `count` fields."""
-    if isinstance(value, dict) and len(value) > count:
-        raise ValueError(f"at most {count} fields are allowed, not {len(value)}")
-    return value
-
-
 def _stop_list(value: Any) -> Any:
     if isinstance(value, str):
         value = [value]
@@ -81,8 +74,10 @@ def _stop_list(value: Any) -> Any:
 def _bias(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
+    if len(value) > 1024:  # not left to pydantic, which would first collect what is wrong with each
+        raise ValueError(f"at most 1024 biases are allowed, not {len(value)}")
     biases = {}
-    for key, bias in at_most(1024, value).items():
+    for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit()):
             raise ValueError(f"keys must be token ids, got {shown(key)}")
         biases[int(key)] = bias

@@ -30,13 +30,9 @@ class ModelNames:
 
     async def resolve(self, model: str | None, param: str = "model") -> str | None:
         """The adapter that `model` names, None for the base model; RequestError 404 with the loaded names otherwise."""
-        if model is None or model == self.base:
+        if model is None or model in (self.base, f"{self.base}:"):
             return None
-        name, rest = model, model.strip().removeprefix(self.base).lstrip()
-        if rest.startswith(":") and model.strip().startswith(self.base):
-            name = rest[1:].strip()
-            if not name:
-                return None
+        name = model.removeprefix(f"{self.base}:")
         if name in self.adapters or name in await self.refresh():
             return name
         raise self.not_found(model, param)

@@ -3,10 +3,9 @@
 What OpenAI defines but this server lacks is listed in `unsupported` and refused unless at its neutral value.
 """
 
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.validate import shown
@@ -22,6 +21,7 @@ _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((False,), f"beam search {f.NOT_IMPLEMENTED}"),
     "length_penalty": ((1, 1.0), f"beam search {f.NOT_IMPLEMENTED}"),
     "spaces_between_special_tokens": ((True, False), "tokenizers that have a choice are not supported"),
+    "best_of": ((1,), f"choosing among more samples {f.NOT_IMPLEMENTED}"),
     "priority": ((0,), f"a priority {f.NOT_IMPLEMENTED}"),
     **dict.fromkeys(("regex", "ebnf", "guided_json", "guided_regex", "guided_choice", "structured_outputs"), ((), _CONSTRAINED)),
 }
@@ -44,7 +44,7 @@ class OpenAIRequest(f.SamplingFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: Annotated[dict[str, str], BeforeValidator(partial(f.at_most, 16))] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     # SGLang's and vLLM's extras
     min_tokens: f.NewTokens = 0
     include_stop_str_in_output: bool = False  # vLLM's name of no_stop_trim
@@ -63,17 +63,9 @@ class CompletionRequest(OpenAIRequest):
 
     unsupported = _COMMON_UNSUPPORTED | {"suffix": (("",), f"filling in before a suffix {f.NOT_IMPLEMENTED}")}
     prompt: Any
-    best_of: int | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=f.MAX_TOP_LOGPROBS)] | None = None
     lora_path: str | f.Listed[str | None] | None = None
-
-    @model_validator(mode="after")
-    def _check_best_of(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.n:
-            message = f"best_of: choosing among more samples {f.NOT_IMPLEMENTED}; it must equal n ({self.n})"
-            raise RequestError(message, param="best_of", code="unsupported_parameter")
-        return self
 
 
 class ChatMessage(f.RequestModel):
@@ -127,7 +119,6 @@ class ChatRequest(OpenAIRequest):
         "prediction": ((), f"a predicted output {f.NOT_IMPLEMENTED}"),
         "web_search_options": ((), f"a web search {f.NOT_IMPLEMENTED}"),
         "verbosity": (("medium",), f.NOT_IMPLEMENTED),
-        "best_of": ((1,), f"choosing among more samples {f.NOT_IMPLEMENTED}"),
     }
     messages: Annotated[f.Listed[ChatMessage], Field(min_length=1)]
     max_completion_tokens: f.NewTokens | None = None
@@ -164,6 +155,5 @@ def split_prompts(value: Any, param: str, most: int) -> list[Prompt]:
     if kinds == {list}:
         return [f.check_ids(item, param) for item in value]
     if str in kinds or list in kinds:
-        mixture = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise RequestError(f"{param}: all prompts of a batch must be of one type, got a mixture of {mixture}", param=param, code="invalid_value")
+        raise RequestError(f"{param}: all prompts of a batch must be texts, or all lists of token ids", param=param, code="invalid_value")
     return [f.check_ids(value, param)]
