@@ -40,6 +40,11 @@ def fields(words: Tensor, bits: int) -> Tensor:
     return torch.stack(columns, -1).flatten(1)
 
 
+def ones_of(bits: int) -> int:
+    """A word with 1 in each of its fields: what GPTQ tools take from qzeros, as whole numbers, for the first version of their format."""
+    return sum(1 << shift for shift in range(0, 32, bits))
+
+
 def dequantized(tensors: dict[str, Tensor], bits: int, method: str) -> Tensor:
     """float32 [out, in] of one linear's tensors, as its format documents."""
     if "weight_packed" in tensors:
@@ -52,13 +57,12 @@ def dequantized(tensors: dict[str, Tensor], bits: int, method: str) -> Tensor:
         group = torch.arange(inputs) * scale.shape[1] // inputs
         return (codes - zero[:, group]) * scale[:, group]
     scale = tensors["scales"].float()  # [groups, out]
-    zero, codes = fields(tensors["qzeros"], bits), tensors["qweight"]
+    zero, codes = fields(tensors["qzeros"].long() + (ones_of(bits) if method == "gptq" else 0), bits), tensors["qweight"]
     if method == "awq":  # columns interleaved within each word, inputs not packed
         order = torch.arange(scale.shape[1]).view(-1, 8)[:, [AWQ_ORDER.index(c) for c in range(8)]].flatten()
         codes, zero = fields(codes, bits)[:, order], zero[:, order]
     else:
         codes = fields(codes.T, bits).T
-        zero = zero + (method == "gptq")
     group = torch.arange(codes.shape[0]) * scale.shape[0] // codes.shape[0]
     return ((codes - zero[group]) * scale[group]).T.contiguous()
 
@@ -122,9 +126,9 @@ def pack_linear(weight: Tensor, method: str, bits: int, group_size: int, symmetr
             return pack(columns.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2).contiguous(), 4)
 
         return {"qweight": words(codes.T), "qzeros": words(zeros.T), "scales": scales.T.contiguous()}
-    stored = (zeros - (1 if method == "gptq" else 0)) & ((1 << bits) - 1)
+    stored = pack(zeros.T.contiguous(), bits) - (ones_of(bits) if method == "gptq" else 0)
     index = torch.arange(weight.shape[1], dtype=torch.int32) // size
-    return {"qweight": pack(codes.T.T, bits).T.contiguous(), "qzeros": pack(stored.T.contiguous(), bits), "scales": scales.T.contiguous(), "g_idx": index}
+    return {"qweight": pack(codes.T.T, bits).T.contiguous(), "qzeros": stored, "scales": scales.T.contiguous(), "g_idx": index}
 
 
 def quantization_config(method: str, bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:

@@ -186,18 +186,15 @@ def from_gptq(
     words = _take(name, "qzeros", tensors, (groups, out * bits // 32), _WORDS)
     if "g_idx" in tensors:
         _check_group_index(name, tensors["g_idx"], inn, group)
-    stored = (unpack(words, bits).to(torch.int16) + zero_offset) & ((1 << bits) - 1 if symmetric else 0xFFFF)
-    zeros: torch.Tensor | None = stored.t()
+    # The tools take one from all zeros of a word at once, so that a zero of 0 borrows from the next one
+    zeros = unpack(words + zero_offset * (0x11111111 if bits == 4 else 0x01010101), bits).t()
     middle = 1 << (bits - 1)
-    if bool((stored == middle).all()):
-        zeros = None
-    elif symmetric:
-        raise QuantizationError(
-            f'{name}.qzeros holds {int(stored[stored != middle][0])}, but symmetric {bits}-bit weights have zero {middle}; set "sym": false'
-        )
-    elif int(stored.max()) > 255:
-        raise QuantizationError(f"{name}.qzeros holds a zero point of {int(stored.max())}, which does not fit {bits} bits")
-    return WNA16Weight(packed, scales, None if zeros is None else zeros.to(torch.uint8).contiguous(), bits, group)
+    others = zeros[zeros != middle]
+    if symmetric and others.numel():
+        version = "gptq_v2" if zero_offset else "gptq"
+        way_out = f'"checkpoint_format": "{version}"' if bool((zeros == middle + (1 if zero_offset else -1)).all()) else '"sym": false'
+        raise QuantizationError(f"{name}.qzeros holds {int(others[0])}, but symmetric {bits}-bit weights have zero {middle}; set {way_out}")
+    return WNA16Weight(packed, scales, zeros.contiguous() if others.numel() else None, bits, group)
 
 
 def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int) -> WNA16Weight:

@@ -7,6 +7,7 @@ import torch
 
 from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, QuantizationError, dequantize, from_awq, from_compressed_tensors, from_gptq, pack, unpack
 from tests.quantize import quantize
+from tests.quantized_checkpoints import ones_of
 
 OUT, IN = 64, 256
 
@@ -15,12 +16,17 @@ def codes_scales_zeros(bits: int, group: int, symmetric: bool) -> tuple[torch.Te
     torch.manual_seed(bits * 1000 + group)
     codes = torch.randint(0, 1 << bits, (OUT, IN), dtype=torch.uint8)
     scales = torch.rand(OUT, IN // group).to(torch.float16) + 0.5
-    zeros = torch.randint(1, 1 << bits, (OUT, IN // group), dtype=torch.uint8)
+    zeros = torch.randint(0, 1 << bits, (OUT, IN // group), dtype=torch.uint8)
+    zeros[:9, 0] = 0  # which borrow from their neighbours in the first version of GPTQ's files
     return codes, scales, torch.full_like(zeros, 1 << (bits - 1)) if symmetric else zeros
 
 
 def expected(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int) -> torch.Tensor:
     return (codes.int() - zeros.int().repeat_interleave(group, 1)).float() * scales.float().repeat_interleave(group, 1)
+
+
+def stored_zeros(zeros: torch.Tensor, bits: int, version: int) -> torch.Tensor:
+    return pack(zeros.t().contiguous(), bits) - (ones_of(bits) if version == 1 else 0)
 
 
 CASES = [(4, 32, True), (4, 128, False), (4, IN, True), (8, 64, True), (8, 128, False)]
@@ -52,7 +58,7 @@ def test_gptq(bits: int, group: int, symmetric: bool, version: int) -> None:
     tensors = {
         "qweight": pack(codes, bits).t().contiguous(),
         "scales": scales.t().contiguous(),
-        "qzeros": pack((zeros - offset).t().contiguous(), bits),
+        "qzeros": stored_zeros(zeros, bits, version),
         "g_idx": torch.arange(IN, dtype=torch.int32) // group,
     }
     weight = from_gptq("layer", tensors, (OUT, IN), bits, group, symmetric, zero_offset=offset)
@@ -103,6 +109,15 @@ def test_refusals_name_the_tensor_and_the_way_out() -> None:
 
 def test_gptq_symmetric_with_odd_zeros_is_refused() -> None:
     codes, scales, zeros = codes_scales_zeros(4, 64, False)
-    tensors = {"qweight": pack(codes, 4).t(), "scales": scales.t(), "qzeros": pack((zeros - 1).t().contiguous(), 4)}
+    tensors = {"qweight": pack(codes, 4).t(), "scales": scales.t(), "qzeros": stored_zeros(zeros, 4, 1)}
     with pytest.raises(QuantizationError, match='symmetric 4-bit weights have zero 8; set "sym": false'):
         from_gptq("layer", tensors, (OUT, IN), 4, 64, True)
+
+
+@pytest.mark.parametrize(("declared", "written"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+def test_gptq_symmetric_of_the_other_version_is_refused(declared: str, written: str) -> None:
+    """Not with the advice to declare zero points, which would load and be wrong by one step everywhere."""
+    codes, scales, zeros = codes_scales_zeros(4, 64, True)
+    tensors = {"qweight": pack(codes, 4).t(), "scales": scales.t(), "qzeros": stored_zeros(zeros, 4, 1 if written == "gptq" else 2)}
+    with pytest.raises(QuantizationError, match=f'have zero 8; set "checkpoint_format": "{written}"'):
+        from_gptq("layer", tensors, (OUT, IN), 4, 64, True, zero_offset=1 if declared == "gptq" else 0)
