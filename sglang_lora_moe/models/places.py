@@ -18,6 +18,7 @@ from sglang_lora_moe.quantization.wna16_method import WNA16Method
 
 Piece = tuple[int, int]  # (expert, part) of a fused parameter; part 0 and 1 are gate and up
 Tensors = dict[str, torch.Tensor]
+_TWICE = "brings weights that another tensor of the files has brought already, under another name; remove one of the two"
 
 
 class LoadError(ValueError):
@@ -33,20 +34,21 @@ class TensorPlace:
     def put(self, opened: Any, key: str, piece: Piece | None) -> None:
         if piece is not None:
             raise LoadError("is one expert's tensor, but the model has no experts of that name")
-        tensor = _floating(opened.get_tensor(key), self.shape).to(self.storage.device, self.storage.dtype).view(self.storage.shape)
-        if self.filled and not torch.equal(self.storage, tensor):
-            raise LoadError("differs from another tensor that the model ties it to; set tie_word_embeddings to false in config.json")
-        self.storage.copy_(tensor)
-        self.filled = True
+        self._store(_floating(opened.get_tensor(key), self.shape).to(self.storage.device, self.storage.dtype).view(self.storage.shape))
 
     def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
         """Take the tensors of the linear `name`; True = they were dequantized, because this storage is not quantized."""
         if piece is not None or self.storage.dim() != 2:
             raise LoadError("is quantized, but the model has no linear of that name")
         rows, inputs = self.storage.shape
-        self.storage.copy_(dequantize(read_weight(name, tensors, (rows, inputs), scheme, self.storage.device), self.storage.dtype))
-        self.filled = True
+        self._store(dequantize(read_weight(name, tensors, (rows, inputs), scheme, self.storage.device), self.storage.dtype))
         return True
+
+    def _store(self, tensor: torch.Tensor) -> None:
+        if self.filled and not torch.equal(self.storage, tensor):
+            raise LoadError(f"{_TWICE}; if the model ties two of its weights, set tie_word_embeddings to false in config.json")
+        self.storage.copy_(tensor)
+        self.filled = True
 
     def missing(self) -> str | None:
         return None if self.filled else "not in the files"
@@ -68,7 +70,7 @@ class ExpertsPlace:
             return
         place = self.storage[_rows_of(piece, self.storage, self.num_parts)]
         place.copy_(_floating(opened.get_tensor(key), place.shape))
-        self.pieces.add(piece)
+        _claim(self.pieces, piece)
 
     def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
         raise LoadError("is quantized, but the experts of its layer are not")
@@ -84,7 +86,7 @@ class ExpertsPlace:
             tensor = _floating(read[expert : expert + 1], (1, *expected[1:]))[0]
             tensor = tensor.T if self.transposed else tensor
             self.storage[expert].copy_(torch.cat([tensor[0::2], tensor[1::2]]) if self.interleaved else tensor)
-            self.pieces.update((expert, part) for part in range(self.num_parts))
+            _claim(self.pieces, *((expert, part) for part in range(self.num_parts)))
 
     def missing(self) -> str | None:
         return _missing_pieces(self.pieces, self.storage.shape[0], self.num_parts)
@@ -111,7 +113,7 @@ class QuantizedPlace:
         weight.scales.copy_(source.scales.view(weight.scales.shape))
         if weight.zeros is not None:
             weight.zeros[:] = 1 << (weight.bits - 1) if source.zeros is None else source.zeros.view(weight.zeros.shape)
-        self.pieces.add(piece or (0, 0))
+        _claim(self.pieces, piece or (0, 0))
         return False
 
     def missing(self) -> str | None:
@@ -130,6 +132,12 @@ def _rows_of(piece: Piece, storage: torch.Tensor, num_parts: int) -> tuple[int, 
         raise LoadError(f"belongs to expert {expert}, but the model has {storage.shape[0]} experts")
     rows = storage.shape[1] // num_parts
     return expert, slice(part * rows, (part + 1) * rows)
+
+
+def _claim(pieces: set[Piece], *new: Piece) -> None:
+    if not pieces.isdisjoint(new):
+        raise LoadError(_TWICE)
+    pieces.update(new)
 
 
 def _missing_pieces(pieces: set[Piece], num_experts: int, num_parts: int) -> str | None:

@@ -108,6 +108,21 @@ def test_expert_beyond_the_last(tmp_path: Path) -> None:
         build(edit(make_tiny_model("qwen3_moe", tmp_path), add))
 
 
+def test_weights_under_two_names(tmp_path: Path) -> None:
+    """Whichever was read last would count, and nobody would know."""
+
+    def adding(name: str, *shape: int) -> Callable[[Tensors], None]:
+        return lambda tensors: tensors.update({name: torch.randn(shape)})
+
+    twice = "brings weights that another tensor of the files has brought already, under another name; remove one of the two"
+    with pytest.raises(LoadError, match=rf"tensor {EXPERT.format(3, 'up')} {twice}"):
+        build(edit(make_tiny_model("qwen3_moe", tmp_path), adding(EXPERT.format("03", "up"), 32, 64)))
+    with pytest.raises(LoadError, match=rf"tensor model\.layers\.0\.mlp\.gate\.weight {twice}"):
+        build(edit(make_tiny_model("mixtral", tmp_path), adding("model.layers.0.mlp.gate.weight", 8, 64)))
+    with pytest.raises(LoadError, match=rf"tensor model\.layers\.0\.mlp\.experts\.down_proj {twice}"):
+        build(edit(make_tiny_model("gpt_oss", tmp_path), adding("model.layers.0.mlp.experts.3.down_proj.weight", 64, 32)))
+
+
 def test_ignorable_tensors_are_skipped(tmp_path: Path) -> None:
     def add(tensors: Tensors) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
@@ -173,7 +188,7 @@ def test_tied_embedding(tmp_path: Path) -> None:
         return change
 
     assert torch.equal(logits(build(edit(path, add_head(0.0)))), logits(model))
-    with pytest.raises(LoadError, match="differs from another tensor that the model ties it to"):
+    with pytest.raises(LoadError, match=r"embed_tokens\.weight brings weights that another .* set tie_word_embeddings to false"):
         edit(path, add_head(1.0))
         build(path)
 

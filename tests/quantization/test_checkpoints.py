@@ -309,6 +309,11 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         lambda s, c: s.update({f"{EXPERT}.up_proj.weight": torch.randn(32, 64)}),
         rf"{EXPERT}\.up_proj\.weight is F32, but the files also hold",
     ),
+    "under two names": (
+        "awq",
+        lambda s, c: s.update({key.replace("experts.3.", "experts.03."): tensor.clone() for key, tensor in s.items() if f"{EXPERT}.up_proj." in key}),
+        r"experts\.3\.up_proj\.scales brings weights that another tensor of the files has brought already, under another name; remove one",
+    ),
     "wrong shape": (
         "gptq",
         lambda s, c: s.update({f"{EXPERT}.up_proj.qweight": torch.zeros(8, 16, dtype=torch.int32)}),
