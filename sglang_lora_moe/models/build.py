@@ -244,7 +244,8 @@ class _Swap:
             path = f"{block}.{leaf}"
             spec = recognise.router_spec(module)
             if spec is not None:
-                self._replace(path, self._make_router(path, module, spec, shared))
+                inner = f"{path}.wg" if hasattr(module, "wg") else path  # HunYuan's weight lies one module further in
+                self._replace(path, self._make_router(inner, self.hf.get_submodule(inner), spec, shared))
                 continue
             kind = type(module).__name__
             if getattr(module, "weight", None) is not None and ("Router" in kind or "Gate" in kind):

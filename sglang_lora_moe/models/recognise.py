@@ -144,6 +144,8 @@ def router_spec(module: Any) -> RouterSpec | None:
         return RouterSpec(module.num_experts, module.top_k, renormalise=bool(module.norm_topk_prob))
     if name == "MixtralTopKRouter":
         return RouterSpec(module.num_experts, module.top_k, renormalise=True)
+    if name == "HunYuanMoEV1Gate":
+        return RouterSpec(module.num_experts, module.top_k, float32_logits=True, renormalise=True)
     if name == "GptOssTopKRouter":
         return RouterSpec(module.num_experts, module.top_k, score="topk_softmax")
     if name in ("DeepseekV3TopkRouter", "Glm4MoeTopkRouter", "Glm4MoeLiteTopkRouter", "Dots1TopkRouter"):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora.adapter import AdapterRules
+from sglang_lora_moe.lora.manager import LoRAManager
+from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
+from sglang_lora_moe.lora.reader import AdapterReader
+from sglang_lora_moe.lora.targets import collect_targets
 from sglang_lora_moe.models.served import ServedModel
 from tests.references import order_slots
 
@@ -59,6 +65,21 @@ class Driver:
 
     def run(self, seq: Sequence, n: int) -> torch.Tensor:
         return self.step([(seq, n)])[0]
+
+
+def put_in_slot(model: ServedModel, adapter: Path, max_rank: int = 64) -> int:
+    """Wrap the layers of `model` (once) and read the adapter; its slot."""
+    targets = collect_targets(model.hf)
+    pool = LoRAMemoryPool(list(targets.values()), 2, max_rank, model.dtype)
+    rules = AdapterRules(targets, model.rename_adapter_module, max_rank, model.dtype, refused=model.refused_adapter_modules)
+    manager = LoRAManager(model, AdapterReader(rules, pool.layout), pool)
+    entry, _ = manager.register("a", manager.reader.read(str(adapter)), pinned=True)
+    while manager.is_loading:
+        manager.poll()
+    model.ctx.lora_active = True
+    slot = manager.slots.slot_of(entry.revision)
+    assert slot is not None
+    return slot
 
 
 def make_context(max_tokens: int = 96, max_requests: int = 8, max_pages: int = 32, page_size: int = 4) -> StepContext:

@@ -20,18 +20,13 @@ from torch import Tensor
 
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
-from sglang_lora_moe.lora.adapter import AdapterRules
-from sglang_lora_moe.lora.manager import LoRAManager
-from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
-from sglang_lora_moe.lora.reader import AdapterReader
-from sglang_lora_moe.lora.targets import collect_targets
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.places import LoadError
 from sglang_lora_moe.models.served import ServedModel
 from sglang_lora_moe.quantization.linear import QuantizedLinear
 from sglang_lora_moe.quantization.wna16 import QuantizationError
 from tests.adapter_files import merged_reference_model, write_adapter
-from tests.models.driver import Driver, Sequence, make_context
+from tests.models.driver import Driver, Sequence, make_context, put_in_slot
 from tests.models.test_against_transformers import load_stock, random_tokens, stock_logits
 from tests.quantized_checkpoints import GENUINE, dequantized, genuine, pack_linear, quantization_config, write_quantized, write_reference
 from tests.tiny_models import make_tiny_model
@@ -107,17 +102,8 @@ def test_adapters_on_it_equal_peft_on_the_dequantized_weights(name: str, layout:
     reference = write_reference(path, tmp_path / "reference")
     adapter = write_adapter(layout, reference, tmp_path / "adapter", rank=6, alpha=9)
     model = build(path)
-    targets = collect_targets(model.hf)
-    pool = LoRAMemoryPool(list(targets.values()), 2, 64, torch.float32)
-    reader = AdapterReader(AdapterRules(targets, model.rename_adapter_module, 64, torch.float32), pool.layout)
-    manager = LoRAManager(model, reader, pool)
-    entry, _ = manager.register("a", reader.read(str(adapter)), pinned=True)
-    while manager.is_loading:
-        manager.poll()
-    slot = manager.slots.slot_of(entry.revision)
-    assert slot is not None
+    slot = put_in_slot(model, adapter)
     tokens = random_tokens(1, 24)
-    model.ctx.lora_active = True
     plain, adapted = Driver(model).step([(Sequence(tokens), 24), (Sequence(tokens, slot=slot), 24)])
     torch.testing.assert_close(plain, stock_logits(load_stock(reference), tokens), rtol=0, atol=TOLERANCE)
     expected = stock_logits(merged_reference_model(reference, adapter), tokens)
