@@ -23,13 +23,13 @@ from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, LinearLo
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = "base_model.model."
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.default)?(?:\.weight)?")
 _EXPERTS = re.compile(r"(?P<experts>.+\.(?:experts|shared_experts?))(?:\.(?P<rest>.+))?")
 # Tensors beside A and B: what the end of their name says that they are
 _OTHER_TENSORS = {
     **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight"), "DoRA magnitudes, which are not served; train with use_dora=false"),
     ".lora_B.bias": "a bias of lora_B, which is not served; train with lora_bias=false",
-    ".bias": 'a replaced bias of the base model, which is not served; train with bias="none"',
+    ".bias": 'a bias of the base model, which is not served; train with bias="none", and remove the copy of one that is unchanged',
     ".trainable_tokens_delta": "retrained token rows, which are not served; train with LoRA on embed_tokens instead",
     ".weight": "full weights of a module (modules_to_save or a resized vocabulary), which are not served per adapter; use LoRA on the module",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -299,6 +300,23 @@ def test_names_of_other_trainers(models: Any, tmp_path: Path) -> None:
     tensors |= {f"model.unembed_tokens.lora_{half}.weight": torch.ones(shape) for half, shape in (("A", (2, 64)), ("B", (128, 2)))}
     weights = read(model, write_files(tmp_path, tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     assert set(weights.modules) == {"model.layers.0.self_attn.q_proj", "lm_head"}
+
+
+def test_names_of_a_state_dict(models: Any, tmp_path: Path) -> None:
+    """A trainer that saves the model's state itself keeps the name of the adapter, which PEFT would then not find again."""
+    path, model = models("qwen3_moe")
+    for layout in ("embedding", "all_linear"):
+        adapter = write_adapter(layout, path, tmp_path / layout, rank=4)
+        expected = read(model, adapter)
+
+        def rename(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+            for key in [key for key in tensors if ".lora_" in key]:
+                tensors[re.sub(r"\.lora_(embedding_)?([AB])", r"\g<0>.default", key)] = tensors.pop(key)
+
+        weights = read(model, edit_adapter(adapter, rename))
+        assert weights.modules.keys() == expected.modules.keys()
+        for name, lora in weights.modules.items():
+            assert all(torch.equal(a, b) for a, b in zip(lora.tensors(), expected.modules[name].tensors(), strict=True))
 
 
 def test_lora_root_allows_inside(models: Any, tmp_path: Path) -> None:
