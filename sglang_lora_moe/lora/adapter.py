@@ -89,6 +89,9 @@ def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: Adapter
                 modules[target.name] = join_shared(target, *parts)
     if rules.dtype is torch.float16:
         _check_float16(source, modules)
+    idle = [name for name, module in modules.items() if any(_is_zero(tensor) for tensor in module.tensors())]
+    if idle:
+        source.warn(f"A or B is all zeros in {len(idle)} of {len(modules)} modules, such as {', '.join(idle[:3])}: they change nothing, as if untrained")
     revision = file.revision(config.inference_fields() | {"paramwrapper_layout": file.metadata.get("paramwrapper_layout")})
     return AdapterWeights(path, revision, config, modules, source.report)
 
@@ -201,18 +204,16 @@ class _Names:
 
     def _check_other(self, key: str) -> None:
         """A tensor that is neither A nor B: an unchanged copy of a base embedding is left alone, anything else is refused."""
-        module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
-        if key.endswith(".base_layer.weight") and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            target = self.targets.get(self._resolve(module) or "")
-            sizes = [target.out_features, target.in_features] if isinstance(target, PairTarget) else None
-            expected = sizes[::-1] if sizes and isinstance(target, EmbeddingTarget) else sizes
-            found = list(self.source.shape(key))
-            if expected is not None and found == expected:
-                note = "PEFT's copy of the base weight, which is not read"
-                self.source.report.ignored[key] = note
-                self.source.report.warnings.append(f"{key} was ignored: {note}")
-                return
-            raise self.source.error(key, f"a copy of the base weight {expected}", found, "The adapter was made for another vocabulary or base model.")
+        copy = ".base_layer.weight"
+        target = self.targets.get(self._resolve(key.removeprefix(_PREFIX).removesuffix(copy)) or "")
+        if key.endswith(copy) and isinstance(target, PairTarget) and target.name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            sizes, found = [target.out_features, target.in_features], list(self.source.shape(key))
+            expected = sizes[::-1] if isinstance(target, EmbeddingTarget) else sizes
+            if found != expected:
+                raise self.source.error(key, f"a copy of the base weight {expected}", found, "The adapter was made for another vocabulary or base model.")
+            self.source.report.ignored[key] = "PEFT's copy of the base weight, which is not read"
+            self.source.warn(f"{key} was ignored: {self.source.report.ignored[key]}")
+            return
         for suffix, what in _OTHER_TENSORS.items():
             if key.endswith(suffix):
                 raise self.source.error(key, "only lora_A and lora_B tensors", what)
@@ -254,6 +255,10 @@ def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> Linear
     source.check_rank(a_key, rank, name)
     a, b = (source.file.read(key).to(source.dtype) for key in (a_key, b_key))
     return (EmbeddingLoRA if isinstance(target, EmbeddingTarget) else LinearLoRA)(a, b, source.config.scaling(rank, name))
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    return not tensor.view(-1)[:64].any() and not tensor.any()  # of trained weights only the first are looked at
 
 
 def _check_float16(source: AdapterSource, modules: Mapping[str, ModuleLoRA]) -> None:

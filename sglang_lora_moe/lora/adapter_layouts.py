@@ -56,6 +56,11 @@ class AdapterSource:
         base = f" {self.config.path.name} names {self.config.base_model!r}." if self.config.base_model else ""
         return self.error(key, expected, list(self.shape(key)), f"The adapter was made for another base model.{base}")
 
+    def warn(self, text: str) -> None:
+        """Once, however many layers it holds for."""
+        if text not in self.report.warnings:
+            self.report.warnings.append(text)
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self.file.entries[key].shape
 
@@ -129,17 +134,23 @@ def _plan_named(source: AdapterSource, target: ExpertTarget, projection: str, ke
     if not target.gated and projection != "up" and projection != "down":
         raise source.error(keys[0].key, f"up_proj and down_proj, as {target.name} has no gate", projection)
     halves = {half: {key.expert: key for key in keys if key.half == half} for half in "AB"}
+    numbered = None not in halves["A"] and None not in halves["B"]
     for half, other in ("AB", "BA"):
-        if not halves[half]:
-            raise missing_half(source, next(iter(halves[other].values())).key)
-        if None in halves[half] and len(halves[half]) > 1:
-            raise source.error(halves[half][None].key, "one matrix for all experts or one for each", "both")
-    if None not in halves["A"] and None not in halves["B"]:
-        for half, other in ("AB", "BA"):
-            for expert, key in halves[half].items():
-                if expert not in halves[other]:
-                    raise missing_half(source, key.key)
-    elif _is_flattened(source, target, halves):
+        own, others = halves[half], halves[other]
+        if not own:
+            raise missing_half(source, next(iter(others.values())).key)
+        if None in own and len(own) > 1:
+            raise source.error(own[None].key, "one matrix for all experts or one for each", "both")
+        absent = [] if None in own else [expert for expert in (others if numbered else range(target.num_experts)) if expert not in own]
+        if absent and numbered:
+            raise missing_half(source, others[absent[0]].key)
+        if absent:  # the other half is one matrix for all experts
+            hint = "The file is incomplete; save the adapter again."
+            raise source.error(next(iter(own.values())).key, f"a lora_{half} for each of {target.num_experts} experts", f"none for {absent[:8]}", hint)
+    if numbered and len(halves["A"]) < target.num_experts:
+        without = [expert for expert in range(target.num_experts) if expert not in halves["A"]]
+        source.warn(f"the file has nothing for experts {without[:8]} of {target.num_experts} in some layers, where the base model stays as it is")
+    if _is_flattened(source, target, halves):
         a, b = halves["A"][None], halves["B"][None]
         return _flattened(source, target, {projection: (a.key, b.key, a.module)})[projection]
     inputs, outputs = _sizes(target, projection)
@@ -259,9 +270,10 @@ def _flattened(source: AdapterSource, target: ExpertTarget, pairs: dict[str, tup
             known = layout == "peft-0.18"
         else:  # PEFT wrote no version before 0.18, and flipped [E, out, in] parameters before 0.19
             known = not target.is_transposed and (source.config.peft_version or (0, 17)) < (0, 19)
-            warning = f"square expert matrices were read as {'[out, in]' if known else '[in, out]'}, because {source.config.path.name} has no peft_version"
-            if source.config.peft_version is None and warning not in source.report.warnings:
-                source.report.warnings.append(warning)
+            if source.config.peft_version is None:
+                source.warn(
+                    f"square expert matrices were read as {'[out, in]' if known else '[in, out]'}, because {source.config.path.name} has no peft_version"
+                )
     flipped = {name: known if found is None else found for name, found in orientations.items()}
     return {name: _flattened_projection(source, target, name, pair, flipped[name]) for name, pair in pairs.items()}
 

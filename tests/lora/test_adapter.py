@@ -293,6 +293,24 @@ def test_report(models: Any, tmp_path: Path) -> None:
     assert all(part in text for part in parts), text
 
 
+def test_what_has_no_effect_is_said(models: Any, tmp_path: Path) -> None:
+    """Experts that the file leaves out, once for all layers, and pairs of which a half was never trained."""
+    path, model = models("qwen3_moe")
+    assert not read(model, write_adapter("experts_and_attention", path, tmp_path / "whole", rank=4)).report.warnings
+    warnings = read(model, write_adapter("per_expert_2d", path, tmp_path / "some", rank=4)).report.warnings
+    assert warnings == ["the file has nothing for experts [1] of 8 in some layers, where the base model stays as it is"]
+
+    def forget(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        for key in tensors:
+            tensors[key] *= not key.endswith(("layers.1.mlp.experts.lora_B.weight", "layers.0.self_attn.q_proj.lora_A.weight"))
+
+    adapter = edit_adapter(write_adapter("experts_and_attention", path, tmp_path / "idle", rank=4), forget)
+    (warning,) = read(model, adapter).report.warnings
+    assert warning.startswith(
+        "A or B is all zeros in 2 of 10 modules, such as model.layers.0.self_attn.q_proj, model.layers.1.mlp.experts: they change nothing"
+    )
+
+
 def test_names_of_other_trainers(models: Any, tmp_path: Path) -> None:
     """Without PEFT's prefix, and with Tinker's names for attention and the head."""
     _, model = models("gpt_oss")

@@ -227,6 +227,12 @@ def test_missing_half(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> Non
         refused(write(tmp_path, without(shapes, lost)), lost, "other half", "no such tensor", "incomplete")
 
 
+def test_missing_expert_beside_a_shared_matrix(tmp_path: Path) -> None:
+    """Files with one A for all experts have a B for each of them; where some lack it, they would be served without a word."""
+    shapes = {f"{EXPERTS}.{expert}.up_proj.lora_B.weight": (6, R) for expert in (0, 2)} | {f"{EXPERTS}.up_proj.lora_A.weight": (1, R, 16)}
+    refused(write(tmp_path, shapes), f"{EXPERTS}.0.up_proj.lora_B.weight", "a lora_B for each of 4 experts", "none for [1, 3]", "incomplete")
+
+
 def test_missing_embedding_half(tmp_path: Path) -> None:
     refused(write(tmp_path, {f"{EMBED}.lora_embedding_B": (16, R)}), f"{EMBED}.lora_embedding_A", "other half")
 
