@@ -126,7 +126,7 @@ def load_weights(hf: Any, path: Path, table: NameTable, formats: WeightFormats, 
             unused += _load_file(path / file, promised, put)
             bar.update((path / file).stat().st_size)
     if unused:
-        raise LoadError(f"{path}: {len(unused)} tensors have no place in {type(hf).__name__}: {', '.join(unused[:8])}")
+        raise LoadError(f"{path}: {len(unused)} tensors have no place in {type(hf).__name__}: {', '.join(unused[:8])}{formats.why_unused(unused)}")
     formats.log_dequantized()
     absent = {name: what for name, place in places.items() if (what := place.missing())}
     if absent:

@@ -119,6 +119,11 @@ class WeightFormats:
             del self._pending[name]
         return True
 
+    def why_unused(self, keys: list[str]) -> str:
+        """What to say of tensors without a place, where they are of quantized linears that nothing declares."""
+        undeclared = self.config is None and any(key.rpartition(".")[2] in _SUFFIXES for key in keys)
+        return "; they are of quantized weights, but config.json has no quantization_config" if undeclared else ""
+
     def is_idle_bias(self, opened: Any, key: str) -> bool:
         """GPTQ tools write a bias of zeros beside linears that have none."""
         name, _, suffix = key.rpartition(".")

@@ -47,7 +47,7 @@ class CompressedTensorsConfig(QuantizationConfig):
         if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
             _refuse("sparsity_config", config["sparsity_config"], "sparse weights are not supported; save them dense")
         self.schemes: dict[str, WNA16Scheme] = {}
-        for name, group in (config.get("config_groups") or {}).items():
+        for name, group in _object("config_groups", config.get("config_groups")).items():
             if not isinstance(group, dict):
                 _refuse(f"config_groups.{name}", group, "it must say how its targets are quantized; write the checkpoint with llmcompressor")
             scheme = _packed_scheme(f"config_groups.{name}", group, config.get("format"))
@@ -111,8 +111,8 @@ class GPTQConfig(QuantizationConfig):
         self.format, self.lm_head = checkpoint_format, bool(config.get("lm_head"))
         self.scheme = self._make("", self.fields)
         self.rules: list[tuple[re.Pattern[str], WNA16Scheme | None]] = []
-        for rule, changes in (config.get("dynamic") or {}).items():
-            scheme = None if rule.startswith("-:") else self._make(f"dynamic.{rule}.", self.fields | (changes or {}))
+        for rule, changes in _object("dynamic", config.get("dynamic")).items():
+            scheme = None if rule.startswith("-:") else self._make(f"dynamic.{rule}.", self.fields | _object(f"dynamic.{rule}", changes))
             self.rules.append((_pattern("dynamic", rule.removeprefix("-:").removeprefix("+:")), scheme))
 
     def _make(self, place: str, fields: dict[str, Any]) -> WNA16Scheme:
@@ -148,6 +148,10 @@ class AWQConfig(QuantizationConfig):
     def scheme_for(self, *names: str) -> WNA16Scheme | None:
         """An exception is one or more whole components of a name: "gate" means mlp.gate, not gate_proj."""
         return None if any(f".{entry}." in f".{name}." for entry in self._excepted for name in names) else self.scheme
+
+
+def _object(place: str, value: Any) -> dict[str, Any]:
+    return (value or {}) if isinstance(value, dict | None) else _refuse(place, value, "it must be an object")
 
 
 def _bits(place: str, value: Any) -> int:

@@ -119,10 +119,15 @@ _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 def _take(name: str, leaf: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
     """The tensor `leaf` of the linear `name`, if it is there and as expected."""
     if leaf not in tensors:
-        raise QuantizationError(f"{name}.{leaf} is missing from the checkpoint")
+        raise QuantizationError(f"{name}.{leaf} is missing from the checkpoint; download or quantize it again")
     tensor = tensors[leaf]
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        raise QuantizationError(f"{name}.{leaf}: expected {shape} of {' or '.join(map(str, dtypes))}, found {tuple(tensor.shape)} of {tensor.dtype}")
+        raise QuantizationError(
+            f"{name}.{leaf}: expected {shape} of {' or '.join(map(str, dtypes))}, found {tuple(tensor.shape)} of {tensor.dtype}; "
+            "the file and quantization_config in config.json (bits, group_size) must agree"
+        )
+    if dtypes is _SCALES and not torch.isfinite(tensor).all():
+        raise QuantizationError(f"{name}.{leaf} holds NaN or infinity; download or quantize it again")
     return tensor
 
 

@@ -300,6 +300,9 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         lambda s, c: s.update({key.replace("experts.3.", "experts.03."): tensor.clone() for key, tensor in s.items() if f"{EXPERT}.up_proj." in key}),
         r"experts\.3\.up_proj\.scales brings weights that another tensor of the files has brought already, under another name; remove one",
     ),
+    "NaN": ("compressed-tensors", lambda s, c: s[f"{EXPERT}.up_proj.weight_scale"].fill_(torch.nan), r"up_proj\.weight_scale holds NaN .*; download or"),
+    "undeclared": ("awq", lambda s, c: c.clear(), r"no place .*qweight.*; they are of quantized weights, but config\.json has no quantization_config"),
+    "other group size": ("gptq", lambda s, c: c.update(group_size=16), r"scales: expected \(2, 64\) .*, found \(1, 64\) .*group_size\) must agree"),
     "wrong shape": (
         "gptq",
         lambda s, c: s.update({f"{EXPERT}.up_proj.qweight": torch.zeros(8, 16, dtype=torch.int32)}),

@@ -85,6 +85,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no group size": (PACKED | {"config_groups": {"g": group(["Linear"], group_size=None)}}, r"group_size is None"),  # type: ignore[arg-type]
     "act order": (PACKED | {"config_groups": {"g": group(["Linear"], actorder="group")}}, r"actorder is 'group': .* use actorder \"weight\""),
     "preset": (PACKED | {"config_groups": {"W4A16": ["Linear"]}}, r"config_groups\.W4A16 is \['Linear'\]"),
+    "groups in a list": (PACKED | {"config_groups": [group(["Linear"])]}, r"config_groups is \[.*: it must be an object"),
+    "rules in a list": (GPTQ | {"dynamic": ["-:.*o_proj"]}, r"dynamic is \['-:\.\*o_proj'\]: it must be an object"),
+    "rule without fields": (GPTQ | {"dynamic": {".*o_proj": 8}}, r"dynamic\.\.\*o_proj is 8: it must be an object"),
     "no groups": (PACKED | {"config_groups": {}}, "no group names a target"),
     "bad pattern": (PACKED | {"ignore": ["re:*gate"]}, r"ignore is '\*gate': it is not a regular expression"),
     "kv cache": (PACKED | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .*quantize without"),
