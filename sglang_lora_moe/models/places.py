@@ -13,11 +13,10 @@ from torch import nn
 from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.layers.fused_moe import FusedMoE
 from sglang_lora_moe.layers.linear import Linear
-from sglang_lora_moe.quantization.wna16 import WNA16Scheme, WNA16Weight, dequantize, read_weight
+from sglang_lora_moe.quantization.wna16 import Tensors, WNA16Scheme, WNA16Weight, dequantize, read_weight
 from sglang_lora_moe.quantization.wna16_method import WNA16Method
 
 Piece = tuple[int, int]  # (expert, part) of a fused parameter; part 0 and 1 are gate and up
-Tensors = dict[str, torch.Tensor]
 _TWICE = "brings weights that another tensor of the files has brought already, under another name; remove one of the two"
 
 

@@ -112,11 +112,12 @@ def dequantize(weight: WNA16Weight, dtype: torch.dtype) -> torch.Tensor:
     return values
 
 
+Tensors = dict[str, torch.Tensor]  # of one linear, by what follows its name
 _WORDS = (torch.int32,)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _take(name: str, leaf: str, tensors: dict[str, torch.Tensor], shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+def _take(name: str, leaf: str, tensors: Tensors, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
     """The tensor `leaf` of the linear `name`, if it is there and as expected."""
     if leaf not in tensors:
         raise QuantizationError(f"{name}.{leaf} is missing from the checkpoint; download or quantize it again")
@@ -131,27 +132,32 @@ def _take(name: str, leaf: str, tensors: dict[str, torch.Tensor], shape: tuple[i
     return tensor
 
 
-def split_row(name: str, in_features: int, group_size: int, bits: int) -> tuple[int, int]:
-    """(groups of one row, inputs of a group); refuses widths that do not divide. -1 = the whole row is one group."""
-    group_size = in_features if group_size == -1 else group_size
-    if bits not in (4, 8):
-        raise QuantizationError(f"{name}: {bits}-bit weights; int4 and int8 are served")
-    if in_features % group_size or in_features % (32 // bits):
+def split_row(name: str, in_features: int, scheme: WNA16Scheme) -> tuple[int, int]:
+    """(groups of one row, inputs of a group); refuses widths that do not divide."""
+    group_size, word = in_features if scheme.group_size == -1 else scheme.group_size, 32 // scheme.bits
+    if in_features % group_size or in_features % word:
         raise QuantizationError(
-            f"{name}: {in_features} input features do not divide into groups of {group_size} and words of {32 // bits}; "
+            f"{name}: {in_features} input features do not divide into groups of {group_size} and words of {word}; "
             "requantize with a group size that divides them"
         )
     return in_features // group_size, group_size
 
 
-def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int, symmetric: bool) -> WNA16Weight:
-    """pack-quantized tensors of one linear (keys weight_packed, weight_scale, weight_zero_point, weight_g_idx) -> canonical.
+def read_weight(name: str, tensors: Tensors, shape: tuple[int, int], scheme: WNA16Scheme, device: torch.device | str | None = None) -> WNA16Weight:
+    """The tensors of the linear `name`, logical shape (O, I), by whatever format `scheme` names; converted on `device`, where it is given.
 
-    `shape` is the logical (O, I); group_size -1 = one scale per row. Raises QuantizationError naming `name`.
+    Raises QuantizationError, naming `name` and tensor, for what is missing or not as the scheme says.
     """
-    out, inn = shape
-    groups, group = split_row(name, inn, group_size, bits)
-    if symmetric and "weight_zero_point" in tensors:
+    if device is not None:
+        tensors = {leaf: tensor if leaf in _READ_ON_HOST else tensor.to(device) for leaf, tensor in tensors.items()}
+    return {"compressed-tensors": _from_compressed_tensors, "awq": _from_awq}.get(scheme.format, _from_gptq)(name, tensors, shape, scheme)
+
+
+def _from_compressed_tensors(name: str, tensors: Tensors, shape: tuple[int, int], scheme: WNA16Scheme) -> WNA16Weight:
+    """weight_packed [O, I*b/32], weight_scale [O, G], weight_zero_point [O*b/32, G], maybe weight_shape [2] and weight_g_idx [I] -> canonical."""
+    (out, inn), bits = shape, scheme.bits
+    groups, group = split_row(name, inn, scheme)
+    if scheme.symmetric and "weight_zero_point" in tensors:
         raise QuantizationError(f"{name}.weight_zero_point is present, but the quantization config declares symmetric weights")
     packed = _take(name, "weight_packed", tensors, (out, inn * bits // 32), _WORDS)
     scales = _take(name, "weight_scale", tensors, (out, groups), _SCALES)
@@ -160,7 +166,7 @@ def from_compressed_tensors(name: str, tensors: dict[str, torch.Tensor], shape: 
     if "weight_g_idx" in tensors:
         _check_group_index(name, tensors["weight_g_idx"], inn, group)
     zeros = None
-    if not symmetric:
+    if not scheme.symmetric:
         words = _take(name, "weight_zero_point", tensors, (-(-out * bits // 32), groups), _WORDS)
         zeros = unpack(words.t(), bits)[:, :out].t().contiguous()
     return WNA16Weight(packed.contiguous(), scales.contiguous(), zeros, bits, group)
@@ -177,39 +183,34 @@ def _check_group_index(name: str, index: torch.Tensor, inn: int, group: int) -> 
         )
 
 
-def from_gptq(
-    name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int, symmetric: bool, zero_offset: int = 1
-) -> WNA16Weight:
-    """GPTQ tensors (qweight [I*b/32, O], qzeros [G, O*b/32], scales [G, O], g_idx [I]) -> canonical.
-
-    `zero_offset` 1 for checkpoint_format "gptq" (zeros are stored minus one), 0 for "gptq_v2".
-    """
-    out, inn = shape
-    groups, group = split_row(name, inn, group_size, bits)
+def _from_gptq(name: str, tensors: Tensors, shape: tuple[int, int], scheme: WNA16Scheme) -> WNA16Weight:
+    """qweight [I*b/32, O], qzeros [G, O*b/32], scales [G, O], maybe g_idx [I] -> canonical. The first version of the format stores zeros minus one."""
+    (out, inn), bits, first_version = shape, scheme.bits, scheme.format == "gptq"
+    groups, group = split_row(name, inn, scheme)
     packed = _take(name, "qweight", tensors, (inn * bits // 32, out), _WORDS).t().contiguous()
     scales = _take(name, "scales", tensors, (groups, out), _SCALES).t().contiguous()
     words = _take(name, "qzeros", tensors, (groups, out * bits // 32), _WORDS)
     if "g_idx" in tensors:
         _check_group_index(name, tensors["g_idx"], inn, group)
-    # The tools take one from all zeros of a word at once, so that a zero of 0 borrows from the next one
-    zeros = unpack(words + zero_offset * (0x11111111 if bits == 4 else 0x01010101), bits).t()
-    middle = 1 << (bits - 1)
+    if first_version:  # the tools take one from all zeros of a word at once, so that a zero of 0 borrows from the next one
+        words = words + (0x11111111 if bits == 4 else 0x01010101)
+    zeros, middle = unpack(words, bits).t(), 1 << (bits - 1)
     others = zeros[zeros != middle]
-    if symmetric and others.numel():
-        version = "gptq_v2" if zero_offset else "gptq"
-        way_out = f'"checkpoint_format": "{version}"' if bool((zeros == middle + (1 if zero_offset else -1)).all()) else '"sym": false'
+    if scheme.symmetric and others.numel():
+        other_version = bool((zeros == middle + (1 if first_version else -1)).all())
+        way_out = f'"checkpoint_format": "{"gptq_v2" if first_version else "gptq"}"' if other_version else '"sym": false'
         raise QuantizationError(f"{name}.qzeros holds {int(others[0])}, but symmetric {bits}-bit weights have zero {middle}; set {way_out}")
     return WNA16Weight(packed, scales, zeros.contiguous() if others.numel() else None, bits, group)
 
 
-def from_awq(name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], bits: int, group_size: int) -> WNA16Weight:
-    """AWQ gemm tensors (qweight [I, O/8], qzeros [G, O/8], scales [G, O]) -> canonical."""
+def _from_awq(name: str, tensors: Tensors, shape: tuple[int, int], scheme: WNA16Scheme) -> WNA16Weight:
+    """qweight [I, O/8], qzeros [G, O/8], scales [G, O] of AWQ's gemm layout -> canonical."""
     out, inn = shape
-    groups, group = split_row(name, inn, group_size, bits)
+    groups, group = split_row(name, inn, scheme)
     packed = _take(name, "qweight", tensors, (inn, out // 8), _WORDS)
     scales = _take(name, "scales", tensors, (groups, out), _SCALES)
     zeros = _awq_columns(_take(name, "qzeros", tensors, (groups, out // 8), _WORDS)).contiguous()
-    return WNA16Weight(pack(_awq_columns(packed), 4), scales.t().contiguous(), zeros, bits, group)
+    return WNA16Weight(pack(_awq_columns(packed), 4), scales.t().contiguous(), zeros, scheme.bits, group)
 
 
 def _awq_columns(words: torch.Tensor) -> torch.Tensor:
@@ -220,17 +221,3 @@ def _awq_columns(words: torch.Tensor) -> torch.Tensor:
         half = halves[..., nibble // 2].t()
         columns[:, column] = half >> 4 if nibble % 2 else half & 15
     return columns.flatten(0, 1)
-
-
-def read_weight(
-    name: str, tensors: dict[str, torch.Tensor], shape: tuple[int, int], scheme: WNA16Scheme, device: torch.device | str | None = None
-) -> WNA16Weight:
-    """The tensors of the linear `name`, logical shape (O, I), by whatever format `scheme` names; converted on `device`, where it is given."""
-    bits, group_size = scheme.bits, scheme.group_size
-    if device is not None:
-        tensors = {leaf: tensor if leaf in _READ_ON_HOST else tensor.to(device) for leaf, tensor in tensors.items()}
-    if scheme.format == "awq":
-        return from_awq(name, tensors, shape, bits, group_size)
-    if scheme.format == "compressed-tensors":
-        return from_compressed_tensors(name, tensors, shape, bits, group_size, scheme.symmetric)
-    return from_gptq(name, tensors, shape, bits, group_size, scheme.symmetric, zero_offset=0 if scheme.format == "gptq_v2" else 1)

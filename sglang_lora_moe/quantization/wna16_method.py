@@ -60,7 +60,7 @@ def _dequantized(weight: WNA16Weight, expert: int) -> torch.Tensor:
 def create_wna16(layer: nn.Module, prefix: str, name: str, shape: tuple[int, ...], scheme: WNA16Scheme, dtype: torch.dtype, device: torch.device | str) -> None:
     """Register `{prefix}packed`, `{prefix}scales` and `{prefix}zeros` of a weight [.., O, I]; refuses widths that do not divide."""
     *outer, inputs = shape
-    groups, _ = split_row(name, inputs, scheme.group_size, scheme.bits)
+    groups, _ = split_row(name, inputs, scheme)
     register_empty(layer, f"{prefix}packed", (*outer, inputs * scheme.bits // 32), torch.int32, device)
     register_empty(layer, f"{prefix}scales", (*outer, groups), dtype, device)
     register_empty(layer, f"{prefix}zeros", None if scheme.symmetric else (*outer, groups), torch.uint8, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, QuantizationError, dequantize, from_awq, from_compressed_tensors, from_gptq, pack, unpack
+from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, QuantizationError, WNA16Scheme, dequantize, pack, read_weight, unpack
 from tests.quantize import quantize
 from tests.quantized_checkpoints import ones_of
 
@@ -46,7 +46,7 @@ def test_compressed_tensors(bits: int, group: int, symmetric: bool) -> None:
     tensors = {"weight_packed": pack(codes, bits), "weight_scale": scales}
     if not symmetric:
         tensors["weight_zero_point"] = pack(zeros.t().contiguous(), bits).t().contiguous()
-    weight = from_compressed_tensors("layer", tensors, (OUT, IN), bits, -1 if group == IN else group, symmetric)
+    weight = read_weight("layer", tensors, (OUT, IN), WNA16Scheme(bits, -1 if group == IN else group, symmetric, "compressed-tensors"))
     assert torch.equal(dequantize(weight, torch.float32), expected(codes, scales, zeros, group))
 
 
@@ -54,14 +54,13 @@ def test_compressed_tensors(bits: int, group: int, symmetric: bool) -> None:
 @pytest.mark.parametrize(("bits", "group", "symmetric"), CASES)
 def test_gptq(bits: int, group: int, symmetric: bool, version: int) -> None:
     codes, scales, zeros = codes_scales_zeros(bits, group, symmetric)
-    offset = 1 if version == 1 else 0
     tensors = {
         "qweight": pack(codes, bits).t().contiguous(),
         "scales": scales.t().contiguous(),
         "qzeros": stored_zeros(zeros, bits, version),
         "g_idx": torch.arange(IN, dtype=torch.int32) // group,
     }
-    weight = from_gptq("layer", tensors, (OUT, IN), bits, group, symmetric, zero_offset=offset)
+    weight = read_weight("layer", tensors, (OUT, IN), WNA16Scheme(bits, group, symmetric, "gptq" if version == 1 else "gptq_v2"))
     assert (weight.zeros is None) == symmetric
     assert torch.equal(dequantize(weight, torch.float32), expected(codes, scales, zeros, group))
 
@@ -73,7 +72,7 @@ def test_awq() -> None:
         return pack(columns.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2).contiguous(), 4)
 
     tensors = {"qweight": words(codes.t()), "scales": scales.t().contiguous(), "qzeros": words(zeros.t())}
-    weight = from_awq("layer", tensors, (OUT, IN), 4, 64)
+    weight = read_weight("layer", tensors, (OUT, IN), WNA16Scheme(4, 64, False, "awq"))
     assert torch.equal(dequantize(weight, torch.float32), expected(codes, scales, zeros, 64))
 
 
@@ -90,11 +89,12 @@ def test_quantize_stays_within_half_a_step(bits: int, symmetric: bool) -> None:
 def refusal(match: str, **changes: object) -> None:
     codes, scales, _ = codes_scales_zeros(4, 64, True)
     tensors = {"weight_packed": pack(codes, 4), "weight_scale": scales}
-    arguments = {"shape": (OUT, IN), "bits": 4, "group_size": 64, "symmetric": True}
+    arguments = {"group_size": 64, "symmetric": True}
     for key, value in changes.items():
         (arguments if key in arguments else tensors)[key] = value
     with pytest.raises(QuantizationError, match=match):
-        from_compressed_tensors("model.layers.0.mlp.experts.3.up_proj", {k: v for k, v in tensors.items() if v is not None}, **arguments)
+        scheme = WNA16Scheme(bits=4, format="compressed-tensors", **arguments)  # type: ignore[arg-type]
+        read_weight("model.layers.0.mlp.experts.3.up_proj", {k: v for k, v in tensors.items() if v is not None}, (OUT, IN), scheme)
 
 
 def test_refusals_name_the_tensor_and_the_way_out() -> None:
@@ -102,7 +102,6 @@ def test_refusals_name_the_tensor_and_the_way_out() -> None:
     refusal(r"weight_zero_point is present, but .* symmetric", weight_zero_point=torch.zeros(8, 4, dtype=torch.int32))
     refusal(r"weight_zero_point is missing", symmetric=False)
     refusal(r"do not divide into groups of 96.*requantize", group_size=96)
-    refusal(r"3-bit weights; int4 and int8", bits=3)
     refusal(r"weight_packed: expected \(64, 32\) of torch.int32, found \(64, 16\)", weight_packed=torch.zeros(64, 16, dtype=torch.int32))
     refusal(r"g_idx permutes input columns.*desc_act=False", weight_g_idx=torch.randperm(IN) // 64)
 
@@ -111,7 +110,7 @@ def test_gptq_symmetric_with_odd_zeros_is_refused() -> None:
     codes, scales, zeros = codes_scales_zeros(4, 64, False)
     tensors = {"qweight": pack(codes, 4).t(), "scales": scales.t(), "qzeros": stored_zeros(zeros, 4, 1)}
     with pytest.raises(QuantizationError, match='symmetric 4-bit weights have zero 8; set "sym": false'):
-        from_gptq("layer", tensors, (OUT, IN), 4, 64, True)
+        read_weight("layer", tensors, (OUT, IN), WNA16Scheme(4, 64, True, "gptq"))
 
 
 @pytest.mark.parametrize(("declared", "written"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
@@ -120,4 +119,4 @@ def test_gptq_symmetric_of_the_other_version_is_refused(declared: str, written: 
     codes, scales, zeros = codes_scales_zeros(4, 64, True)
     tensors = {"qweight": pack(codes, 4).t(), "scales": scales.t(), "qzeros": stored_zeros(zeros, 4, 1 if written == "gptq" else 2)}
     with pytest.raises(QuantizationError, match=f'have zero 8; set "checkpoint_format": "{written}"'):
-        from_gptq("layer", tensors, (OUT, IN), 4, 64, True, zero_offset=1 if declared == "gptq" else 0)
+        read_weight("layer", tensors, (OUT, IN), WNA16Scheme(4, 64, True, declared))
