@@ -33,6 +33,7 @@ _OTHER_TENSORS = {
     ".trainable_tokens_delta": "retrained token rows, which are not served; train with LoRA on embed_tokens instead",
     ".weight": "full weights of a module (modules_to_save or a resized vocabulary), which are not served per adapter; use LoRA on the module",
 }
+_Pair = dict[str, tuple[str, str]]  # of a linear or embedding: "A" | "B" -> names in the file, of the tensor and of its module
 # Spellings of other trainers, tried when neither the name nor its renaming is a target
 _ALIASES = ((".attn.", ".self_attn."), ("model.unembed_tokens", "lm_head"))
 
@@ -75,7 +76,7 @@ def read_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping
 
 def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: AdapterRules) -> AdapterWeights:
     source = AdapterSource(file, config, rules.max_rank, rules.dtype)
-    source.report.warnings += config.warnings + _base_warning(config, rules.base_model)
+    source.warnings += config.warnings + _base_warning(config, rules.base_model)
     files: dict[str, Any] = {}  # targets as files have them: a shared expert is a module of its own
     for target in rules.targets.values():
         files.update({part.name: part for part in target.of_files()} if isinstance(target, ExpertTarget) else {target.name: target})
@@ -89,11 +90,12 @@ def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: Adapter
                 modules[target.name] = join_shared(target, *parts)
     if rules.dtype is torch.float16:
         _check_float16(source, modules)
-    idle = [name for name, module in modules.items() if any(_is_zero(tensor) for tensor in module.tensors())]
+    # of trained weights only the first are looked at
+    idle = [name for name, module in modules.items() if any(not tensor.view(-1)[:64].any() and not tensor.any() for tensor in module.tensors())]
     if idle:
         source.warn(f"A or B is all zeros in {len(idle)} of {len(modules)} modules, such as {', '.join(idle[:3])}: they change nothing, as if untrained")
     revision = file.revision(config.inference_fields() | {"paramwrapper_layout": file.metadata.get("paramwrapper_layout")})
-    return AdapterWeights(path, revision, config, modules, source.report)
+    return AdapterWeights(path, revision, config, modules, source.warnings)
 
 
 # ---- the directory ----------------------------------------------------------------------------------------------------
@@ -125,20 +127,12 @@ def _base_warning(config: AdapterConfig, base_model: str | None) -> tuple[str, .
 
 
 # ---- names ------------------------------------------------------------------------------------------------------------
-@dataclass
-class _PairKeys:
-    """Tensor names of A and B of a linear or embedding, and the module name they have in the file."""
-
-    module: str
-    halves: dict[str, str] = field(default_factory=dict)  # "A" | "B" -> tensor name
-
-
 class _Names:
     """The target that every tensor of the file belongs to. AdapterError for a tensor that has none."""
 
     def __init__(self, source: AdapterSource, rules: AdapterRules) -> None:
         self.source, self.targets, self.rename, self.refused, self.left_out = source, rules.targets, rules.rename, rules.refused, rules.left_out
-        self.pairs: dict[str, _PairKeys] = {}  # by target name
+        self.pairs: dict[str, _Pair] = {}  # by target name
         self.experts: dict[str, list[ExpertKey]] = {}  # by target name
         self._taken: dict[tuple[object, ...], str] = {}  # place of a tensor -> its name
         self._resolved: dict[str, str | None] = {}
@@ -169,11 +163,10 @@ class _Names:
             if embedding != isinstance(self.targets[name], EmbeddingTarget):
                 expected = "lora_A and lora_B" if embedding else "lora_embedding_A and lora_embedding_B"
                 raise self.source.error(key, f"{expected} for {name}", "the other kind", "The adapter was made for another base model.")
-            self.pairs.setdefault(name, _PairKeys(module)).halves[half] = key
+            self.pairs.setdefault(name, {})[half] = key, module
         if place in self._taken:
             raise self.source.error(key, f"one lora_{half} of this kind for {name}", f"also {self._taken[place]}", "Remove one of the two.")
         self._taken[place] = key
-        self.source.report.consumed[key] = name
         return True
 
     def _expert_key(self, key: str, module: str, half: str) -> tuple[str, ExpertKey] | None:
@@ -211,8 +204,7 @@ class _Names:
             expected = sizes[::-1] if isinstance(target, EmbeddingTarget) else sizes
             if found != expected:
                 raise self.source.error(key, f"a copy of the base weight {expected}", found, "The adapter was made for another vocabulary or base model.")
-            self.source.report.ignored[key] = "PEFT's copy of the base weight, which is not read"
-            self.source.warn(f"{key} was ignored: {self.source.report.ignored[key]}")
+            self.source.warn(f"{key} was ignored: PEFT's copy of the base weight, which is not read")
             return
         for suffix, what in _OTHER_TENSORS.items():
             if key.endswith(suffix):
@@ -233,14 +225,12 @@ class _Names:
 
 
 # ---- linears and embeddings -------------------------------------------------------------------------------------------
-def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> LinearLoRA:
+def _read_pair(source: AdapterSource, target: PairTarget, pair: _Pair) -> LinearLoRA:
     """A [R, in] and B [out, R] of a linear, or A [R, V] and B [H, R] of an embedding."""
-    for half in "AB":
-        if half not in pair.halves:
-            raise missing_half(source, next(iter(pair.halves.values())))
-    assert isinstance(target, PairTarget)
-    inputs, outputs = target.in_features, target.out_features
-    a_key, b_key = pair.halves["A"], pair.halves["B"]
+    (key, module), *others = pair.values()
+    if not others:
+        raise missing_half(source, key)
+    (a_key, _), (b_key, _), inputs, outputs = pair["A"], pair["B"], target.in_features, target.out_features
     a_shape, b_shape = source.shape(a_key), source.shape(b_key)
     if len(a_shape) != 2 or a_shape[1] != inputs:
         raise source.wrong_shape(a_key, f"[R, {inputs}]")
@@ -250,15 +240,11 @@ def _read_pair(source: AdapterSource, target: Target, pair: _PairKeys) -> Linear
     if b_shape[1] != rank:
         raise source.error(b_key, f"[{outputs}, {rank}], as {a_key} has rank {rank}", list(b_shape))
     # PEFT looks patterns up under the parameter's name where it targeted the parameter instead of the module (routers)
-    parameter = f"{pair.module}.weight"
-    name = parameter if any(f".{parameter}".endswith(f".{item}") for item in source.config.target_parameters) else pair.module
+    parameter = f"{module}.weight"
+    name = parameter if any(f".{parameter}".endswith(f".{item}") for item in source.config.target_parameters) else module
     source.check_rank(a_key, rank, name)
     a, b = (source.file.read(key).to(source.dtype) for key in (a_key, b_key))
     return (EmbeddingLoRA if isinstance(target, EmbeddingTarget) else LinearLoRA)(a, b, source.config.scaling(rank, name))
-
-
-def _is_zero(tensor: torch.Tensor) -> bool:
-    return not tensor.view(-1)[:64].any() and not tensor.any()  # of trained weights only the first are looked at
 
 
 def _check_float16(source: AdapterSource, modules: Mapping[str, ModuleLoRA]) -> None:

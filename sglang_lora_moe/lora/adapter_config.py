@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,13 @@ class AdapterConfig:
     base_model: str | None = None
     warnings: tuple[str, ...] = ()
 
-    def rank(self, *names: str) -> int:
-        """Rank of the module called `names` (alternatives, the first that a pattern matches counts)."""
-        return _lookup(self.rank_pattern, names, self.r)
+    def rank(self, name: str) -> int:
+        """Rank of the module called `name` in the file."""
+        return _lookup(self.rank_pattern, name, self.r)
 
-    def scaling(self, rank: int, *names: str) -> float:
+    def scaling(self, rank: int, name: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        alpha = _lookup(self.alpha_pattern, names, self.lora_alpha)
+        alpha = _lookup(self.alpha_pattern, name, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def inference_fields(self) -> dict[str, Any]:
@@ -73,9 +74,9 @@ class AdapterConfig:
         return {"alpha": [self.r, self.lora_alpha, self.use_rslora, patterns], "layout": [parameters, self.peft_version, self.lora_b_layout]}
 
 
-def _lookup(patterns: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
+def _lookup(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
-    return next((value for name in names for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
 
 
 def read_config(directory: Path) -> AdapterConfig:
@@ -104,8 +105,8 @@ def parse_config(path: Path, raw: object) -> AdapterConfig:
         r=get.rank("r", raw.get("r")),
         lora_alpha=get.number("lora_alpha", raw.get("lora_alpha")),
         use_rslora=get.boolean("use_rslora"),
-        rank_pattern={key: get.rank(f"rank_pattern[{key!r}]", value) for key, value in get.patterns("rank_pattern").items()},
-        alpha_pattern={key: get.number(f"alpha_pattern[{key!r}]", value) for key, value in get.patterns("alpha_pattern").items()},
+        rank_pattern=get.patterns("rank_pattern", get.rank),
+        alpha_pattern=get.patterns("alpha_pattern", get.number),
         target_parameters=get.names("target_parameters"),
         peft_version=_version(raw.get("peft_version")),
         lora_b_layout=layout,
@@ -178,11 +179,12 @@ class _Fields:
         value = self.raw.get(name) or []
         return tuple(self.expect(isinstance(value, list) and all(isinstance(item, str) for item in value), name, "a list of names", value))
 
-    def patterns(self, name: str) -> dict[str, Any]:
+    def patterns(self, name: str, check: Callable[[str, Any], Any]) -> dict[str, Any]:
         value = self.raw.get(name) or {}
         for pattern in self.expect(isinstance(value, dict), name, "an object of pattern -> number", value):
             try:
                 re.compile(rf"(.*\.)?({pattern})$")
             except re.error as error:
                 self.expect(False, name, "regular expressions as keys", f"{pattern!r} ({error})")
+            check(f"{name}[{pattern!r}]", value[pattern])
         return value

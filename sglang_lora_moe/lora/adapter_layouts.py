@@ -10,7 +10,7 @@ tensor is read once and copied to its place.
     flattened (PEFT 0.17+)  experts.lora_A [E * R, in], lora_B [out, R * E]; two parameters of one module nest as experts.base_layer
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from sglang_lora_moe.lora.adapter_config import AdapterConfig
 from sglang_lora_moe.lora.adapter_file import AdapterError, AdapterTensors
 from sglang_lora_moe.lora.targets import ExpertTarget
-from sglang_lora_moe.lora.weights import ExpertLoRA, LoadReport
+from sglang_lora_moe.lora.weights import ExpertLoRA
 
 # Leaf names -> projection. The plural ones are gpt-oss with experts split into linears (`gate_up_projs.{e}`)
 PROJECTIONS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
@@ -47,7 +47,7 @@ class AdapterSource:
     config: AdapterConfig
     max_rank: int
     dtype: torch.dtype
-    report: LoadReport = field(default_factory=LoadReport)
+    warnings: list[str] = field(default_factory=list)
 
     def error(self, key: str, expected: object, found: object, hint: str = "") -> AdapterError:
         return AdapterError(f"{self.file.path}: {key}: expected {expected}, found {found}.{' ' + hint if hint else ''}")
@@ -58,20 +58,20 @@ class AdapterSource:
 
     def warn(self, text: str) -> None:
         """Once, however many layers it holds for."""
-        if text not in self.report.warnings:
-            self.report.warnings.append(text)
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.file.entries[key].shape
 
-    def check_rank(self, key: str, rank: int, *names: str) -> None:
+    def check_rank(self, key: str, rank: int, name: str) -> None:
         if rank < 1:
             raise self.error(key, "a rank of at least 1", list(self.shape(key)), "It looks saved from sharded weights; gather them before saving.")
         if rank > self.max_rank:
             raise self.error(key, f"a rank of at most {self.max_rank}", f"rank {rank}", f"Start the server with --max-lora-rank {rank}.")
-        if rank != (stated := self.config.rank(*names)):
+        if rank != (stated := self.config.rank(name)):
             hint = f"The scaling alpha / r would be a guess; state the rank in {self.config.path.name} (r, rank_pattern)."
-            raise self.error(key, f"rank {stated} for {names[0]}", f"rank {rank}", hint)
+            raise self.error(key, f"rank {stated} for {name}", f"rank {rank}", hint)
 
 
 @dataclass
@@ -116,7 +116,7 @@ def read_experts(source: AdapterSource, target: ExpertTarget, keys: list[ExpertK
     if "down" not in projections:
         return ExpertLoRA(a13, b13, split, scaling13)
     down = projections["down"]
-    scaling2 = _reference_scaling(down.b)
+    scaling2 = max((piece.scaling for piece in down.b), key=abs)
     a2 = _fill(source, target, [(down.a, 0)], down.rank, target.intermediate)
     b2 = _fill(source, target, [(down.b, 0)], target.hidden, down.rank, scaling2)
     return ExpertLoRA(a13, b13, split, scaling13, a2, b2, scaling2)
@@ -299,17 +299,12 @@ def _flattened_projection(source: AdapterSource, target: ExpertTarget, projectio
 
 
 # ---- fill: read each tensor once and copy it to its place --------------------------------------------------------------
-def _reference_scaling(pieces: Iterable[Piece]) -> float:
-    """The scaling that is kept; other experts' differ from it by a factor that goes into their B."""
-    return max((piece.scaling for piece in pieces), key=abs)
-
-
 def _fill(
     source: AdapterSource, target: ExpertTarget, parts: list[tuple[list[Piece], int]], rows: int, cols: int, reference: float = 0.0, order: Tensor | None = None
 ) -> Tensor:
     """[E, rows, cols], or [1, rows, cols] where all experts share them, of pieces with the row that each list of them begins at.
 
-    B pieces are multiplied by scaling / `reference`, and their rows taken in `order`.
+    B pieces are multiplied by scaling / `reference`, the one that is kept for all experts, and their rows taken in `order`.
     """
     shared = all(piece.shared for pieces, _ in parts for piece in pieces)
     out = torch.zeros(1 if shared else target.num_experts, rows, cols, dtype=source.dtype)
@@ -326,7 +321,7 @@ def _fill(
 
 def _fill_w13(source: AdapterSource, target: ExpertTarget, parts: dict[str, Projection]) -> tuple[Tensor, Tensor, bool, float]:
     """(a13, b13, split_a, scaling13) from gate_up, or from gate and up (either may be missing)."""
-    rank, scaling = max(part.rank for part in parts.values()), _reference_scaling(piece for part in parts.values() for piece in part.b)
+    rank, scaling = max(part.rank for part in parts.values()), max((piece.scaling for part in parts.values() for piece in part.b), key=abs)
     if "gate_up" in parts:
         part, rows = parts["gate_up"], torch.arange(target.w13_rows)
         order = torch.cat([rows[0::2], rows[1::2]]) if target.interleaved_gate_up else None

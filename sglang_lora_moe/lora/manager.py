@@ -97,8 +97,8 @@ class LoRAManager:
         if not has_room and not adapter.path:
             raise RequestError(f"{len(self.host)} adapters are in use, as many as --max-loaded-loras lets host memory hold; unload one first", 400, "name")
         entry, known, old = self.registry.add(name, adapter, pinned, in_place)
-        if old is not None and not old.in_use:
-            self._forget(old)
+        if old is not None:
+            self._forget_if_over(old)
         self._keep(adapter, has_room)
         for target in adapter.targets & self._unused.keys():
             self._unused.pop(target).used = True
@@ -120,8 +120,7 @@ class LoRAManager:
             return
         entry = self.registry.begin_unload(message.name, message.rid)
         self.slots.pinned = self.registry.pinned_revisions()
-        if not entry.in_use:
-            self._forget(entry)
+        self._forget_if_over(entry)
 
     def bind(self, name: str) -> AdapterEntry:
         """The entry that a new request runs on; give it back with `release`."""

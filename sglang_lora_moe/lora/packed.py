@@ -63,7 +63,7 @@ class PoolLayout:
         """Lay a whole adapter out; ValueError if it is not one of this layout. `allocate` as in `pack_modules`."""
         image, stacks = self.pack_modules(adapter.modules, allocate)
         rank = max((stack.rank for stack in stacks), default=0)
-        return PackedAdapter(adapter.path, adapter.revision, rank, image, stacks, frozenset(adapter.modules), tuple(adapter.report.warnings))
+        return PackedAdapter(adapter.path, adapter.revision, rank, image, stacks, frozenset(adapter.modules), tuple(adapter.warnings))
 
     def pack_modules(
         self, modules: Mapping[str, ModuleLoRA], allocate: Callable[[int], torch.Tensor] | None = None

@@ -1,6 +1,6 @@
 """An adapter's weights in the one form that the memory pool stores, whatever layout its file had."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -47,21 +47,12 @@ class ExpertLoRA:
 ModuleLoRA = LinearLoRA | ExpertLoRA
 
 
-@dataclass
-class LoadReport:
-    """What became of every tensor of the file, and what a user should know."""
-
-    consumed: dict[str, str] = field(default_factory=dict)  # tensor name -> target name
-    ignored: dict[str, str] = field(default_factory=dict)  # tensor name -> why it is not needed
-    warnings: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A whole adapter on the host. `revision` identifies its content."""
+    """A whole adapter on the host. `revision` identifies its content; `warnings` are what a user should know of it."""
 
     path: str
     revision: str
     config: AdapterConfig
     modules: dict[str, ModuleLoRA]  # by target name
-    report: LoadReport
+    warnings: list[str]

@@ -35,13 +35,12 @@ class TensorPlace:
             raise LoadError("is one expert's tensor, but the model has no experts of that name")
         self._store(_floating(opened.get_tensor(key), self.shape).to(self.storage.device, self.storage.dtype).view(self.storage.shape))
 
-    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
-        """Take the tensors of the linear `name`; True = they were dequantized, because this storage is not quantized."""
+    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> None:
+        """Take the tensors of the linear `name`, dequantized."""
         if piece is not None or self.storage.dim() != 2:
             raise LoadError("is quantized, but the model has no linear of that name")
         rows, inputs = self.storage.shape
         self._store(dequantize(read_weight(name, tensors, (rows, inputs), scheme, self.storage.device), self.storage.dtype))
-        return True
 
     def _store(self, tensor: torch.Tensor) -> None:
         if self.filled and not torch.equal(self.storage, tensor):
@@ -71,7 +70,7 @@ class ExpertsPlace:
         place.copy_(_floating(opened.get_tensor(key), place.shape))
         _claim(self.pieces, piece)
 
-    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
+    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> None:
         raise LoadError("is quantized, but the experts of its layer are not")
 
     def _put_whole(self, read: Any) -> None:
@@ -101,7 +100,7 @@ class QuantizedPlace:
     def put(self, opened: Any, key: str, piece: Piece | None) -> None:
         raise LoadError(f"is {opened.get_slice(key).get_dtype()}, but the files also hold this module quantized")
 
-    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> bool:
+    def put_quantized(self, name: str, tensors: Tensors, piece: Piece | None, scheme: WNA16Scheme) -> None:
         """Take the tensors of the linear `name` as they are."""
         if (piece is None) != (self.num_parts == 0):
             raise LoadError("is one expert's tensor where a whole linear is expected, or the other way round")
@@ -113,7 +112,6 @@ class QuantizedPlace:
         if weight.zeros is not None:
             weight.zeros[:] = 1 << (weight.bits - 1) if source.zeros is None else source.zeros.view(weight.zeros.shape)
         _claim(self.pieces, piece or (0, 0))
-        return False
 
     def missing(self) -> str | None:
         if self.num_parts:

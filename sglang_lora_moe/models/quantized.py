@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sglang_lora_moe.layers.linear import Linear
-from sglang_lora_moe.models.places import Piece, Place
+from sglang_lora_moe.models.places import Piece, Place, QuantizedPlace
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.quantization.config import QuantizationConfig
 from sglang_lora_moe.quantization.linear import QuantizedLinear
@@ -114,7 +114,8 @@ class WeightFormats:
         tensors[suffix] = opened.get_tensor(key)
         if tensors.keys() == self._tensors[name]:
             scheme = self._file_scheme(name, place.removesuffix(".weight"))
-            if places[place].put_quantized(name, tensors, piece, scheme):
+            places[place].put_quantized(name, tensors, piece, scheme)
+            if not isinstance(places[place], QuantizedPlace):
                 self._dequantized.append(name)
             del self._pending[name]
         return True
