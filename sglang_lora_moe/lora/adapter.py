@@ -90,6 +90,8 @@ def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: Adapter
                 modules[target.name] = join_shared(target, *parts)
     if rules.dtype is torch.float16:
         _check_float16(source, modules)
+    if unmatched := sorted({*config.rank_pattern, *config.alpha_pattern} - config.matched):
+        source.warn(f"{config.path.name}: no module of the file has its rank or alpha from the patterns {', '.join(unmatched)}")
     # of trained weights only the first are looked at
     idle = [name for name, module in modules.items() if any(not tensor.view(-1)[:64].any() and not tensor.any() for tensor in module.tensors())]
     if idle:

@@ -57,26 +57,28 @@ class AdapterConfig:
     lora_b_layout: str = "rank_major"  # order of the columns of a flattened 3D lora_B: rank- or expert-major
     base_model: str | None = None
     warnings: tuple[str, ...] = ()
+    matched: set[str | None] = field(default_factory=set)  # patterns that have decided for a module of the file
 
     def rank(self, name: str) -> int:
         """Rank of the module called `name` in the file."""
-        return _lookup(self.rank_pattern, name, self.r)
+        return self._lookup(self.rank_pattern, name, self.r)
 
     def scaling(self, rank: int, name: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        alpha = _lookup(self.alpha_pattern, name, self.lora_alpha)
+        alpha = self._lookup(self.alpha_pattern, name, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _lookup(self, patterns: dict[str, Any], name: str, default: Any) -> Any:
+        """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
+        pattern = next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+        self.matched.add(pattern)
+        return default if pattern is None else patterns[pattern]
 
     def inference_fields(self) -> dict[str, Any]:
         """What of the config changes the adapter's function, for its revision."""
         patterns = [list(self.rank_pattern.items()), list(self.alpha_pattern.items())]  # in order: the first match counts
         parameters = sorted(self.target_parameters)
         return {"alpha": [self.r, self.lora_alpha, self.use_rslora, patterns], "layout": [parameters, self.peft_version, self.lora_b_layout]}
-
-
-def _lookup(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
 
 
 def read_config(directory: Path) -> AdapterConfig:
@@ -142,6 +144,8 @@ def _warnings(raw: dict[str, Any]) -> tuple[str, ...]:
         found.append(f"{CONFIG_FILE}: fields without effect here: {', '.join(unknown)}")
     if raw.get("bias") not in (None, "none"):
         found.append(f"{CONFIG_FILE}: bias is {raw['bias']!r}, but only a file without bias tensors is accepted")
+    if raw.get("lora_alpha") == 0:
+        found.append(f"{CONFIG_FILE}: lora_alpha is 0, so that the adapter changes nothing but where an alpha_pattern says otherwise")
     if raw.get("fan_in_fan_out"):
         found.append(f"{CONFIG_FILE}: fan_in_fan_out is set, which has no effect on linear layers")
     return tuple(found)

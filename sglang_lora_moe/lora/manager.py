@@ -219,7 +219,7 @@ class LoRAManager:
 
     def _read_next(self) -> None:
         """Read the adapter that requests have waited for longest, as soon as there is room for it."""
-        for revision in self.slots.wanted:
+        for revision in list(self.slots.wanted):
             entries = self.registry.entries(revision)
             if not any(entry.users for entry in entries):
                 self.slots.give_up(revision)

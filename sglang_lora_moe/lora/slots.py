@@ -23,7 +23,7 @@ class SlotTable:
         self._idle: OrderedDict[int, None] = OrderedDict()  # resident without users, next to be reused first
         self.filling: set[int] = set()  # slots whose weights are on their way
         self._writes: list[tuple[int, str]] = []
-        self._wanted: dict[str, None] = {}
+        self.wanted: dict[str, None] = {}  # absent revisions that requests wait for, in the order of asking
 
     @property
     def num_resident(self) -> int:
@@ -40,14 +40,14 @@ class SlotTable:
 
     def is_coming(self, revision: str) -> bool:
         """The weights of `revision` are on their way, from a file or to a slot: no other adapter has to make room for it."""
-        return self._slot_of.get(revision) in self.filling or revision in self._wanted
+        return self._slot_of.get(revision) in self.filling or revision in self.wanted
 
     def acquire(self, revision: str) -> int | None:
         """A slot for one more running request of `revision`. None: it has to wait; what it waits for has been asked for."""
         slot = self._slot_of.get(revision)
         if slot is None:
             if revision in self.absent:
-                self._wanted[revision] = None
+                self.wanted[revision] = None
             else:
                 self.reserve(revision)
             return None
@@ -86,14 +86,9 @@ class SlotTable:
         writes, self._writes = self._writes, []
         return writes
 
-    @property
-    def wanted(self) -> list[str]:
-        """Absent revisions that requests wait for, in the order of asking."""
-        return list(self._wanted)
-
     def give_up(self, revision: str) -> None:
         """Nobody waits for the weights of `revision` any more."""
-        self._wanted.pop(revision, None)
+        self.wanted.pop(revision, None)
 
     def present(self, revision: str) -> None:
         """The weights of `revision` are in host memory now, or it has been forgotten."""

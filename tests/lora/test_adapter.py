@@ -307,6 +307,10 @@ def test_what_has_no_effect_is_said(models: Any, tmp_path: Path) -> None:
 
     adapter = edit_adapter(write_adapter("experts_and_attention", path, tmp_path / "idle", rank=4), forget)
     (warning,) = read(model, adapter).warnings
+    patterns = {"alpha_pattern": {"q_proj": 5, r"layers\.0\.self_attn\.q_proj": 3, "nothing": 1}, "rank_pattern": {"w1": 9}}
+    edit_adapter(adapter, lambda tensors, config: config.update(patterns | {"lora_alpha": 0}))
+    said = "\n".join(read(model, adapter).warnings)
+    assert "lora_alpha is 0" in said and r"has its rank or alpha from the patterns layers\.0\.self_attn\.q_proj, nothing, w1" in said
     assert warning.startswith(
         "A or B is all zeros in 2 of 10 modules, such as model.layers.0.self_attn.q_proj, model.layers.1.mlp.experts: they change nothing"
     )
