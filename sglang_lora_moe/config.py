@@ -118,10 +118,9 @@ class Config:
         for entry in self.lora_paths:
             if entry.lstrip().startswith("{"):
                 try:
-                    item = json.loads(entry)
-                    specs.append((str(item["lora_name"]), str(item["lora_path"]), bool(item.get("pinned", False))))
-                except (ValueError, KeyError) as error:
-                    raise ValueError(f"--lora-paths: {entry!r} is not JSON with lora_name and lora_path ({error})") from error
+                    specs.append(_spec(**json.loads(entry)))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"--lora-paths: {entry!r} is not JSON with lora_name, lora_path and at most pinned ({error})") from error
             else:
                 name, sep, path = entry.partition("=")
                 specs.append((name, path, False) if sep else (entry.rstrip("/").rpartition("/")[2], entry, False))
@@ -130,6 +129,12 @@ class Config:
             if names.count(name) > 1:
                 raise ValueError(f"--lora-paths: the name {name!r} is given twice; write NAME=PATH to tell them apart")
         return specs
+
+
+def _spec(lora_name: str, lora_path: str, pinned: bool = False) -> tuple[str, str, bool]:
+    if not isinstance(pinned, bool):
+        raise TypeError(f"pinned is {pinned!r}")
+    return str(lora_name), str(lora_path), pinned
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -170,13 +175,3 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if "lora" in f.name and not config.enable_lora and getattr(config, f.name) != parser.get_default(f.name):
             parser.error(f"--{f.name.replace('_', '-')} does nothing without --enable-lora or --lora-paths")
     return config
-
-
-def flag_table() -> str:
-    """The flags as a Markdown table (README's table is this text; a test compares them)."""
-    rows = ["| flag | default | meaning |", "| --- | --- | --- |"]
-    for f in dataclasses.fields(Config):
-        default = "" if f.default in (None, "", dataclasses.MISSING) else f"`{f.default}`"
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        rows.append(f"| `--{f.name.replace('_', '-')}` | {default} | {f.metadata['help']}{choices} |")
-    return "\n".join(rows)

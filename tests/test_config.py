@@ -47,6 +47,8 @@ def test_flags_of_sglang() -> None:
         (["--max-lora-rank", "x"], "argument --max-lora-rank: invalid int value: 'x'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--lora-paths", "a=/x", "a=/y"], "--lora-paths: the name 'a' is given twice"),
+        (["--lora-paths", '{"lora_name": "a", "lora_path": "/x", "pinned": "false"}'], "pinned is 'false'"),
+        (["--lora-paths", '{"name": "a", "lora_path": "/x"}'], "unexpected keyword argument 'name'"),
         (["--max-loras-per-batch", "16"], "--max-loras-per-batch does nothing without --enable-lora or --lora-paths"),
         (["--lora-target-modules", "experts"], "--lora-target-modules does nothing without"),
     ],
