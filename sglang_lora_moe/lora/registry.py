@@ -64,10 +64,11 @@ class LoRARegistry:
                 f"load_inplace=true to replace it by revision {adapter.revision}, or unload it first, or load {adapter.path or 'the tensors'} by another name",
                 400, "name", "adapter_already_loaded",
             )  # fmt: skip
+        pinned = pinned or (old is not None and old.pinned)  # a name stays pinned until it is unloaded
         if pinned:
             self._check_pins(adapter.revision, old)
         if old is not None and old.revision == adapter.revision:
-            old.pinned, old.path = old.pinned or pinned, adapter.path or old.path  # where it was found last
+            old.pinned, old.path = pinned, adapter.path or old.path  # where it was found last
             return old, True, None
         if old is not None:
             self._leave(old)

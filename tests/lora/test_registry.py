@@ -70,7 +70,7 @@ def test_other_content_in_place() -> None:
     registry = LoRARegistry(3)
     first, _, _ = registry.add("a", packed("r1"), True)
     first.users = 1
-    second, known, replaced = registry.add("a", packed("r2", ""), True, in_place=True)
+    second, known, replaced = registry.add("a", packed("r2", ""), False, in_place=True)  # the pin is the name's
     assert replaced is first and not known and first.leaving and registry.get("a") is second and registry.pinned_revisions() == {"r2"}
     assert registry.entries("r1") == [first] and second.path == ""
     assert registry.add("a", packed("r2"), False, in_place=True) == (second, True, None)
