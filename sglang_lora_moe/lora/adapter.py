@@ -199,9 +199,11 @@ class _Names:
 
     def _check_other(self, key: str) -> None:
         """A tensor that is neither A nor B: an unchanged copy of a base embedding is left alone, anything else is refused."""
-        copy = ".base_layer.weight"
-        target = self.targets.get(self._resolve(key.removeprefix(_PREFIX).removesuffix(copy)) or "")
-        if key.endswith(copy) and isinstance(target, PairTarget) and target.name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+        module = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+        if key.endswith(".base_layer.weight") and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            target = self.targets.get(self._resolve(module) or "")
+            if not isinstance(target, PairTarget):
+                raise self._unknown([(key, module)])
             sizes, found = [target.out_features, target.in_features], list(self.source.shape(key))
             expected = sizes[::-1] if isinstance(target, EmbeddingTarget) else sizes
             if found != expected:

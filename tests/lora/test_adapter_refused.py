@@ -207,6 +207,7 @@ OTHER_TENSORS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "saved module": ("base_model.model.lm_head.weight", (32, 16), "modules_to_save"),
     "saved norm": (f"{LAYER}.input_layernorm.weight", (16,), "full weights"),
     "replaced linear": (f"{Q}.base_layer.weight", (24, 16), "full weights"),
+    "copy of no module": ("base_model.model.embed_tokens.base_layer.weight", (32, 16), "a module of this model that takes adapters"),
     "leftover": (f"{Q}.lora_C", (2, 2), "unknown meaning"),
     "resized vocabulary": (f"{EMBED}.base_layer.weight", (40, 16), "another vocabulary"),
 }
