@@ -300,7 +300,7 @@ KERNEL void __launch_bounds__(P::kThreads, resident_pairs<P>()) pairs_gemm(Marli
   if (P::kLora && warp_index() >= kWarps) {
     const int slot = slot_of<P>(a, owner);
     if (!P::kDown && (P::kWide || warp_index() == kWarps)) next.find(a.next, slot);
-    allow_next_kernel();
+    if (P::kDown) allow_next_kernel();  // gate_up only after its wait: down reads the router's choice before its own
     if constexpr (P::kWide) adapt_wide<P>(a, d, shared, owner, row_block, slot, next);
     else adapt<P>(a, d, shared, owner, row_block, slot, next);
   } else {
