@@ -103,7 +103,7 @@ class EngineCore:
             "kv_pages_free": len(cache.pool.free),
             "kv_page_size": cache.page_size,
             "slots_total": slots.num_slots if slots else 0,
-            "slots_used": slots.num_resident if slots else 0,
+            "slots_used": slots.num_slots - len(slots.free) if slots else 0,
             "slots_running": sum(users > 0 for users in slots.users) if slots else 0,
             "prefix_hit_tokens": totals["cached_tokens"],
             "prefix_query_tokens": totals["prompt_tokens"],

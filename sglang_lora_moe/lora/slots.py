@@ -19,16 +19,11 @@ class SlotTable:
         self.draining: dict[int, str] = {}  # slot -> the revision it is drained for
         self.absent: set[str] = set()  # revisions whose weights are not in host memory, so that no slot can be filled with them
         self._slot_of: dict[str, int] = {}  # in the order in which they got their slots
-        self.free = list(range(num_slots - 1, -1, -1))
+        self.free = list(range(num_slots - 1, -1, -1))  # all others hold an adapter or wait for its weights
         self._idle: OrderedDict[int, None] = OrderedDict()  # resident without users, next to be reused first
         self.filling: set[int] = set()  # slots whose weights are on their way
         self._writes: list[tuple[int, str]] = []
         self.wanted: dict[str, None] = {}  # absent revisions that requests wait for, in the order of asking
-
-    @property
-    def num_resident(self) -> int:
-        """Slots that hold an adapter or wait for its weights."""
-        return len(self._slot_of)
 
     def slot_of(self, revision: str) -> int | None:
         return self._slot_of.get(revision)
