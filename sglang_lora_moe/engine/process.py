@@ -132,6 +132,7 @@ class AsyncEngine:
         self.child = child
         self._front = Front(tokenizer, model_info["vocab_size"], model_info["eos_token_ids"], model_info["max_model_len"])
         self._queues: dict[str, asyncio.Queue[Chunk | Failure]] = {}  # by request: what its stream has not taken yet
+        self._tokenizing: dict[asyncio.Task[list[int]], str] = {}  # in threads, for these requests, which the engine does not know yet
         self._replies: dict[str, asyncio.Future[Reply]] = {}  # by control message: who waits for its reply
         self._outbox: asyncio.Queue[msgspec.Raw] = asyncio.Queue()  # to the engine, sent by a task
         self._tasks: list[asyncio.Task[None]] = []
@@ -164,8 +165,14 @@ class AsyncEngine:
     # ---- requests ---------------------------------------------------------------------------------------------------
     async def generate(self, request: GenerateRequest, in_thread: bool = False) -> AsyncGenerator[Chunk, None]:
         """Chunks of all `request.n` samples as they come; closing the iterator aborts the request. `in_thread`: tokenize beside the event loop."""
+        ids = None
+        if in_thread:
+            task = asyncio.create_task(asyncio.to_thread(self._front.tokenize, request))
+            self._tokenizing[task] = request.rid
+            task.add_done_callback(self._tokenizing.pop)
+            ids = await task
         self._check_alive()
-        messages = self._front.submit(request, await asyncio.to_thread(self._front.tokenize, request) if in_thread else None)
+        messages = self._front.submit(request, ids)
         queue: asyncio.Queue[Chunk | Failure] = asyncio.Queue()
         self._queues[request.rid] = queue
         left = request.n
@@ -184,7 +191,9 @@ class AsyncEngine:
                 self._outbox.put_nowait(encode_message(abort))
 
     async def abort(self, rid: str) -> None:
-        """Abort one request ("" = all); its stream ends with finish_reason "abort"."""
+        """Abort one request ("" = all); its stream ends with finish_reason "abort". Waits for requests that are being tokenized."""
+        for task in [task for task, name in self._tokenizing.items() if rid in ("", name)]:
+            await asyncio.wait([task])
         for message in self._front.aborts(rid):
             self._outbox.put_nowait(encode_message(message))
 

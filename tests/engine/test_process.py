@@ -226,6 +226,38 @@ def test_abort_by_id(session: Session, rid: str) -> None:
     session.run(work())
 
 
+@pytest.mark.parametrize("rid", ["long", ""])
+def test_abort_of_what_is_being_tokenized(session: Session, monkeypatch: pytest.MonkeyPatch, rid: str) -> None:
+    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: time.sleep(0.3) or [1, 5, 9])
+
+    async def work() -> None:
+        stream = session.engine.generate(GenerateRequest(prompt="a", sampling=LONG, rid="long", n=2), in_thread=True)
+        task = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.01)
+        await session.engine.abort(rid)
+        chunks = [await task, *[chunk async for chunk in stream]]
+        assert [(chunk.finish_reason, chunk.completion_tokens < 480) for chunk in chunks] == [("abort", True)] * 2
+        await session.settled()
+
+    session.run(work())
+
+
+def test_a_crash_while_a_prompt_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session()
+    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: time.sleep(1) or [1, 5, 9])
+
+    async def work() -> None:
+        task = asyncio.create_task(anext(session.engine.generate(GenerateRequest(prompt="a"), in_thread=True)))
+        await asyncio.sleep(0.01)
+        os.kill(session.engine.child.process.pid, signal.SIGKILL)
+        with pytest.raises(RequestError, match="ended with status -9") as error:
+            await task
+        assert error.value.status == 503
+
+    session.run(work())
+    session.close()
+
+
 def test_a_crash_fails_everything_that_waits() -> None:
     session = Session()
 
