@@ -16,6 +16,3 @@ class RMSNorm(nn.Module):
         """x [..., H] -> [..., H]."""
         wide = x.to(self.weight.dtype)  # some models keep norm weights in float32 beside float16 activations
         return F.rms_norm(wide, self.weight.shape, self.weight, self.variance_epsilon).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"

@@ -248,8 +248,8 @@ def paged_attention(
 
     `scratch` (float32, at least `scratch_elements(...)`) is for decode and is allocated if needed and not given. Requests whose
     seq_len is 0 (padding) get zeros or, with sinks, undefined rows. `low` (decode with several splits): its s float32 [Hq, M, 1, width]
-    is filled with each head's share of A out. `tickets` (int32 [2], zeros, of one stream):
-    without them `in_cuda`'s kernel is not taken. Raises ValueError for shapes that do not fit together.
+    is filled with each head's share of A out. `tickets` (int32 [2], zeros, of one stream): without them `in_cuda`'s kernel is not
+    taken. Raises ValueError for shapes that do not fit together.
     """
     (m, hq, d), (hkv, dv), requests = q.shape, (k_cache.shape[1], v_cache.shape[2]), seq_lens.shape[0]
     if hq % hkv or k_cache.shape[2] != d:
@@ -282,12 +282,17 @@ def paged_attention(
     )  # fmt: skip
     assert low is None or splits > 1, "only the merge of splits fills s"
     if splits > 1:
-        extra = NO_LINEAR_ADDEND if low is None else low.shrink_args()
-        _merge_kernel[(m * hq,)](
-            partial, lse, out, *extra, HQ=hq, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, SHRINK=low is not None,
-            RANK_BLOCK=16 if low is None else low.rank_block, num_warps=2, **launch.options(q.device),
-        )  # fmt: skip
+        _merge(partial, lse, out, splits, low)
     return out
+
+
+def _merge(partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, splits: int, low: LinearAddend | None) -> None:
+    """What the programs of one request and KV head found, weighed by `lse` and added up."""
+    (m, hq, dv), extra = out.shape, NO_LINEAR_ADDEND if low is None else low.shrink_args()
+    _merge_kernel[(m * hq,)](
+        partial, lse, out, *extra, HQ=hq, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, SHRINK=low is not None,
+        RANK_BLOCK=16 if low is None else low.rank_block, num_warps=2, **launch.options(out.device),
+    )  # fmt: skip
 
 
 def in_cuda(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_size: int) -> bool:

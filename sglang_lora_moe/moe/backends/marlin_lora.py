@@ -49,9 +49,7 @@ def _combined(stacks: ExpertStacks, routing: Routing) -> bool:
 def _of_gate_up(inp: RunnerInput, x: torch.Tensor, stacks: ExpertStacks, routing: Routing) -> LowRank:
     if stacks.a2.dim <= AT_ONCE and _combined(stacks, routing):  # down may begin beside its shrink
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
-    following = None
-    if _makes_s_of_down(inp, x, stacks, routing):
-        following = (stacks.a2, stacks.b2, -(-stacks.a2.dim * 2 // SHAPES[EVERYWHERE].block_rows))
+    following = (stacks.a2, stacks.b2, -(-stacks.a2.dim * 2 // SHAPES[EVERYWHERE].block_rows)) if _makes_s_of_down(inp, x, stacks, routing) else None
     tile = LONG_TILE if _is_long(stacks.a13, routing, x.device) else None
     by_cuda = routing.num_pairs >= CUDA_PAIRS
     low = moe_shrink(x, stacks.a13, stacks.b13, routing, inp.workspace, gather=True, name="lora.13", by_cuda=by_cuda, following=following, tile=tile)
