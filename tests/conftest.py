@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.beside import pytest_collection_finish, pytest_runtestloop  # noqa: F401  # hooks
+
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
