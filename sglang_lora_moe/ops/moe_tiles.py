@@ -144,14 +144,14 @@ _MEASURED: dict[tuple[int, int, int], list[tuple[int, LayerTiles, LayerTiles]]] 
 }
 
 
-def _wgmma(group: int, cluster: int, lora_block: int = 64, stream: bool = False, tokens: int = 144) -> LayerTiles:
-    tile = WgmmaTile(group, cluster, stream, tokens)
+def _wgmma(group: int, cluster: int, lora_block: int = 64, stream: bool = False, tokens: int = 144, rows: int = 0) -> LayerTiles:
+    tile = WgmmaTile(group, cluster, stream, tokens, rows)
     return LayerTiles(tile, tile, lora_block)
 
 
 # (E, H, I of this rank) -> (from so many tokens, to so many, tiles without adapters, tiles with), None = the table above.
-# Measured at 192 to 768, 1,536, 2,048 and 8,192 (Qwen3), 192 to 512 (Mixtral), 1,024 and 4,096 tokens against the table above; with adapters of rank
-# 16 (1 and 4) and 64 (1, 4, 16).
+# Measured at 192 to 768, 1,536, 2,048 and 8,192 (Qwen3), 192 to 512, 1,536, 2,048 and 3,072 (Mixtral), 1,024 and 4,096 tokens against the table
+# above; with adapters of rank 16 (1 and 4) and 64 (1, 4, 16).
 _MANY = 1 << 30
 _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, LayerTiles | None]]] = {
     (128, 2048, 768): [
@@ -162,7 +162,12 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, Layer
         (3073, 6144, _wgmma(4, 2), _wgmma(4, 2)),
         (6145, _MANY, _wgmma(4, 1), _wgmma(4, 1, 128)),
     ],
-    (8, 4096, 14336): [(224, 767, _wgmma(1, 1), _wgmma(1, 1)), (768, 1536, _wgmma(8, 2), _wgmma(8, 2))],
+    (8, 4096, 14336): [
+        (224, 767, _wgmma(1, 1), _wgmma(1, 1)),
+        (768, 1088, _wgmma(8, 2), _wgmma(8, 2)),
+        # n tiles of an expert, which walk together
+        *((544 * n - 543, 544 * n, _wgmma(2, 2) if 3 < n < 7 else _wgmma(n, 1, rows=136), _wgmma(n, 1, rows=136)) for n in range(3, 9)),
+    ],
     (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16, True)), (1537, 3072, None, _wgmma(2, 1)), (3073, _MANY, _wgmma(2, 1), _wgmma(2, 1))],
     (32, 2880, 2880): [(768, 1536, _wgmma(1, 1), _wgmma(1, 1)), (1537, _MANY, _wgmma(1, 2), _wgmma(4, 2, 128))],
 }

@@ -33,16 +33,18 @@ define(
 class WgmmaTile:
     """Launch shape: `group` tiles of tokens walk the columns together, so that they share w in L2. cluster 2: pairs of blocks
     share a tile of twice the tokens and fetch w once. stream: w leaves L2 first, for experts of one tile. tokens: of a block's
-    tile, 144, or without clusters 32, which leave room for more of w on its way."""
+    tile, 144, or without clusters 32, which leave room for more of w on its way. rows: of a tile, if fewer than its tokens: 136
+    where a group of tiles is then an expert's."""
 
     group: int = 4
     cluster: int = 1
     stream: bool = False
     tokens: int = 144
+    rows: int = 0
 
     @property
     def m(self) -> int:
-        return self.tokens * self.cluster
+        return self.rows or self.tokens * self.cluster
 
     def reports(self, columns: int) -> int:
         """How often blocks report each tile of a gated product of so many columns."""
@@ -54,21 +56,9 @@ class WgmmaTile:
 
 
 def wgmma_gemm(
-    a: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    alignment: Alignment,
-    out: torch.Tensor,
-    tile: WgmmaTile,
-    *,
-    top_k: int,
-    gather: bool,
-    scatter: bool,
-    activation: MoESpec | None = None,
-    addend: LowRank | None = None,
-    report: bool = False,
-    behind: int = 0,
-) -> torch.Tensor:  # budget: the tensors of one grouped product, its row orders and its addend
+    a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, alignment: Alignment, out: torch.Tensor, tile: WgmmaTile, *,
+    top_k: int, gather: bool, scatter: bool, activation: MoESpec | None = None, addend: LowRank | None = None, report: bool = False, behind: int = 0,
+) -> torch.Tensor:  # fmt: skip  # budget: the tensors of one grouped product, its row orders and its addend
     """One expert GEMM into `out` [P, N], which it returns; rows of pairs without an expert stay as they are.
 
     a [M, K] with `gather`, else [P, K] in sorted order; w [E, N or 2N, K]; bias [E, N or 2N]. `activation` = the layer's spec

@@ -27,12 +27,16 @@ SMALL = {"experts": 5, "top_k": 2, "hidden": 72, "inter": 136}
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 FORMS = [(144, 1), (32, 1), *([(144, 2)] if GPU else [])]  # tokens of a block's tile, blocks of a cluster
+SOME_ROWS = (144, 1, 136)  # and rows of a tile, if fewer
 pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
 
 
-def tiles(form: tuple[int, int]) -> LayerTiles:
-    tokens, cluster = form
-    return LayerTiles(WgmmaTile(2, cluster, tokens=tokens), WgmmaTile(3, cluster, tokens=tokens), lora_block=16)
+def tile(group: int, tokens: int, cluster: int, rows: int = 0) -> WgmmaTile:
+    return WgmmaTile(group, cluster, tokens=tokens, rows=rows)
+
+
+def tiles(form: tuple[int, ...]) -> LayerTiles:
+    return LayerTiles(tile(2, *form), tile(3, *form), lora_block=16)
 
 
 def emulate(driver: Path) -> emulator.Operators:
@@ -118,8 +122,8 @@ def test_mixed_layouts(device: torch.device, ranks: tuple[int, ...], form: tuple
     check(make_case(**common, ranks=ranks[:2], layouts=("dense",)), tiles(form))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_many_rows(device: torch.device, form: tuple[int, int]) -> None:
+@pytest.mark.parametrize("form", [*FORMS, SOME_ROWS], ids=str)
+def test_many_rows(device: torch.device, form: tuple[int, ...]) -> None:
     """Tiles of many numbers of eights, several of one expert, widths beyond one block of columns and a tail of k."""
     spec = MoESpec(6, 1, 264, 136, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5)
     common: dict[str, Any] = {"spec": spec, "m": 400, "dtype": torch.float16, "device": device}
@@ -158,15 +162,15 @@ def test_many_adapters_in_a_tile(device: torch.device) -> None:
     check(make_case(**common, m=90, ranks=(4, 8), layouts=("split",), active=40, slots=40, popularity="distinct"), tiles(FORMS[0]))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_4097_tokens(device: torch.device, form: tuple[int, int]) -> None:
+@pytest.mark.parametrize("form", [*FORMS, SOME_ROWS], ids=str)
+def test_4097_tokens(device: torch.device, form: tuple[int, ...]) -> None:
     """The operator alone: gathered rows in sorted order, an expert of few tokens, an odd tail."""
-    g, tile = generator(0, device), WgmmaTile(2, form[1], tokens=form[0])
+    g, shape = generator(0, device), tile(2, *form)
     x, w = (torch.randn(*shape, generator=g, device=device).half() for shape in ((4097, 72), (3, 40, 72)))
     ids = make_topk_ids("zipf", 4097, 1, 3, g)
-    align = moe_lora_align_block_size(ids, None, 3, 0, tile.m, 16)
+    align = moe_lora_align_block_size(ids, None, 3, 0, shape.m, 16)
     out = torch.full((4097, 40), float("nan"), dtype=torch.float16, device=device)
-    wgmma_gemm(x, w, None, align, out, tile, top_k=1, gather=True, scatter=False)
+    wgmma_gemm(x, w, None, align, out, shape, top_k=1, gather=True, scatter=False)
     order = align.sorted_pairs.long()
     expected = torch.einsum("mk,mnk->mn", x[order].float(), w.float()[ids[order, 0].long()])
     assert_near(out, expected, "moe_wgmma_gemm")
