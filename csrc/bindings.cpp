@@ -13,7 +13,7 @@ int64_t most_tiles(int64_t pairs, int64_t groups, int64_t block) {
 }
 
 void moe_lora_align_block_size(Tensor topk_ids, std::optional<Tensor> token_slots, int64_t num_experts, int64_t num_slots, int64_t base_block, int64_t lora_block,
-                               Tensor sorted_pairs, Tensor base_tiles, Tensor lora_tiles, Tensor counts, Tensor workspace) {
+                               Tensor sorted_pairs, Tensor base_tiles, Tensor lora_tiles, Tensor counts, Tensor workspace, std::optional<Tensor> told) {
   const int32_t device = topk_ids.get_device_index();
   const bool long_ids = topk_ids.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(topk_ids.dim() == 2 && topk_ids.is_contiguous() && (long_ids || topk_ids.scalar_type() == ScalarType::Int),
@@ -34,6 +34,7 @@ void moe_lora_align_block_size(Tensor topk_ids, std::optional<Tensor> token_slot
   a.lora_tiles = checked<int32_t>(kAlign, lora_tiles, "lora_tiles", ScalarType::Int, device, 4 * most_tiles(pairs, num_experts * slots, lora_block));
   a.counts = checked<int32_t>(kAlign, counts, "counts", ScalarType::Int, device, 4);
   a.workspace = reinterpret_cast<uint32_t*>(checked<int32_t>(kAlign, workspace, "workspace", ScalarType::Int, device, moe_lora_align_workspace(pairs, num_experts)));
+  a.told = told ? reinterpret_cast<uint32_t*>(checked<int32_t>(kAlign, *told, "told", ScalarType::Int, device, 1)) : nullptr;
   a.ids_are_64bit = long_ids;
   a.tokens = (int32_t)tokens;
   a.top_k = (int32_t)top_k;

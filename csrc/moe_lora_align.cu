@@ -160,6 +160,7 @@ KERNEL void __launch_bounds__(1024, 1) align_one_block(Problem p) {
   const OneBlock s = carve_one_block(p, warps_per_block(), (uint32_t*)smem_);
   clear(s.experts);
   if (p.has_slots) clear(s.slots);
+  if (p.a.told && place == 0) publish(p.a.told, 1), observe(p.a.told);  // it is there before a later kernel may begin
   wait_for_previous_kernel();
   allow_next_kernel();  // after the wait, as in align_groups
   int pair = place, expert = place < p.pairs ? expert_bin(p, place) : -1, slot = p.has_slots && place < p.a.tokens ? slot_bin(p, place) : 0;
@@ -193,9 +194,10 @@ KERNEL void __launch_bounds__(1024, 1) align_one_block(Problem p) {
     s.keys[sorted] = (uint32_t)expert << kSlotBits | (uint32_t)slot;
     write_base_tile(p, s.bins, expert, offset);
   }
-  if (!p.has_slots) return;
+  if (!p.has_slots && !p.a.told) return;
   sync_block();
-  write_lora_tiles(p, s, p.pairs - (int)s.bins.rows[experts]);
+  if (p.a.told && place == 0) publish(p.a.told, 0);
+  if (p.has_slots) write_lora_tiles(p, s, p.pairs - (int)s.bins.rows[experts]);
 }
 
 // ---- Several blocks ------------------------------------------------------------------------------------------------
@@ -646,6 +648,7 @@ extern "C" int moe_lora_align(const MoeLoraAlign* arguments, MoeLoraAlignPlan pl
   const bool overlap = plan.overlap && can_overlap();
   const bool one_block = p.pairs <= smaller(plan.one_block_pairs, kMaxOneBlockPairs) || p.pairs == 0;
   int error = one_block ? launch_one_block(p, overlap, stream) : kDoesNotFit;
+  if (p.a.told) return error;  // no other kernel sets the word, for which the next would wait for ever
   if (error == kDoesNotFit) error = p.has_slots ? launch_groups<true>(p, plan, stream) : launch_groups<false>(p, plan, stream);
   if (error == kDoesNotFit && p.pairs <= kMaxOneBlockPairs && plan.one_block_pairs > 0) error = launch_one_block(p, overlap, stream);
   return error == kDoesNotFit ? launch_blocks(p, plan, overlap, stream) : error;

@@ -17,6 +17,7 @@ struct MoeLoraAlign {
   int32_t tokens, top_k;       // M, K
   int32_t experts, slots;      // E <= 1024, S <= 256
   int32_t base_block, lora_block;
+  uint32_t* told;              // null, or a word, 1 from the kernel's begin until all but lora_tiles and counts[2..3] is there, then 0: of one block alone
 };
 
 // How the work is cut. The defaults are moe_lora_align_default_plan's; tests and benchmarks force others.

@@ -32,6 +32,7 @@ class Routing:
     lora_ranges: torch.Tensor | None = None  # which LoRA tiles meet each base tile, made by the first shrink
     told: torch.Tensor | None = None  # int32 [1], 0 after the first shrink, 1 when gate_up is complete; down starts beside the second
     beside: bool = False  # gate_up, too, starts beside its shrink: the word is 0 when the alignment is complete
+    aligned: torch.Tensor | None = None  # another such word, which the alignment sets to 0 itself, before it makes LoRA tiles
     wgmma: Any = None  # the tile of both GEMMs where they are wgmma's, of which the first can make s of the second
     following: Any = None  # what down adds, where gate_up makes it
     reports: int = 0  # how often the gate_up before reports each base tile, for a down that does not wait for its end
@@ -59,7 +60,7 @@ class Routing:
             get, shapes = self.workspace.get, align.buffer_shapes(self.num_pairs, *sizes)
             buffers = align.Alignment(**{name: get(f"align.{name}", shape, torch.int32) for name, shape in shapes.items()})
             scratch = get("align.scratch", (align.workspace_elements(self.num_pairs, self.num_experts),), torch.int32)
-        return align.moe_lora_align_block_size(self.topk_ids, self.token_slots, *sizes, buffers=buffers, workspace=scratch)
+        return align.moe_lora_align_block_size(self.topk_ids, self.token_slots, *sizes, buffers=buffers, workspace=scratch, told=self.aligned)
 
     @property
     def sorted_pairs(self) -> torch.Tensor:  # int32 [P]

@@ -348,7 +348,7 @@ def _launch_group_shrink(
         rows, s, align.lora_tiles, align.base_tiles, align.counts, align.sorted_pairs, records, ranges,
         a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride, routing.told,
         a.dim, a.shrink_width, rank_blocks,
-        TOP_K=routing.top_k, GATHER=gather, EARLY=routing.beside or not gather and routing.told is not None, RANGES=ranges is not None,
+        TOP_K=routing.top_k, GATHER=gather, EARLY=routing.beside if gather else routing.told is not None, RANGES=ranges is not None,
         MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
         BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % tile.k == 0, STAGES=tile.stages,
         PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),

@@ -133,9 +133,10 @@ def pdl_wait(PDL: tl.constexpr):
 @triton.jit
 def told(word_ptr, value):
     """Wait until another program has set the word so, and so for what that one has waited for. One thread looks, the copy engine may read after it."""
-    while tl.atomic_add(word_ptr, 0, sem="acquire") != value:
-        pass
-    tl.inline_asm_elementwise("fence.proxy.async.global; mov.u32 $0, 0;", "=r,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
+    look: tl.constexpr = "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra D; L: ld.acquire.gpu.global.b32 t, [$1]; "
+    then: tl.constexpr = "setp.ne.s32 p, t, $2; @p bra L; D: bar.sync 0;} fence.proxy.async.global; mov.u32 $0, 0;"
+    word = word_ptr.to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(look + then, "=r,l,r,~{memory}", [word, value], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

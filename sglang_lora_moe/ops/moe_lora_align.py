@@ -20,10 +20,11 @@ from sglang_lora_moe.ops import build
 from sglang_lora_moe.ops.library import LIBRARY, define
 
 MAX_EXPERTS, MAX_SLOTS = 1024, 256
+MAX_TOLD_PAIRS = 256  # measured; one block sorts 512
 
 define(
     "moe_lora_align_block_size(Tensor topk_ids, Tensor? token_slots, int num_experts, int num_slots, int base_block, int lora_block, "
-    "Tensor(a!) sorted_pairs, Tensor(b!) base_tiles, Tensor(c!) lora_tiles, Tensor(d!) counts, Tensor(e!) workspace) -> ()"
+    "Tensor(a!) sorted_pairs, Tensor(b!) base_tiles, Tensor(c!) lora_tiles, Tensor(d!) counts, Tensor(e!) workspace, Tensor(f!)? told=None) -> ()"
 )
 
 
@@ -61,21 +62,15 @@ def workspace_elements(pairs: int, experts: int) -> int:
 
 
 def moe_lora_align_block_size(
-    topk_ids: torch.Tensor,
-    token_slots: torch.Tensor | None,
-    num_experts: int,
-    num_slots: int,
-    base_block: int,
-    lora_block: int,
-    *,
-    buffers: Alignment | None = None,
-    workspace: torch.Tensor | None = None,
-) -> Alignment:
+    topk_ids: torch.Tensor, token_slots: torch.Tensor | None, num_experts: int, num_slots: int, base_block: int, lora_block: int, *,
+    buffers: Alignment | None = None, workspace: torch.Tensor | None = None, told: torch.Tensor | None = None,
+) -> Alignment:  # fmt: skip  # budget: what is sorted, how it is tiled, and scratch
     """Sort and tile one layer's pairs, as the module's first lines say.
 
     topk_ids int32 or int64 [M, K]; token_slots int32 [M], or None for a step without adapters (then S is taken as 0).
     `buffers` and `workspace` (int32, at least `workspace_elements`) are allocated where they are not given. Returns the buffers, filled,
-    without a look at them on the host. ValueError for what does not fit, such as more than 1,024 experts or 256 slots.
+    without a look at them on the host. `told`, of up to MAX_TOLD_PAIRS pairs: a word, int32 [1], that becomes 0 when all but the LoRA tiles is there.
+    ValueError for what does not fit, such as more than 1,024 experts or 256 slots.
     """
     name, num_slots = "moe_lora_align_block_size", 0 if token_slots is None else num_slots
     if topk_ids.dim() != 2 or topk_ids.dtype not in (torch.int32, torch.int64) or not topk_ids.is_contiguous():
@@ -99,7 +94,7 @@ def moe_lora_align_block_size(
     if topk_ids.is_cuda:
         build.load()
     sizes = (num_experts, num_slots, base_block, lora_block)
-    torch.ops.sglang_lora_moe.moe_lora_align_block_size(topk_ids, token_slots, *sizes, *vars(buffers).values(), workspace)
+    torch.ops.sglang_lora_moe.moe_lora_align_block_size(topk_ids, token_slots, *sizes, *vars(buffers).values(), workspace, told)
     return buffers
 
 
@@ -126,18 +121,9 @@ def sort_pairs(topk_ids: torch.Tensor, token_slots: torch.Tensor | None, num_exp
 
 
 def _align_cpu(
-    topk_ids: torch.Tensor,
-    token_slots: torch.Tensor | None,
-    num_experts: int,
-    num_slots: int,
-    base_block: int,
-    lora_block: int,
-    sorted_pairs: torch.Tensor,
-    base_tiles: torch.Tensor,
-    lora_tiles: torch.Tensor,
-    counts: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:  # budget: the op's schema
+    topk_ids: torch.Tensor, token_slots: torch.Tensor | None, num_experts: int, num_slots: int, base_block: int, lora_block: int, sorted_pairs: torch.Tensor,
+    base_tiles: torch.Tensor, lora_tiles: torch.Tensor, counts: torch.Tensor, workspace: torch.Tensor, told: torch.Tensor | None = None,
+) -> None:  # fmt: skip  # budget: the op's schema
     num_slots = 0 if token_slots is None else num_slots
     result = sort_pairs(topk_ids, token_slots, num_experts, num_slots)
     keys, sizes = result.group_keys.long(), result.group_sizes
@@ -151,6 +137,8 @@ def _align_cpu(
     active = valid & (slots >= 0)
     num_lora = _write_tiles(lora_tiles, (experts[active], slots[active]), starts[active], sizes[active], lora_block)
     counts.copy_(torch.tensor([int(run_sizes.sum()), num_base, num_lora, int(active.sum())], dtype=torch.int32))
+    if told is not None:
+        told.zero_()
 
 
 def _write_tiles(out: torch.Tensor, labels: tuple[torch.Tensor, ...], starts: torch.Tensor, sizes: torch.Tensor, block: int) -> int:

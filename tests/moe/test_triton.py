@@ -106,11 +106,12 @@ def test_columns_of_several_rounds(device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [5, 16])
-def test_replays_agree(tokens) -> None:
-    """Down starts beside its shrink: hundreds of replays, each after another step that leaves other values behind, give the same bits."""
+@pytest.mark.parametrize(("spec", "tokens"), [(MoESpec(128, 8, 2048, 768), 5), (MoESpec(128, 8, 2048, 768), 16), (MoESpec(16, 4, 1024, 2880), 16)])
+def test_replays_agree(spec, tokens) -> None:
+    """Down starts beside its shrink, or gate_up when the alignment says so: hundreds of replays, each after another step that leaves other values
+    behind, give the same bits."""
     device = torch.device("cuda")
-    cases = [make_case(spec=MoESpec(128, 8, 2048, 768), m=tokens, ranks=(16,), active=4, slots=4, dtype=torch.bfloat16, device=device, seed=s) for s in (0, 1)]
+    cases = [make_case(spec=spec, m=tokens, ranks=(16,), active=4, slots=4, dtype=torch.bfloat16, device=device, seed=s) for s in (0, 1)]
     workspace, graphs, outs = Workspace(device), [], []
     for case in cases:
         run(case, workspace=workspace)

@@ -16,7 +16,7 @@ SIZES = ("ids_are_64bit", "tokens", "top_k", "experts", "slots", "base_block", "
 
 
 class Arguments(ctypes.Structure):  # MoeLoraAlign of csrc/moe_lora_align.h
-    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int32) for name in SIZES)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int32) for name in SIZES), ("told", ctypes.c_void_p)]
 
 
 class PlanStruct(ctypes.Structure):  # MoeLoraAlignPlan

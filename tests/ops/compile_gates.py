@@ -17,24 +17,26 @@ from benchmarks.moe_inputs import LayerInputs, Setup, run_layer
 from benchmarks.shapes import SHAPES
 from sglang_lora_moe.ops import launch
 
-# (arch, tokens, rank, active): a whole layer of Qwen3-30B-A3B, with the launch shapes it has at that size where no wgmma kernel takes over
+# (shape, arch, tokens, rank, active): a whole layer, with the launch shapes it has at that size where no wgmma kernel takes over
+QWEN3, GPT_OSS = "qwen3-30b-a3b", "gpt-oss-20b"
 LAYERS = (
-    (90, 1, 16, 4),
-    (90, 16, 16, 4),
-    (90, 64, 16, 4),
-    (90, 256, 0, 0),
-    (90, 1024, 0, 0),
-    (90, 1024, 16, 4),
-    (90, 4096, 16, 4),
-    (80, 64, 16, 4),
-    (100, 64, 0, 0),
+    (GPT_OSS, 90, 16, 16, 4),
+    (QWEN3, 90, 1, 16, 4),
+    (QWEN3, 90, 16, 16, 4),
+    (QWEN3, 90, 64, 16, 4),
+    (QWEN3, 90, 256, 0, 0),
+    (QWEN3, 90, 1024, 0, 0),
+    (QWEN3, 90, 1024, 16, 4),
+    (QWEN3, 90, 4096, 16, 4),
+    (QWEN3, 80, 64, 16, 4),
+    (QWEN3, 100, 64, 0, 0),
 )
 
 
 def main() -> None:
-    for arch, tokens, rank, active in LAYERS:
+    for shape, arch, tokens, rank, active in LAYERS:
         with compiling(arch, inspect=True) as found, mock.patch.object(launch, "has_wgmma", lambda device: False):
-            run_layer(LayerInputs.build(Setup(SHAPES["qwen3-30b-a3b"], tokens, rank, active, sets=1), torch.device("meta")), 0)
+            run_layer(LayerInputs.build(Setup(SHAPES[shape], tokens, rank, active, sets=1), torch.device("meta")), 0)
         for kernel in found:
             print(json.dumps({"arch": arch, "tokens": tokens, "rank": rank, **asdict(kernel)}))
     sys.stdout.flush()

@@ -14,9 +14,11 @@ from torch import nn
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.runner import MoeRunnerCore, RunnerInput
 from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops.fused_moe_lora import AT_ONCE
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.ops.moe_grouped_gemm import grouped_gemm
+from sglang_lora_moe.ops.moe_lora_align import MAX_TOLD_PAIRS
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile, pair_down, pair_gate_up
 from sglang_lora_moe.ops.moe_tiles import LayerTiles, choose_integer_tiles, choose_tiles
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
@@ -46,6 +48,8 @@ class TritonRunnerCore(MoeRunnerCore):
         )  # fmt: skip
         if isinstance(tiles.gate_up, WgmmaTile) and isinstance(tiles.down, WgmmaTile):
             routing.wgmma = tiles.gate_up
+        elif inp.spec.intermediate_size > AT_ONCE and inp.token_slots is not None and inp.spec.num_experts < routing.num_pairs <= MAX_TOLD_PAIRS:
+            routing.aligned, routing.beside = inp.workspace.get("lora.aligned", (1,), torch.int32), True
         return routing
 
     def gate_up_activation(self, inp: RunnerInput, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
@@ -59,7 +63,7 @@ class TritonRunnerCore(MoeRunnerCore):
             options["report"] = (addend is None or following is not None) and isinstance(tiles.down, WgmmaTile)
             routing.reports = tiles.gate_up.reports(out.shape[1]) + (following is not None) if options["report"] else 0
             return wgmma_gemm(inp.x, _plain(quant_info.w13), quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
-        options["told_ptr"] = routing.told if routing.beside else None
+        options["told_ptr"] = routing.told if routing.beside and routing.aligned is None else routing.aligned
         return grouped_gemm(inp.x, quant_info.w13, quant_info.b13, routing.alignment, out, tiles.gate_up, **options)
 
     def down(self, inp: RunnerInput, act: torch.Tensor, routing: Routing, quant_info: TritonQuantInfo, addend: LowRank | None = None) -> torch.Tensor:
