@@ -233,10 +233,8 @@ def _attend(
 
     `causal` promises that the mask is the square lower triangle.
     """
-    if sinks is None and causal:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     if sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal, scale=scaling)
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

@@ -68,12 +68,10 @@ class FusedDecoder:
         sample = torch.empty(0, dtype=torch.float32, device=ctx.device)  # tables stay float32; rotation is in float32
         cos, sin = hf.model.layers[0].self_attn.tables(hf.model.rotary_emb(sample, positions))
         self.cos, self.sin = cos.contiguous(), sin.contiguous()  # [positions, R/2]
-        self._rotated: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def hidden(self) -> torch.Tensor:
         """What the language-model head reads, for all tokens: [T, H]."""
         ctx, model = self.ctx, self.hf.model
-        self._rotated = None
         x, residual = model.embed_tokens(ctx.input_ids[: ctx.num_tokens]), None
         for layer in model.layers:
             x, residual, low = self._input_norm(layer, x, residual)
@@ -92,34 +90,24 @@ class FusedDecoder:
     def _input_norm(self, layer: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """x and residual [T, H] -> (norm of their sum, the sum, what the norm has begun for the adapters of the qkv linear or None)."""
         qkv = layer.self_attn.qkv
-        alone = not self._is_fusable(layer.self_attn) or _whole(qkv, x) is not None
+        alone = _whole(qkv, x) is not None
         low = None if alone else _plan(qkv, x.shape[0])
         if low is not None:
             return *rms_norm_shrink(x, *_norm(layer.input_layernorm), residual, low), low
         normed = rms_norm(x, *_norm(layer.input_layernorm), residual)
         return normed, x if residual is None else residual, None if alone else _begin(qkv, normed)
 
-    def _is_fusable(self, attention: Attention | AbsorbedMLA) -> bool:
-        """Whether one kernel can do norm, rotation and cache write."""
-        kv = attention.paged.spec.kv
-        return isinstance(attention, AbsorbedMLA) or (kv.k_dim == kv.v_dim and 2 * self.cos.shape[1] == kv.k_dim)
-
     def _attention(self, attention: Attention, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
         """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None). `low`: of `_input_norm`."""
         ctx, paged, t = self.ctx, attention.paged, x.shape[0]
         backend: Any = paged.backend
-        if not self._is_fusable(attention):
-            return attention.o_proj(attention.attend(attention.qkv(x), *self._step_tables(x)).flatten(1)), None
-        q_norm, k_norm = attention.q_norm, attention.k_norm
-        weights: tuple[torch.Tensor | None, torch.Tensor | None, float] = (None, None, 0.0)
-        if isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
-            weights = (q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+        (q_weight, eps), (k_weight, _) = (_norm(norm) for norm in (attention.q_norm, attention.k_norm))
         qkv, low = _multiply(attention.qkv, x, low)
         if low is not None and not attention.norm_per_head:  # the norm needs all of a row
             qkv, low = linear_expand(qkv, low), None
         q = qk_norm_rope(
             qkv, paged.k_cache, paged.v_cache, ctx.kv_slots[:t], ctx.positions[:t], (self.cos, self.sin),
-            num_heads=paged.spec.num_heads, q_weight=weights[0], k_weight=weights[1], eps=weights[2], addend=low,
+            num_heads=paged.spec.num_heads, q_weight=q_weight, k_weight=k_weight, eps=eps, addend=low,
         )  # fmt: skip
         paged.calls += 1
         o_proj, alone = attention.o_proj, _whole(attention.o_proj, q.flatten(1)) is not None  # attention's output is as large and as wide
@@ -146,13 +134,6 @@ class FusedDecoder:
         paged.calls += 1
         out = latent_values(paged.backend.attend(queries, paged, None), attention.kv_b_proj.weight, attention.v_dim)
         return _multiply(o_proj, out, None if _whole(o_proj, out) is not None else _begin(o_proj, out))
-
-    def _step_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, R/2] of the step's tokens, gathered once for all layers that need them."""
-        if self._rotated is None:
-            rows = self.ctx.positions[: self.ctx.num_tokens]
-            self._rotated = self.cos.index_select(0, rows).to(like.dtype), self.sin.index_select(0, rows).to(like.dtype)
-        return self._rotated
 
     def _mlp(self, block: Any, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] -> [T, H]."""
@@ -220,5 +201,6 @@ def _multiply(linear: Any, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any
     return (linear.base(x), low) if added is None else (added, None)
 
 
-def _norm(norm: Any) -> tuple[torch.Tensor, float]:
-    return norm.weight, norm.variance_epsilon
+def _norm(norm: Any) -> tuple[Any, float]:
+    """Weight and epsilon; none where there is no norm."""
+    return (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)
