@@ -60,15 +60,13 @@ def _of_best_groups(left, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: 
     place = tl.arange(0, BLOCK_E // BLOCK_G)[None, :]
     rest, score = grouped, tl.zeros([BLOCK_G], tl.float32)
     for _ in tl.static_range(GROUP_BEST):
-        top = tl.max(rest, axis=1)
+        top, first = tl.max(rest, axis=1, return_indices=True)
         score += top
-        first = tl.min(tl.where(rest == top[:, None], place, BLOCK_E), axis=1)
         rest = tl.where(place == first[:, None], float("-inf"), rest)
     score = tl.where(group < GROUPS, score, float("-inf"))
-    kept = group < 0
-    for _ in tl.static_range(BEST):
-        chosen = group == tl.min(tl.where(score == tl.max(score, axis=0), group, BLOCK_G), axis=0)
-        kept, score = kept | chosen, tl.where(chosen, float("-inf"), score)
+    mine, other = score[:, None], score[None, :]
+    better = (other > mine) | ((other == mine) & (group[None, :] < group[:, None]))
+    kept = tl.sum(better.to(tl.int32), axis=1) < BEST
     return tl.reshape(tl.where(kept[:, None], grouped, float("-inf")), (BLOCK_E,))
 
 
@@ -78,11 +76,11 @@ def _router_topk_kernel(
     CHOICE: tl.constexpr, SIGMOID: tl.constexpr, RENORM: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BEST: tl.constexpr, GROUP_BEST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per token; each group of experts has a power of two of places."""
-    place, places = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    of_group = place % (BLOCK_E // BLOCK_G)
-    experts = place // (BLOCK_E // BLOCK_G) * (E // GROUPS) + of_group
-    real = (of_group < E // GROUPS) & (experts < E)
+    """One program per token; each group of experts has a power of two of places, in the order of ids."""
+    PLACES: tl.constexpr = BLOCK_E // BLOCK_G
+    place, places, in_group = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K), E // GROUPS
+    experts = place // PLACES * in_group + place % PLACES
+    real = (place % PLACES < in_group) & (experts < E)
     pdl_wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     left = tl.load(logits_ptr + token * stride + experts, mask=real, other=float("-inf")).to(tl.float32)
@@ -100,17 +98,21 @@ def _router_topk_kernel(
         left = _of_best_groups(left, BLOCK_E, GROUPS, BLOCK_G, BEST, GROUP_BEST)
     best, chosen = tl.full([BLOCK_K], 0.0 if SIGMOID else float("-inf"), tl.float32), tl.zeros([BLOCK_K], tl.int32)
     for k in range(K):
-        value = tl.max(left, axis=0)
-        expert = tl.min(tl.where(left == value, experts, BLOCK_E), axis=0)
-        left = tl.where(experts == expert, float("-inf"), left)
-        if SIGMOID:
-            value = tl.sum(tl.where(experts == expert, scores, 0.0), axis=0)
-        best, chosen = tl.where(places == k, value, best), tl.where(places == k, expert, chosen)
+        if GROUPS > 1:
+            value, found = tl.max(left, axis=0, return_indices=True)
+        else:  # one warp, whose smallest integer is one instruction
+            value = tl.max(left, axis=0)
+            found = tl.min(tl.where(left == value, place, BLOCK_E), axis=0)
+        left = tl.where(place == found, float("-inf"), left)
+        best, chosen = tl.where(places == k, value, best), tl.where(places == k, found, chosen)
     p = best
     if SIGMOID:
         total = 1.0
+        if bias_ptr is not None:
+            p = tl.where(places < K, tl.gather(scores, chosen, 0), 0.0)
     else:
         p = tl.exp(best - top)
+    chosen = chosen // PLACES * in_group + chosen % PLACES
     weights = p / (tl.sum(p, axis=0) + epsilon if CHOICE or RENORM else total) * scale
     if SHARED:
         own = 1.0
