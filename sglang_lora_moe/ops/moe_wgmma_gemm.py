@@ -19,7 +19,6 @@ from sglang_lora_moe.ops.marlin_moe import activation_of
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 
 TILE_ROWS = 256  # of w in a tile of the kernel
-DTYPES = (torch.bfloat16, torch.float16)
 
 define(
     "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor(b!) tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "

@@ -223,6 +223,13 @@ def test_every_measured_tile(shape: tuple[int, ...], load: str, tokens: int) -> 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [(64,), (32, 0, 8)], ids=str)
+def test_few_adapters_of_high_rank(ranks: tuple[int, ...]) -> None:
+    """LoRA tiles of 128 rows beside base tiles of two blocks."""
+    check_on_gpu(spec=QWEN, m=4097, ranks=ranks, layouts=("split", "dense"), active=3, slots=4, routing="partial")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 17, 64, 700])
 def test_axes(tokens: int, dtype: torch.dtype) -> None:

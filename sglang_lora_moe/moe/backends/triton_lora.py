@@ -16,6 +16,7 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 MAX_FOLLOWING_RANK = 64  # what parts of s are for at most (csrc/moe_wgmma_gemm.h)
+FEW_SLOTS = 4  # up to which LoRA tiles of 128 rows, whose s wider than 32 columns is wgmma's, fill at 4,096 tokens: 23 to 33 us less, with 16 slots 50 more
 LONG_DOWN = 4096  # columns of act beyond which the combine adds B s itself: down has few programs, and Mixtral takes 5 to 8 us less at 4 tokens
 SHORT_DOWN = 512  # columns of act up to which down adds B s, which then takes less: 19 us for 24 in DeepSeek's layer of 16 tokens
 
@@ -27,24 +28,24 @@ def combine_adds(stacks: ExpertStacks, routing: Routing, max_rank: int = 16) -> 
 
 def down_sums(stacks: ExpertStacks, routing: Routing) -> bool:
     """Whether programs of down sum B s for the combine: among enough others (measured; at half the pairs it takes 0.6 us more)."""
-    some = 4 * routing.num_pairs >= 3 * routing.num_experts and SHORT_DOWN < stacks.a2.dim <= LONG_DOWN
-    return some and combine_adds(stacks, routing, max_rank=32)
+    return 4 * routing.num_pairs >= 3 * routing.num_experts and SHORT_DOWN < stacks.a2.dim <= LONG_DOWN and combine_adds(stacks, routing, max_rank=32)
 
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
     """What a triton core adds to its GEMM. NOTE: the GEMM must be the very next launch; it waits for the shrink alone."""
     tile = routing.wgmma  # beside Triton's GEMMs the layer ends 1 % later with the CUDA shrink
+    summed = down_sums(stacks, routing)
     if rows_from == "pairs":
         if routing.following is not None:
             return routing.following
-        summed = down_sums(stacks, routing)
         scatter = summed or stacks.a2.dim > SHORT_DOWN and combine_adds(stacks, routing)
         low = moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=scatter)
         return replace(low, summed=inp.workspace.get("lora.summed", inp.x.shape, torch.float32)) if summed else low
-    summed = down_sums(stacks, routing)
     if stacks.a2.dim <= AT_ONCE and (summed or combine_adds(stacks, routing)):
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
         routing.beside = summed or stacks.a2.dim <= SHORT_DOWN
+    if tile is not None and tile.cluster == 2 and inp.num_slots <= FEW_SLOTS and stacks.a13.shrink_width > 32 and can_shrink(rows, routing.num_experts):
+        routing.lora_block = 128  # nothing is aligned yet
     following = None
     if tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK:
         following = (stacks.a2, stacks.b2, tile.blocks(inp.spec.intermediate_size))
