@@ -140,11 +140,12 @@ def _attention_kernel(
     SPLITS: tl.constexpr, MIN_KEYS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     REQUESTS_PAD: tl.constexpr, DECODE: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q query tokens x all heads of one KV head x one share of the keys. Rows are (token, head)."""
+    """One program: BLOCK_Q query tokens x GROUP_PAD heads of one KV head, or all it has, x one share of the keys. Rows are (token, head)."""
     pdl_wait(PDL)
     GROUP: tl.constexpr = HQ // HKV
+    SHARES: tl.constexpr = (GROUP + GROUP_PAD - 1) // GROUP_PAD
     BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_PAD
-    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, kv_head, split = tl.program_id(0), tl.program_id(1) // SHARES, tl.program_id(2)
     if DECODE:  # one token per request
         request, query_start, query_len, first_query = block, block, 1, 0
     else:  # blocks with most keys first
@@ -156,9 +157,9 @@ def _attention_kernel(
     context = seq_len - query_len  # tokens already in the cache before this step
 
     rows = tl.arange(0, BLOCK_M)
-    query, head = first_query + rows // GROUP_PAD, kv_head * GROUP + rows % GROUP_PAD
-    valid = (query < query_len) & (rows % GROUP_PAD < GROUP)
-    token = (query_start + query).to(tl.int64)
+    query, of_group = first_query + rows // GROUP_PAD, tl.program_id(1) % SHARES * GROUP_PAD + rows % GROUP_PAD
+    valid = (query < query_len) & (of_group < GROUP)
+    token, head = (query_start + query).to(tl.int64), kv_head * GROUP + of_group
     dims, v_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     last_key = tl.minimum(context + first_query + BLOCK_Q, seq_len)  # keys beyond the last query of the block are masked for all
     first_key = 0
@@ -262,15 +263,16 @@ def paged_attention(
         blocks = launch.multiprocessors(q.device)
         torch.ops.sglang_lora_moe.prefill_attention(q, k_cache, v_cache, page_table, query_starts, seq_lens, tickets, out, page_size, scale, blocks, True)
         return out
-    splits = num_splits(requests, hkv) if decode else 1
+    block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size(), k_cache.element_size())
+    programs = hkv * triton.cdiv(hq // hkv, group_pad)
+    splits = num_splits(requests, programs) if decode else 1
     partial = lse = out
     if splits > 1:
         scratch = q.new_empty(m * hq * splits * (dv + 1), dtype=torch.float32) if scratch is None else scratch
         partial, lse = scratch[: m * hq * splits * dv], scratch[m * hq * splits * dv :]
     latent = dv < d and v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride()
-    block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size(), k_cache.element_size())
     own = d - dv if latent else d  # columns of a key that are no value
-    _attention_kernel[(requests if decode else m // block_q + requests, hkv, splits)](
+    _attention_kernel[(requests if decode else m // block_q + requests, programs, splits)](
         q, k_cache[..., dv:] if latent else k_cache, v_cache, partial, lse, page_table, query_starts, seq_lens, sinks if sinks is not None else q,
         requests, scale, window or 0, softcap or 0.0,
         q.stride(0), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0), v_cache.stride(1), page_table.stride(0),
@@ -318,8 +320,11 @@ def _block_shape(group: int, d: int, decode: bool, itemsize: int, cache_itemsize
     """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows."""
     group_pad = triton.next_power_of_2(group)
     if d > 256:  # latent rows of MLA
-        rows, stages = (16, 1) if itemsize > 2 else (16, 3) if decode or cache_itemsize == 1 else (32, 2)  # more rows of float8 keys spill
-        return max(1, rows // group_pad), group_pad, 32, 4, stages
+        rows, keys, warps, stages = (16, 32, 4, 1) if itemsize > 2 else (16, 32, 4, 3) if decode or cache_itemsize == 1 else (32, 32, 4, 2)
+        if group >= 64 and itemsize == 2 and (cache_itemsize == 1 or not decode):  # elsewhere these are slower, and more rows for four warps spill
+            rows, keys, warps, stages = 32, 32 * cache_itemsize, 8, 2
+        group_pad = min(group_pad, rows)  # heads of a program
+        return rows // group_pad, group_pad, keys, warps, stages
     if decode:
         return max(1, 16 // group_pad), group_pad, 64, 4, 2 if itemsize > 2 else 3
     if itemsize > 2:

@@ -65,9 +65,9 @@ def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
         router_topk(router_logits(x, empty(256, H, dtype=torch.float32), None), grouped, empty(256, dtype=torch.float32))
 
 
-def latents(tokens: int, requests: int, cache: torch.dtype) -> None:
+def latents(tokens: int, requests: int, cache: torch.dtype, heads: int = 16) -> None:
     """Of DeepSeek-V2-Lite, with linears between of DeepSeek-V3's form."""
-    heads, dim, rank, rope, longs, ints = 16, 128, 512, 64, empty(tokens, dtype=torch.int64), empty(requests + 1, dtype=torch.int32)
+    dim, rank, rope, longs, ints = 128, 512, 64, empty(tokens, dtype=torch.int64), empty(requests + 1, dtype=torch.int32)
     both, kv_b, k_cache = empty(tokens, heads * (dim + rope) + rank + rope), empty(2 * heads * dim, rank), empty(4096, 1, rank + rope, dtype=cache)
     rms_norm(both[:, :1536], empty(1536), 1e-6)
     tables = (empty(4096, rope // 2, dtype=torch.float32),) * 2
@@ -87,6 +87,8 @@ def main() -> None:
             with compiling(90, inspect=True) as found:
                 layer(tokens, requests, cache)
                 latents(tokens, requests, cache)
+                if tokens == 64:
+                    latents(tokens, requests, cache, 128)
             for kernel in found:
                 print(json.dumps({"tokens": tokens, "cache": str(cache), **asdict(kernel)}))
     sys.stdout.flush()

@@ -40,11 +40,13 @@ CASES = {
     "window_sinks": {"heads": (4, 1), "d": 16, "window": 9, "sinks": True},
     "softcap": {"heads": (4, 2), "d": 16, "softcap": 5.0},
     "latent": {"heads": (6, 1), "d": 40, "dv": 32},
+    "latent_shares": {"heads": (20, 1), "d": 272, "dv": 256},
 }
 REAL = {  # Qwen3-30B-A3B, gpt-oss-20b and DeepSeek-V3's latents
     "qwen3": {"heads": (32, 4), "d": 128},
     "gpt_oss": {"heads": (64, 8), "d": 64, "window": 128, "sinks": True},
     "deepseek": {"heads": (16, 1), "d": 576, "dv": 512},
+    "deepseek_128": {"heads": (128, 1), "d": 576, "dv": 512},
 }
 
 
