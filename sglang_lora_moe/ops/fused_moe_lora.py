@@ -252,7 +252,6 @@ class ShrinkTile:
     warps: int
     stages: int
     split: int = 1  # parts of the columns, per pair only
-    ctas: int = 8  # programs per multiprocessor of the persistent grid
 
 
 def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: int) -> ShrinkTile:
@@ -291,18 +290,16 @@ def moe_shrink(
         return LowRank(s, stack_b, slots)
     align = routing.alignment
     records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
-    made = routing.lora_ranges
-    ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
+    made = routing.lora_ranges  # by a shrink before this one, and before that was the alignment
+    ranges = routing.lora_ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
+    to_fill = ranges if made is None else None
+    then = None if following is None else _following(*following, routing, workspace, ranges, rows.dtype)
     if by_cuda and can_shrink(rows, routing.num_experts):
-        then = None if following is None else _following(*following, routing, workspace, ranges, rows.dtype)
-        early = made is not None  # whose ranges are there has had a shrink before, and its alignment before that
-        group_shrink(rows, stack_a, stack_b, routing, s, records, None if early else ranges, gather=gather, early=early, following=then)
-        routing.lora_ranges = ranges
-        return LowRank(s, stack_b, slots, records, ranges, then)
-    assert following is None, "the records of a following shrink are written by the CUDA kernel alone"
-    _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, ranges if made is None else None)
-    routing.lora_ranges = ranges
-    return LowRank(s, stack_b, slots, records, ranges)
+        group_shrink(rows, stack_a, stack_b, routing, s, records, to_fill, gather=gather, early=made is not None, following=then)
+    else:
+        assert then is None, "the records of a following shrink are written by the CUDA kernel alone"
+        _launch_group_shrink(rows, s, stack_a, stack_b, routing, tile, gather, records, to_fill)
+    return LowRank(s, stack_b, slots, records, ranges, then)
 
 
 def _following(a: Stack, b: Stack, blocks: int, routing: Routing, workspace: Workspace, ranges: torch.Tensor, dtype: torch.dtype) -> Following:
@@ -343,7 +340,7 @@ def _launch_group_shrink(
 ) -> None:  # fmt: skip  # budget: what the pair form takes, and the three buffers of grouped rows
     align = routing.alignment
     rank_blocks = triton.cdiv(a.shrink_width, tile.r)
-    programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * tile.ctas))
+    programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(rows.device) * 8))
     _shrink_group_kernel[(programs, rank_blocks + (ranges is not None))](
         rows, s, align.lora_tiles, align.base_tiles, align.counts, align.sorted_pairs, records, ranges,
         a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling, b.offset, b.expert_stride, routing.told,

@@ -12,10 +12,11 @@ import torch
 from sglang_lora_moe.lora.hooks import build_lora_hooks
 from sglang_lora_moe.moe.backends import get_moe_runner_backend, make_core, make_lora_ops
 from sglang_lora_moe.moe.backends.marlin import MarlinRunnerCore, choose_plan
-from sglang_lora_moe.moe.backends.marlin_lora import FOLLOWING_ROWS
+from sglang_lora_moe.moe.backends.marlin_lora import FOLLOWING_ROWS, _first_tile
 from sglang_lora_moe.moe.runner import MoeRunner
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, fuses_activation, marlin_moe_repack
 from sglang_lora_moe.quantization.base import TritonQuantInfo
 from sglang_lora_moe.quantization.unquantized import UnquantizedMethod
@@ -67,6 +68,19 @@ def test_refuses_cpu_and_16_bit_weights() -> None:
     _, quant = quantized(make_case(spec=SPEC, m=2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="runs on NVIDIA GPUs, the weights are on cpu; use --moe-runner-backend torch_native"):
         make_core("marlin").quant_info(quant, SimpleNamespace())
+
+
+@pytest.mark.parametrize(("experts", "dim", "other"), [(128, 2048, (48, 104, 128, 192, 512)), (256, 7168, (40, 64, 128, 512)), (8, 4096, (32, 64))])
+def test_first_shrink_has_other_tiles_at_measured_pairs(monkeypatch: pytest.MonkeyPatch, experts: int, dim: int, other: tuple[int, ...]) -> None:
+    def tile(pairs: int, width: int = 32) -> Any:
+        routing: Any = SimpleNamespace(num_pairs=pairs, num_experts=experts, lora_block=16)
+        a: Any = SimpleNamespace(dim=dim, shrink_width=width)
+        return _first_tile(a, routing, torch.device("cpu"))
+
+    assert all(tile(pairs) is None for pairs in other)  # which only Hopper has
+    monkeypatch.setattr(launch, "has_wgmma", lambda device: True)
+    assert all(tile(pairs) is not None and tile(pairs, 64) is None for pairs in other)
+    assert not any(map(tile, (16, 136, 256, 1024)))
 
 
 @pytest.mark.parametrize(

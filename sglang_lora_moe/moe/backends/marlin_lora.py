@@ -21,13 +21,18 @@ FOLLOWING_ROWS = 48  # of an expert on average, from which gate_up makes s of do
 MOST_FOLLOWING_SLOTS, FEW_SLOTS, MANY_ROWS = 16, 12, 128  # 16 fit gate_up's ring, though records may name some twice; beyond 12 from 128 rows on: measured
 CUDA_PAIRS = 2048  # from which shrinks of grouped rows are csrc/moe_lora_shrink.cu's where it can
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
-LONG_TILE = ShrinkTile(16, 16, 512, 4, 4)  # of the first shrink where `_is_long`
+# The first shrink's tile by least pairs, of x of up to 2,048 columns and of more: the fewer programs, beside gate_up's, the more each has under way. Measured
+LONG_TILE, DEEP_TILE, TALL_TILE = ShrinkTile(16, 16, 512, 4, 4), ShrinkTile(16, 16, 256, 2, 5), ShrinkTile(16, 32, 256, 4, 4)
+NARROW_TILES = ((384, TALL_TILE), (208, None), (160, TALL_TILE), (129, None), (128, DEEP_TILE), (65, ShrinkTile(16, 16, 128, 4, 4)), (48, LONG_TILE))
+WIDE_TILES = ((448, TALL_TILE), (129, None), (128, DEEP_TILE), (32, LONG_TILE))
 
 
-def _is_long(a: Stack, routing: Routing, device: torch.device) -> bool:
-    """Whether the first shrink, of few LoRA tiles, takes less with half the rows of A and four times the columns under way a program: measured."""
-    few = 32 <= routing.num_pairs <= max(64, 16 * routing.top_k)
-    return few and a.dim > 2048 and a.shrink_width <= 32 and routing.lora_block == LONG_TILE.m and launch.has_wgmma(device)
+def _first_tile(a: Stack, routing: Routing, device: torch.device) -> ShrinkTile | None:
+    """In place of `shrink_tile`'s; of few experts, each with many LoRA tiles, only up to 64 pairs."""
+    pairs, narrow = routing.num_pairs, a.dim <= 2048
+    if a.shrink_width > 32 or routing.lora_block > 16 or pairs > max(64, (4 if narrow else 2) * routing.num_experts) or not launch.has_wgmma(device):
+        return None
+    return next((tile for least, tile in (NARROW_TILES if narrow else WIDE_TILES) if pairs >= least), None)
 
 
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank | PairAdapters:
@@ -50,13 +55,12 @@ def _of_gate_up(inp: RunnerInput, x: torch.Tensor, stacks: ExpertStacks, routing
     if stacks.a2.dim <= AT_ONCE and _combined(stacks, routing):  # down may begin beside its shrink
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
     following = (stacks.a2, stacks.b2, -(-stacks.a2.dim * 2 // SHAPES[EVERYWHERE].block_rows)) if _makes_s_of_down(inp, x, stacks, routing) else None
-    tile = LONG_TILE if _is_long(stacks.a13, routing, x.device) else None
+    tile = _first_tile(stacks.a13, routing, x.device)
     by_cuda = routing.num_pairs >= CUDA_PAIRS
     low = moe_shrink(x, stacks.a13, stacks.b13, routing, inp.workspace, gather=True, name="lora.13", by_cuda=by_cuda, following=following, tile=tile)
-    if low.following is None:
-        return _found_by_slot(low, stacks.a13, routing)
-    routing.following = low.following.low
-    return low
+    if low.following is not None:
+        routing.following = low.following.low
+    return _found_by_slot(low, stacks.a13, routing)
 
 
 def _makes_s_of_down(inp: RunnerInput, x: torch.Tensor, stacks: ExpertStacks, routing: Routing) -> bool:
