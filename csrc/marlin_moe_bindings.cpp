@@ -95,7 +95,7 @@ void marlin_moe_gemm_op(Tensor x, Tensor packed, Tensor scales, std::optional<Te
     by_slot.split = checked<const int32_t>("marlin_moe", *split, "split", ScalarType::Int, device, known);
     by_slot.b_offset = checked<const int64_t>("marlin_moe", *b_offset, "b_offset", ScalarType::Long, device, known);
     by_slot.b_stride = checked<const int64_t>("marlin_moe", *b_stride, "b_stride", ScalarType::Long, device, known);
-    by_slot.num_slots = (int32_t)known, by_slot.parts = a.low_width > 8 ? 2 : 1;
+    by_slot.num_slots = (int32_t)known, by_slot.parts = a.low_width > 32 ? 4 : a.low_width > 8 ? 2 : 1;
     a.by_slot = &by_slot;
   }
   if (a_pool) {
