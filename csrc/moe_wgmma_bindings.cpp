@@ -21,7 +21,7 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
                   w.size(0), ", ", w.size(1), ", ", w.size(2), "]");
   STD_TORCH_CHECK(halves == 1 || !scatter, kName, ": scatters with halves 1 alone");
   STD_TORCH_CHECK(top_k >= 1 && group >= 1 && blocks >= 1, kName, ": expected top_k, group and blocks of at least 1, got ", top_k, ", ", group, ", ", blocks);
-  STD_TORCH_CHECK(tokens == 144 || (cluster == 1 && tokens == 32), kName, ": expected tiles of 144 tokens, or of 32 in blocks of their own, got ", tokens);
+  STD_TORCH_CHECK(tokens == 144 || (cluster == 1 && (tokens == 32 || tokens == 72)), kName, ": expected tiles of 144 tokens, or of 32 or 72 in blocks of their own, got ", tokens);
   STD_TORCH_CHECK((cluster == 1 || cluster == 2) && blocks % cluster == 0, kName, ": expected clusters of 1 or 2 that divide the grid, got ", cluster, " and ", blocks);
   STD_TORCH_CHECK(x.size(0) * (k / 8) < (int64_t)1 << 32, kName, ": x of ", x.size(0), " x ", k, " is too large");
   const int64_t tile_count = tiles.numel() / 3;
@@ -46,12 +46,13 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
   if (next_parts) {
     STD_TORCH_CHECK(s && next_pool && next_records && next_s && halves == 2 && cluster == 1 && report > 0, kName,
                     ": the next product's parts come with pool, records and s of both, halves 2, blocks of their own and report");
+    const int64_t columns = tokens == 72 ? 64 : 128;  // of a block's tile
     a.next.width = (int32_t)next_parts->size(2), a.next.s_width = (int32_t)next_s->size(next_s->dim() - 1);
     STD_TORCH_CHECK(a.next.width % 16 == 0 && a.next.width <= 64 && a.next.s_width <= a.next.width, kName, ": expected parts of 16 to 64 columns, and s of no more, got ", a.next.width,
                     " and ", a.next.s_width);
     a.next.pool = checked<void>(kName, *next_pool, "next_pool", type, device, 0);
     a.next.records = checked<const int64_t>(kName, *next_records, "next_records", ScalarType::Long, device, records->numel());
-    a.next.parts = checked<float>(kName, *next_parts, "next_parts", ScalarType::Float, device, (n + 127) / 128 * pairs * a.next.width);
+    a.next.parts = checked<float>(kName, *next_parts, "next_parts", ScalarType::Float, device, (n + columns - 1) / columns * pairs * a.next.width);
     a.next.s = checked<void>(kName, *next_s, "next_s", type, device, pairs * a.next.s_width);
   }
   a.max_rank = (int32_t)max_rank;

@@ -10,25 +10,27 @@
 
 namespace {
 
-constexpr int kRows = 256, kK = 64;
-constexpr int kFetchers = 128, kThreads = 384, kRecord = 5;
-constexpr int kWeightBytes = kRows * 128;
-constexpr int kLowRows = 128, kLowUnits = kLowRows / 16;  // of the next product's A in a stage, in rows of 128 columns
+constexpr int kK = 64, kFetchers = 128, kRecord = 5;
+constexpr int kLowUnits = 8;  // sixteens of rows of the next product's A in a stage
 constexpr int kTold = -2;
 constexpr int kLower = 0xffff, kOne = kLower + 1;  // of a word of a tile: what it says, and one of what is counted above
 
-// What a kernel is compiled for: tokens of a tile, and with fewer of them more stages.
+// What a kernel is compiled for: tokens of a tile, and with fewer of them more stages. Tiles of 72 tokens have 128 rows and one multiplying warpgroup, so that
+// two blocks share a multiprocessor: one's weights come while the other ends a tile.
 template <int TOKENS, int HALVES, int CLUSTER>
 struct Form {
   static constexpr int kTokens = TOKENS, kHalves = HALVES, kCluster = CLUSTER;
+  static constexpr int kGroups = TOKENS == 72 ? 1 : 2, kRows = 128 * kGroups, kBlocks = 2 / kGroups;  // multiplying warpgroups; blocks on a multiprocessor
+  static constexpr int kWarps = 4 * kGroups, kThreads = kFetchers + 32 * kWarps;
   static constexpr bool kMakes = HALVES == 2 && CLUSTER == 1;  // the next product's s, if asked to
-  static constexpr int kStages = TOKENS > 32 ? 4 : 6, kStageBytes = kWeightBytes + TOKENS * 128;
-  static constexpr int kPitch = 256 / HALVES + 16;                // bytes of a token that leaves through shared memory
-  static constexpr int kChunk = (TOKENS > 32 ? 40 : 16) * HALVES;  // tokens that leave at once
+  static constexpr int kWeightBytes = kRows * 128, kStages = TOKENS > 32 ? 4 : 6, kStageBytes = kWeightBytes + TOKENS * 128;
+  static constexpr int kPitch = 256 / HALVES + 16;  // bytes of a token that leaves through shared memory
+  static constexpr int kChunk = (TOKENS == 144 ? 40 : TOKENS == 72 ? 8 : 16) * HALVES;  // tokens that leave at once
   static constexpr int kOutBytes = kChunk * kPitch;
-  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kOutBytes + 2 * TOKENS * 4 + 512;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kGroups * kOutBytes + kGroups * TOKENS * 4 + (kGroups == 2 ? 512 : 384);
   static constexpr int kPasses = (TOKENS * 8 + kFetchers - 1) / kFetchers;  // rows of x that a fetching thread brings a sixteen-byte piece of
-  static_assert(kSharedBytes <= 227 * 1024, "a block's shared memory");
+  static constexpr int kFetcherRegisters = kGroups == 2 ? 136 : 120, kMultiplierRegisters = kGroups == 2 ? 184 : 136;
+  static_assert((kSharedBytes + 1024) * kBlocks <= 228 * 1024, "the blocks' shared memory");
 };
 
 struct Note {  // from the fetching warps, with a stage
@@ -58,8 +60,8 @@ struct Shared {
 
   DEVICE explicit Shared(uint8_t* memory) : stages(memory) {
     out = memory + F::kStages * F::kStageBytes;
-    rows = (int32_t*)(out + 2 * F::kOutBytes);
-    full = (Barrier*)(rows + 2 * F::kTokens);
+    rows = (int32_t*)(out + F::kGroups * F::kOutBytes);
+    full = (Barrier*)(rows + F::kGroups * F::kTokens);
     empty = full + F::kStages;
     stored = empty + F::kStages;
     notes = (Note*)(stored + 1);
@@ -73,7 +75,10 @@ template <class F>
 DEVICE uint8_t* stage_of(const Shared<F>& s, uint32_t step) {
   return s.stages + step % F::kStages * F::kStageBytes;
 }
-DEVICE uint8_t* low_piece_of(uint8_t* rows, int row, int piece) { return rows + row * 256 + ((piece ^ (row & 7)) << 4); }
+template <class F>
+DEVICE uint8_t* low_piece_of(uint8_t* rows, int row, int piece) {  // as many columns as a tile has
+  return rows + row * F::kRows + ((piece ^ (row & 7)) << 4);
+}
 DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
 DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
 DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -202,16 +207,16 @@ struct Addend {
 
 // COUNT sixteens of the run's columns of B, from the unit-th of this stage on, and of s: those of gate and of up beside each other, or one.
 // One warp a scheduler does this, so that instructions count: addresses advance, and ranks that are no multiple of eight have their own loop.
-template <int HALVES, int COUNT, bool ALIGNED = true>
+template <class F, int COUNT, bool ALIGNED = true>
 DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage, int unit, const Note& note) {
-  constexpr int kOfB = 2 * COUNT, kOfS = 2 * COUNT * HALVES, kRowsB = kFetchers / kOfB, kRowsS = kFetchers / kOfS;  // pieces of a row, rows at once
+  constexpr int HALVES = F::kHalves, kOfB = 2 * COUNT, kOfS = 2 * COUNT * HALVES, kRowsB = kFetchers / kOfB, kRowsS = kFetchers / kOfS;  // pieces of a row, rows at once
   const int tid = thread_index_here(), row0 = tid / kOfB, r = u.r0 + tid % kOfB * 8, inside = r < u.rank ? a.n - note.n0 - row0 : 0;
 #pragma unroll
   for (int half = 0; half < HALVES; half++) {
     const uint16_t* source = (const uint16_t*)a.pool + (int64_t)u.place * 8 + ((int64_t)half * a.n + note.n0 + row0) * u.rank + r;
-    uint8_t* target = piece_of(stage + half * (kRows / 2) * 128, row0, 2 * unit + tid % kOfB);
+    uint8_t* target = piece_of(stage + half * (F::kRows / 2) * 128, row0, 2 * unit + tid % kOfB);
 #pragma unroll(ALIGNED ? 8 : 1)
-    for (int row = 0; row < kRows / HALVES; row += kRowsB, source += kRowsB * u.rank, target += kRowsB * 128) {
+    for (int row = 0; row < F::kRows / HALVES; row += kRowsB, source += kRowsB * u.rank, target += kRowsB * 128) {
       if constexpr (ALIGNED) cp16(target, source, row < inside);
       else load_piece(target, source, row < inside ? u.rank - r : 0, u.b_aligned());
     }
@@ -219,7 +224,7 @@ DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage
   const int piece = tid % kOfS, half = piece / 2 % HALVES, s_r = u.r0 + piece / (2 * HALVES) * 16 + (piece & 1) * 8;
   const int low = s_r < u.rank ? u.low : INT32_MAX, high = u.high;
   const uint16_t* source = (const uint16_t*)a.s + ((int64_t)note.start + tid / kOfS) * a.s_width + half * u.split * a.max_rank + s_r;
-  uint8_t* target = piece_of(stage + kWeightBytes, tid / kOfS, 2 * HALVES * unit + piece);
+  uint8_t* target = piece_of(stage + F::kWeightBytes, tid / kOfS, 2 * HALVES * unit + piece);
 #pragma unroll 1
   for (int row = tid / kOfS; row < note.rows; row += kRowsS, source += kRowsS * a.s_width, target += kRowsS * 128) {
     const bool mine = row >= low && row < high;
@@ -229,16 +234,17 @@ DEVICE void fetch_columns(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage
 }
 
 // The same of a run of at most sixteen ranks by one warp: a half of it, with HALVES 2.
-template <int HALVES>
+template <class F>
 DEVICE void fetch_run(const MoeWgmmaGemm& a, const Addend& u, uint8_t* stage, int unit, int half, const Note& note) {
+  constexpr int HALVES = F::kHalves;
   const int piece = lane_index() & 1, row0 = lane_index() >> 1, inside = piece * 8 < u.rank ? a.n - note.n0 - row0 : 0;
   const uint16_t* source = (const uint16_t*)a.pool + (int64_t)u.place * 8 + ((int64_t)half * a.n + note.n0 + row0) * u.rank + piece * 8;
-  uint8_t* target = piece_of(stage + half * (kRows / 2) * 128, row0, 2 * unit + piece);
+  uint8_t* target = piece_of(stage + half * (F::kRows / 2) * 128, row0, 2 * unit + piece);
 #pragma unroll 8
-  for (int row = 0; row < kRows / HALVES; row += 16, source += 16 * u.rank, target += 16 * 128) cp16(target, source, row < inside);
+  for (int row = 0; row < F::kRows / HALVES; row += 16, source += 16 * u.rank, target += 16 * 128) cp16(target, source, row < inside);
   const int low = piece * 8 < u.rank ? u.low : INT32_MAX;
   const uint16_t* of_s = (const uint16_t*)a.s + ((int64_t)note.start + row0) * a.s_width + half * u.split * a.max_rank + piece * 8;
-  target = piece_of(stage + kWeightBytes, row0, 2 * (HALVES * unit + half) + piece);
+  target = piece_of(stage + F::kWeightBytes, row0, 2 * (HALVES * unit + half) + piece);
 #pragma unroll 4
   for (int row = row0; row < note.rows; row += 16, of_s += 16 * a.s_width, target += 16 * 128) cp16(target, of_s, row >= low && row < u.high);
 }
@@ -253,7 +259,7 @@ DEVICE void fetch_addend(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note n
     for (int from = 0; from == 0 || !note.last; from += kEach) {
       u.take(from + warp_index() / F::kHalves, note);
       uint8_t* const stage = f.begin();
-      if (u.any) fetch_run<F::kHalves>(a, u, stage, warp_index() / F::kHalves, warp_index() % F::kHalves, note);
+      if (u.any) fetch_run<F>(a, u, stage, warp_index() / F::kHalves, warp_index() % F::kHalves, note);
       note.products = runs - from < kEach ? runs - from : kEach;
       if (note.products < 0) note.products = 0;
       note.last = --stages <= 0 && from + kEach >= runs;
@@ -270,10 +276,10 @@ DEVICE void fetch_addend(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note n
     for (note.products = 0; note.products < kEach && u.any;) {
       const int left = divide_up(u.rank - u.r0, 16), room = u.s_aligned() ? kEach - note.products : 1, count = left >= 3 && room >= 4 ? 4 : left >= 2 && room >= 2 ? 2 : 1;
       aligned = aligned && u.s_aligned();
-      if (!u.s_aligned()) fetch_columns<F::kHalves, 1, false>(a, u, stage, note.products, note);
-      else if (count == 1) fetch_columns<F::kHalves, 1>(a, u, stage, note.products, note);
-      else if (count == 2 || kEach == 2) fetch_columns<F::kHalves, 2>(a, u, stage, note.products, note);
-      else fetch_columns<F::kHalves, kEach>(a, u, stage, note.products, note);
+      if (!u.s_aligned()) fetch_columns<F, 1, false>(a, u, stage, note.products, note);
+      else if (count == 1) fetch_columns<F, 1>(a, u, stage, note.products, note);
+      else if (count == 2 || kEach == 2) fetch_columns<F, 2>(a, u, stage, note.products, note);
+      else fetch_columns<F, kEach>(a, u, stage, note.products, note);
       note.products += count;
       u.advance(note, count);
     }
@@ -287,7 +293,8 @@ DEVICE void fetch_addend(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note n
 // The columns of the next product's A that the tile's rows are multiplied by once they are in shared memory, all sixteens of a run in one stage.
 template <class F>
 DEVICE void fetch_low(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note) {
-  const int row0 = thread_index() / 16, piece = thread_index() % 16, rows = note.rows;
+  constexpr int kPieces = F::kRows / 16, kOfWarp = 32 / kPieces, kOfAll = kFetchers / kPieces;  // of a row; rows at once
+  const int row0 = thread_index() / kPieces, piece = thread_index() % kPieces, rows = note.rows;
   const bool inside = note.n0 + piece * 8 < a.n;
   if (u.plain(note)) {
     const int runs = count_bits(u.starts), lane = lane_index();
@@ -295,13 +302,13 @@ DEVICE void fetch_low(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note
       uint8_t* const stage = f.begin();
       for (int unit = 0; warp_index() == 0 && unit < kLowUnits && from + unit < runs; unit++) {
         u.take(from + unit, note);
-        if (lane == 0) ((LowRun*)(stage + kWeightBytes))[unit] = {u.low, u.high, unit, 1};
+        if (lane == 0) ((LowRun*)(stage + F::kWeightBytes))[unit] = {u.low, u.high, unit, 1};
       }
       for (int unit = warp_index(); unit < kLowUnits && from + unit < runs; unit += kFetchers / 32) {
         u.take(from + unit, note);
-        const uint16_t* source = (const uint16_t*)a.next.pool + (int64_t)(uint32_t)u.split * 8 + (int64_t)(lane / 16) * a.n + note.n0 + piece * 8;
+        const uint16_t* source = (const uint16_t*)a.next.pool + (int64_t)(uint32_t)u.split * 8 + (int64_t)(lane / kPieces) * a.n + note.n0 + piece * 8;
 #pragma unroll 2
-        for (int row = lane / 16; row < 16; row += 2, source += 2 * a.n) cp16(low_piece_of(stage, unit * 16 + row, piece), source, inside && row < u.rank);
+        for (int row = lane / kPieces; row < 16; row += kOfWarp, source += kOfWarp * a.n) cp16(low_piece_of<F>(stage, unit * 16 + row, piece), source, inside && row < u.rank);
       }
       note.products = runs - from < kLowUnits ? runs - from : kLowUnits;
       if (note.products < 0) note.products = 0;
@@ -320,9 +327,9 @@ DEVICE void fetch_low(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note
     uint8_t* const stage = f.begin();
     note.products = 0;
     for (int unit = 0, units; u.any && unit + (units = divide_up(u.rank, 16)) <= kLowUnits; unit += units, u.load(note)) {
-      if (thread_index() == 0) ((LowRun*)(stage + kWeightBytes))[note.products] = {u.low, u.high, unit, units};
+      if (thread_index() == 0) ((LowRun*)(stage + F::kWeightBytes))[note.products] = {u.low, u.high, unit, units};
       const uint16_t* source = (const uint16_t*)a.next.pool + (int64_t)(uint32_t)u.split * 8 + (int64_t)row0 * a.n + note.n0 + piece * 8;
-      for (int row = row0; row < units * 16; row += kFetchers / 16, source += kFetchers / 16 * a.n) cp16(low_piece_of(stage, unit * 16 + row, piece), source, inside && row < u.rank);
+      for (int row = row0; row < units * 16; row += kOfAll, source += kOfAll * a.n) cp16(low_piece_of<F>(stage, unit * 16 + row, piece), source, inside && row < u.rank);
       note.products++;
     }
     note.last = !u.any, note.open = note.last ? *f.open_word() : -1;
@@ -338,11 +345,11 @@ struct Place {  // of the walk: the tile, its first column, and the tile's entry
   int tile = 0, n0 = 0, expert = -1, start = 0, rows = 0;
 };
 
-template <int HALVES>
+template <class F>
 DEVICE Place place_of(const MoeWgmmaGemm& a, int t, int tiles, int column_blocks) {
   const int together = a.group * column_blocks, group = t / together, local = t - group * together;
   const int members = tiles - group * a.group < a.group ? tiles - group * a.group : a.group, tile = group * a.group + local % members;
-  return {tile, local / members * (kRows / HALVES), a.tiles[3 * tile] & kLower, a.tiles[3 * tile + 1], a.tiles[3 * tile + 2] & kLower};
+  return {tile, local / members * (F::kRows / F::kHalves), a.tiles[3 * tile] & kLower, a.tiles[3 * tile + 1], a.tiles[3 * tile + 2] & kLower};
 }
 
 // This block's rows of a tile, and what the fetching thread gathers by, on its way.
@@ -368,11 +375,11 @@ template <class F>
 DEVICE void ask_weights(const Fetcher<F>& f, const MoeWgmmaGemm& a, const TensorMap& map, const Note& note, uint32_t step, int k) {
   f.shared.notes[step % F::kStages] = note;
   Barrier* const full = &f.shared.full[step % F::kStages];
-  barrier_expect(full, kWeightBytes);
+  barrier_expect(full, F::kWeightBytes);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    uint8_t* const target = stage_of(f.shared, step) + half * (kWeightBytes / 2);
-    const int row = F::kHalves == 2 ? note.n0 : note.n0 + half * 128, matrix = F::kHalves == 2 ? 2 * note.expert + half : note.expert;
+    uint8_t* const target = stage_of(f.shared, step) + half * (F::kWeightBytes / 2);
+    const int row = F::kHalves == 2 ? note.n0 : note.n0 + half * (F::kRows / 2), matrix = F::kHalves == 2 ? 2 * note.expert + half : note.expert;
     const uint64_t policy = a.stream ? kStream : kKeep;
     if (F::kCluster == 1) copy_box(target, &map, full, k, row, matrix, policy);
     else if (half == cluster_rank()) copy_box_to_both(target, &map, full, k, row, matrix, policy);
@@ -395,7 +402,7 @@ DEVICE void fetch_products(Fetcher<F>& f, const MoeWgmmaGemm& a, const TensorMap
 #pragma unroll
     for (int i = 0; i < F::kPasses; i++) {
       const int row = row0 + i * (kFetchers / 8);
-      if (row < note.rows) cp16(piece_of(stage + kWeightBytes, row, piece), x + (int64_t)source[i] * 16, inside);
+      if (row < note.rows) cp16(piece_of(stage + F::kWeightBytes, row, piece), x + (int64_t)source[i] * 16, inside);
     }
     f.end();
   }
@@ -433,14 +440,14 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
   Fetcher<F> f{a, shared};
   bool waits = true;  // for the kernel before, which made s
   if (!a.s && a.gather) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
-  const int column_blocks = divide_up(a.n, kRows / F::kHalves), tiles = a.counts[1];
+  const int column_blocks = divide_up(a.n, F::kRows / F::kHalves), tiles = a.counts[1];
   const int total = tiles * column_blocks;
   int rows[F::kPasses], next_rows[F::kPasses], asked = 0, range[2] = {0, 0};  // steps asked for early; the LoRA tiles of the next tile
   Walk walk{a, shared.taken, (int)blockIdx.x / F::kCluster};
   walk.begin();
   Place place, next, after;
-  if (walk.now < total) place = place_of<F::kHalves>(a, walk.now, tiles, column_blocks);
-  if (walk.next < total) next = place_of<F::kHalves>(a, walk.next, tiles, column_blocks);
+  if (walk.now < total) place = place_of<F>(a, walk.now, tiles, column_blocks);
+  if (walk.next < total) next = place_of<F>(a, walk.next, tiles, column_blocks);
   Note note = part_of<F>(a, place, rows);
   Addend u{a};
   if (a.s && a.behind && walk.now < total) range[0] = a.ranges[2 * place.tile], range[1] = a.ranges[2 * place.tile + 1];
@@ -452,7 +459,7 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
   for (; walk.now < total; walk.turn()) {  // what the next tile begins with is asked for during this one, and its place during the one before
     if (a.s && (!waits || a.behind)) u.ask(range[0], range[1]);
     walk.ask();
-    if (walk.after < total) after = place_of<F::kHalves>(a, walk.after, tiles, column_blocks);
+    if (walk.after < total) after = place_of<F>(a, walk.after, tiles, column_blocks);
     const Note next_note = part_of<F>(a, next, next_rows);
     if (a.s && (!waits || a.behind)) range[0] = a.ranges[2 * next.tile], range[1] = a.ranges[2 * next.tile + 1];
     if (a.behind) {

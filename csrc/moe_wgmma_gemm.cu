@@ -3,7 +3,8 @@
 //
 //   * A block walks tiles of 256 rows of one weight (with an activation 128 gate rows and the 128 up rows that belong to them) x up to 144
 //     tokens, persistently. Four warps fetch: the weight by the tensor copy engine, the tokens' rows, scattered, by cp.async. Two
-//     warpgroups multiply, each 64 + 64 rows, so that a thread ends with gate and up; meanwhile the next tile is fetched.
+//     warpgroups multiply, each 64 + 64 rows, so that a thread ends with gate and up; meanwhile the next tile is fetched. Or 128 rows x up to 72
+//     tokens with one such warpgroup, and two blocks on a multiprocessor.
 //   * In a cluster two blocks share a tile of up to 288 tokens: each fetches half of the weight, into the shared memory of both.
 //   * The low-rank addend is more k of the same product: 16 columns of B of an adapter against 16 columns of s, zero outside its rows.
 //   * With an addend the kernel before made s: only the fetch of s waits for it, the rest runs beside it.
@@ -40,16 +41,16 @@ struct Multiplier {
     }
   }
   // First row of a half of this group's: its gate and its up rows, or 128 in a row.
-  DEVICE int row(int half) const { return F::kHalves == 2 ? half * 128 + group * 64 : group * 128 + half * 64; }
+  DEVICE int row(int half) const { return F::kHalves == 2 ? half * (F::kRows / 2) + group * 64 : group * 128 + half * 64; }
 };
 
 // Sixteen of k: columns 16 i of the weights, and of the tokens' rows, with `apart` other ones for the second half.
-template <class T, int NT, class M>
-DEVICE void multiply_sixteen(float (&d)[2][72], const M& m, int i, int token_i, int apart, bool accumulate) {
+template <class T, int NT, class F>
+DEVICE void multiply_sixteen(float (&d)[2][72], const Multiplier<F>& m, int i, int token_i, int apart, bool accumulate) {
   uint8_t* const stage = stage_of(m.shared, m.step);
 #pragma unroll
   for (int half = 0; half < 2; half++)
-    multiply_shared<T, NT>(d[half], wgmma_matrix(stage + m.row(half) * 128) + 2 * i, wgmma_matrix(stage + kWeightBytes) + 2 * (token_i + half * apart), accumulate);
+    multiply_shared<T, NT>(d[half], wgmma_matrix(stage + m.row(half) * 128) + 2 * i, wgmma_matrix(stage + F::kWeightBytes) + 2 * (token_i + half * apart), accumulate);
 }
 
 template <class T, int NT, class F>
@@ -116,22 +117,22 @@ DEVICE void multiply_low(const MoeWgmmaGemm& a, const Note& note, Multiplier<F>&
     uint8_t* const stage = stage_of(m.shared, m.step);
     const int runs = m.told(&Note::products), until = m.told(&Note::rows);
     for (int i = 0, item = 0; i < runs; i++) {
-      const LowRun run = ((const LowRun*)(stage + kWeightBytes))[i];
+      const LowRun run = ((const LowRun*)(stage + F::kWeightBytes))[i];
       const int low = run.low > c ? run.low : c, high = run.high < end ? run.high : end;
       for (int row0 = low & ~15; row0 < high; row0 += 16, item++) {
-        if ((item & 7) != warp) continue;
+        if ((item & (F::kWarps - 1)) != warp) continue;
         for (int unit = 0; unit < run.units; unit++) {
           float sum[2][4] = {};
 #pragma unroll 4
-          for (int k = 0; k < 8; k++) {
+          for (int k = 0; k < 4 * F::kGroups; k++) {
             uint32_t x[4], w[4];
             load_matrix_x4(x, rows + k / 4 * F::kOutBytes + (row0 - c) * F::kPitch + k % 4 * 32);
-            load_matrix_x4(w, low_piece_of(stage, (run.unit + unit) * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+            load_matrix_x4(w, low_piece_of<F>(stage, (run.unit + unit) * 16 + (lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
             const uint32_t w0[2] = {w[0], w[1]}, w1[2] = {w[2], w[3]};
             T::mma(sum[0], x, w0);
             T::mma(sum[1], x, w1);
           }
-          float* const part = a.next.parts + ((int64_t)(note.n0 / (kRows / 2)) * a.pairs + note.start + row0 + lane / 4) * a.next.width + unit * 16 + lane % 4 * 2;
+          float* const part = a.next.parts + ((int64_t)(note.n0 / (F::kRows / 2)) * a.pairs + note.start + row0 + lane / 4) * a.next.width + unit * 16 + lane % 4 * 2;
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             const int row = row0 + lane / 4 + h * 8;
@@ -165,7 +166,7 @@ DEVICE int store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[
   const int group = m.group;
   const bool low = F::kMakes && a.next.parts;
   const auto sync = [&] {  // both groups where their columns meet
-    if (low) sync_two_warpgroups(4);
+    if (F::kGroups == 2 && low) sync_two_warpgroups(4);
     else sync_warpgroup(1 + group);
   };
   constexpr int kColumns = 128 / F::kHalves, kPieces = kColumns / 8, kTogether = 128 / kPieces, kEach = F::kChunk / kTogether;
@@ -241,10 +242,11 @@ DEVICE int store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[
 
 // s of a tile whose parts are all there, by the multiplying warps, whose sums hold nothing now: four columns a thread, whose parts are asked for at
 // once, since each wait is a round trip through L2.
+template <class F>
 DEVICE void add_parts(const MoeWgmmaGemm& a, const OpenTile& open) {
-  constexpr int kParts = 6, kAdders = kThreads - kFetchers;
+  constexpr int kParts = 6, kAdders = 32 * F::kWarps;
   const int start = open.start, rows = open.rows, from = open.first, to = open.end, tile = open.tile;
-  const int parts = divide_up(a.n, kRows / 2), fours = a.next.width / 4, thread = thread_index_here() - kFetchers, lane = thread & 31;
+  const int parts = divide_up(a.n, F::kRows / 2), fours = a.next.width / 4, thread = thread_index_here() - kFetchers, lane = thread & 31;
   const int64_t apart = (int64_t)a.pairs * a.next.width;
   for (int first = from; first < to; first += 32) {  // lane l has LoRA tile first + l
     int64_t record[3] = {};
@@ -282,7 +284,8 @@ DEVICE void add_parts(const MoeWgmmaGemm& a, const OpenTile& open) {
         for (int k = 0; k < 4 && r + k < a.next.s_width; k++) out[k] = (uint16_t)(words[k / 2] >> (k % 2 * 16));
     }
   }
-  sync_two_warpgroups(4);
+  if constexpr (F::kGroups == 2) sync_two_warpgroups(4);
+  else sync_warpgroup(1);
   if (thread == 0) publish_add((uint32_t*)a.tiles + 3 * tile + 2, kOne);
 }
 
@@ -325,53 +328,63 @@ DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
       open = m.told(&Note::open), more = false;
     }
     if constexpr (F::kHalves == 2) {
-      if (open >= 0) add_parts(a, shared.opened[open]);
+      if (open >= 0) add_parts<F>(a, shared.opened[open]);
     }
   }
 }
 
 template <class T, class F>
-KERNEL void __launch_bounds__(kThreads, 1) gemm(const MoeWgmmaGemm a, const GRID_CONSTANT TensorMap map, Divider top_k) {
+KERNEL void __launch_bounds__(F::kThreads, F::kBlocks) gemm(const MoeWgmmaGemm a, const GRID_CONSTANT TensorMap map, Divider top_k) {
 #if SM90  // elsewhere an empty kernel, which is never launched: ops/moe_wgmma_gemm.py refuses
   SMEM_DECL;
   const Shared<F> shared(smem_);
   if (thread_index() == 0) {
-    for (int i = 0; i < F::kStages; i++) barrier_init(&shared.full[i], kFetchers + 1), barrier_init(&shared.empty[i], 8 * F::kCluster);
-    barrier_init(shared.stored, 8);
+    for (int i = 0; i < F::kStages; i++) barrier_init(&shared.full[i], kFetchers + 1), barrier_init(&shared.empty[i], F::kWarps * F::kCluster);
+    barrier_init(shared.stored, F::kWarps);
     publish_barriers();
   }
   if constexpr (F::kCluster == 2) sync_cluster();
   else sync_block();
   if (warp_index() < kFetchers / 32) {
-    give_registers<136>();
+    give_registers<F::kFetcherRegisters>();
     fetch<F>(a, map, top_k, shared);
   } else {
-    take_registers<184>();
+    take_registers<F::kMultiplierRegisters>();
     multiply<T, F>(a, shared);
   }
   if constexpr (F::kCluster == 2) sync_cluster();  // the other block may still arrive here
 #endif
 }
 
-// The weights as [experts * halves, n, k] for the copy engine: a box is 128 rows.
-int describe(const MoeWgmmaGemm& a, TensorMap* map) {
+// The weights as [experts * halves, n, k] for the copy engine: a box is half of a tile's rows.
+int describe(const MoeWgmmaGemm& a, TensorMap* map, int rows) {
   const uint64_t size[3] = {(uint64_t)a.k, (uint64_t)a.n, (uint64_t)a.halves * a.experts}, stride[2] = {(uint64_t)a.k, (uint64_t)a.n * a.k};  // in elements
-  const uint32_t box[3] = {kK, kRows / 2, 1};
+  const uint32_t box[3] = {kK, (uint32_t)rows / 2, 1};
   return describe_boxes(map, a.w, a.is_bf16, size, stride, box);
 }
 
 template <class T, class F>
-int enqueue(const MoeWgmmaGemm& a, const TensorMap& map, void* stream) {
-  const Launch how = {(unsigned)a.blocks, kThreads, F::kSharedBytes, stream, a.overlap && can_overlap()};
+int enqueue(const MoeWgmmaGemm& a, void* stream) {
+  TensorMap map;
+  const int error = describe(a, &map, F::kRows);
+  if (error != 0) return error;
+#ifdef __CUDACC__
+  if constexpr (F::kBlocks == 2) {  // else the driver may leave room for one
+    const cudaError_t refused = cudaFuncSetAttribute((const void*)gemm<T, F>, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    if (refused != cudaSuccess) return (int)refused;
+  }
+#endif
+  const Launch how = {(unsigned)a.blocks, F::kThreads, F::kSharedBytes, stream, a.overlap && can_overlap()};
   const Divider top_k = make_divider(a.top_k);
   if constexpr (F::kCluster == 2) return launch_clusters(how, 2, gemm<T, F>, a, map, top_k);
   else return launch(how, gemm<T, F>, a, map, top_k);
 }
 
 template <class T, int HALVES>
-int dispatch(const MoeWgmmaGemm& a, const TensorMap& map, void* stream) {
-  if (a.cluster == 2) return enqueue<T, Form<144, HALVES, 2>>(a, map, stream);
-  return a.tokens == 144 ? enqueue<T, Form<144, HALVES, 1>>(a, map, stream) : enqueue<T, Form<32, HALVES, 1>>(a, map, stream);
+int dispatch(const MoeWgmmaGemm& a, void* stream) {
+  if (a.cluster == 2) return enqueue<T, Form<144, HALVES, 2>>(a, stream);
+  if (a.tokens == 72) return enqueue<T, Form<72, HALVES, 1>>(a, stream);
+  return a.tokens == 144 ? enqueue<T, Form<144, HALVES, 1>>(a, stream) : enqueue<T, Form<32, HALVES, 1>>(a, stream);
 }
 
 }  // namespace
@@ -379,9 +392,6 @@ int dispatch(const MoeWgmmaGemm& a, const TensorMap& map, void* stream) {
 extern "C" int moe_wgmma_gemm(const MoeWgmmaGemm* arguments, void* stream) {
   const MoeWgmmaGemm& a = *arguments;
   if (a.pairs == 0) return 0;
-  TensorMap map;
-  const int error = describe(a, &map);
-  if (error != 0) return error;
-  if (a.is_bf16) return a.halves == 2 ? dispatch<BFloat16, 2>(a, map, stream) : dispatch<BFloat16, 1>(a, map, stream);
-  return a.halves == 2 ? dispatch<Float16, 2>(a, map, stream) : dispatch<Float16, 1>(a, map, stream);
+  if (a.is_bf16) return a.halves == 2 ? dispatch<BFloat16, 2>(a, stream) : dispatch<BFloat16, 1>(a, stream);
+  return a.halves == 2 ? dispatch<Float16, 2>(a, stream) : dispatch<Float16, 1>(a, stream);
 }

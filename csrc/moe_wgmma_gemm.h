@@ -10,7 +10,7 @@ extern "C" {
 struct MoeWgmmaNext {
   const void* pool;        // of A [rank, n]
   const int64_t* records;  // [LoRA tiles, 5] first row, rows and above them the scaling's bits, rank, place of A in 16 bytes, place of B
-  float* parts;            // [ceil(n / 128), pairs, width], or null: none of this
+  float* parts;            // [ceil(n / 128), pairs, width], with tiles of 72 tokens ceil(n / 64), or null: none of this
   void* s;                 // [pairs, s_width]
   int32_t width, s_width;  // width: the largest rank rounded up to 16, at most 64
 };
@@ -40,7 +40,7 @@ struct MoeWgmmaGemm {
   int32_t gather, scatter;  // x by token (pair / top_k) rather than by row; out by pair rather than by row, with halves 1
   int32_t group;            // tiles that walk the columns together
   int32_t blocks;           // of the grid: multiprocessors, fewer where there are fewer tiles
-  int32_t tokens;           // of a block's tile: 144, with cluster 1 also 32, which keeps more weights on their way
+  int32_t tokens;           // of a block's tile: 144, with cluster 1 also 32, which keeps more weights on their way, or 72, with two blocks on a multiprocessor
   int32_t cluster;          // 2: two blocks share a tile of up to twice the tokens, and fetch each weight once
   int32_t stream;           // weights leave L2 first: worth it where one tile of tokens reads them
   int32_t report;           // each block counts its part of a tile when it is stored, so often in all; 0: nobody waits for it

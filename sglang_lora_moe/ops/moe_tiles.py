@@ -157,7 +157,8 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, Layer
     (128, 2048, 768): [
         (192, 320, _wgmma(1, 1, 16, True, 32), _wgmma(1, 1, 16, True, 32)),
         (321, 415, _wgmma(1, 1, 16, True, 32), None),
-        (416, 1536, _wgmma(1, 1, 32, True), _wgmma(1, 1, 32, True)),
+        (416, 831, _wgmma(1, 1, 32, True, 72), _wgmma(1, 1, 32, True)),
+        (832, 1536, _wgmma(1, 1, 32, True), _wgmma(1, 1, 32, True)),
         (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)),
         (3073, 6144, _wgmma(4, 2), _wgmma(4, 2)),
         (6145, _MANY, _wgmma(4, 1), _wgmma(4, 1, 128)),
@@ -168,6 +169,11 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, Layer
         # n tiles of an expert, which walk together
         *((544 * n - 543, 544 * n, _wgmma(2, 2) if 3 < n < 7 else _wgmma(n, 1, rows=136), _wgmma(n, 1, rows=136)) for n in range(3, 9)),
     ],
-    (256, 7168, 256): [(768, 1536, None, _wgmma(2, 1, 16, True)), (1537, 3072, None, _wgmma(2, 1)), (3073, _MANY, _wgmma(2, 1), _wgmma(2, 1))],
+    (256, 7168, 256): [
+        (768, 1279, _wgmma(1, 1, 16, True, 72), _wgmma(2, 1, 16, True)),
+        (1280, 1536, None, _wgmma(2, 1, 16, True)),
+        (1537, 3072, None, _wgmma(2, 1)),
+        (3073, _MANY, _wgmma(2, 1), _wgmma(2, 1)),
+    ],
     (32, 2880, 2880): [(768, 1536, _wgmma(1, 1), _wgmma(1, 1)), (1537, _MANY, _wgmma(1, 2), _wgmma(4, 2, 128))],
 }

@@ -18,7 +18,7 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import activation_of
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 
-TILE_ROWS = 256  # of w in a tile of the kernel
+TILE_ROWS = 256  # of w on a multiprocessor
 
 define(
     "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor(b!) tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
@@ -32,8 +32,8 @@ define(
 class WgmmaTile:
     """Launch shape: `group` tiles of tokens walk the columns together, so that they share w in L2. cluster 2: pairs of blocks
     share a tile of twice the tokens and fetch w once. stream: w leaves L2 first, for experts of one tile. tokens: of a block's
-    tile, 144, or without clusters 32, which leave room for more of w on its way. rows: of a tile, if fewer than its tokens: 136
-    where a group of tiles is then an expert's."""
+    tile, 144, or without clusters 32, which leave room for more of w on its way, or 72, of which two blocks, with half as many rows
+    of w, share a multiprocessor. rows: of a tile, if fewer than its tokens: 136 where a group of tiles is then an expert's."""
 
     group: int = 4
     cluster: int = 1
@@ -45,13 +45,17 @@ class WgmmaTile:
     def m(self) -> int:
         return self.rows or self.tokens * self.cluster
 
+    @property
+    def together(self) -> int:  # blocks on a multiprocessor
+        return 2 if self.tokens == 72 else 1
+
     def reports(self, columns: int) -> int:
         """How often blocks report each tile of a gated product of so many columns."""
         return self.blocks(columns) * self.cluster
 
     def blocks(self, columns: int) -> int:
         """Tiles side by side of a gated product of so many columns."""
-        return triton.cdiv(columns, TILE_ROWS // 2)
+        return triton.cdiv(columns, TILE_ROWS // 2 // self.together)
 
 
 def wgmma_gemm(
@@ -69,8 +73,8 @@ def wgmma_gemm(
     has a `following`, s of the second product is made too, and reported as one more; blocks that add it up take fewer tiles of a queue.
     """
     halves = 1 if activation is None else 2
-    columns = triton.cdiv(out.shape[1], TILE_ROWS // halves)
-    blocks = max(1, min(alignment.base_tiles.shape[0] * columns, launch.multiprocessors(a.device) // tile.cluster)) * tile.cluster
+    columns = triton.cdiv(out.shape[1], TILE_ROWS // tile.together // halves)
+    blocks = max(1, min(alignment.base_tiles.shape[0] * columns, launch.multiprocessors(a.device) * tile.together // tile.cluster)) * tile.cluster
     if a.is_cuda:
         if not launch.has_wgmma(a.device):
             raise ValueError(f"moe_wgmma_gemm: runs on compute capability 9.0 alone, got {a.device}")

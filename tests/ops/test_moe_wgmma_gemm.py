@@ -26,7 +26,7 @@ DRIVER = Path(__file__).parent / "wgmma_driver.cpp"
 SMALL = {"experts": 5, "top_k": 2, "hidden": 72, "inter": 136}
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-FORMS = [(144, 1), (32, 1), *([(144, 2)] if GPU else [])]  # tokens of a block's tile, blocks of a cluster
+FORMS = [(144, 1), (32, 1), (72, 1), *([(144, 2)] if GPU else [])]  # tokens of a block's tile, blocks of a cluster
 SOME_ROWS = (144, 1, 136)  # and rows of a tile, if fewer
 pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
 

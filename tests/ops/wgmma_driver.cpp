@@ -29,7 +29,8 @@ int main() {
   const auto ranges = read<int32_t>(c.has_addend ? 2 * c.tiles : 0);
   const auto next_pool = read<uint16_t>(c.next_pool);
   const auto next_records = read<int64_t>(c.next_width ? 5 * (int64_t)c.records : 0);
-  std::vector<float> parts((int64_t)(c.n + 127) / 128 * c.pairs * c.next_width, std::nanf(""));
+  const int columns = c.tokens == 72 ? 64 : 128;
+  std::vector<float> parts((int64_t)(c.n + columns - 1) / columns * c.pairs * c.next_width, std::nanf(""));
   std::vector<uint16_t> next_s((int64_t)c.pairs * c.next_s_width, 0xCDCD);
   std::vector<uint16_t> out((int64_t)c.pairs * c.n, 0xCDCD);
   MoeWgmmaGemm a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), tiles.data(), counts.data(), sorted.data(), c.has_addend ? s.data() : nullptr,
