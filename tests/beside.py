@@ -1,7 +1,7 @@
 """Two processes run the tests: what only computes runs beside what starts servers and waits for them.
 
-Whole modules of the folders in COMPUTE are the second process's, forked once tests are collected. It does not matter to them
-where they run; the first process takes the rest, then modules that the second has not begun, and reports for both.
+The folders in COMPUTE are the second process's, forked once tests are collected. It does not matter to their tests where they
+run; the first process takes the rest, then parts of modules that the second has not begun, and reports for both.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from tests.ops import ahead
 
 COMPUTE = ("tests/moe/", "tests/ops/")
 WORTH_IT = 200  # tests of either kind
-Modules = list[list[pytest.Item]]
+PART = 32  # tests of a module, so that the two end together; set-up of modules is done once in each
+Parts = list[list[pytest.Item]]
 
 
 class Second:
-    """The second process and its modules, each of which the process runs that is first to make the file `claim`."""
+    """The second process and its parts, each of which the process runs that is first to make the file `claim`."""
 
-    def __init__(self, modules: Modules) -> None:
-        self.modules, self.pid, self.ended = modules, 0, False
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.pid, self.ended = parts, 0, False
 
     def claim(self, index: int) -> bool:
         try:
@@ -57,7 +58,7 @@ class Second:
             os._exit(0)
 
     def work(self, session: pytest.Session) -> None:
-        """In the second process: run modules, keep what is reported."""
+        """In the second process: run parts, keep what is reported."""
         os.nice(5)
         ahead.begun_by(os.getppid())
         recorder, plugins = Recorder(session.config), session.config.pluginmanager
@@ -69,18 +70,18 @@ class Second:
         plugins.register(recorder)
         recorder.taken()  # warnings of before
         session.config.option.maxfail = 0  # the first process's to judge
-        for index, items in enumerate(self.modules):
+        for index, items in enumerate(self.parts):
             if self.claim(index):
                 run(session, items)
                 ahead.write(self.reports(index), recorder.taken())
 
     def wait(self, index: int) -> list[tuple[str, Any]]:
-        """What the second process reported of a module, once it has run it."""
+        """What the second process reported of a part, once it has run it."""
         ahead.hurry()
         while not self.reports(index).exists():
             if self.ended:
                 failed = ahead.FOLDER / "second-failed"
-                module = self.modules[index][0].nodeid.partition("::")[0]
+                module = self.parts[index][0].nodeid.partition("::")[0]
                 raise RuntimeError(f"the second process ended in {module}: {failed.read_text() if failed.exists() else 'killed'}")
             self.ended = os.waitpid(self.pid, os.WNOHANG)[0] != 0  # its last file is looked for once more
             time.sleep(0.05)
@@ -157,10 +158,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     alone = options.collectonly or options.usepdb or session.testsfailed or torch.cuda.is_available() or (os.cpu_count() or 1) == 1
     if alone or hasattr(session.config, "workerinput") or getattr(options, "numprocesses", None):
         return
-    modules = [list(items) for _, items in itertools.groupby(filter(is_compute, session.items), key=lambda item: item.path)]
-    computing = sum(map(len, modules))
-    if min(computing, len(session.items) - computing) >= WORTH_IT:
-        second = Second(modules)
+    computing = list(filter(is_compute, session.items))
+    if min(len(computing), len(session.items) - len(computing)) >= WORTH_IT:
+        modules = [list(items) for _, items in itertools.groupby(computing, key=lambda item: item.path)]
+        second = Second([items[i : i + PART] for items in modules for i in range(0, len(items), PART)])
         second.fork(session)
 
 
@@ -172,13 +173,13 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     try:
         result = yield
         theirs = []
-        for index, items in enumerate(second.modules):
+        for index, items in enumerate(second.parts):
             if second.claim(index):
                 run(session, items)
             else:
                 theirs.append(index)
         for index in theirs:
-            show(session, second.modules[index], second.wait(index))
+            show(session, second.parts[index], second.wait(index))
         return result
     finally:
         session.items = everything

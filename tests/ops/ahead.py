@@ -11,7 +11,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ Finished = subprocess.CompletedProcess[str]
 _folder = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")  # removed at exit
 FOLDER = Path(_folder.name)
 _programs = ThreadPoolExecutor(2)
-_tests_wait = threading.Event()  # from here on two run at once; before, one beside the tests
+_tests_wait = FOLDER / "tests-wait"  # once it is there two run at once; before, one beside the tests
 _begun: dict[Command, Future[Finished]] = {}
 _running: set[subprocess.Popen[str]] = set()
 _starter = 0  # the process that begins programs, where it is another: tests/beside.py
@@ -50,7 +49,7 @@ def gates(module: str) -> Command:
 def begin(what: Command) -> Future[Finished]:
     """Run it after those begun before it, and once however often it is asked for."""
     if not _begun:
-        _programs.submit(_tests_wait.wait)  # is one of the two
+        _programs.submit(_wait)  # is one of the two
     if what not in _begun:
         _begun[what] = _programs.submit(_run, what)
     return _begun[what]
@@ -58,6 +57,8 @@ def begin(what: Command) -> Future[Finished]:
 
 def finished(what: Command) -> Finished:
     if _starter:
+        if not _result(what).exists():
+            hurry()
         while not _result(what).exists():
             if os.getppid() != _starter:
                 os._exit(1)  # nobody is left to report to
@@ -70,8 +71,13 @@ def finished(what: Command) -> Finished:
 
 
 def hurry() -> None:
-    """The first process does nothing but wait from here on."""
-    _tests_wait.set()
+    """One of the tests' processes does nothing but wait."""
+    _tests_wait.touch()
+
+
+def _wait() -> None:
+    while not _tests_wait.exists():
+        time.sleep(0.2)
 
 
 def begun_by(process: int) -> None:
@@ -90,7 +96,7 @@ def write(path: Path, content: Any) -> None:
 def stop() -> None:
     """End what runs and forget the rest."""
     _programs.shutdown(wait=False, cancel_futures=True)
-    _tests_wait.set()
+    hurry()
     for process in list(_running):
         process.kill()
 
