@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.beside import pytest_collection_finish, pytest_runtestloop  # noqa: F401  # hooks
+from tests.ops import ahead  # noqa: F401  # makes the folder that the processes of pytest-xdist share, before they begin
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: ./run test-gpu"))
         elif GPU and ("device" in getattr(item, "fixturenames", ()) or hasattr(getattr(item, "module", None), "DEVICE")):
             item.add_marker(pytest.mark.gpu)
+        if (folder := item.path.parent.name) not in ("moe", "ops"):  # --dist loadgroup gives a group to one process, and tests of none to whichever is free
+            item.add_marker(pytest.mark.xdist_group("servers" if folder in ("engine", "server", "tests") else item.path.stem))
 
 
 @pytest.fixture(scope="session")

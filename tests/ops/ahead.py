@@ -14,7 +14,6 @@ import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 # What AddressSanitizer sees when memory is accessed, UBSan need not ask of every pointer as well: a third of the compilers' time.
@@ -22,13 +21,16 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,po
 Command = tuple[str, ...]
 Finished = subprocess.CompletedProcess[str]
 
-_folder = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")  # removed at exit
-FOLDER = Path(_folder.name)
-_programs = ThreadPoolExecutor(2)
-_tests_wait = FOLDER / "tests-wait"  # once it is there two run at once; before, one beside the tests
-_begun: dict[Command, Future[Finished]] = {}
+if "COMPILED_FOR_TESTS" not in os.environ:  # processes of pytest-xdist share that of the process that began them
+    _folder = tempfile.TemporaryDirectory(prefix="compiled-for-tests-")  # removed at exit
+    os.environ["COMPILED_FOR_TESTS"] = _folder.name
+FOLDER = Path(os.environ["COMPILED_FOR_TESTS"])
+SHARED = "PYTEST_XDIST_WORKER" in os.environ
+_programs = ThreadPoolExecutor(1 if SHARED else 2)
+_begun: dict[Command, Future[None]] = {}
+_own = FOLDER / f"process-{os.getpid()}"  # linked to what it runs
+_own.write_text(str(os.getpid()))
 _running: set[subprocess.Popen[str]] = set()
-_starter = 0  # the process that begins programs, where it is another: tests/beside.py
 
 
 def command(*words: str | Path) -> Command:
@@ -46,57 +48,29 @@ def gates(module: str) -> Command:
     return command(sys.executable, "-m", f"tests.ops.{module}")
 
 
-def begin(what: Command) -> Future[Finished]:
-    """Run it after those begun before it, and once however often it is asked for."""
-    if not _begun:
-        _programs.submit(_wait)  # is one of the two
+def begin(what: Command) -> Future[None]:
+    """Run it after those begun before it, in one of the tests' processes, and once however often it is asked for."""
     if what not in _begun:
         _begun[what] = _programs.submit(_run, what)
     return _begun[what]
 
 
 def finished(what: Command) -> Finished:
-    if _starter:
-        if not _result(what).exists():
-            hurry()
-        while not _result(what).exists():
-            if os.getppid() != _starter:
-                os._exit(1)  # nobody is left to report to
-            time.sleep(0.05)
-        return pickle.loads(_result(what).read_bytes())
-    future = begin(what)
-    if not future.done():
-        hurry()
-    return future.result()
-
-
-def hurry() -> None:
-    """One of the tests' processes does nothing but wait."""
-    _tests_wait.touch()
-
-
-def _wait() -> None:
-    while not _tests_wait.exists():
-        time.sleep(0.2)
-
-
-def begun_by(process: int) -> None:
-    """In a process of its own: what it asks for, this other one has begun."""
-    global _starter
-    _starter = process
-
-
-def write(path: Path, content: Any) -> None:
-    """For another process, which sees all of it or nothing."""
-    part = path.with_suffix(".part")
-    part.write_bytes(pickle.dumps(content))
-    part.replace(path)
+    """Wait for it, whichever process runs it. RuntimeError: that process has ended."""
+    future, result = begin(what), _result(what)
+    while not result.exists():
+        if future.done():
+            future.result()  # raises what kept it from being run
+            runner = _claim(what).read_text()
+            if not Path("/proc", runner).exists() and not result.exists():
+                raise RuntimeError(f"process {runner} of the tests has ended, which ran {' '.join(what)}")
+        time.sleep(0.05)
+    return pickle.loads(result.read_bytes())
 
 
 def stop() -> None:
-    """End what runs and forget the rest."""
-    _programs.shutdown(wait=False, cancel_futures=True)
-    hurry()
+    """Forget what was not begun, and end what runs, but for what another process may be waiting for."""
+    _programs.shutdown(wait=SHARED, cancel_futures=True)
     for process in list(_running):
         process.kill()
 
@@ -105,12 +79,20 @@ def _result(what: Command) -> Path:
     return FOLDER / f"{hashlib.sha256(repr(what).encode()).hexdigest()}.result"
 
 
-def _run(what: Command) -> Finished:
+def _claim(what: Command) -> Path:
+    return _result(what).with_suffix(".claim")
+
+
+def _run(what: Command) -> None:
+    try:
+        os.link(_own, _claim(what))  # the first wins, and its claim is never seen empty
+    except FileExistsError:
+        return
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(FOLDER / "triton")}
     process = subprocess.Popen(["nice", "-n", "5", *what], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _running.add(process)
     out, err = process.communicate()
     _running.discard(process)
-    done = Finished(what, process.returncode, out, err)
-    write(_result(what), done)
-    return done
+    part = _result(what).with_suffix(".part")
+    part.write_bytes(pickle.dumps(Finished(what, process.returncode, out, err)))
+    part.replace(_result(what))

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.option.collectonly or hasattr(session.config, "workerinput"):  # processes of pytest-xdist would compile everything each
+    if session.config.option.collectonly:
         return
     for item in session.items:
         if (command := waits_for(item)) is not None:
