@@ -6,14 +6,14 @@
 //     one wave of blocks fills the GPU; rows of absent tokens compute garbage that nobody reads.
 //   * Adapters: s = A x first. Eight rows of A of one adapter and 1,024 columns of them are one block's work, for eight tokens, and in its
 //     registers before the tokens are known. The sums go to memory, where all blocks wait for those that they need: one wave holds all blocks.
-//     A sum that is there differs from kEmpty; the last block to have read all of its own makes s empty again. Until then who has what to do is
-//     on the way of everything: tables are asked for by all warps at once, first of all, and what waits for s has its addresses in registers.
+//     A sum that is there differs from kEmpty. Launches take turns at two halves of s, and each makes the other's half empty: nobody reads that now.
+//     Until then who has what to do is on the way of everything: tables are asked for by all warps at once, first of all.
 //   * Then B s is more k of the same product: 16 columns of B of one adapter against 16 of s, zero for the tokens of others. B comes while the
 //     weights stream; the blocks of a cluster share these columns too.
 //   * Blocks leave their sums in shared memory, and each adds up and writes a share of the output, in the order of the blocks.
 #include "skinny_linear.h"
 
-#include "hopper_prims.cuh"
+#include "cluster_prims.cuh"
 
 #if !SM90
 #pragma nv_diag_suppress 177  // nothing is used where the kernel is empty
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kTokens = 64, kK = 64, kStages = 8;
 constexpr int kMultiplying = 256, kPreparing = 128, kThreads = kMultiplying + kPreparing + 64;
-constexpr int kSixteens = kK / 16;          // of adapters' columns in a chunk
+constexpr int kSixteens = kK / 16, kMostLows = 4;  // of adapters' columns in a chunk; such chunks in shared memory
 constexpr int kFlight = 48 << 10;           // bytes of weights that a block has under way at most: more would only make all other loads wait behind them
 constexpr int kLeanFrom = 5, kLeanTo = 32;  // tokens of steps in which blocks take few registers: they start earlier, beside a merge of attention or a norm
 constexpr int kMostShared = 227 * 1024, kTooLarge = 1;  // the error is cudaErrorInvalidValue
@@ -32,6 +32,7 @@ constexpr int kEight = 8, kCut = 1024, kHeld = kCut / 128;  // rows and columns 
 constexpr uint32_t kEmpty = 0xffffffff;                     // a word of s: a NaN that no arithmetic makes
 constexpr int kEightSums = 3 * 32 * 2;                      // floats that three warps hand to the first
 constexpr int kMostParts = 4;                               // of a linear with adapters
+constexpr uint32_t kLaunch = 1 << 16;                       // what the blocks of a launch add to the count of launches, together
 constexpr int kSixteenBits = 12;                            // of a word that counts sixteens, and eights above
 
 struct Sixteen {  // columns of B of one adapter's part, which one product adds
@@ -52,6 +53,7 @@ HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 // Where things lie in shared memory. A block reads 64 rows of tokens from any chunk of `x`, also where fewer are there: what follows is garbage to it.
 struct Layout {
   int chunks, x_bytes, stages;        // of w in a block, at most; of a chunk of tokens; groups of such chunks
+  int lows, low_bytes;                // chunks of adapters' columns that are there at once, s and behind it B; of one
   int w, low, barriers, eight_sums, list, total;  // offsets
   int sixteens, eights;               // most of a block
   int shift;                          // of splits
@@ -69,19 +71,24 @@ inline Layout layout_of(const SkinnyLinear& a) {
   Layout l;
   l.chunks = divide_up(divide_up(a.k, kK), a.splits);
   l.x_bytes = divide_up(a.m, 8) * 8 * 128;
-  const int w_bytes = divide_up(l.chunks, a.group) * a.group * a.rows * 128, low_bytes = a.s ? kTokens * 128 + a.rows * 128 : 0;
+  const int w_bytes = divide_up(l.chunks, a.group) * a.group * a.rows * 128;
   const int adapters = a.m < a.num_slots ? a.m : a.num_slots, blocks = divide_up(a.n, a.rows) * a.splits;
   l.sixteens = divide_up(adapters * a.parts * divide_up(a.max_rank, 16), a.splits) + a.parts;
   l.eights = divide_up((adapters + (a.m - adapters) / 8) * a.parts * divide_up(a.max_rank, kEight) * cuts_of(a), blocks);
   const int list_bytes = a.s ? l.sixteens * (int)sizeof(Sixteen) + l.eights * (int)sizeof(Eight) + kMostParts * a.num_slots * 4 + 32 + 2 * kEightSums * 4 : 0;
   const int barriers = (kGroups + 2 * kStages + 2) * (int)sizeof(Barrier);
-  l.stages = (kMostShared - w_bytes - low_bytes - list_bytes - barriers) / (l.x_bytes * a.group);
+  l.low_bytes = l.x_bytes + a.rows * 128;
+  l.lows = a.s ? divide_up(divide_up(adapters * divide_up(a.max_rank, 16), a.splits), kSixteens) : 0;
+  l.lows = l.lows > kMostLows ? kMostLows : l.lows;
+  const auto stages = [&] { return (kMostShared - w_bytes - l.lows * l.low_bytes - list_bytes - barriers) / (l.x_bytes * a.group); };
+  while (l.lows > 1 && stages() < 2) l.lows--;
+  l.stages = stages();
   const int groups = divide_up(l.chunks, a.group);
   l.stages = l.stages < 2 ? 2 : l.stages > kStages ? kStages : l.stages;  // one is given back when the products of the next are under way
   l.stages = l.stages > groups ? groups : l.stages;
   l.w = l.stages * l.x_bytes * a.group;
   l.low = l.w + w_bytes;
-  l.barriers = l.low + low_bytes;
+  l.barriers = l.low + l.lows * l.low_bytes;
   l.eight_sums = l.barriers + barriers;
   l.list = l.eight_sums + (a.s ? 2 * kEightSums * 4 : 0);
   l.total = l.eight_sums + list_bytes;
@@ -90,13 +97,15 @@ inline Layout layout_of(const SkinnyLinear& a) {
   const int sums = 2 * a.m * pitch_of(a.rows) * 4;
   if (l.total < l.w + kTokens * 128) l.total = l.w + kTokens * 128;
   if (l.total < l.w + sums) l.total = l.w + sums;
+  if (a.s && l.total < l.barriers - l.low_bytes + kTokens * 128) l.total = l.barriers - l.low_bytes + kTokens * 128;
   return l;
 }
 
 struct Shared {
-  uint8_t *x, *w, *low_s, *low_b;
+  uint8_t *x, *w, *low;
   Barrier *w_full, *x_full, *x_empty, *low_full, *low_empty;
   int32_t* count;            // sixteens and eights of this block, then of each part
+  int32_t* half;             // of s: whose turn it is
   Sixteen* sixteens;
   Eight* eights;
   int32_t* runs;             // [parts, num_slots]
@@ -106,11 +115,10 @@ struct Shared {
 
 DEVICE Shared carve(uint8_t* memory, const Layout& l) {
   Shared s;
-  s.x = memory, s.w = memory + l.w;
-  s.low_s = memory + l.low, s.low_b = s.low_s + kTokens * 128;
+  s.x = memory, s.w = memory + l.w, s.low = memory + l.low;
   s.w_full = (Barrier*)(memory + l.barriers), s.x_full = s.w_full + kGroups, s.x_empty = s.x_full + kStages;
   s.low_full = s.x_empty + kStages, s.low_empty = s.low_full + 1;
-  s.count = (int32_t*)(memory + l.list), s.sixteens = (Sixteen*)(memory + l.list + 32), s.eights = (Eight*)(s.sixteens + l.sixteens);
+  s.count = (int32_t*)(memory + l.list), s.half = s.count + 2 + kMostParts, s.sixteens = (Sixteen*)(memory + l.list + 32), s.eights = (Eight*)(s.sixteens + l.sixteens);
   s.runs = (int32_t*)(s.eights + l.eights);
   s.eight_sums = (float*)(memory + l.eight_sums);
   s.sums = (float*)s.w;
@@ -282,14 +290,14 @@ DEVICE void hold_eight(const SkinnyLinear& a, const Eight& u, int warp, uint32_t
   }
 }
 
-// What does not fit before the wait is on its way to L2 meanwhile: further eights of this block, and its sixteens beyond the first chunk.
-DEVICE void prefetch_rest(const SkinnyLinear& a, const Shared& shared, int tid) {
+// What does not fit before the wait is on its way to L2 meanwhile: further eights of this block, and its sixteens beyond the first chunks.
+DEVICE void prefetch_rest(const SkinnyLinear& a, const Layout& l, const Shared& shared, int tid) {
   for (int index = tid + 8 * 16; index < shared.count[1] * 8 * 16; index += kPreparing) {  // 16 lines of 64 values in a row of a cut
     const Eight& u = shared.eights[index >> 7];
     const int row = index >> 4 & 7, column = u.cut * kCut + (index & 15) * 64;
     if (u.r0 + row < u.rank && column < a.k) prefetch((const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column);
   }
-  for (int i = kSixteens; i < shared.count[0]; i++) {
+  for (int i = l.lows * kSixteens; i < shared.count[0]; i++) {
     const Sixteen& u = shared.sixteens[i];
     for (int row = tid; row < a.rows; row += kPreparing)
       if (row >= u.from && row < u.to) prefetch((const uint16_t*)a.pool + u.place + (int64_t)(row - u.from) * u.rank);
@@ -299,9 +307,12 @@ DEVICE void prefetch_rest(const SkinnyLinear& a, const Shared& shared, int tid) 
 // This lane's of the tokens; -1: there are fewer.
 DEVICE int token_of(const SkinnyLinear& a, const Eight& u) { return lane_index() / 4 < u.tokens ? a.order[u.first + lane_index() / 4] : -1; }
 
+DEVICE int half_of(uint32_t launches) { return (int)(launches / kLaunch & 1); }
+
 // Their products with the tokens, each warp over its columns; the first adds up. The order of the columns is the lanes' own, the same on both sides.
+// `launches`: before this one, of which the first warp knows.
 template <class T>
-DEVICE void multiply_eight(const SkinnyLinear& a, float* sums, const Eight& u, int warp, const uint32_t (&held)[kHeld][4], int token) {
+DEVICE void multiply_eight(const SkinnyLinear& a, float* sums, const Eight& u, int warp, const uint32_t (&held)[kHeld][4], int token, uint32_t launches) {
   const int q = lane_index() % 4, column = u.cut * kCut + warp * 32 + q * 8;
   const uint16_t* const x = (const uint16_t*)a.x + token * a.k + column;
   uint32_t row[kHeld][4];
@@ -327,7 +338,7 @@ DEVICE void multiply_eight(const SkinnyLinear& a, float* sums, const Eight& u, i
   for (int other = 0; other < 3; other++)
 #pragma unroll
     for (int e = 0; e < 2; e++) sum[e] += sums[(other * 32 + lane_index()) * 2 + e];
-  float* const target = a.s + ((u.cut * a.m + token) * a.parts + u.part) * a.width + u.r0 + 2 * q;
+  float* const target = a.s + half_of(launches) * a.half + ((u.cut * a.m + token) * a.parts + u.part) * a.width + u.r0 + 2 * q;
 #pragma unroll
   for (int e = 0; e < 2; e++)
     if (u.r0 + 2 * q + e < u.rank) store_relaxed(target + e, sum[e]);
@@ -341,13 +352,19 @@ struct Wanted {
   uint8_t* target;
 };
 
-// The first of `list` from `next` on that is for this thread's ranks of the token; s null: there is none.
-DEVICE Wanted want(const SkinnyLinear& a, const Shared& shared, const Sixteen* list, int here, int& next, int slot, int row, int q) {
-  for (; slot >= 0 && next < here; next++) {
-    const Sixteen& u = list[next];
-    const int r = u.r0 + 4 * q;
-    if (u.slot != slot || r >= u.rank) continue;
-    return {a.s + ((int64_t)row * a.parts + u.part) * a.width + r, u.rank - r, u.scaling, piece_of(shared.low_s, row, 2 * next++ + (q >> 1)) + (q & 1) * 8};
+// The first of `list` from `next` on that is for this thread's ranks of token i, or of those after it, one of each 32; s null: there is none.
+DEVICE Wanted want(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, const Sixteen* list, int here, int& i, int& next, const int (&slots)[2], int tid) {
+  const int q = tid & 3;
+  for (; i < 2; i++, next = 0) {
+    const int slot = i == 0 ? slots[0] : slots[1], row = tid / 4 + 32 * i;
+    for (; slot >= 0 && next < here; next++) {
+      const Sixteen& u = list[next];
+      const int r = u.r0 + 4 * q;
+      if (u.slot != slot || r >= u.rank) continue;
+      uint8_t* const target = piece_of(shared.low + next / kSixteens * l.low_bytes, row, next % kSixteens * 2 + (q >> 1)) + (q & 1) * 8;
+      next++;
+      return {s + ((int64_t)row * a.parts + u.part) * a.width + r, u.rank - r, u.scaling, target};
+    }
   }
   return {};
 }
@@ -380,85 +397,89 @@ DEVICE const float* add_shares(const SkinnyLinear& a, float (&sum)[4], const flo
 
 // s of this thread's tokens and ranks, once it is there, to where it is multiplied: four threads a token, each with four columns of a sixteen.
 template <class T>
-DEVICE void place_s(const SkinnyLinear& a, const Shared& shared, const Sixteen* list, int here, const int (&slot)[2], int tid) {
-  const int q = tid & 3, cuts = cuts_of(a);
+DEVICE void place_s(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, const Sixteen* list, int here, const int (&slots)[2], int tid) {
+  const int cuts = cuts_of(a);
   const int64_t apart = (int64_t)a.m * a.parts * a.width;
-  int next[2] = {};
-  Wanted w[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) w[i] = want(a, shared, list, here, next[i], slot[i], tid / 4 + 32 * i, q);
-  while (w[0].s || w[1].s) {
+  int token = 0, next = 0;
+  Wanted w = want(a, l, shared, s, list, here, token, next, slots, tid);
+  while (w.s) {
+    float sum[4] = {};
     const float* missing = nullptr;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (!w[i].s) continue;
-      float sum[4] = {};
-      const float* gone = nullptr;
 #pragma unroll 1
-      for (int cut = 0; cut < cuts && !gone; cut += 4) gone = add_shares(a, sum, w[i].s + cut * apart, apart, cuts - cut, w[i].left);
-      if (gone) {
-        missing = gone;
-        continue;
-      }
-      store_words(w[i].target, T::pack(sum[0] * w[i].scaling, sum[1] * w[i].scaling), T::pack(sum[2] * w[i].scaling, sum[3] * w[i].scaling));
-      w[i] = want(a, shared, list, here, next[i], slot[i], tid / 4 + 32 * i, q);
+    for (int cut = 0; cut < cuts && !missing; cut += 4) missing = add_shares(a, sum, w.s + cut * apart, apart, cuts - cut, w.left);
+    if (missing) {
+      look_again(missing);
+      continue;
     }
-    if (missing) look_again(missing);
+    store_words(w.target, T::pack(sum[0] * w.scaling, sum[1] * w.scaling), T::pack(sum[2] * w.scaling, sum[3] * w.scaling));
+    w = want(a, l, shared, s, list, here, token, next, slots, tid);
   }
 }
 
-// Returns to the first lane how many blocks had read their share of s before this one.
+// Columns of B to shared memory, and zeros where s will be.
+DEVICE void fetch_b(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Sixteen* list, int here, int tid) {
+  const int piece = tid & 7;
+  for (int i = piece >> 1; i < here; i += kSixteens) {
+    uint8_t* const low_b = shared.low + i / kSixteens * l.low_bytes + l.x_bytes;
+    const Sixteen& u = list[i];
+    const int from = u.from, to = u.to, rank = u.rank, r = (piece & 1) * 8, columns = rank - u.r0 - r;
+    const uint16_t* const b = (const uint16_t*)a.pool + u.place + r;
+    for (int row = tid >> 3; row < a.rows; row += kPreparing / 8) {
+      const bool inside = row >= from && row < to;
+      load_piece(piece_of(low_b, row, piece), b + (inside ? row - from : 0) * rank, inside ? columns : 0, rank % 8 == 0);
+    }
+  }
+  for (int low = 0; low * kSixteens < here; low++)
+    for (int index = tid; index < a.m * 8; index += kPreparing) {
+      uint8_t* const target = piece_of(shared.low + low * l.low_bytes, index >> 3, index & 7);
+      store_words(target, 0, 0), store_words(target + 8, 0, 0);
+    }
+}
+
+// A block's share of the half of s that the launch before this one used, which is complete.
+DEVICE void empty_half(const SkinnyLinear& a, const Layout& l, int half, int tid) {
+  const uint32_t empty[4] = {kEmpty, kEmpty, kEmpty, kEmpty};
+#pragma unroll 1
+  for (int i = ((int)blockIdx.x * kPreparing + tid) * 4; i < a.half; i += l.blocks * kPreparing * 4) store_words(a.s + half * a.half + i, empty);
+}
+
 template <class T>
-DEVICE uint32_t prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, Known& known) {
+DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, Known& known) {
   const int tid = thread_index() - kMultiplying, warp = uniform(tid / 32);
   list_pieces(a, l, shared, part, warp, known);
   sync_warpgroup(1);
-  const int count = shared.count[0], eights = uniform(shared.count[1]);
-  prefetch_rest(a, shared, tid);
-  uint32_t held[kHeld][4];
-  int token = -1, slot[2];  // of the first eight; those of this thread's two tokens in s
+  const int count = shared.count[0], eights = uniform(shared.count[1]), most = l.lows * kSixteens;
+  uint32_t held[kHeld][4], launches = 0;
+  int token = -1, slots[2];  // of the first eight; of this thread's two tokens in s
   if (eights > 0) hold_eight(a, shared.eights[0], warp, held), token = token_of(a, shared.eights[0]);
 #pragma unroll
-  for (int i = 0; i < 2; i++) slot[i] = tid / 4 + 32 * i < a.m ? a.slots[tid / 4 + 32 * i] : -1;
-  for (int c = 0; c == 0 || c * kSixteens < count; c++) {
-    const int here = count - c * kSixteens < kSixteens ? count - c * kSixteens : kSixteens;
-    const Sixteen* const list = shared.sixteens + c * kSixteens;
-    if (c > 0) barrier_wait(shared.low_empty, (c - 1) & 1);
-    if (const int piece = tid & 7; piece >> 1 < here) {
-      const Sixteen& u = list[piece >> 1];
-      const int from = u.from, to = u.to, rank = u.rank, r = (piece & 1) * 8, columns = rank - u.r0 - r;
-      const uint16_t* const b = (const uint16_t*)a.pool + u.place + r;
-      for (int row = tid >> 3; row < a.rows; row += kPreparing / 8) {
-        const bool inside = row >= from && row < to;
-        load_piece(piece_of(shared.low_b, row, piece), b + (inside ? row - from : 0) * rank, inside ? columns : 0, rank % 8 == 0);
-      }
-    }
-    for (int index = tid; index < a.m * 8; index += kPreparing) {
-      uint8_t* const target = piece_of(shared.low_s, index >> 3, index & 7);
-      store_words(target, 0, 0), store_words(target + 8, 0, 0);
-    }
-    if (c == 0) {
-      wait_for_previous_kernel();
-      for (int e = 0; e < eights; e++) {
-        if (e > 0) hold_eight(a, shared.eights[e], warp, held), token = token_of(a, shared.eights[e]);
-        multiply_eight<T>(a, shared.eight_sums + (e & 1) * kEightSums, shared.eights[e], warp, held, token);  // the next may be written while these are read
-      }
-    }
-    sync_warpgroup(1);
-    place_s<T>(a, shared, list, here, slot, tid);
+  for (int i = 0; i < 2; i++) slots[i] = tid / 4 + 32 * i < a.m ? a.slots[tid / 4 + 32 * i] : -1;
+  prefetch_rest(a, l, shared, tid);
+  fetch_b(a, l, shared, shared.sixteens, count < most ? count : most, tid);
+  wait_for_previous_kernel();
+  if (warp == 0) launches = load_count(a.launches);
+  for (int e = 0; e < eights; e++) {
+    if (e > 0) hold_eight(a, shared.eights[e], warp, held), token = token_of(a, shared.eights[e]);
+    multiply_eight<T>(a, shared.eight_sums + (e & 1) * kEightSums, shared.eights[e], warp, held, token, launches);  // the next may be written while these are read
+  }
+  if (tid == 0) {
+    *shared.half = half_of(launches);
+    add_to_count(a.launches, blockIdx.x == 0 ? kLaunch - (uint32_t)(l.blocks - 1) : 1u);  // bit 16 changes once all blocks have read it
+  }
+  sync_warpgroup(1);
+  const int half = *shared.half;
+  empty_half(a, l, 1 - half, tid);
+  for (int first = 0, phase = 0;; phase ^= 1) {
+    place_s<T>(a, l, shared, a.s + half * a.half, shared.sixteens + first, count - first < most ? count - first : most, slots, tid);
     publish_to_wgmma();
     barrier_arrive(shared.low_full);
     barrier_arrive_after_copies(shared.low_full);
+    first += most;
+    if (first >= count) return;
+    barrier_wait(shared.low_empty, phase);
+    fetch_b(a, l, shared, shared.sixteens + first, count - first < most ? count - first : most, tid);
+    sync_warpgroup(1);
   }
-  sync_warpgroup(1);
-  return tid == 0 ? take_ticket(a.readers) : 0;
-}
-
-// The warp of the last block to have read its share of s, for the next launch.
-DEVICE void empty_s(const SkinnyLinear& a, uint32_t before) {
-  if (shuffle(before, 0) != gridDim.x - 1) return;
-  for (int i = lane_index(); i < cuts_of(a) * a.m * a.parts * a.width; i += 32) ((uint32_t*)a.s)[i] = kEmpty;
-  if (lane_index() == 0) *a.readers = 0;
 }
 
 // ---- multiplying -----------------------------------------------------------------------------------------------------------------------
@@ -488,12 +509,16 @@ DEVICE void multiply(const SkinnyLinear& a, const Layout& l, const Shared& share
   }
   wgmma_wait<0>();
   if (!a.s) return;
-  for (int c = 0; c == 0 || c * kSixteens < uniform(*shared.count); c++) {
+  const int most = uniform(l.lows * kSixteens);
+  for (int c = 0; c == 0 || c * most < uniform(*shared.count); c++) {
     barrier_wait(shared.low_full, c & 1);
     see_copies();
-    const int here = uniform(*shared.count) - c * kSixteens;
+    const int left = uniform(*shared.count) - c * most, here = left < most ? left : most;
     wgmma_begin();
-    for (int k = group; k < kSixteens && k < here; k += 2) multiply_shared<T, NT>(d, wgmma_matrix(shared.low_s) + 2 * k, wgmma_matrix(shared.low_b) + 2 * k, true);
+    for (int k = group; k < here; k += 2) {
+      const uint8_t* const low = shared.low + k / kSixteens * l.low_bytes;
+      multiply_shared<T, NT>(d, wgmma_matrix(low) + k % kSixteens * 2, wgmma_matrix(low + l.x_bytes) + k % kSixteens * 2, true);
+    }
     wgmma_commit();
     wgmma_wait<0>();
     if (lane_index() == 0) barrier_arrive(shared.low_empty);
@@ -527,7 +552,7 @@ DEVICE void add_up(const SkinnyLinear& a, const Layout& l, const Shared& shared,
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float value[4];
-        load_floats_of(value, shared.sums + ((i & 1) * a.m + token) * pitch + row + half * 4, i >> 1);
+        load_floats_beside(value, shared.sums + ((i & 1) * a.m + token) * pitch + row + half * 4, part.rank, i >> 1);
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[half * 4 + e] += value[e];
       }
@@ -549,7 +574,7 @@ KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONST
   allow_next_kernel();
   const Shared shared = carve(smem_, l);
   Part part;
-  part.rank = CLUSTER ? cluster_rank() : 0;
+  part.rank = (int)blockIdx.x & (a.splits - 1);
   part.n0 = ((int)blockIdx.x >> l.shift) * a.rows;
   const int chunks = a.k / kK;
   part.first = (chunks * part.rank) >> l.shift;
@@ -571,7 +596,6 @@ KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONST
   }
   sync_block();
   float d[72];
-  uint32_t readers = 0;
   if (warp < kMultiplying / 32) {
     switch (uniform(a.rows / 8)) {
 #define CASE(NT) \
@@ -580,7 +604,7 @@ KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONST
 #undef CASE
     }
   } else if (warp < (kMultiplying + kPreparing) / 32) {
-    if (LOW && a.s) readers = prepare<T>(a, l, shared, part, known);
+    if (LOW && a.s) prepare<T>(a, l, shared, part, known);
   } else if (warp == (kMultiplying + kPreparing) / 32) {
     if (lane_index() == 0) {
       wait_for_previous_kernel();
@@ -591,11 +615,10 @@ KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONST
   }
   sync_block();  // the weights are read: the sums may stand where they stood
   if (warp < kMultiplying / 32) leave_sums(a, shared, d);
-  if constexpr (CLUSTER) sync_cluster();
+  if constexpr (CLUSTER) share_with_cluster();
   else sync_block();
   add_up<T>(a, l, shared, part);
-  if (LOW && a.s && warp == kMultiplying / 32) empty_s(a, readers);
-  if constexpr (CLUSTER) sync_cluster();  // others may still read these sums
+  if constexpr (CLUSTER) share_with_cluster();  // others may still read these sums; this thread's reads are complete, as what it made of them is stored
 #endif
 }
 
@@ -607,7 +630,7 @@ int describe_chunks(TensorMap* map, const void* base, const SkinnyLinear& a, int
 template <class T, bool LOW, int REGISTERS>
 int launch_form(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
   const Launch how = {(unsigned)(divide_up(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
-  return a.splits > 1 ? launch_clusters(how, (unsigned)a.splits, linear<T, true, LOW, REGISTERS>, a, w, x, l) : launch_together(how, linear<T, false, LOW, REGISTERS>, a, w, x, l);
+  return a.splits > 1 ? launch_clusters_together(how, (unsigned)a.splits, linear<T, true, LOW, REGISTERS>, a, w, x, l) : launch_together(how, linear<T, false, LOW, REGISTERS>, a, w, x, l);
 }
 
 template <class T>

@@ -11,8 +11,9 @@ struct SkinnyLinear {
   const void* w;     // [n, k]
   const void* bias;  // [n], or null
   void* out;         // [m, n]
-  float* s;                // shares of A x [ceil(k / 1024), m, parts, width]: all bits set before and after; null: no adapters, and the fields down to max_rank unused
-  uint32_t* readers;       // 0 before and after
+  float* s;                // two halves, for shares of A x [ceil(k / 1024), m, parts, width], in turns: all bits set before the first launch;
+                           // null: no adapters, and the fields down to max_rank unused
+  uint32_t* launches;      // with this s, so many times 2^16: each counts itself
   const int32_t* slots;    // [m], -1 = no adapter
   const int32_t* order;    // [m] tokens sorted by slot
   const int32_t* ordered;  // [m] the slots in that order
@@ -28,6 +29,7 @@ struct SkinnyLinear {
   int32_t splits;          // blocks of a cluster, which share the columns of w: 1, 2, 4 or 8
   int32_t overlap;         // start beside the end of the kernel before
   int32_t group;           // chunks of 64 columns that come with one copy: 2 or more
+  int32_t half;            // floats of half of s, a multiple of 4
 };
 
 // Bytes of shared memory that a block needs; more than the device gives: this shape cannot run.

@@ -7,9 +7,9 @@ namespace {
 
 constexpr const char* kName = "skinny_linear";
 
-void linear(Tensor x, Tensor w, std::optional<Tensor> bias, std::optional<Tensor> s, std::optional<Tensor> readers, std::optional<Tensor> slots, std::optional<Tensor> order,
-            std::optional<Tensor> ordered, std::optional<Tensor> pool, std::optional<Tensor> a_offset, std::optional<Tensor> b_offset, std::optional<Tensor> rank, std::optional<Tensor> scaling, std::optional<Tensor> starts, Tensor out,
-            int64_t part_stride, int64_t max_rank, int64_t rows, int64_t splits, int64_t group, bool overlap) {
+void linear(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> s, std::optional<Tensor> slots, std::optional<Tensor> order,
+            std::optional<Tensor> ordered, std::optional<Tensor> pool, std::optional<Tensor> a_offset, std::optional<Tensor> b_offset, std::optional<Tensor> rank, std::optional<Tensor> scaling, std::optional<Tensor> starts,
+            int64_t part_stride, int64_t width, int64_t max_rank, int64_t rows, int64_t splits, int64_t group, bool overlap) {
   const int32_t device = x.get_device_index();
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, kName, ": expected x of bfloat16 or float16, got ", torch::headeronly::toString(type));
@@ -27,12 +27,14 @@ void linear(Tensor x, Tensor w, std::optional<Tensor> bias, std::optional<Tensor
   a.bias = bias ? checked<void>(kName, *bias, "bias", type, device, n) : nullptr;
   a.out = checked<void>(kName, out, "out", type, device, m * n);
   if (s) {
-    STD_TORCH_CHECK(readers && slots && order && ordered && pool && a_offset && b_offset && rank && scaling && starts && s->dim() == 4, kName,
-                    ": s [ceil(k / 1024), m, parts, width] comes with readers, slots, tables and starts");
-    a.parts = (int32_t)s->size(2), a.width = (int32_t)s->size(3);
+    STD_TORCH_CHECK(slots && order && ordered && pool && a_offset && b_offset && rank && scaling && starts, kName, ": s comes with slots, tables and starts");
+    a.parts = (int32_t)(starts->numel() - 1), a.width = (int32_t)width;
     STD_TORCH_CHECK(a.parts <= 4, kName, ": expected at most 4 parts, got ", a.parts);
-    a.s = checked<float>(kName, *s, "s", ScalarType::Float, device, ((k + 1023) / 1024) * m * a.parts * a.width);
-    a.readers = checked<uint32_t>(kName, *readers, "readers", ScalarType::Int, device, 1);
+    const int64_t half = (s->numel() - 1) / 2;
+    STD_TORCH_CHECK(s->numel() % 2 == 1 && half % 4 == 0 && half >= ((k + 1023) / 1024) * m * a.parts * a.width, kName,
+                    ": expected s of two halves, in fours of at least ceil(k / 1024) * m * parts * width, and a count, got ", s->numel(), " elements");
+    a.s = checked<float>(kName, *s, "s", ScalarType::Float, device, 2 * half + 1), a.half = (int32_t)half;
+    a.launches = (uint32_t*)(a.s + 2 * half);
     a.slots = checked<const int32_t>(kName, *slots, "slots", ScalarType::Int, device, m);
     a.order = checked<const int32_t>(kName, *order, "order", ScalarType::Int, device, m);
     a.ordered = checked<const int32_t>(kName, *ordered, "ordered", ScalarType::Int, device, m);

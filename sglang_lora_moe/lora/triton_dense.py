@@ -1,6 +1,5 @@
 """Deltas of linears and embeddings by the kernels of `ops/lora_linear.py`: reads no device data on the host, so graphs can capture it."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from sglang_lora_moe.lora.dense import DenseDelta, Part
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
-from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_s, s_shape
+from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_halves, half_for
 
 NORM_MAX = 256  # tokens up to which a norm begins what adapters add to the linear after it; beyond, a launch of its own is faster
 
@@ -25,13 +24,13 @@ class TritonDense(DenseDelta):
         self.ctx, self.grouped = ctx, grouped
         self.workspace = Workspace(ctx.device)
         self._tables: dict[int, PartTables] = {}
-        self._empty = empty_s(0, ctx.device)  # for kernels that do all of a linear
+        self._halves = empty_halves(0, ctx.device)  # for kernels that do all of a linear
 
     def prepare(self, parts: Sequence[Part]) -> None:
         """Make what a linear needs on the device, before any step."""
         tables = self._tables[id(parts)] = PartTables(parts)
-        if (needed := math.prod(s_shape(MOST_TOKENS, tables))) > self._empty.numel():
-            self._empty = empty_s(needed, self.ctx.device)
+        if 2 * half_for(tables) > self._halves.numel():
+            self._halves = empty_halves(half_for(tables), self.ctx.device)
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, parts: Sequence[Part], slot_source: str) -> None:
         linear_expand(y, self._shrink(x.contiguous(), parts, slot_source, "dense.s"))
@@ -52,12 +51,11 @@ class TritonDense(DenseDelta):
         return self._addend(parts, "tokens", tokens, splits, "dense.norm", self.workspace.get("dense.scale", (tokens,), torch.float32))
 
     def within(self, parts: Sequence[Part], tokens: int) -> LinearAddend | None:
-        """s is how the kernel's blocks hand A x to each other."""
+        """s is how the kernel's blocks hand A x to each other, in every linear of a model."""
         if self.grouped or tokens > MOST_TOKENS:
             return None
         tables, ctx = self._tables[id(parts)], self.ctx
-        s = self._empty[: math.prod(shape := s_shape(tokens, tables))].view(shape)
-        return LinearAddend(s, tables, ctx.token_slots[:tokens], ctx.slot_order[:tokens], ctx.ordered_slots[:tokens])
+        return LinearAddend(self._halves, tables, ctx.token_slots[:tokens], ctx.slot_order[:tokens], ctx.ordered_slots[:tokens])
 
     def begin(self, x: torch.Tensor, parts: Sequence[Part]) -> LinearAddend:
         """As `plan`, where no kernel before the linear can fill s: one launch does."""

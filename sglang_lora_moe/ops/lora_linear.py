@@ -50,13 +50,11 @@ class PartTables:
         self.stride = self._distance([stacks.a for stacks, _, _ in parts])
         if self.stride != self._distance([stacks.b for stacks, _, _ in parts]):
             raise ValueError("the tables of a linear's parts must lie at equal distances, as those of one memory pool do")
-        device, block = self.a.pool.device, 64
-        blocks = [(p, n, first + n, rows) for p, (_, first, rows) in enumerate(parts) for n in range(0, rows, block)]
-        self.block_n = block
+        device, self.block_n = self.a.pool.device, 64
+        blocks = [(p, n, first + n, rows) for p, (_, first, rows) in enumerate(parts) for n in range(0, rows, self.block_n)]
         starts = [first for _, first, _ in parts] + [self.rows]
         self.divisor = math.gcd(*starts)
         self.starts = torch.tensor(starts, dtype=torch.int32, device=device)  # [parts + 1] first row of y of each part
-        self.readers = torch.zeros(1, dtype=torch.int32, device=device)  # zero between the launches of ops/skinny_linear.py
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [blocks, (part, row in it, row of y, rows of the part)]
 
     @staticmethod

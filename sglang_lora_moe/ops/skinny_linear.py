@@ -23,8 +23,8 @@ MOST_SIXTEENS = 256  # of adapters' columns in a step
 MOST_PARTS = 4  # of a linear with adapters
 
 define(
-    "skinny_linear(Tensor x, Tensor w, Tensor? bias, Tensor(b!)? s, Tensor(c!)? readers, Tensor? slots, Tensor? order, Tensor? ordered, Tensor? pool, "
-    "Tensor? a_offset, Tensor? b_offset, Tensor? rank, Tensor? scaling, Tensor? starts, Tensor(a!) out, int part_stride, int max_rank, int rows, int splits, "
+    "skinny_linear(Tensor x, Tensor w, Tensor? bias, Tensor(a!) out, Tensor(b!)? s, Tensor? slots, Tensor? order, Tensor? ordered, Tensor? pool, "
+    "Tensor? a_offset, Tensor? b_offset, Tensor? rank, Tensor? scaling, Tensor? starts, int part_stride, int width, int max_rank, int rows, int splits, "
     "int group, bool overlap) -> ()"
 )
 
@@ -44,29 +44,33 @@ def shape_of(rows: int, columns: int, multiprocessors: int, tokens: int = MOST_T
 
 
 def skinny_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, addend: LinearAddend | None, shape: tuple[int, int, int]) -> torch.Tensor:
-    """x [M, K], w [N, K] -> [M, N] by the kernel, in the given shape. `addend`: whose adapters; its s, of `s_shape`, is `empty_s` before and after."""
+    """x [M, K], w [N, K] -> [M, N] by the kernel, in the given shape. `addend`: whose adapters; its s: `empty_halves`."""
     if x.is_cuda:
         build.load()
-    low: tuple = (None,) * 11
-    stride = max_rank = 0
+    low: tuple = (None,) * 10 + (0,) * 3
     if addend is not None:
         tables, a, b = addend.tables, addend.tables.a, addend.tables.b
         if x.is_cuda and -(-w.shape[0] // shape[0]) * shape[1] > launch.multiprocessors(x.device):
             raise ValueError(f"skinny_linear: with adapters blocks wait for each other, and w {tuple(w.shape)} in shape {shape} has more than run at once")
-        low = (addend.s, tables.readers, addend.slots, addend.order, addend.ordered_slots, b.pool, a.offset, b.offset, b.rank, b.scaling, tables.starts)
-        stride, max_rank = tables.stride, b.max_rank
+        low = (addend.s, addend.slots, addend.order, addend.ordered_slots, b.pool, a.offset, b.offset, b.rank, b.scaling, tables.starts)
+        low += (tables.stride, a.shrink_width, b.max_rank)
     out = x.new_empty(x.shape[0], w.shape[0])
-    torch.ops.sglang_lora_moe.skinny_linear(x, w, bias, *low, out, stride, max_rank, *shape, True)
+    torch.ops.sglang_lora_moe.skinny_linear(x, w, bias, out, *low, *shape, True)
     return out
 
 
-def s_shape(tokens: int, tables: PartTables) -> tuple[int, int, int, int]:
-    """What a launch's blocks hand to each other: A x in shares of 1,024 columns, [shares, tokens, parts, width]."""
-    return -(-tables.a.dim // 1024), tokens, tables.num_parts, tables.a.shrink_width
+def half_for(tables: PartTables, tokens: int = MOST_TOKENS) -> int:
+    """Elements of what a launch's blocks hand to each other: A x in shares of 1,024 columns, [shares, tokens, parts, width]."""
+    return -(-tables.a.dim // 1024) * tokens * tables.num_parts * tables.a.shrink_width
+
+
+def empty_halves(half: int, device: torch.device | str) -> torch.Tensor:
+    """For all linears of a model: two halves of at least so many float32, which their launches use by turns, and the int32 count that says whose turn it is."""
+    return torch.cat((empty_s(-(-half // 32) * 64, device), torch.zeros(1, device=device)))
 
 
 def empty_s(elements: int, device: torch.device | str) -> torch.Tensor:
-    """float32 [elements] of the one value that means "not there yet": so launches find their s, and leave it."""
+    """float32 [elements] of the one value that means "not there yet"."""
     return torch.full((elements,), -1, dtype=torch.int32, device=device).view(torch.float32)
 
 

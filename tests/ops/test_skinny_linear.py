@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import LinearTarget
 from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
-from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_s, s_shape, shape_for, shape_of, skinny_linear
+from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_halves, half_for, shape_for, shape_of, skinny_linear
 from tests.moe_cases import Noise, generator, make_token_slots
 from tests.ops import emulator
 from tests.references import ref_linear, relative_error
@@ -26,7 +26,7 @@ GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
-SPLITS = [1, 2, 4, 8] if GPU else [1]
+SPLITS = [1, 2, 4, 8] if GPU else [1, 2]
 
 
 def emulate(driver: Path) -> emulator.Operators:
@@ -34,20 +34,19 @@ def emulate(driver: Path) -> emulator.Operators:
     turn = 0
 
     def run(
-        x, w, bias, s, readers, slots, order, ordered, pool, a_offset, b_offset, rank, scaling, starts, out, part_stride, max_rank, rows, splits, group,
+        x, w, bias, out, s, slots, order, ordered, pool, a_offset, b_offset, rank, scaling, starts, part_stride, width, max_rank, rows, splits, group,
         overlap,
     ) -> None:  # fmt: skip
         nonlocal turn
         turn += 1
-        assert splits == 1
-        parts = 0 if s is None else s.shape[2]
+        parts = 0 if s is None else starts.numel() - 1
         entries = 0 if s is None else (parts - 1) * part_stride + rank.numel()
         tables = [None if t is None else t.as_strided((entries,), (1,)) for t in (a_offset, b_offset, rank, scaling)]
         fields = (
             turn % 4, x.shape[0], w.shape[0], x.shape[1], x.dtype == torch.bfloat16, bias is not None, s is not None, parts,
-            0 if s is None else s.shape[3], max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, group,
+            width, max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, splits, group,
         )  # fmt: skip
-        head = struct.pack("15ixxxxq", *map(int, fields), 0 if pool is None else pool.numel())
+        head = struct.pack("16iq", *map(int, fields), 0 if pool is None else pool.numel())
         written = emulator.answer(driver, head, x, w, bias, slots, order, ordered, pool, *tables, starts)
         out.copy_(torch.frombuffer(written, dtype=out.dtype).view(out.shape))
 
@@ -68,9 +67,8 @@ def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: 
     firsts = [sum(parts[:i]) for i in range(len(parts))]
     stacks = [pool.stacks_for(name) for name in names]
     tables = PartTables(list(zip(stacks, firsts, parts, strict=True)))
-    shape = s_shape(m, tables)
     ordered, order = token_slots.sort(stable=True)
-    return LinearAddend(empty_s(math.prod(shape), DEVICE).view(shape), tables, token_slots, order.int(), ordered), stacks, token_slots
+    return LinearAddend(empty_halves(half_for(tables, m), DEVICE), tables, token_slots, order.int(), ordered), stacks, token_slots
 
 
 @pytest.mark.parametrize("splits", SPLITS)
@@ -129,3 +127,49 @@ def test_by_the_rule(m: int, dtype: torch.dtype) -> None:
         graph.replay()
         assert torch.equal(found, out), "the replay differs"
     assert shape_for(x.float(), w.float(), None) is None and shape_for(x.expand(MOST_TOKENS + 1, -1, -1)[:, 0], w, None) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_launches_take_turns(dtype: torch.dtype) -> None:
+    """Linears of all shapes share s, launched eagerly and from graphs of odd and even numbers of launches, replayed in any order."""
+    noise, cases = Noise(generator(7, DEVICE), dtype), []
+    for m, slots, rank in ((16, 4, 16), (MOST_TOKENS, 16, 64), (1, 1, 40), (33, 4, 16)):
+        for parts, k in (((4096, 512, 512), 2048), ((2048,), 4096)):
+            x, w = noise(m, k), noise(sum(parts), k, std=k**-0.5)
+            addend, stacks, token_slots = make_addend(parts, k, m, slots, "uniform", noise, max_rank=rank)
+            cases.append((x, w, addend, ref_linear(x, w, None, stacks, token_slots)))
+            if m == 16:
+                nobody = torch.full_like(addend.slots, -1)
+                cases.append((x, w, replace(addend, slots=nobody, ordered_slots=nobody), torch.nn.functional.linear(x.float(), w.float())))
+    s = empty_halves(max(half_for(addend.tables) for _, _, addend, _ in cases), DEVICE)
+    half = s.numel() // 2
+
+    def multiply(i: int) -> torch.Tensor:
+        x, w, addend, _ = cases[i]
+        return skinny_linear(x, w, None, replace(addend, s=s), shape_for(x, w, addend))
+
+    def launched() -> int:
+        count = int(s.view(torch.int32)[-1])
+        assert count % 65536 == 0 and (s.view(torch.int32)[:-1].view(2, half)[count // 65536 % 2] == -1).all(), "the next launch would not find its half empty"
+        return count // 65536
+
+    found = [multiply(i) for i in range(len(cases))]
+    for out, (_, _, _, want) in zip(found, cases, strict=True):
+        assert relative_error(out, want) < 5e-3
+    graphs = []
+    for captured in (range(len(cases)), range(1), range(len(cases) - 3, len(cases))):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            graphs.append((graph, [(i, multiply(i)) for i in captured]))
+    assert launched() == len(cases)
+    for turn in torch.randint(len(graphs) + 1, (60,), generator=torch.Generator().manual_seed(1)).tolist():
+        if turn == len(graphs):
+            outs = [(i, multiply(i)) for i in range(0, len(cases), 3)]
+        else:
+            graph, outs = graphs[turn]
+            for _, out in outs:
+                out.fill_(float("nan"))
+            graph.replay()
+        before, expected = launched(), [torch.equal(out, found[i]) for i, out in outs]
+        assert all(expected), f"launch {before}: {expected}"
