@@ -12,7 +12,7 @@
 //   * The kernel before is often a library's, which lets nothing start beside it: as few loads as can be wait for each other.
 #include "norm_rope.h"
 
-#include "hopper_prims.cuh"
+#include "cluster_prims.cuh"
 
 namespace {
 
@@ -108,20 +108,21 @@ DEVICE void copy_s(uint8_t* target, const int* tile_tokens, const AddedRows& a, 
   }
 }
 
-// What of an adapter a warp has in registers.
-template <bool WIDE>
+// What of an adapter a warp has in registers: so many sixteens of ranks; 0: there are more than fit, and each product reads its own.
+template <int SIXTEENS>
 struct Held {
   int slot = -1, rank;
   float scaling;
   const uint16_t* matrix;  // the warp's rows of B
-  uint32_t b[WIDE ? 1 : 8][4];
+  uint32_t b[SIXTEENS ? SIXTEENS : 1][8][4];
 };
 
-template <bool WIDE>
-DEVICE void hold(Held<WIDE>& held, const AddedRows& a, int slot, const Entry& entry, int first_row) {
+template <int SIXTEENS>
+DEVICE void hold(Held<SIXTEENS>& held, const AddedRows& a, int slot, const Entry& entry, int first_row) {
   held.slot = slot, held.rank = entry.rank, held.scaling = entry.scaling;
   held.matrix = (const uint16_t*)a.pool + entry.offset + (int64_t)first_row * held.rank;
-  if (!WIDE) load_b(held.b, held.matrix, held.rank, 0, 0);
+#pragma unroll
+  for (int n = 0; n < SIXTEENS; n++) load_b(held.b[n], held.matrix, held.rank, 16 * n, 0);
 }
 
 // Four ranks of token lane / 4 from the tile's s, summed over the splits, `apart` bytes from each other, times `factor`; zeros from `left` ranks on.
@@ -142,8 +143,8 @@ DEVICE void read_s(uint32_t (&out)[2], const uint8_t* s, int splits, int apart, 
 }
 
 // What the first tile needs. `slot`: that of token lane / 4; `first`: the lane's entry of the first 32 slots.
-template <bool WIDE>
-DEVICE void hold_first(Held<WIDE>& held, const AddedRows& a, int slot, int part, int first_row, const Entry& first) {
+template <int SIXTEENS>
+DEVICE void hold_first(Held<SIXTEENS>& held, const AddedRows& a, int slot, int part, int first_row, const Entry& first) {
   const int found = next_slot(slot, -1);
   if (found != kNone) hold(held, a, found, entry_of(a, part, found, first), first_row);
 }
@@ -151,22 +152,32 @@ DEVICE void hold_first(Held<WIDE>& held, const AddedRows& a, int slot, int part,
 // A lane's part of a warp's tile: pair i % 4 of its eight columns in half i / 4, of tokens 2 (lane % 4) + e: [i][e] and [i][2 + e].
 using Sums = float[8][4];
 
-// sum += B s. WIDE: ranks beyond 16. `token` (in shared memory, read if needed), `mine`, `s`: token lane / 4 of the tile, its slot, its s.
-template <class T, bool WIDE>
-DEVICE void add_tile(Sums& sum, Held<WIDE>& held, const AddedRows& a, const int& token, int mine, int part, int first_row, const uint8_t* s, int apart) {
+// sum += B s. `token` (in shared memory, read if needed), `mine`, `s`: token lane / 4 of the tile, its slot, its s.
+template <class T, int SIXTEENS>
+DEVICE void add_tile(Sums& sum, Held<SIXTEENS>& held, const AddedRows& a, const int& token, int mine, int part, int first_row, const uint8_t* s, int apart) {
 #pragma unroll 1
   for (int slot = next_slot(mine, -1); slot != kNone; slot = next_slot(mine, slot)) {
     if (held.slot != slot) hold(held, a, slot, entry_of(a, part, slot), first_row);
     const float factor = a.row_scale && mine == slot ? held.scaling * a.row_scale[token] : held.scaling;
+#pragma unroll
+    for (int n = 0; n < SIXTEENS; n++) {
+      if (SIXTEENS > 1 && n * 16 >= held.rank) break;
+      const int r = n * 16 + lane_index() % 4 * 4;
+      uint32_t low[2];
+      read_s<T>(low, s + r * 4, a.splits, apart, mine == slot ? held.rank - r : 0, factor);
+#pragma unroll
+      for (int i = 0; i < 8; i++) T::mma(sum[i], held.b[n][i], low);
+    }
 #pragma unroll 1
-    for (int r0 = 0; r0 < (WIDE ? held.rank : 1); r0 += 16) {
+    for (int r0 = 0; SIXTEENS == 0 && r0 < held.rank; r0 += 16) {
       const int r = r0 + lane_index() % 4 * 4;
       uint32_t low[2];
       read_s<T>(low, s + r * 4, a.splits, apart, mine == slot ? held.rank - r : 0, factor);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        if (WIDE) load_b(held.b, held.matrix, held.rank, r0, i);
-        T::mma(sum[i], held.b[WIDE ? 0 : i], low);
+        uint32_t b[1][4];
+        load_b(b, held.matrix, held.rank, r0, i);
+        T::mma(sum[i], b[0], low);
       }
     }
   }
@@ -194,6 +205,8 @@ struct RotatePlan {
   int groups, shares, angles, s, bytes;
 };
 
+constexpr HOST_DEVICE int stages_of(int sixteens) { return sixteens ? kMostStages : 2; }  // tiles in shared memory: s of more ranks takes more of it
+
 HOST_DEVICE int part_of(const RotateRows& a, int head) { return head < a.heads ? 0 : head < a.heads + a.kv_heads ? 1 : 2; }
 
 // Parts that a block's heads are of.
@@ -205,10 +218,10 @@ HOST_DEVICE int parts_of(const RotateRows& a, int group) {
 // By which a row's pieces of angles are exchanged, so that the rows that a warp reads at a time lie in different banks.
 DEVICE int turned(int row) { return (row >> 1 & 1) | (row >> 2 & 1) << 2; }
 
-template <class T, bool WIDE>
-KERNEL void __launch_bounds__(kHeads * 32, kBlocks) rotate(const RotateRows a, const RotatePlan plan) {
+template <class T, int SIXTEENS>
+KERNEL void __launch_bounds__(kHeads * 32, SIXTEENS > 1 ? 1 : kBlocks) rotate(const RotateRows a, const RotatePlan plan) {
   SMEM_DECL;
-  constexpr int kStages = WIDE ? 2 : kMostStages;  // tiles in shared memory: s of more ranks takes more of it
+  constexpr int kStages = stages_of(SIXTEENS);
   Tokens& tokens = *(Tokens*)smem_;
   uint8_t* const ring = smem_ + sizeof(Tokens);
   const int heads = a.heads + 2 * a.kv_heads, group = (int)blockIdx.x % plan.groups, warp = warp_index(), lane = lane_index();
@@ -221,7 +234,7 @@ KERNEL void __launch_bounds__(kHeads * 32, kBlocks) rotate(const RotateRows a, c
   const bool has_token = thread_index() < share.count * kRows;
   const int token = has_token ? load_token(tokens, a.added, a.m, thread_index(), share) : -1;  // what no kernel of a step writes is read before the linear is complete
   begin_ring(tokens);
-  Held<WIDE> held;
+  Held<SIXTEENS> held;
   if (head < heads) hold_first(held, a.added, first_slot, part, head_in_part * kColumns, first);
   sync_block();
   wait_for_previous_kernel();
@@ -275,7 +288,7 @@ KERNEL void __launch_bounds__(kHeads * 32, kBlocks) rotate(const RotateRows a, c
       for (int j = 0; j < 4; j++) sum[i % 2 * 4 + j][i / 2] = T::low(x[j]), sum[i % 2 * 4 + j][2 + i / 2] = T::high(x[j]);
     }
     const uint8_t* const s = stage + plan.s + lane / 4 * pieces * 16 + (part - first_part) * a.added.width * 4;
-    add_tile<T, WIDE>(sum, held, a.added, tokens.token[row], tokens.slot[row], part, head_in_part * kColumns, s, kRows * pieces * 16);
+    add_tile<T, SIXTEENS>(sum, held, a.added, tokens.token[row], tokens.slot[row], part, head_in_part * kColumns, s, kRows * pieces * 16);
     uint16_t* const out = (part == 0 ? (uint16_t*)a.q : (uint16_t*)(part == 1 ? a.k_cache : a.v_cache)) + head_in_part * kColumns + lane / 4 * 8;
     const int* const targets = (part == 0 ? tokens.token : tokens.target) + tile * kRows + lane % 4 * 2;
     const int columns = (part == 0 ? a.heads : a.kv_heads) * kColumns;
@@ -456,11 +469,11 @@ KERNEL void __launch_bounds__(FEW ? 1024 / kShared : WIDE ? 512 : 1024, 1) add_n
   if (FEW) {
     float* const of_block = sums + kRows * warps;
     if (warp == 0 && lane % 4 == 0) of_block[lane / 4] = sum;
-    sync_cluster();
+    share_with_cluster();
     sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kShared; i++) sum += as_float(load_word_of((const uint32_t*)of_block + lane / 4, i));
-    arrive_at_cluster();
+    arrive_having_read(sum);
   }
   const float scale = inverse_root(sum / (float)a.columns + a.eps);
 #pragma unroll
@@ -481,17 +494,24 @@ int shares_of(int m, int held) {
 
 template <class T>
 int rotate_as(const RotateRows& a, void* stream) {
-  const bool wide = a.added.width > 16;
+  const int width = a.added.width;
   const int groups = (a.heads + 2 * a.kv_heads + kHeads - 1) / kHeads;
   int parts = 1;
   for (int group = 0; group < groups; group++) parts = parts_of(a, group) > parts ? parts_of(a, group) : parts;
   RotatePlan plan = {groups, 0, kRows * kRotateRow, kRows * (kRotateRow + 512), 0};
-  plan.bytes = plan.s + a.added.splits * kRows * parts * a.added.width * 4;
-  const size_t shared = sizeof(Tokens) + (wide ? 2 : kMostStages) * plan.bytes;
-  const int fit = (int)(kMemory / (shared + kReserved));
-  plan.shares = shares_of(a.m, a.multiprocessors * (fit < kBlocks ? fit : kBlocks) / groups);
+  plan.bytes = plan.s + a.added.splits * kRows * parts * width * 4;
+  const auto bytes = [&](int sixteens) { return sizeof(Tokens) + stages_of(sixteens) * plan.bytes; };
+  const int sixteens = width > 64 || bytes(1) + kReserved > kMemory ? 0 : width > 32 ? 4 : width > 16 ? 2 : 1;
+  const size_t shared = bytes(sixteens);
+  const int fit = (int)(kMemory / (shared + kReserved)), most = sixteens > 1 ? 1 : kBlocks;
+  plan.shares = shares_of(a.m, a.multiprocessors * (fit < most ? fit : most) / groups);
   const Launch how = {(unsigned)(groups * plan.shares), kHeads * 32, shared, stream, a.overlap && can_overlap()};
-  return wide ? launch(how, rotate<T, true>, a, plan) : launch(how, rotate<T, false>, a, plan);
+  switch (sixteens) {
+    case 1: return launch(how, rotate<T, 1>, a, plan);
+    case 2: return launch(how, rotate<T, 2>, a, plan);
+    case 4: return launch(how, rotate<T, 4>, a, plan);
+    default: return launch(how, rotate<T, 0>, a, plan);
+  }
 }
 
 template <class T>
