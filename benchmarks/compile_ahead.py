@@ -68,7 +68,7 @@ def compiling(arch: int = 90, *, multiprocessors: int = 132, inspect: bool = Fal
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         record = Compiled(self.__name__, kernel.metadata.shared)
         if inspect:
-            _disassemble(kernel.asm["cubin"], record)
+            record.registers, record.stack, record.counts = _disassemble(kernel.asm["cubin"])
         found.append(record)
         return kernel
 
@@ -86,15 +86,16 @@ def compiling(arch: int = 90, *, multiprocessors: int = 132, inspect: bool = Fal
         yield found
 
 
-def _disassemble(cubin: bytes, record: Compiled) -> None:
+@functools.cache  # the same kernel is launched in many places
+def _disassemble(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """Registers of a thread, bytes of its stack, how often each instruction of some stands there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([_BIN / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([_BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    record.registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    record.stack = int(re.search(r"STACK:(\d+)", usage).group(1))
-    record.counts = {word: sass.count(word) for word in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG.E.128", "STL", "LDL")}
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))
+    return registers, stack, {word: sass.count(word) for word in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDG.E.128", "STL", "LDL")}
 
 
 def _job(call: Callable[[], object], arch: int, inspect: bool) -> list[Compiled] | str:
