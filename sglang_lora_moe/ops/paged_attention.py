@@ -320,9 +320,11 @@ def _block_shape(group: int, d: int, decode: bool, itemsize: int, cache_itemsize
     """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows."""
     group_pad = triton.next_power_of_2(group)
     if d > 256:  # latent rows of MLA
-        rows, warps, stages = (16, 4, 1) if itemsize > 2 else (16, 4, 3) if decode and group < 64 else (32, 8 if decode and cache_itemsize == 1 else 4, 2)
+        rows, keys, warps, stages = (16, 32, 4, 1) if itemsize > 2 else (16, 32, 4, 3) if decode or cache_itemsize == 1 else (32, 32, 4, 2)
+        if group >= 64 and itemsize == 2 and (cache_itemsize == 1 or not decode):  # elsewhere these are slower, and more rows for four warps spill
+            rows, keys, warps, stages = 32, 32 * cache_itemsize, 8, 2
         group_pad = min(group_pad, rows)  # heads of a program
-        return rows // group_pad, group_pad, 32, warps, stages
+        return rows // group_pad, group_pad, keys, warps, stages
     if decode:
         return max(1, 16 // group_pad), group_pad, 64, 4, 2 if itemsize > 2 else 3
     if itemsize > 2:
