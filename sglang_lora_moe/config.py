@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 from sglang_lora_moe import __version__
@@ -111,6 +112,14 @@ class Config:
             raise ValueError("--model-path is required: the directory of the base model")
         if self.served_model_name and ":" in self.served_model_name:
             raise ValueError(f"--served-model-name must not contain ':', got {self.served_model_name!r}: 'base:adapter' names an adapter")
+        for name in ("api_key", "admin_api_key"):
+            if getattr(self, name) == "":
+                raise ValueError(f"--{name.replace('_', '-')} must not be empty, as an unset variable is: every request would have it")
+
+    @property
+    def base_name(self) -> str:
+        """What requests call the base model."""
+        return self.served_model_name or Path(self.model_path).resolve().name
 
     def lora_specs(self) -> list[tuple[str, str, bool]]:
         """`lora_paths` as (name, path, pinned); raises ValueError naming the entry at fault."""

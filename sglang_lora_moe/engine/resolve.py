@@ -38,7 +38,7 @@ def resolve(config: Config) -> Config:
         attention_backend=config.attention_backend if config.attention_backend != "auto" else "torch_native" if device == "cpu" else "triton",
         lora_backend=config.lora_backend if config.lora_backend != "auto" else "torch_native" if device == "cpu" else "triton",
         context_length=_context_length(config, model),
-        served_model_name=config.served_model_name or Path(config.model_path).resolve().name,
+        served_model_name=config.base_name,
         tokenizer_path=config.tokenizer_path or config.model_path,
         enable_lora=config.enable_lora or bool(config.lora_paths),
         max_lora_rank=config.max_lora_rank or _largest_rank(config),

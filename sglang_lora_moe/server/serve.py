@@ -6,6 +6,7 @@ finish for a while, aborts the rest (they end with finish_reason "abort"), stops
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -42,7 +43,7 @@ async def _serve(config: Config) -> int:
     try:
         read_template(config.chat_template)
         for name, _, _ in config.lora_specs():
-            check_adapter_name(name, config.served_model_name or "")
+            check_adapter_name(name, config.base_name)
         listener = _listen(config.host, config.port)  # first, because loading a model for a port that is taken is vain
         engine = await AsyncEngine.start(config)
     except (ValueError, OSError, RequestError, RuntimeError) as error:
@@ -71,6 +72,8 @@ async def run_server(engine: AsyncEngine, listener: socket.socket) -> int:
     adapters = ", ".join(f"{record['name']} (rank {record['rank']})" for record in await engine.adapters())
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the next server: connections of this one will linger
+    listener.listen()
     print(f"Ready: {address} serves {engine.model_info['served_model_name']}, adapters: {adapters or 'none'}", flush=True)
     try:
         await server.serve(sockets=[listener])
@@ -107,12 +110,17 @@ async def _watch(server: _Server, engine: AsyncEngine) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket; ValueError names the flags."""
+    """A bound socket that does not listen yet; ValueError names the flags."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.bind(address)  # without SO_REUSEADDR, by which two servers that load their models could both have it
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger there
+            listener.bind(address)
         return listener
     except OSError as error:
         raise ValueError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}") from error

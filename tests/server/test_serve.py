@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from sglang_lora_moe.launch_server import main
+from sglang_lora_moe.server import serve
 
 PROGRAM = """
 import asyncio, sys
@@ -133,6 +134,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["--model-path", "/nowhere", "--max-loras-per-batch", "0"], "--max-loras-per-batch"),
         (["--model-path", "/nowhere", "--moe-runner-backend", "magic"], "--moe-runner-backend"),
         (["--model-path", "/nowhere", "--lora-paths", "a=/x", "a=/y"], "--lora-paths"),
+        (["--model-path", "/nowhere", "--api-key", ""], "--api-key must not be empty"),
+        (["--model-path", "/nowhere", "--api-key", "k", "--admin-api-key", ""], "--admin-api-key must not be empty"),
     ],
 )
 def test_wrong_flags(flags: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -147,6 +150,7 @@ def test_wrong_flags(flags: list[str], words: str, capfd: pytest.CaptureFixture[
         (["--model-path", "/nowhere"], "/nowhere"),
         (["--model-path", "/nowhere", "--chat-template", "/no/template"], "--chat-template"),
         (["--model-path", "/nowhere", "--lora-paths", "a:b=/x"], "a:b"),
+        (["--model-path", "/nowhere/", "--lora-paths", "nowhere=/x"], "'nowhere' is the name of the base model"),
         (["--model-path", "/nowhere", "--host", "256.0.0.1"], "--host 256.0.0.1"),
     ],
 )
@@ -161,3 +165,19 @@ def test_a_port_that_is_taken(capfd: pytest.CaptureFixture[str]) -> None:
         port = str(taken.getsockname()[1])
         assert main(["--model-path", "/nowhere", "--port", port]) == 2
     assert f"--port {port}" in capfd.readouterr().err
+
+
+def test_a_port_is_taken_while_its_server_loads() -> None:
+    with serve._listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: Address already in use"):
+            serve._listen("127.0.0.1", port)
+
+
+def test_a_server_starts_while_connections_of_the_last_one_linger(served: type[Served]) -> None:
+    server = served("0", "5")
+    port = int(server.url.rpartition(":")[2])
+    with httpx.Client() as client:
+        assert client.get(f"{server.url}/health").status_code == 200
+        assert server.end()[0] == 0  # it closes the connection first, which keeps the port for a minute
+    serve._listen("127.0.0.1", port).close()
