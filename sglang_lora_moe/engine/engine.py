@@ -218,7 +218,8 @@ def _make_request(prompt: Any, is_text: bool, params: dict[str, Any], request: G
     """`request` with prompt and sampling filled in; `params` has SGLang's names."""
     if not isinstance(params, dict):
         raise refuse("sampling_params", "a dict", params)
-    values = dict(params)
+    values = {"seed": params.get("sampling_seed")} | params  # its name in SGLang
+    values.pop("sampling_seed", None)
     request.prompt, request.input_ids = (prompt, None) if is_text else (None, prompt)
     stop = values.pop("stop", None)
     request.stop = [stop] if isinstance(stop, str) else stop or []

@@ -93,7 +93,7 @@ class LoRAManager:
 
     def register(self, name: str, adapter: PackedAdapter, pinned: bool = False, in_place: bool = False) -> tuple[AdapterEntry, bool]:
         """Give a name to an adapter that was read; its entry, and whether it was there already. It gets a slot if one is free, a pinned one an idle one too."""
-        has_room = adapter.revision in self.host or self._make_room()
+        has_room = adapter.revision in self.host or self._frees_room(name) or self._make_room()
         if not has_room and not adapter.path:
             raise RequestError(f"{len(self.host)} adapters are in use, as many as --max-loaded-loras lets host memory hold; unload one first", 400, "name")
         entry, known, old = self.registry.add(name, adapter, pinned, in_place)
@@ -134,17 +134,8 @@ class LoRAManager:
         self._forget_if_over(entry)
 
     def describe(self, entry: AdapterEntry) -> dict[str, Any]:
-        return {
-            "name": entry.name,
-            "path": entry.path,
-            "revision": entry.revision,
-            "rank": entry.rank,
-            "nbytes": entry.nbytes,
-            "pinned": entry.pinned,
-            "resident": self.slots.is_ready(entry.revision),
-            "state": self._state(entry.revision),
-            "running": entry.users,
-        }
+        facts = {name: getattr(entry, name) for name in ("name", "path", "revision", "rank", "nbytes", "pinned")}
+        return facts | {"resident": self.slots.is_ready(entry.revision), "state": self._state(entry.revision), "running": entry.users}
 
     def adapters(self) -> list[dict[str, Any]]:
         return [self.describe(entry) for entry in self.registry.loaded.values()]
@@ -259,6 +250,11 @@ class LoRAManager:
         entries = self.registry.entries(adapter.revision)
         waiting = any(entry.users for entry in entries) and self.slots.slot_of(adapter.revision) is None
         return all(entry.path and not entry.pinned for entry in entries) and not waiting
+
+    def _frees_room(self, name: str) -> bool:
+        """Whether the adapter that `name` stands for leaves host memory as soon as another takes its place."""
+        old = self.registry.loaded.get(name)
+        return old is not None and not old.in_use and old.revision in self.host and self.registry.entries(old.revision) == [old]
 
     def _make_room(self) -> bool:
         """Whether host memory has room for one more adapter, after what may go for it has gone."""

@@ -47,7 +47,8 @@ def adapter_routes(service: Service) -> APIRouter:
     async def unload(body: UnloadAdapterRequest) -> Response:
         try:
             result = await service.engine.unload_adapter(check_text(body.lora_name, "lora_name"))
-            service.metrics.forget(body.lora_name)
+            if body.lora_name not in await service.names.refresh():  # or else it was loaded anew while its last requests ran
+                service.metrics.forget(body.lora_name)
             return await _success(service, result)
         except RequestError as error:
             return await _failure(service, error)

@@ -145,6 +145,7 @@ def test_samples_and_seeds(engine: Engine) -> None:
     noise = [{"temperature": 1.5, "max_new_tokens": 9, "top_p": 0.9}] * 6
     mixed = engine.generate(["hello", *"abcdef"], [params | {"n": 1}, *noise], lora_path=["r8", *(NAMES * 2)[:6]])
     assert mixed[0]["output_ids"] == first[0]["output_ids"]  # whatever else is in the batch
+    params["sampling_seed"] = params.pop("seed")  # SGLang's name, as over HTTP
     assert [r["output_ids"] for r in engine.generate("hello", params, lora_path="r8")] == [r["output_ids"] for r in first]
     unseeded = {"temperature": 1.2, "max_new_tokens": 12, "ignore_eos": True}
     assert engine.generate("hello", unseeded)["output_ids"] != engine.generate("hello", unseeded)["output_ids"]

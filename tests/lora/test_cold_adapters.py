@@ -312,8 +312,11 @@ def test_weights_from_tensors_stay_in_host_memory() -> None:
         engine.load_lora_adapter_from_tensors("t", tensors, config)
         engine.load_lora_adapter("file", str(other_adapter_path(0)))
         assert states(engine) == {"t": "resident", "file": "disk"}
+        tensors = {name: tensor * 2 for name, tensor in tensors.items()}
         with pytest.raises(RequestError, match="--max-loaded-loras"):
-            engine.load_lora_adapter_from_tensors("u", {name: tensor * 2 for name, tensor in tensors.items()}, config)
+            engine.load_lora_adapter_from_tensors("u", tensors, config)
+        engine.load_lora_adapter_from_tensors("t", tensors, config, load_inplace=True)  # takes the place of what nobody uses
+        assert states(engine) == {"t": "resident", "file": "disk"}
         engine.unload_lora_adapter("t")
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="file")["output_ids"] == expected(0)
         check_core(engine.core)

@@ -73,7 +73,9 @@ def test_unload_waits_for_running_requests_and_refuses_new_ones(client: TestClie
         assert client.post("/v1/completions", json=body).status_code == 404
         time.sleep(0.05)
         assert unload.is_alive() and running.is_alive()
+        assert client.post("/load_lora_adapter", json=LOAD).status_code == 200  # the name is free at once
         engine.delay = 0.0
         running.join()
         unload.join()
+        assert 'generated_tokens_total{model_name="a"} 20.0' in client.get("/metrics").text  # the new adapter of this name keeps them
     assert answers["first"].json()["usage"]["completion_tokens"] == 20 and answers["unload"].status_code == 200
