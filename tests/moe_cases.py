@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from sglang_lora_moe.lora.weights import ExpertLoRA
 from sglang_lora_moe.moe.runner import RunnerInput
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
+from tests.slots import write_slot
 
 TOKENS = (1, 2, 7, 16, 17, 133)  # M
 POPULARITIES = ("none", "identical", "distinct", "uniform", "zipf")
@@ -195,7 +195,7 @@ def make_pool(spec: MoESpec, slots: int, adapters: dict[int, tuple[int, str]], n
     for i, (slot, (rank, layout)) in enumerate(adapters.items()):
         if rank:
             module = make_expert_lora(spec, rank, layout, noise, scaling=(0.5, 2.0, 1.0)[i % 3])
-            pool.write(slot, SimpleNamespace(modules={"experts": module}))  # type: ignore[arg-type]
+            write_slot(pool, slot, {"experts": module})
     return pool
 
 

@@ -1,7 +1,7 @@
 """Runs one batch: fills the step context, computes logits and samples.
 
-`launch` starts a step and `collect` waits for its tokens, so that the engine can prepare a step while the one before runs;
-`run` is both. Sampled tokens stay on the device for the next step and reach the host with an event.
+`launch` starts a step and `collect` waits for its tokens, so that the engine can prepare a step while the one before runs.
+Sampled tokens stay on the device for the next step and reach the host with an event.
 """
 
 import functools
@@ -39,9 +39,6 @@ class ModelRunner:
         pinned = [torch.empty(model.ctx.max_requests, dtype=torch.int64, pin_memory=self._cuda) for _ in range(2)]
         self._ring = [(buffer, torch.cuda.Event() if self._cuda else None) for buffer in pinned]
         self._turn = 0
-
-    def run(self, batch: Batch) -> StepResult:
-        return self.collect(self.launch(batch))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:

@@ -67,18 +67,11 @@ class LoRAMemoryPool:
         """Empty a slot. Its weights stay until overwritten; no table leads to them."""
         self.bind(slot, 0, ())
 
-    def write(self, slot: int, adapter: Any) -> int:
-        """Put the modules of an `AdapterWeights` into a slot at once, over whatever was there; the bytes written. On error the pool is unchanged."""
-        image, stacks = self.layout.pack_modules(adapter.modules)
-        self.region(slot)[: image.numel()].copy_(image)
-        self.bind(slot, image.numel(), stacks)
-        return self.region_bytes_used(slot)
-
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"expected a slot in 0..{self.num_slots - 1}, got {slot}")
 
-    def _make_stacks(self, target: Target) -> LinearStacks | EmbeddingStacks | ExpertStacks:
+    def _make_stacks(self, target: Target) -> LinearStacks | ExpertStacks:
         rows: Iterator[int] = iter(range(self.layout.first_row[target.name], self.layout.num_stacks))
 
         def stack(dim: int, may_split: bool = False) -> Stack:

@@ -53,12 +53,8 @@ class LinearStacks:
     b: Stack
 
 
-@dataclass(frozen=True)
-class EmbeddingStacks:
+class EmbeddingStacks(LinearStacks):
     """The LoRA pair of the token embedding. `a` holds A transposed, [V, rank], so that a token reads one row of it."""
-
-    a: Stack
-    b: Stack
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class ExpertStacks:
     b2: Stack
 
 
-def check_dims(name: str, stacks: ExpertStacks | LinearStacks | EmbeddingStacks, *expected: int) -> None:
+def check_dims(name: str, stacks: ExpertStacks | LinearStacks, *expected: int) -> None:
     """Refuse stacks that were made for another layer than `name`."""
     found = tuple(stack.dim for stack in vars(stacks).values())
     if found != expected:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_lora_moe.layers.attention import KVLayerSpec, PagedAttention
+from sglang_lora_moe.layers.attention import PagedAttention
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.models import recognise
 from sglang_lora_moe.models.loader import NameTable
@@ -23,7 +23,6 @@ class ServedModel:
         self.vocab_size = int(self.config.vocab_size)
         self.max_model_len = recognise.check_rotary(hf, int(self.config.max_position_embeddings))
         self.eos_token_ids: list[int] = []
-        self.kv_specs: list[KVLayerSpec] = [layer.spec.kv for layer in attention]
         self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
         self.unquantized_bytes = 0  # that all parameters would take unquantized
         self.moe_runner_backend = "auto"  # what runs the experts; two names joined by "+" where only some layers are quantized
@@ -39,7 +38,7 @@ class ServedModel:
             layer.allocate(num_pages, self.kv_dtype, self.device)
 
     def kv_bytes_per_token(self) -> int:
-        return sum(spec.num_heads * (spec.k_dim + spec.v_dim) for spec in self.kv_specs) * self.kv_dtype.itemsize
+        return sum(kv.num_heads * (kv.k_dim + kv.v_dim) for kv in (layer.spec.kv for layer in self._attention)) * self.kv_dtype.itemsize
 
     @property
     def rename_adapter_module(self) -> Callable[[str], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from sglang_lora_moe.moe.runner import MoeRunner
 from tests.moe.test_fused_moe import make_layer
 from tests.moe_cases import LAYOUTS, MoECase, make_case, make_expert_lora, small_cases
 from tests.references import ref_activation, ref_moe, relative_error, stack_matrix
+from tests.slots import write_slot
 
 
 def make_wrapped(case: MoECase) -> FusedMoEWithLoRA:
@@ -142,7 +142,7 @@ def test_rewritten_slot_takes_effect_at_once() -> None:
     layer = make_wrapped(case)
     first = layer(case.x, case.topk_ids, case.topk_weights)
     small = make_expert_lora(case.spec, 3, "gate_up_only", lambda *shape, std: torch.randn(shape) * std)
-    case.pool.write(0, SimpleNamespace(modules={"experts": small}))
+    write_slot(case.pool, 0, {"experts": small})
     second = layer(case.x, case.topk_ids, case.topk_weights)
     assert relative_error(second, ref_moe(case).out) < 1e-6 < relative_error(second, first)
     case.pool.clear(0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import EmbeddingTarget, LinearTarget
 from sglang_lora_moe.lora.weights import EmbeddingLoRA, LinearLoRA
 from tests.references import order_slots, ref_linear, relative_error
+from tests.slots import write_slot
 
 PARTS = (("attn.q_proj", 48), ("attn.k_proj", 16), ("attn.v_proj", 24))
 SLOT_PATTERNS = {
@@ -37,7 +36,7 @@ def make_pool(dtype: torch.dtype = torch.float32) -> LoRAMemoryPool:
     pool = LoRAMemoryPool([LinearTarget(name, 32, rows) for name, rows in PARTS], 4, 16, dtype)
     for slot, rank, names in ((0, 16, "qkv"), (1, 1, "q"), (2, 5, "qkv"), (3, 8, "kv")):
         modules = {name: LinearLoRA(noise(rank, 32, std=0.2), noise(rows, rank, std=0.4), 0.5 + slot) for name, rows in PARTS if name[5] in names}
-        pool.write(slot, SimpleNamespace(modules=modules))
+        write_slot(pool, slot, modules)
     return pool
 
 
@@ -113,7 +112,7 @@ def test_embedding(pattern: str, dtype: torch.dtype) -> None:
     pool = LoRAMemoryPool([EmbeddingTarget("embed_tokens", 50, 32)], 4, 8, dtype)
     adapters = {slot: EmbeddingLoRA(noise(3 + slot, 50).to(dtype), noise(32, 3 + slot).to(dtype), 0.5) for slot in (0, 1, 3)}
     for slot, module in adapters.items():
-        pool.write(slot, SimpleNamespace(modules={"embed_tokens": module}))
+        write_slot(pool, slot, {"embed_tokens": module})
     base = Embedding("embed_tokens", 50, 32, dtype=dtype, device="cpu")
     base.weight.data.normal_()
     ids = torch.randint(0, 50, (1, len(slots)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +11,13 @@ import torch
 from sglang_lora_moe.lora import slot_loader
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.slot_loader import SlotLoader
-from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks, LinearStacks
+from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget
 from sglang_lora_moe.lora.weights import EmbeddingLoRA, ExpertLoRA, LinearLoRA
 from sglang_lora_moe.moe.spec import MoESpec
 from tests.moe_cases import LAYOUTS, make_expert_lora
 from tests.references import stack_matrix
+from tests.slots import write_slot
 
 SPEC = MoESpec(num_experts=3, top_k=2, hidden_size=20, intermediate_size=6)
 TARGETS = (
@@ -32,14 +32,14 @@ def noise(*shape: int, std: float = 1.0) -> torch.Tensor:
     return torch.randn(shape) * std
 
 
-def make_adapter(rank: int, layout: str = "split", only: tuple[str, ...] = ("embed_tokens", "q_proj", "experts", "lm_head")) -> Any:
+def make_adapter(rank: int, layout: str = "split", only: tuple[str, ...] = ("embed_tokens", "q_proj", "experts", "lm_head")) -> dict[str, Any]:
     modules = {
         "embed_tokens": EmbeddingLoRA(noise(rank, 11), noise(20, rank), 0.25),
         "q_proj": LinearLoRA(noise(rank, 20), noise(7, rank), 0.5),
         "experts": make_expert_lora(SPEC, rank, layout, noise, scaling=2.0),
         "lm_head": LinearLoRA(noise(rank, 20), noise(11, rank), 1.0),
     }
-    return SimpleNamespace(modules={name: modules[name] for name in only})
+    return {name: modules[name] for name in only}
 
 
 def make_pool(dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoRAMemoryPool:
@@ -49,7 +49,7 @@ def make_pool(dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoRAMe
 def assert_holds(pool: LoRAMemoryPool, slot: int, adapter: Any) -> None:
     """Reading through the tables gives the adapter's tensors, and rank 0 where it has none."""
     for target in TARGETS:
-        stacks, module = pool.stacks_for(target.name), adapter.modules.get(target.name)
+        stacks, module = pool.stacks_for(target.name), adapter.get(target.name)
         if module is None:
             assert all(int(stack.rank[slot]) == 0 for stack in vars(stacks).values())
         elif isinstance(stacks, ExpertStacks):
@@ -65,7 +65,7 @@ def assert_holds(pool: LoRAMemoryPool, slot: int, adapter: Any) -> None:
                     assert float(stack.scaling[slot]) == (module.scaling13 if name.endswith("13") else module.scaling2)
         else:
             shown_a = module.a.t() if isinstance(stacks, EmbeddingStacks) else module.a
-            found_a = stack_matrix(stacks.a, slot, 0, isinstance(stacks, LinearStacks))
+            found_a = stack_matrix(stacks.a, slot, 0, not isinstance(stacks, EmbeddingStacks))
             found_b = stack_matrix(stacks.b, slot, 0, False)
             assert found_a is not None and found_b is not None and float(stacks.b.scaling[slot]) == module.scaling
             assert torch.equal(found_a.cpu(), shown_a.to(pool.dtype).float()) and torch.equal(found_b.cpu(), module.b.to(pool.dtype).float())
@@ -77,7 +77,7 @@ def test_write_and_read_back(layout: str, dtype: torch.dtype) -> None:
     pool = make_pool(dtype)
     adapters = {0: make_adapter(8, layout), 1: make_adapter(3, layout), 2: make_adapter(1, layout, only=("experts", "lm_head"))}
     for slot, adapter in adapters.items():
-        written = pool.write(slot, adapter)
+        written = write_slot(pool, slot, adapter)
         assert written == pool.region_bytes_used(slot) <= pool.layout.slot_bytes
     for slot, adapter in adapters.items():
         assert_holds(pool, slot, adapter)
@@ -89,8 +89,8 @@ def test_write_and_read_back(layout: str, dtype: torch.dtype) -> None:
 
 def test_largest_adapter_fills_the_region_exactly() -> None:
     pool = make_pool()
-    assert pool.write(1, make_adapter(8, "split")) == pool.layout.slot_bytes
-    assert pool.write(1, make_adapter(8, "shared_outer")) < pool.layout.slot_bytes
+    assert write_slot(pool, 1, make_adapter(8, "split")) == pool.layout.slot_bytes
+    assert write_slot(pool, 1, make_adapter(8, "shared_outer")) < pool.layout.slot_bytes
     assert pool.pool.nbytes == 3 * pool.layout.slot_bytes
 
 
@@ -98,10 +98,10 @@ def test_overwrite_leaves_no_residue_and_no_trace_elsewhere() -> None:
     pool, fresh = make_pool(), make_pool()
     neighbours = {0: make_adapter(8), 2: make_adapter(8, "dense")}
     for slot, adapter in neighbours.items():
-        pool.write(slot, adapter)
-    pool.write(1, make_adapter(8, "split"))
+        write_slot(pool, slot, adapter)
+    write_slot(pool, 1, make_adapter(8, "split"))
     small = make_adapter(2, "gate_up_only", only=("experts", "q_proj"))
-    assert pool.write(1, small) == fresh.write(1, small)
+    assert write_slot(pool, 1, small) == write_slot(fresh, 1, small)
     assert_holds(pool, 1, small)
     for target in TARGETS:  # the tables are those of a pool that never held the large one
         for ours, theirs in zip(vars(pool.stacks_for(target.name)).values(), vars(fresh.stacks_for(target.name)).values(), strict=True):
@@ -113,16 +113,16 @@ def test_overwrite_leaves_no_residue_and_no_trace_elsewhere() -> None:
 
 def test_clear() -> None:
     pool, keep = make_pool(), make_adapter(4)
-    pool.write(0, keep)
-    pool.write(1, make_adapter(8))
+    write_slot(pool, 0, keep)
+    write_slot(pool, 1, make_adapter(8))
     pool.clear(1)
     assert pool.region_bytes_used(1) == 0
-    assert_holds(pool, 1, SimpleNamespace(modules={}))
+    assert_holds(pool, 1, {})
     assert_holds(pool, 0, keep)
 
 
 def change(adapter: Any, name: str, **fields: Any) -> Any:
-    return SimpleNamespace(modules=adapter.modules | {name: replace(adapter.modules[name], **fields)})
+    return adapter | {name: replace(adapter[name], **fields)}
 
 
 @pytest.mark.parametrize(
@@ -133,23 +133,23 @@ def change(adapter: Any, name: str, **fields: Any) -> Any:
         (lambda: change(make_adapter(4), "q_proj", a=noise(5, 20)), r"q_proj B: expected shape \(7, 5\), got \(7, 4\)"),
         (lambda: change(make_adapter(4, "dense"), "experts", a13=noise(2, 4, 20)), r"experts A13: expected shape \(3, 4, 20\), got \(2, 4, 20\)"),
         (lambda: change(make_adapter(4), "experts", b2=None), r"experts: adapter has A2 or B2 without the other"),
-        (lambda: SimpleNamespace(modules={"q_proj": ExpertLoRA()}), r"q_proj is a LinearTarget, the adapter has a ExpertLoRA for it"),
-        (lambda: SimpleNamespace(modules={"k_proj": None}), r"adapter has weights for k_proj, which is not a target"),
+        (lambda: {"q_proj": ExpertLoRA()}, r"q_proj is a LinearTarget, the adapter has a ExpertLoRA for it"),
+        (lambda: {"k_proj": None}, r"adapter has weights for k_proj, which is not a target"),
     ],
 )
 def test_refusals_leave_the_pool_as_it_was(make: Any, sentence: str) -> None:
     pool, held = make_pool(), make_adapter(5)
-    pool.write(1, held)
+    write_slot(pool, 1, held)
     before = pool.pool.clone()
     with pytest.raises(ValueError, match=sentence):
-        pool.write(1, make())
+        write_slot(pool, 1, make())
     assert torch.equal(pool.pool, before) and pool.region_bytes_used(1) > 0
     assert_holds(pool, 1, held)
 
 
 def test_slot_out_of_range() -> None:
     pool = make_pool()
-    for call in (lambda: pool.write(3, make_adapter(1)), lambda: pool.clear(-1)):
+    for call in (lambda: write_slot(pool, 3, make_adapter(1)), lambda: pool.clear(-1)):
         with pytest.raises(ValueError, match=r"expected a slot in 0..2, got (3|-1)"):
             call()
 
@@ -165,7 +165,7 @@ def test_images_arrive_beside_the_steps(dtype: torch.dtype, device: str, piece_b
     adapters = {slot: make_adapter(rank, layout) for slot, rank, layout in ((0, 8, "split"), (1, 3, "dense"), (2, 5, "shared_outer"))}
 
     def fill(slot: int, adapter: Any) -> None:
-        image, stacks = pool.layout.pack_modules(adapter.modules)
+        image, stacks = pool.layout.pack_modules(adapter)
         loader.start(pool.region(slot), image).result()
         pool.bind(slot, image.numel(), stacks)
 

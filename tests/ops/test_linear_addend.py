@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -17,6 +15,7 @@ from sglang_lora_moe.lora.triton_dense import TritonDense
 from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops import qk_norm_rope, rms_norm
 from tests.references import order_slots, ref_linear, relative_error
+from tests.slots import write_slot
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, HQ, HKV, D = 96, 4, 2, 32
@@ -36,7 +35,7 @@ class Case:
         for slot, rank, names in ((0, 16, "qkvo"), (1, 5, "qkvo"), (3, 24, "kvo")):
             targets = [target for target in pool.layout.targets.values() if target.name in names]
             modules = {t.name: LinearLoRA(self.noise(rank, t.in_features), self.noise(t.out_features, rank), 0.5 + slot) for t in targets}
-            pool.write(slot, SimpleNamespace(modules=modules))
+            write_slot(pool, slot, modules)
         slots = torch.randint(-1, 4, (TOKENS,))
         self.ctx = StepContext(TOKENS, 8, 4, 16, DEVICE)
         self.ctx.token_slots.copy_(slots)

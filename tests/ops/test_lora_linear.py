@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from tests.lora.test_linear_lora import make_context as make_slots
 from tests.models.driver import Driver, Sequence, make_context
 from tests.models.test_against_transformers import random_tokens
 from tests.references import ref_linear, relative_error
+from tests.slots import write_slot
 from tests.tiny_models import make_tiny_model
 
 INTERPRETED = not torch.cuda.is_available()
@@ -59,7 +59,7 @@ def test_embedding() -> None:
     torch.manual_seed(0)
     pool = LoRAMemoryPool([EmbeddingTarget("embed", 50, 40)], 3, 16, torch.float32)
     for slot, rank in ((0, 16), (2, 3)):
-        pool.write(slot, SimpleNamespace(modules={"embed": EmbeddingLoRA(torch.randn(rank, 50), torch.randn(40, rank), 0.5 + slot)}))
+        write_slot(pool, slot, {"embed": EmbeddingLoRA(torch.randn(rank, 50), torch.randn(40, rank), 0.5 + slot)})
     base = Embedding("embed", 50, 40, dtype=torch.float32, device="cpu")
     base.weight.data.normal_()
     ctx = make_slots([0, -1, 2, 1, 2])
@@ -90,7 +90,7 @@ def served(path: Path, backend: str) -> ServedModel:
                 modules[name] = LinearLoRA(torch.randn(rank, target.in_features) * 0.1, torch.randn(target.out_features, rank) * 0.3, 0.7)
             elif not isinstance(target, ExpertTarget):
                 modules[name] = EmbeddingLoRA(torch.randn(rank, target.in_features) * 0.3, torch.randn(target.out_features, rank) * 0.3, 0.7)
-        pool.write(slot, SimpleNamespace(modules=modules))
+        write_slot(pool, slot, modules)
     return model
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -18,6 +16,7 @@ from sglang_lora_moe.lora.triton_dense import TritonDense
 from sglang_lora_moe.lora.weights import LinearLoRA
 from tests.moe_cases import Noise, generator, make_token_slots
 from tests.references import assert_near, order_slots, ref_linear
+from tests.slots import write_slot
 
 pytestmark = pytest.mark.gpu
 QKV, O = ((("q", 4096), ("k", 512), ("v", 512)), 2048), ((("o", 2048),), 4096)
@@ -40,7 +39,7 @@ def test_linear(parts: tuple[tuple[str, int], ...], width: int, tokens: int, dty
             rank = (16, 64, 1, 7)[slot % 4]
             some = [part for i, part in enumerate(parts) if slot % 4 != 3 or i == slot % len(parts)]
             adapter = {name: LinearLoRA(noise(rank, width, std=width**-0.5), noise(rows, rank, std=rank**-0.5), 0.5 + slot % 3) for name, rows in some}
-            pool.write(slot, SimpleNamespace(modules=adapter))
+            write_slot(pool, slot, adapter)
         ctx.token_slots.copy_(make_token_slots(popularity, tokens, slots, g, base_share=0.2))
         order_slots(ctx, tokens)
         ctx.lora_active = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from sglang_lora_moe.ops.norm_rope import most_columns, norm_rows, rotate_rows
 from tests.moe_cases import Noise, generator
 from tests.ops import emulator
 from tests.references import ref_linear, relative_error
+from tests.slots import write_slot
 
 DRIVER = Path(__file__).parent / "norm_rope_driver.cpp"
 GPU = torch.cuda.is_available()
@@ -66,9 +66,7 @@ def make_addend(parts: dict[str, int], k: int, m: int, max_rank: int, splits: in
     pool.pool.fill_(float("nan"))
     for slot, rank in enumerate((16, max_rank, 1, 7)):
         names = list(parts)[-1:] if slot == 1 else list(parts)
-        pool.write(
-            slot, SimpleNamespace(modules={n: LinearLoRA(noise(rank, k, std=k**-0.5), noise(parts[n], rank, std=rank**-0.5), 0.5 + slot) for n in names})
-        )
+        write_slot(pool, slot, {n: LinearLoRA(noise(rank, k, std=k**-0.5), noise(parts[n], rank, std=rank**-0.5), 0.5 + slot) for n in names})
     slots = torch.randint(-1, 4, (m,), generator=noise.generator, device=DEVICE, dtype=torch.int32)
     slots[0] = 3
     ordered, order = slots.sort(stable=True)

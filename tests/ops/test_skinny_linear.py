@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_halves, half_fo
 from tests.moe_cases import Noise, generator, make_token_slots
 from tests.ops import emulator
 from tests.references import ref_linear, relative_error
+from tests.slots import write_slot
 
 DRIVER = Path(__file__).parent / "skinny_driver.cpp"
 GPU = torch.cuda.is_available()
@@ -62,7 +62,7 @@ def make_addend(parts: tuple[int, ...], k: int, m: int, slots: int, popularity: 
     for slot in range(slots):
         rank = (16, max_rank, 1, 7)[slot % 4]
         some = [(name, rows) for i, (name, rows) in enumerate(zip(names, parts, strict=True)) if slot % 4 != 3 or i == slot % len(parts)]
-        pool.write(slot, SimpleNamespace(modules={n: LinearLoRA(noise(rank, k, std=k**-0.5), noise(r, rank, std=rank**-0.5), 0.5 + slot % 3) for n, r in some}))
+        write_slot(pool, slot, {n: LinearLoRA(noise(rank, k, std=k**-0.5), noise(r, rank, std=rank**-0.5), 0.5 + slot % 3) for n, r in some})
     token_slots = make_token_slots(popularity, m, slots, g, base_share=0.2)
     firsts = [sum(parts[:i]) for i in range(len(parts))]
     stacks = [pool.stacks_for(name) for name in names]
