@@ -170,67 +170,86 @@ def test_a_bad_adapter_at_start_says_which(tmp_path: Path) -> None:
         Engine(model_path=str(model_path()), lora_paths=[f"x={tmp_path}"], max_total_tokens=256)
 
 
-def test_soak() -> None:
-    """Random requests, aborts, loads, unloads and reloads: clean books, and every finished answer as its solo run."""
-    rng, solo = random.Random(7), {}  # type: random.Random, dict[tuple[int | None, int], list[int]]
-    with make_engine(adapters=(), max_loras_per_batch=2, max_lora_rank=16, max_total_tokens=240, max_running_requests=12) as e:
-        revisions: dict[str, int] = {}  # loaded name -> seed of its content
-        prompts = [[1] + [rng.randrange(3, 98) for _ in range(rng.randrange(2, 60))] for _ in range(6)]
-        asked: dict[str, tuple[int | None, int, int]] = {}
-        out: dict[str, list[int]] = {}
-        ended: dict[str, str] = {}
-        number = aborts = 0
+class Soak:
+    """Random requests, aborts, loads, reloads in place and unloads on one engine, and what came of them."""
 
-        def take(messages: list[EngineMessage]) -> None:
-            for message in messages:
-                if isinstance(message, TokenOutput):
-                    out[message.rid] += message.token_ids
-                    if message.finish_reason:
-                        ended[message.rid] = message.finish_reason
-                else:
-                    assert message.error is None, message
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.core, self.rng = engine, engine.core, random.Random(7)
+        self.prompts = [[1] + [self.rng.randrange(3, 98) for _ in range(self.rng.randrange(2, 60))] for _ in range(6)]
+        self.seeds: dict[str, int] = {}  # loaded name -> seed of its content
+        self.asked: dict[str, tuple[int | None, int, int]] = {}  # request -> seed of its adapter, prompt, tokens
+        self.out: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.aborts = self.reloads = 0
 
-        for round_ in range(250):
-            for _ in range(rng.randrange(3)):
-                name = rng.choice([None, *revisions])
-                which, count = rng.randrange(len(prompts)), rng.randrange(1, 25)
-                rid, number = f"r{number}", number + 1
-                asked[rid], out[rid] = (revisions[name] if name else None, which, count), []
-                take(e.core.handle(Submit(rid, prompts[which], SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True), name)))
-            if rng.random() < 0.15 and len(revisions) < 5:
-                seed = rng.randrange(4)
-                name = f"n{rng.randrange(6)}"
-                if name not in revisions:
-                    revisions[name] = seed
-                    take(e.core.handle(LoadAdapter(f"l{round_}", name, str(other_adapter_path(seed)))))
-                    while e.core.is_loading:
-                        take(e.core.step())
-            if rng.random() < 0.1 and revisions:
-                name = rng.choice(list(revisions))
-                del revisions[name]
-                take(e.core.handle(UnloadAdapter(f"u{round_}", name)))
-            if rng.random() < 0.2 and e.core.scheduler.requests:
-                aborts += 1
-                take(e.core.handle(Abort(rng.choice(list(e.core.scheduler.requests)))))
-            take(e.core.step())
-            check_core(e.core)
-        while e.core.has_work:
-            take(e.core.step())
-        check_core(e.core)
-        stats = e.core.stats()
-        assert stats["kv_pages_used"] == 0 and stats["slots_running"] == 0 and stats["adapters_unloading"] == [] and stats["retractions"] > 0
-        assert len(ended) == number > 150 and aborts > 20
-        for name in list(revisions):
-            e.unload_lora_adapter(name)
-        assert e.core.stats()["slots_used"] == 0
+    def take(self, messages: list[EngineMessage]) -> None:
+        for message in messages:
+            if isinstance(message, TokenOutput):
+                self.out[message.rid] += message.token_ids
+                if message.finish_reason:
+                    self.ended[message.rid] = message.finish_reason
+            else:
+                assert message.error is None, message
+
+    def submit(self) -> None:
+        name = self.rng.choice([None, *self.seeds])
+        which, count = self.rng.randrange(len(self.prompts)), self.rng.randrange(1, 25)
+        rid = f"r{len(self.asked)}"
+        self.asked[rid], self.out[rid] = (self.seeds[name] if name else None, which, count), []
+        self.take(self.core.handle(Submit(rid, self.prompts[which], SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True), name)))
+
+    def load(self, name: str) -> None:
+        self.reloads += name in self.seeds
+        self.seeds[name] = self.rng.randrange(4)
+        self.take(self.core.handle(LoadAdapter(f"load {name}", name, str(other_adapter_path(self.seeds[name])), load_inplace=True)))
+        while self.core.is_loading:
+            self.take(self.core.step())
+
+    def round(self) -> None:
+        """Some of everything, and a step."""
+        rng = self.rng
+        for _ in range(rng.randrange(3)):
+            self.submit()
+        if rng.random() < 0.15 and len(self.seeds) < 5:
+            self.load(f"n{rng.randrange(6)}")
+        if rng.random() < 0.1 and self.seeds:
+            name = rng.choice(list(self.seeds))
+            del self.seeds[name]
+            self.take(self.core.handle(UnloadAdapter(f"unload {name}", name)))
+        if rng.random() < 0.2 and self.core.scheduler.requests:
+            self.aborts += 1
+            self.take(self.core.handle(Abort(rng.choice(list(self.core.scheduler.requests)))))
+        self.take(self.core.step())
+        check_core(self.core)
+
+    def check_answers(self) -> None:
+        """Every finished answer is its solo run."""
+        solo: dict[tuple[int | None, int], list[int]] = {}
         for seed in range(4):
-            e.load_lora_adapter(f"s{seed}", str(other_adapter_path(seed)))
-        for rid, (seed_or_base, which, count) in asked.items():
-            if ended[rid] == "length":
+            self.engine.load_lora_adapter(f"s{seed}", str(other_adapter_path(seed)))
+        for rid, (seed_or_base, which, count) in self.asked.items():
+            if self.ended[rid] == "length":
                 key = (seed_or_base, which)
                 if key not in solo:
-                    e.flush_cache()
+                    self.engine.flush_cache()
                     params = {"temperature": 0.0, "max_new_tokens": 25, "ignore_eos": True}
                     adapter = None if seed_or_base is None else f"s{seed_or_base}"
-                    solo[key] = e.generate(input_ids=prompts[which], sampling_params=params, lora_path=adapter)["output_ids"]
-                assert out[rid] == solo[key][:count], rid
+                    solo[key] = self.engine.generate(input_ids=self.prompts[which], sampling_params=params, lora_path=adapter)["output_ids"]
+                assert self.out[rid] == solo[key][:count], rid
+
+
+def test_soak() -> None:
+    with make_engine(adapters=(), max_loras_per_batch=2, max_lora_rank=16, max_total_tokens=240, max_running_requests=12) as engine:
+        soak = Soak(engine)
+        for _ in range(250):
+            soak.round()
+        while engine.core.has_work:
+            soak.take(engine.core.step())
+        check_core(engine.core)
+        stats = engine.core.stats()
+        assert stats["kv_pages_used"] == 0 and stats["slots_running"] == 0 and stats["adapters_unloading"] == [] and stats["retractions"] > 0
+        assert len(soak.ended) == len(soak.asked) > 150 and soak.aborts > 20 and soak.reloads > 3, (len(soak.asked), soak.aborts, soak.reloads)
+        for name in list(soak.seeds):
+            engine.unload_lora_adapter(name)
+        assert engine.core.stats()["slots_used"] == 0
+        soak.check_answers()

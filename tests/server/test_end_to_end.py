@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,94 +20,17 @@ from openai import OpenAI
 
 from benchmarks.soak import Options, soak
 from sglang_lora_moe.server.serve import FINISH_SECONDS
-from tests.adapter_files import edit_adapter, merged_reference_model, write_adapter
+from tests.adapter_files import edit_adapter, merged_reference_model
 from tests.server.conftest import wait_for
-from tests.tiny_models import make_tiny_model
+from tests.server.launched import ADAPTERS, PROMPT, Server, alive, make_files
 
-ROOT = Path(__file__).parents[2]
-ADAPTERS = {"a": ("target_parameters_3d", 8), "b": ("per_expert_2d", 4), "c": ("shared_outer", 16), "d": ("experts_and_attention", 6)}
-PROMPT = "Mixtures of experts"
 BIN, CONFIG, WEIGHTS = "adapter_model.bin", "adapter_config.json", "adapter_model.safetensors"
-
-
-class Server:
-    """`launch_server` as a process in its own group; `url` is there once it is ready."""
-
-    def __init__(self, *flags: str) -> None:
-        command = [sys.executable, "-m", "sglang_lora_moe.launch_server", "--port", "0", "--log-level", "warning", *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which the tests' own process ignores where a script runs it with &
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
-        )
-        assert self.process.stdout is not None
-        self.line = self.process.stdout.readline()
-        found = re.search(r"http://\S+", self.line)
-        self.url = found.group() if found else ""
-        self.children = _children(self.process.pid)
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-
-    def get(self, path: str) -> Any:
-        return self.client.get(path).json()
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.client.post(path, json=body)
-
-    def generate(self, **body: Any) -> Any:
-        response = self.post("/generate", **({"sampling_params": {"temperature": 0, "max_new_tokens": 12}} | body))
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def stats(self) -> dict[str, Any]:
-        return dict(self.get("/server_info")["stats"])
-
-    def is_idle(self) -> bool:
-        stats = self.stats()
-        return not (stats["running"] or stats["waiting"] or stats["kv_pages_used"])
-
-    def end(self, number: int | None = signal.SIGTERM, group: bool = False) -> tuple[int, str]:
-        """Exit status and what was said on stderr."""
-        if number is not None and group:
-            os.killpg(self.process.pid, number)
-        elif number is not None:
-            self.process.send_signal(number)
-        try:
-            _, err = self.process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # nothing of a failed test goes on beside the others
-            raise
-        return self.process.returncode, err
-
-
-def _children(pid: int) -> list[int]:
-    """Children of a process that still run something (Linux)."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # it ended meanwhile
-            continue
-        if int(parent) == pid and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(model, directory of adapters)."""
-    directory = tmp_path_factory.mktemp("served")
-    model = make_tiny_model("qwen3_moe", directory)
-    for i, (name, (layout, rank)) in enumerate(ADAPTERS.items()):
-        write_adapter(layout, model, directory / "adapters" / name, rank=rank, seed=i)
-    write_adapter("attention_only", model, directory / "adapters" / "high", rank=32)
-    return model, directory / "adapters"
+    return make_files(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
@@ -122,22 +41,6 @@ def server(files: tuple[Path, Path]) -> Iterator[Server]:
     yield one
     if one.process.poll() is None:
         one.end()
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Server]]:
-    """Starts servers of a test's own, and ends what still runs."""
-    started: list[Server] = []
-
-    def begin(*flags: str) -> Server:
-        started.append(Server(*flags))
-        return started[-1]
-
-    yield begin
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.communicate()
 
 
 def reference(model: Path, adapter: Path | None, count: int) -> str:
@@ -382,61 +285,3 @@ def test_clean_end_while_requests_run(server: Server) -> None:
     assert code == 0 and "Traceback" not in err and "Exception" not in err, err
     assert answers[0].json()["meta_info"]["completion_tokens"] == 400 or time.monotonic() - begin > FINISH_SECONDS, "it was aborted too early"
     assert server.children and not any(map(alive, server.children))
-
-
-def test_full_queue_keys_and_ctrl_c(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
-    server = start("--model-path", str(files[0]), "--max-running-requests", "1", "--max-queued-requests", "1", "--api-key", "k")
-    assert httpx.get(server.url + "/v1/models").status_code == 401
-    headers = {"Authorization": "Bearer k"}
-    body = {"prompt": PROMPT, "max_tokens": 480, "ignore_eos": True}
-    statuses: list[int] = []
-    last: list[httpx.Response] = []
-
-    def ask() -> None:
-        last.append(httpx.post(server.url + "/v1/completions", json=body, headers=headers, timeout=60))
-        statuses.append(last[-1].status_code)
-
-    threads = [threading.Thread(target=ask) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    wait_for(lambda: statuses.count(503) == 3)
-    assert int(last[0].headers["retry-after"]) >= 1 and last[0].json()["error"]["type"] == "server_error"
-    code, err = server.end(signal.SIGINT, group=True)  # as a terminal does
-    for thread in threads:
-        thread.join()
-    assert code == 0 and "Traceback" not in err and "KeyboardInterrupt" not in err, err
-    assert statuses.count(200) == 2 and not any(map(alive, server.children))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_quiet_end_while_loading(files: tuple[Path, Path], number: int) -> None:
-    command = [sys.executable, "-m", "sglang_lora_moe.launch_server", "--port", "0", "--model-path", str(files[0])]
-    # a shell's background jobs, of which the tests may be one, ignore SIGINT, and what they start inherits that
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **heard)
-    wait_for(lambda: _children(process.pid))
-    children = _children(process.pid)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert not any(map(alive, children))
-
-
-def test_server_ends_when_its_engine_is_killed(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
-    server = start("--model-path", str(files[0]))
-    for child in server.children:
-        os.kill(child, signal.SIGKILL)
-    code, err = server.end(None)
-    assert code == 1 and "Traceback" not in err, err
-
-
-def test_engine_ends_when_its_server_is_killed(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
-    server = start("--model-path", str(files[0]))
-    server.process.kill()
-    wait_for(lambda: not any(map(alive, server.children)))
-
-
-def test_an_adapter_that_cannot_be_loaded_stops_the_start(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
-    code, err = start("--model-path", str(files[0]), "--lora-paths", "x=/no/where").end(None)
-    lines = [line for line in err.splitlines() if line.startswith("sglang-lora-moe: ")]
-    assert code == 2 and len(lines) == 1 and "--lora-paths: x" in lines[0] and "/no/where" in lines[0] and "Traceback" not in err, err

@@ -19,7 +19,7 @@ from sglang_lora_moe.config import Config
 from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import write_adapter
 from tests.quantized_checkpoints import genuine, write_reference
-from tests.server.test_end_to_end import Server
+from tests.server.launched import Server
 from tests.server.test_quantized import CHECKPOINTS
 from tests.tiny_models import make_tokenizer
 

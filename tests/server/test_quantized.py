@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.adapter_files import merged_reference_model, write_adapter
 from tests.models.test_against_transformers import load_stock
 from tests.quantized_checkpoints import genuine, write_quantized, write_reference
-from tests.server.test_end_to_end import Server
+from tests.server.launched import Server
 from tests.tiny_models import make_tiny_model
 
 LAYOUTS = {"a": ("per_expert_2d", 4), "b": ("experts_and_attention", 16)}
