@@ -1,4 +1,4 @@
-"""The path of a request, as ARCHITECTURE.md lists it, stays short enough to be read: at most 12 files and 2,000 lines."""
+"""ARCHITECTURE.md names every file, and the path of a request that it lists stays short enough to be read: at most 12 files and 2,000 lines."""
 
 from __future__ import annotations
 
@@ -35,3 +35,15 @@ def test_eight_steps_name_the_files() -> None:
     steps = section.split("\n1. ", 1)[1]
     for name, _ in path_of_a_request():
         assert f"`{name.removeprefix('sglang_lora_moe/')}`" in steps, name
+
+
+def test_every_file_is_explained() -> None:
+    section = (ROOT / "ARCHITECTURE.md").read_text().split("## Every file", 1)[1].split("\n## ", 1)[0]
+    named = set(re.findall(r"`([^`]+)`", section))
+    package = [path.relative_to(ROOT / "sglang_lora_moe") for path in (ROOT / "sglang_lora_moe").rglob("*.py") if path.read_text().strip()]
+    assert [str(path) for path in package if str(path) not in named] == []
+    kernels = [path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".cpp", ".h")]
+    families = {re.sub(r"(_bindings|_int8)?$", "", path.stem) for path in kernels if str(path) not in named}  # `NAME` stands for all files of it
+    assert sorted(families - named) == []
+    for name in named:
+        assert "." not in name or any((ROOT / folder / name).exists() for folder in ("", "sglang_lora_moe", "csrc")) or re.match(r"NAME|_int8|\.", name), name
