@@ -23,8 +23,9 @@ CUDA_PAIRS = 2048  # from which shrinks of grouped rows are csrc/moe_lora_shrink
 OWN_SHRINK_ROWS, BY_SLOT_ROWS = 16, 32  # of a base tile, up to which down computes s itself, and from there the GEMMs find adapters by slot: measured
 # The first shrink's tile by least pairs, of x of up to 2,048 columns and of more: the fewer programs, beside gate_up's, the more each has under way. Measured
 LONG_TILE, DEEP_TILE, TALL_TILE = ShrinkTile(16, 16, 512, 4, 4), ShrinkTile(16, 16, 256, 2, 5), ShrinkTile(16, 32, 256, 4, 4)
-NARROW_TILES = ((384, TALL_TILE), (208, None), (160, TALL_TILE), (129, None), (128, DEEP_TILE), (65, ShrinkTile(16, 16, 128, 4, 4)), (48, LONG_TILE))
-WIDE_TILES = ((448, TALL_TILE), (129, None), (128, DEEP_TILE), (32, LONG_TILE))
+SMALL_TILE = ShrinkTile(16, 16, 128, 4, 4)
+NARROW_TILES = ((129, TALL_TILE), (128, DEEP_TILE), (65, SMALL_TILE), (48, LONG_TILE))
+WIDE_TILES = ((448, TALL_TILE), (256, None), (129, TALL_TILE), (128, DEEP_TILE), (112, SMALL_TILE), (32, LONG_TILE))
 
 
 def _first_tile(a: Stack, routing: Routing, device: torch.device) -> ShrinkTile | None:
