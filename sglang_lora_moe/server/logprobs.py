@@ -64,7 +64,7 @@ class TokenText:
 
 
 def finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, _FLOOR)
+    return None if logprob is None else max(_FLOOR, logprob)  # in this order the floor too where weights overflowed and it is NaN
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], tokens: TokenText) -> list[dict[str, Any]]:

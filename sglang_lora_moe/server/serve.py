@@ -121,6 +121,7 @@ def _listen(host: str, port: int) -> socket.socket:
                 raise
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger there
             listener.bind(address)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # or else a second server, started now too, could have it as well
         return listener
     except OSError as error:
         raise ValueError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}") from error

@@ -58,8 +58,10 @@ def test_sentencepiece_tokens() -> None:
     assert [tokens.raw(i) for i in range(4)] == [b"<s>", b" the", b"\xe2", b""]
 
 
-def test_minus_infinity_is_json(byte_level: Any) -> None:
+@pytest.mark.parametrize("value", ["-inf", "nan"])  # no chance at all; and an adapter whose weights overflow
+def test_what_json_has_no_number_for(byte_level: Any, value: str) -> None:
     tokens = TokenText(byte_level)
-    entry = TokenLogprob(1, float("-inf"), [(2, float("-inf"))])
+    entry = TokenLogprob(1, float(value), [(2, float(value))])
     assert chat_logprobs([entry], tokens)[0]["logprob"] == -9999.0
+    assert chat_logprobs([entry], tokens)[0]["top_logprobs"][0]["logprob"] == -9999.0
     assert CompletionLogprobs(tokens, True).piece([entry])["token_logprobs"] == [-9999.0]

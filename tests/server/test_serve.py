@@ -180,4 +180,8 @@ def test_a_server_starts_while_connections_of_the_last_one_linger(served: type[S
     with httpx.Client() as client:
         assert client.get(f"{server.url}/health").status_code == 200
         assert server.end()[0] == 0  # it closes the connection first, which keeps the port for a minute
-    serve._listen("127.0.0.1", port).close()
+    with serve._listen("127.0.0.1", port) as first:
+        with pytest.raises(ValueError, match="Address already in use"):  # as where none lingers
+            serve._listen("127.0.0.1", port)
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as run_server does when it has loaded
+        first.listen()
