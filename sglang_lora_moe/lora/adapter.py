@@ -92,6 +92,9 @@ def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: Adapter
         _check_float16(source, modules)
     if unmatched := sorted({*config.rank_pattern, *config.alpha_pattern} - config.matched):
         source.warn(f"{config.path.name}: no module of the file has its rank or alpha from the patterns {', '.join(unmatched)}")
+    targets = [name for name in (*config.target_modules, *config.target_parameters) if not any(f".{name}." in f".{module}." for module in config.modules)]
+    if targets:
+        source.warn(f"{config.path.name}: the file has no weights for the targets {', '.join(targets)}")
     # of trained weights only the first are looked at
     idle = [name for name, module in modules.items() if any(not tensor.view(-1)[:64].any() and not tensor.any() for tensor in module.tensors())]
     if idle:

@@ -52,12 +52,14 @@ class AdapterConfig:
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> rank
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> alpha
+    target_modules: tuple[str, ...] = ()  # () where it is a pattern
     target_parameters: tuple[str, ...] = ()
     peft_version: tuple[int, ...] | None = None
     lora_b_layout: str = "rank_major"  # order of the columns of a flattened 3D lora_B: rank- or expert-major
     base_model: str | None = None
     warnings: tuple[str, ...] = ()
     matched: set[str | None] = field(default_factory=set)  # patterns that have decided for a module of the file
+    modules: set[str] = field(default_factory=set)  # of the file, as patterns see their names
 
     def rank(self, name: str) -> int:
         """Rank of the module called `name` in the file."""
@@ -72,6 +74,7 @@ class AdapterConfig:
         """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
         pattern = next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
         self.matched.add(pattern)
+        self.modules.add(name)
         return default if pattern is None else patterns[pattern]
 
     def inference_fields(self) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def parse_config(path: Path, raw: object) -> AdapterConfig:
         use_rslora=get.boolean("use_rslora"),
         rank_pattern=get.patterns("rank_pattern", get.rank),
         alpha_pattern=get.patterns("alpha_pattern", get.number),
+        target_modules=get.names("target_modules") if not isinstance(raw.get("target_modules"), str) else (),
         target_parameters=get.names("target_parameters"),
         peft_version=_version(raw.get("peft_version")),
         lora_b_layout=layout,

@@ -67,12 +67,7 @@ _ALIASES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_p
 _EXPERT_LEAVES = {"experts", "gate_proj", "up_proj", "down_proj"}
 
 
-def collect_targets(model: nn.Module) -> dict[str, Target]:
-    """All targets of a built model by name."""
-    return {target.name: target for layer in _layers(model) for target in layer}
-
-
-def choose_targets(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, Target], frozenset[str]]:
+def choose_targets(model: nn.Module, names: Sequence[str] = ()) -> tuple[dict[str, Target], frozenset[str]]:
     """The targets that --lora-target-modules `names` leave, by name, and the names of the others. Without names, or with "all": all.
 
     A name is the last part of a module's path; expert weights go by "experts" or by a projection. A layer that is computed as one
@@ -80,7 +75,7 @@ def choose_targets(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, Ta
     """
     layers = _layers(model)
     if not names or {"all", "all-linear"} & set(names):
-        return collect_targets(model), frozenset()
+        return {target.name: target for layer in layers for target in layer}, frozenset()
     wanted = {leaf for name in names for leaf in _ALIASES.get(name, (name,))}
     found: set[str] = set()
     kept: dict[str, Target] = {}

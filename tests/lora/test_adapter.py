@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter
-from sglang_lora_moe.lora.targets import ExpertTarget, Target, collect_targets
+from sglang_lora_moe.lora.targets import ExpertTarget, Target, choose_targets
 from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.served import ServedModel
@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def read(model: ServedModel, path: Path, **settings: Any) -> AdapterWeights:
     options: dict[str, Any] = {"max_rank": 64, "dtype": torch.float32} | settings
-    return read_adapter(path, AdapterRules(collect_targets(model.hf), model.rename_adapter_module, refused=model.refused_adapter_modules, **options))
+    return read_adapter(path, AdapterRules(choose_targets(model.hf)[0], model.rename_adapter_module, refused=model.refused_adapter_modules, **options))
 
 
 @torch.no_grad()
@@ -314,6 +314,23 @@ def test_what_has_no_effect_is_said(models: Any, tmp_path: Path) -> None:
     assert warning.startswith(
         "A or B is all zeros in 2 of 10 modules, such as model.layers.0.self_attn.q_proj, model.layers.1.mlp.experts: they change nothing"
     )
+
+
+def test_targets_without_weights(models: Any, tmp_path: Path) -> None:
+    """What the config names and the file lacks: a part that was not saved, or a name that nothing of the model had."""
+
+    def forget(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        for key in [key for key in tensors if "k_proj" in key or "base_layer" in key]:
+            del tensors[key]
+        config["target_modules"] = [*config["target_modules"], "w9"]
+
+    path, model = models("qwen3_moe")
+    adapter = edit_adapter(write_adapter("experts_and_attention", path, tmp_path / "part", rank=4), forget)
+    names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    missing = ", ".join(name for name in names if "k_proj" in name or name == "w9")
+    assert read(model, adapter).warnings == [f"adapter_config.json: the file has no weights for the targets {missing}, mlp.experts.gate_up_proj"]
+    edit_adapter(adapter, lambda tensors, config: config.update(target_modules=".*o_proj", target_parameters=["mlp.experts.down_proj"]))
+    assert not read(model, adapter).warnings  # a pattern may mean anything
 
 
 def test_names_of_other_trainers(models: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sglang_lora_moe.lora.adapter import AdapterRules
 from sglang_lora_moe.lora.manager import LoRAManager
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.reader import AdapterReader
-from sglang_lora_moe.lora.targets import collect_targets
+from sglang_lora_moe.lora.targets import choose_targets
 from sglang_lora_moe.models.served import ServedModel
 from tests.references import order_slots
 
@@ -69,7 +69,7 @@ class Driver:
 
 def put_in_slot(model: ServedModel, adapter: Path, max_rank: int = 64) -> int:
     """Wrap the layers of `model` (once) and read the adapter; its slot."""
-    targets = collect_targets(model.hf)
+    targets = choose_targets(model.hf)[0]
     pool = LoRAMemoryPool(list(targets.values()), 2, max_rank, model.dtype)
     rules = AdapterRules(targets, model.rename_adapter_module, max_rank, model.dtype, refused=model.refused_adapter_modules)
     manager = LoRAManager(model, AdapterReader(rules, pool.layout), pool)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from sglang_lora_moe.layers.embedding import Embedding
 from sglang_lora_moe.lora.layers import EmbeddingWithLoRA, LinearWithLoRA, wrap_layers
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
-from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, collect_targets
+from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, choose_targets
 from sglang_lora_moe.lora.triton_dense import TritonDense
 from sglang_lora_moe.lora.weights import EmbeddingLoRA, LinearLoRA
 from sglang_lora_moe.models.build import build_model
@@ -79,7 +79,7 @@ def test_parts_must_share_a_pool() -> None:
 def served(path: Path, backend: str) -> ServedModel:
     """A model with random adapters on all its linears in slots 0 (rank 3) and 1 (rank 16); experts without."""
     model = build_model(path, ctx=make_context(), dtype=torch.float32, device="cpu", attention_backend="triton", show_progress=False)
-    targets = collect_targets(model.hf)
+    targets = choose_targets(model.hf)[0]
     pool = LoRAMemoryPool(list(targets.values()), 2, 16, torch.float32)
     wrap_layers(model.hf, pool, model.ctx, backend)
     torch.manual_seed(5)
