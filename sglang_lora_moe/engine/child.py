@@ -62,6 +62,7 @@ class EngineProcess:
                 await asyncio.wait([frame], timeout=0.5)
             if not frame.done():
                 raise RuntimeError(f"the engine process ended with status {self.process.returncode} while starting; its log says why")
+            self._folder.cleanup()  # they are connected, and whoever is killed cleans up nothing
             return bytes(frame.result())
         finally:
             frame.cancel()

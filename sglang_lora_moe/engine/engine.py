@@ -20,7 +20,7 @@ from sglang_lora_moe.core import Abort, EngineMessage, FlushCache, GetStats, Loa
 from sglang_lora_moe.engine.build import build_engine
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest, native_result
 from sglang_lora_moe.engine.tokenizer import load_tokenizer
-from sglang_lora_moe.engine.validate import refuse, spread
+from sglang_lora_moe.engine.validate import refuse, same_value, spread
 
 _SAMPLING_FIELDS = {f.name for f in dataclasses.fields(SamplingParams)}
 _TEXT_FIELDS = ("n", "skip_special_tokens", "no_stop_trim")
@@ -69,6 +69,8 @@ class Engine:
             raise RequestError("prompt: exactly one of prompt and input_ids must be given", param="prompt")
         is_batch = isinstance(prompt, list) or (input_ids is not None and bool(input_ids) and isinstance(input_ids[0], list))
         prompts: list[Any] = list(prompt if prompt is not None else input_ids) if is_batch else [prompt if prompt is not None else input_ids]  # type: ignore[arg-type]
+        if top_logprobs_num and not return_logprob:
+            raise refuse("top_logprobs_num", "0 without return_logprob=True", top_logprobs_num)
         options = LogprobOptions(top_logprobs_num, logprob_start_len if logprob_start_len >= 0 else None) if return_logprob else None
         params = spread(sampling_params or {}, len(prompts), "sampling_params")
         adapters = spread(lora_path, len(prompts), "lora_path")
@@ -218,11 +220,11 @@ def _make_request(prompt: Any, is_text: bool, params: dict[str, Any], request: G
     """`request` with prompt and sampling filled in; `params` has SGLang's names."""
     if not isinstance(params, dict):
         raise refuse("sampling_params", "a dict", params)
-    values = {"seed": params.get("sampling_seed")} | params  # its name in SGLang
-    values.pop("sampling_seed", None)
+    values = dict(params)
+    values["seed"] = same_value(seed=params.get("seed"), sampling_seed=values.pop("sampling_seed", None))  # its name in SGLang
     request.prompt, request.input_ids = (prompt, None) if is_text else (None, prompt)
     stop = values.pop("stop", None)
-    request.stop = [stop] if isinstance(stop, str) else stop or []
+    request.stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
     for name in _TEXT_FIELDS:
         setattr(request, name, values.pop(name, getattr(request, name)))
     unknown = sorted(set(values) - _SAMPLING_FIELDS)

@@ -42,7 +42,7 @@ class _EngineFrame(msgspec.Struct, array_like=True):
     replies: list[Reply]
 
 
-_encode = msgspec.msgpack.Encoder().encode
+encode = msgspec.msgpack.Encoder().encode
 _front_decoder = msgspec.msgpack.Decoder(list[tuple[int, msgspec.Raw]])
 _message_decoders = [msgspec.msgpack.Decoder(kind) for kind in _FRONT_TYPES]
 _engine_decoder = msgspec.msgpack.Decoder(_EngineFrame)
@@ -51,13 +51,9 @@ _engine_decoder = msgspec.msgpack.Decoder(_EngineFrame)
 def encode_message(message: FrontMessage) -> msgspec.Raw:
     """One message of a frame. RequestError for values that have no encoding, such as lone surrogates in a text."""
     try:
-        return msgspec.Raw(_encode((_FRONT_TYPES.index(type(message)), message)))
+        return msgspec.Raw(encode((_FRONT_TYPES.index(type(message)), message)))
     except (ValueError, TypeError, OverflowError) as error:
         raise RequestError(f"a value of the request cannot be passed on: {error}") from error
-
-
-def encode_to_engine(messages: list[msgspec.Raw]) -> bytes:
-    return _encode(messages)
 
 
 def decode_to_engine(frame: bytes) -> list[FrontMessage]:
@@ -66,7 +62,7 @@ def decode_to_engine(frame: bytes) -> list[FrontMessage]:
 
 def encode_from_engine(messages: list[EngineMessage]) -> bytes:
     outputs = [message for message in messages if isinstance(message, TokenOutput)]
-    return _encode(_EngineFrame(outputs, [message for message in messages if isinstance(message, Reply)]))
+    return encode(_EngineFrame(outputs, [message for message in messages if isinstance(message, Reply)]))
 
 
 def decode_from_engine(frame: bytes) -> list[EngineMessage]:
@@ -260,7 +256,7 @@ class AsyncEngine:
             messages = [await self._outbox.get()]
             while not self._outbox.empty():
                 messages.append(self._outbox.get_nowait())
-            await self.child.socket.send(encode_to_engine(messages))
+            await self.child.socket.send(encode(messages))
 
     async def _watch(self) -> None:
         """Fail everything when the process ends, or a task above does."""

@@ -157,8 +157,7 @@ class Scheduler:
 
     # ---- parts ------------------------------------------------------------------------------------------------------
     def _refuse(self, request: Request) -> None:
-        if request.rid in self.requests:
-            raise RequestError(f"a request with the id {request.rid!r} is running already", param="rid")
+        assert request.rid not in self.requests, f"the front has used {request.rid} twice"
         if not request.prompt_len:
             raise RequestError("the prompt is empty", param="prompt")
         if request.prompt_len >= self.capacity:

@@ -31,6 +31,15 @@ def spread(value: Any, count: int, param: str) -> list[Any]:
     return value
 
 
+def same_value(**names: Any) -> Any:
+    """The value of a field that has several names, None where none was given; RequestError where they differ."""
+    given = [(name, value) for name, value in names.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise refuse(name, f"the same as {given[0][0]}, which is another name of it", value)
+    return given[0][1] if given else None
+
+
 def too_long(tokens: int | str, capacity: int, param: str) -> RequestError:
     text = f"the prompt has {tokens} tokens; with one for the answer it exceeds the {capacity} of a request (--context-length, --max-total-tokens)"
     return RequestError(text, 400, param, "context_length_exceeded")

@@ -92,7 +92,6 @@ class SlotTable:
 
     def drop(self, revision: str) -> int | None:
         """Forget an unloaded revision; returns the slot whose weights can be cleared, None if it was not resident."""
-        self.pinned.discard(revision)
         self.present(revision)
         slot = self._slot_of.pop(revision, None)
         if slot is not None:

@@ -1,6 +1,5 @@
 """A built model as the engine runs it: one step over the packed tokens of the `StepContext`, and what must be known of the model."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ class ServedModel:
         self.unquantized_bytes = 0  # that all parameters would take unquantized
         self.moe_runner_backend = "auto"  # what runs the experts; two names joined by "+" where only some layers are quantized
         self._attention, self._names = attention, NameTable(hf)
+        self.rename_adapter_module = self._names.rename_module  # from module paths of adapter files to this model's; it can be pickled
         self.kv_dtype = dtype  # of keys and values in the cache; set it before allocate_kv
         self._decoder: FusedDecoder | None = None
         self._backends = {id(layer.backend): layer.backend for layer in attention}
@@ -39,11 +39,6 @@ class ServedModel:
 
     def kv_bytes_per_token(self) -> int:
         return sum(kv.num_heads * (kv.k_dim + kv.v_dim) for kv in (layer.spec.kv for layer in self._attention)) * self.kv_dtype.itemsize
-
-    @property
-    def rename_adapter_module(self) -> Callable[[str], str]:
-        """From a module path of a checkpoint or adapter file to this model's path; expert numbers and leaf names stay. It can be pickled."""
-        return self._names.rename_module
 
     @torch.inference_mode()
     def forward_logits(self) -> torch.Tensor:
@@ -83,12 +78,9 @@ class ServedModel:
         return self._decoder.logits_of(hidden)
 
     def _begin_step(self) -> None:
-        self._take_sampled()
+        """Fill in the tokens that the last step sampled and that only the device knows yet."""
         for backend in self._backends.values():
             backend.begin_step()
-
-    def _take_sampled(self) -> None:
-        """Tokens that the last step sampled and that only the device knows yet."""
         ctx, rows = self.ctx, slice(0, self.ctx.num_tokens)
         if self.device.type == "cuda":
             from sglang_lora_moe.ops.take_sampled import take_sampled

@@ -25,13 +25,15 @@ class TokenText:
         self._special = frozenset(tokenizer.all_special_ids if tokenizer is not None else ())
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
-        self._cache: dict[int, tuple[str, bytes]] = {}
+        self._raw: dict[int, bytes] = {}
 
     def text(self, token_id: int) -> str:
-        return self._lookup(token_id)[0]
+        return self.raw(token_id).decode("utf-8", "replace")
 
     def raw(self, token_id: int) -> bytes:
-        return self._lookup(token_id)[1]
+        if token_id not in self._raw:
+            self._raw[token_id] = self._bytes_of(token_id)
+        return self._raw[token_id]
 
     def is_special(self, token_id: int) -> bool:
         """Special tokens are left out of generated text, unless a request wants them."""
@@ -40,12 +42,6 @@ class TokenText:
     def decode(self, ids: list[int]) -> str:
         """The text of a prompt that was given as ids."""
         return "" if self._tokenizer is None else str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def _lookup(self, token_id: int) -> tuple[str, bytes]:
-        if token_id not in self._cache:
-            raw = self._bytes_of(token_id)
-            self._cache[token_id] = (raw.decode("utf-8", "replace"), raw)
-        return self._cache[token_id]
 
     def _bytes_of(self, token_id: int) -> bytes:
         if self._tokenizer is None:

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest, Triple, native_result
-from sglang_lora_moe.engine.validate import spread
+from sglang_lora_moe.engine.validate import refuse, same_value, spread
 from sglang_lora_moe.server import fields as f
 from sglang_lora_moe.server.errors import validate
 from sglang_lora_moe.server.job import Job, ResponseFormat
@@ -32,10 +32,13 @@ class NativeSampling(f.SamplingFields):
     min_new_tokens: f.NewTokens = 0
     sampling_seed: f.Seed | None = None  # SGLang's name of `seed`
 
+    @model_validator(mode="after")
+    def _check_seeds(self) -> "NativeSampling":
+        self.seed = same_value(seed=self.seed, sampling_seed=self.sampling_seed)
+        return self
+
     def sampling(self) -> SamplingParams:
-        params = self.engine_params(self.max_new_tokens, self.min_new_tokens)
-        params.seed = self.sampling_seed if self.seed is None else self.seed
-        return params
+        return self.engine_params(self.max_new_tokens, self.min_new_tokens)
 
 
 class NativeRequest(f.RequestModel):
@@ -115,6 +118,8 @@ async def native_job(service: Service, body: NativeRequest) -> Job:
     count = len(prompts)
     sampling = body.sampling(count)
     wants, starts, tops = (spread(getattr(body, name), count, name) for name in ("return_logprob", "logprob_start_len", "top_logprobs_num"))
+    if any(tops) and not any(wants):
+        raise refuse("top_logprobs_num", "0 without return_logprob=true", body.top_logprobs_num)
     paths = spread(body.lora_path, count, "lora_path")
     base_rid = body.rid if isinstance(body.rid, str) else new_id()
     rids = spread(body.rid, count, "rid") if isinstance(body.rid, list) else [base_rid if count == 1 else f"{base_rid}-{i}" for i in range(count)]

@@ -134,8 +134,6 @@ class ChatRequest(OpenAIRequest):
     def _check_pairs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs: only allowed with logprobs=true", param="top_logprobs", code="invalid_value")
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise RequestError("max_completion_tokens: differs from max_tokens, its older name", param="max_completion_tokens", code="invalid_value")
         if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
             raise RequestError("continue_final_message: needs add_generation_prompt=false", param="continue_final_message", code="invalid_value")
         return self

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from sglang_lora_moe.core import LogprobOptions
 from sglang_lora_moe.engine.front import GenerateRequest
-from sglang_lora_moe.engine.validate import spread
+from sglang_lora_moe.engine.validate import same_value, spread
 from sglang_lora_moe.server.job import Job
 from sglang_lora_moe.server.openai_format import ChatFormat, CompletionFormat
 from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest, split_prompts
@@ -46,7 +46,7 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
     """One engine request of `n` samples over the rendered conversation; RequestError for an unknown model or a template that refuses."""
     adapter = await service.names.choose(body.model, body.lora_path)
     ids = await service.chat.render(body)
-    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    limit = same_value(max_tokens=body.max_tokens, max_completion_tokens=body.max_completion_tokens)
     if limit is None:
         limit = max(service.engine.model_info["max_model_len"] - len(ids), 1)
     rid = body.rid or f"chatcmpl-{new_id()}"

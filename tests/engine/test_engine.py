@@ -15,6 +15,7 @@ import torch
 
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.engine import Engine
+from tests.adapter_files import edit_adapter, write_adapter
 from tests.books import check_core
 from tests.engine.models import ADAPTERS, make_engine, model_path, reference_greedy, reference_logprobs
 
@@ -107,6 +108,23 @@ def test_retraction_leaves_answers_unchanged() -> None:
         check_core(small.core)
 
 
+def test_an_adapter_that_overflows_changes_nobody_elses_answer(tmp_path: Path) -> None:
+    big = edit_adapter(
+        write_adapter("experts_and_attention", model_path(), tmp_path / "big", rank=4), lambda tensors, _: [t.mul_(1e30) for t in tensors.values()]
+    )
+    params = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
+    with make_engine(adapters=("r8",), max_total_tokens=256) as small:
+        small.load_lora_adapter("big", str(big))
+        prompts, names = [prompt(10 + i, i) for i in range(6)], ["big", "r8", None] * 2
+        for _ in range(3):  # pages that held its NaN are used again
+            for ids, name, result in zip(prompts, names, small.generate(input_ids=prompts, sampling_params=params, lora_path=names), strict=True):
+                assert name == "big" or result["output_ids"] == reference_greedy(name, ids, 12, ignore_eos=True)
+            prompts, names = prompts[::-1], names[1:] + names[:1]
+        value, *_ = small.generate(input_ids=prompts[0], sampling_params=params, lora_path="big", return_logprob=True)["meta_info"]["output_token_logprobs"][0]
+        assert value != value  # it is NaN indeed
+        check_core(small.core)
+
+
 def test_prompt_logprobs_equal_transformers(engine: Engine) -> None:
     ids = prompt(80, 7)  # more than a chunk
     for adapter in (None, "r16"):
@@ -145,7 +163,7 @@ def test_samples_and_seeds(engine: Engine) -> None:
     noise = [{"temperature": 1.5, "max_new_tokens": 9, "top_p": 0.9}] * 6
     mixed = engine.generate(["hello", *"abcdef"], [params | {"n": 1}, *noise], lora_path=["r8", *(NAMES * 2)[:6]])
     assert mixed[0]["output_ids"] == first[0]["output_ids"]  # whatever else is in the batch
-    params["sampling_seed"] = params.pop("seed")  # SGLang's name, as over HTTP
+    params |= {"sampling_seed": params["seed"], "seed": None}  # SGLang's name, as over HTTP
     assert [r["output_ids"] for r in engine.generate("hello", params, lora_path="r8")] == [r["output_ids"] for r in first]
     unseeded = {"temperature": 1.2, "max_new_tokens": 12, "ignore_eos": True}
     assert engine.generate("hello", unseeded)["output_ids"] != engine.generate("hello", unseeded)["output_ids"]
@@ -219,6 +237,9 @@ def test_refusals(engine: Engine) -> None:
     assert refused(prompt="x", sampling_params={"max_tokens": 3}).param == "max_tokens"
     assert refused(prompt="x", sampling_params={"temperature": -1}).param == "temperature"
     assert refused(prompt="x", sampling_params={"n": 0}).param == refused(prompt="x", sampling_params={"n": "2"}).param == "n"
+    assert refused(prompt="x", sampling_params={"seed": 1, "sampling_seed": 2}).param == "sampling_seed"
+    assert refused(prompt="x", sampling_params={"stop": 0}).param == "stop"
+    assert refused(prompt="x", top_logprobs_num=2).param == "top_logprobs_num"
     assert refused(prompt=["x"], lora_path=["r4", "r8"]).param == "lora_path"
     assert refused().param == "prompt"
 

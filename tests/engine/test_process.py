@@ -33,7 +33,7 @@ from sglang_lora_moe.core import (
 )
 from sglang_lora_moe.engine import child
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest
-from sglang_lora_moe.engine.process import AsyncEngine, decode_from_engine, decode_to_engine, encode_from_engine, encode_message, encode_to_engine
+from sglang_lora_moe.engine.process import AsyncEngine, decode_from_engine, decode_to_engine, encode, encode_from_engine, encode_message
 from tests.engine.models import adapter_path, model_path, other_adapter_path, reference_greedy
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def test_messages_survive_their_encoding() -> None:
         FlushCache("d"),
         GetStats("e"),
     ]
-    assert decode_to_engine(encode_to_engine([encode_message(message) for message in sent])) == sent
+    assert decode_to_engine(encode([encode_message(message) for message in sent])) == sent
     said = [
         TokenOutput("a", [3], 2, 1, "stop", 3, [TokenLogprob(3, -0.5, [(3, -0.5), (4, -math.inf)])], [TokenLogprob(1, None)]),
         Reply("b", {"x": [1, {"y": None}]}, "no", 404, "p", "c", 5),

@@ -85,10 +85,15 @@ def test_server_ends_when_its_engine_is_killed(start: Callable[..., Server], fil
     assert code == 1 and "Traceback" not in err, err
 
 
-def test_engine_ends_when_its_server_is_killed(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
+def test_engine_ends_when_its_server_is_killed(
+    start: Callable[..., Server], files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("s")  # short, as addresses of sockets are
+    monkeypatch.setenv("TMPDIR", str(folder))
     server = start("--model-path", str(files[0]))
     server.process.kill()
     wait_for(lambda: not any(map(alive, server.children)))
+    assert not list(folder.glob("sglang-lora-moe-*")), "the socket's folder is left over"
 
 
 def test_an_adapter_that_cannot_be_loaded_stops_the_start(start: Callable[..., Server], files: tuple[Path, Path]) -> None:
