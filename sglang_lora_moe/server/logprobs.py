@@ -80,12 +80,12 @@ class CompletionLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def piece(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """tokens, token_logprobs, top_logprobs and text_offset of the next tokens."""
-        offsets = []
-        for entry in entries:
+    def piece(self, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """tokens, token_logprobs, top_logprobs and text_offset of the next tokens; an echoed prompt is shown without special tokens."""
+        offsets, entries = [], [*prompt, *answer]
+        for i, entry in enumerate(entries):
             offsets.append(self._offset)
-            if not (self._skips_special and self._tokens.is_special(entry.token_id)):
+            if not ((self._skips_special or i < len(prompt)) and self._tokens.is_special(entry.token_id)):
                 self._offset += len(self._decoder.decode(self._tokens.raw(entry.token_id)))
         return {
             "tokens": [self._tokens.text(e.token_id) for e in entries],

@@ -95,8 +95,7 @@ class CompletionFormat(OpenAIFormat):
 
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
         text, self._echoes[index] = self._echoes[index] + sample.text, ""
-        entries = sample.prompt_logprobs + sample.logprobs
-        logprobs = self._logprobs[index].piece(entries) if self._logprobs is not None else None
+        logprobs = self._logprobs[index].piece(sample.prompt_logprobs, sample.logprobs) if self._logprobs is not None else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": sample.finish_reason, "matched_stop": sample.matched_stop}
 
     def events(self, prompt: int, chunk: Chunk) -> Iterable[dict[str, Any]]:

@@ -36,11 +36,12 @@ def test_byte_level_pieces_are_exact(byte_level: Any) -> None:
 def test_offsets_count_whole_characters(byte_level: Any) -> None:
     ids = byte_level("é🙂x", add_special_tokens=False).input_ids
     builder = CompletionLogprobs(TokenText(byte_level), wants_top=False)
-    first = builder.piece([TokenLogprob(0, None), *(TokenLogprob(i, -1.0) for i in ids[:3])])
-    second = builder.piece([TokenLogprob(i, -1.0) for i in ids[3:]])
+    first = builder.piece([TokenLogprob(0, None), *(TokenLogprob(i, -1.0) for i in ids[:2])], [TokenLogprob(ids[2], -1.0)])
+    second = builder.piece([], [TokenLogprob(i, -1.0) for i in ids[3:]])
     assert first["text_offset"] + second["text_offset"] == [0, 0, 0, 1, 1, 1, 1, 2]  # é, then the emoji's 4 bytes, then x
     with_special = CompletionLogprobs(TokenText(byte_level), wants_top=False, skips_special=False)
-    assert with_special.piece([TokenLogprob(0, None), TokenLogprob(ids[0], -1.0)])["text_offset"] == [0, len("<eos>")]
+    pair = [TokenLogprob(0, None), TokenLogprob(ids[-1], -1.0)]
+    assert with_special.piece(pair, pair)["text_offset"] == [0, 0, 1, 1 + len("<eos>")]  # x<eos>x: echo shows the prompt without <eos>
 
 
 def test_sentencepiece_tokens() -> None:
@@ -64,4 +65,4 @@ def test_what_json_has_no_number_for(byte_level: Any, value: str) -> None:
     entry = TokenLogprob(1, float(value), [(2, float(value))])
     assert chat_logprobs([entry], tokens)[0]["logprob"] == -9999.0
     assert chat_logprobs([entry], tokens)[0]["top_logprobs"][0]["logprob"] == -9999.0
-    assert CompletionLogprobs(tokens, True).piece([entry])["token_logprobs"] == [-9999.0]
+    assert CompletionLogprobs(tokens, True).piece([], [entry])["token_logprobs"] == [-9999.0]
