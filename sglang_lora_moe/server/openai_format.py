@@ -9,7 +9,7 @@ from sglang_lora_moe.core import TokenLogprob
 from sglang_lora_moe.engine.front import Chunk
 from sglang_lora_moe.server.job import ResponseFormat
 from sglang_lora_moe.server.logprobs import CompletionLogprobs, TokenText, chat_logprobs
-from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest
+from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest, OpenAIRequest, Prompt
 
 
 class OpenAIFormat(ResponseFormat):
@@ -82,19 +82,20 @@ class ChatFormat(OpenAIFormat):
 
 
 class CompletionFormat(OpenAIFormat):
-    """/v1/completions. `echoes[i]` is the text put before the samples of prompt i ("" without `echo`)."""
+    """/v1/completions. With `echo` the text of a prompt is put before each of its samples."""
 
     whole_object = event_object = "text_completion"
 
-    def __init__(self, body: CompletionRequest, rid: str, base: str, tokens: TokenText, echoes: list[str]) -> None:
-        super().__init__(len(echoes), body, rid, base, tokens)
-        self._echoes = [echo for echo in echoes for _ in range(self.n)]  # by choice, "" once it has been sent
+    def __init__(self, body: CompletionRequest, rid: str, base: str, tokens: TokenText, prompts: list[Prompt]) -> None:
+        super().__init__(len(prompts), body, rid, base, tokens)
+        self._echoes = [prompt if body.echo else "" for prompt in prompts for _ in range(self.n)]  # by choice, "" once it has been sent
         self._logprobs = None
         if body.logprobs is not None:
             self._logprobs = [CompletionLogprobs(tokens, body.logprobs > 0, body.skip_special_tokens) for _ in self._echoes]
 
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
-        text, self._echoes[index] = self._echoes[index] + sample.text, ""
+        echo, self._echoes[index] = self._echoes[index], ""
+        text = (echo if isinstance(echo, str) else self._tokens.decode(echo)) + sample.text  # the engine has taken its ids by now
         logprobs = self._logprobs[index].piece(sample.prompt_logprobs, sample.logprobs) if self._logprobs is not None else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": sample.finish_reason, "matched_stop": sample.matched_stop}
 

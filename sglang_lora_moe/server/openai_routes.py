@@ -81,5 +81,4 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
         )
         for i, prompt in enumerate(prompts)
     ]
-    echoes = [(prompt if isinstance(prompt, str) else service.tokens.decode(prompt)) if body.echo else "" for prompt in prompts]
-    return Job(rid, requests, CompletionFormat(body, rid, service.names.base, service.tokens, echoes), body.stream, _COMPLETION_FIELDS)
+    return Job(rid, requests, CompletionFormat(body, rid, service.names.base, service.tokens, prompts), body.stream, _COMPLETION_FIELDS)

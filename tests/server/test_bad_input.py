@@ -225,6 +225,12 @@ def test_adapter_that_went_between_resolving_and_running(client: TestClient, eng
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_echo_of_ids_that_no_tokenizer_takes(client: TestClient, engine: FakeEngine, stream: bool) -> None:
+    engine.refusal = RequestError("input_ids: outside the vocabulary", param="input_ids")
+    assert error_of(client.post("/v1/completions", json={"prompt": [5, 2**40], "echo": True, "stream": stream}))["param"] == "prompt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_full_queue(client: TestClient, engine: FakeEngine, stream: bool) -> None:
     engine.refusal = RequestError("the queue is full: 4096 requests wait", 503, code="queue_full", retry_after=3)
     response = client.post("/v1/completions", json=COMPLETION | {"stream": stream})
