@@ -74,5 +74,8 @@ def check_manager(lora: LoRAManager) -> None:
         assert revision is not None or used == 0, f"slot {slot} is free and holds {used} bytes"
     assert all(entry.in_use for entry in lora.registry.leaving), "an adapter that nobody uses has not gone"
     assert {revision for revision in known if revision not in lora.host} == lora.slots.absent, "absent revisions differ from host memory"
+    assert set(lora.host._adapters) <= known, "host memory holds what is not loaded"
+    assert lora.host.limit is None or len(lora.host) <= lora.host.limit, f"{len(lora.host)} adapters in host memory, at most {lora.host.limit} may be"
+    assert lora.slots.pinned == {entry.revision for entry in lora.registry.loaded.values() if entry.pinned}, "pinned slots differ from pinned names"
     for entry in lora.registry.entries():
         assert entry.fills == sum(fill.entry is entry for fill in lora._fills.values()), f"{entry.name}: {entry.fills} fills"
