@@ -18,12 +18,13 @@ from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 MAX_FOLLOWING_RANK = 64  # what parts of s are for at most (csrc/moe_wgmma_gemm.h)
 FEW_SLOTS = 4  # up to which LoRA tiles of 128 rows, whose s wider than 32 columns is wgmma's, fill at 4,096 tokens: 23 to 33 us less, with 16 slots 50 more
 LONG_DOWN = 4096  # columns of act beyond which the combine adds B s itself: down has few programs, and Mixtral takes 5 to 8 us less at 4 tokens
+PAIRS_BESIDE = 3  # of an expert, up to which GEMMs start beside their shrinks where ranks are low: up to 0.9 us less, beyond 0.9 more to 1.1 less
 SHORT_DOWN = 512  # columns of act up to which down adds B s, which then takes less: 19 us for 24 in DeepSeek's layer of 16 tokens
 
 
-def combine_adds(stacks: ExpertStacks, routing: Routing, max_rank: int = 16) -> bool:
-    """Whether the combine adds B s of the second projection: it reads B once a pair, which pays while few pairs share one (measured)."""
-    return routing.rows == "sorted" and routing.base_block <= 16 and stacks.b2.max_rank <= max_rank and routing.num_pairs <= routing.num_experts
+def combine_adds(stacks: ExpertStacks, routing: Routing, max_rank: int = 16, pairs: int = 1) -> bool:
+    """Whether the combine adds B s of the second projection: it reads B once a pair, which pays while few `pairs` share one (measured)."""
+    return routing.rows == "sorted" and routing.base_block <= 16 and stacks.b2.max_rank <= max_rank and routing.num_pairs <= pairs * routing.num_experts
 
 
 def down_sums(stacks: ExpertStacks, routing: Routing) -> bool:
@@ -34,16 +35,15 @@ def down_sums(stacks: ExpertStacks, routing: Routing) -> bool:
 def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: Routing, rows_from: str) -> LowRank:
     """What a triton core adds to its GEMM. NOTE: the GEMM must be the very next launch; it waits for the shrink alone."""
     tile = routing.wgmma  # beside Triton's GEMMs the layer ends 1 % later with the CUDA shrink
-    summed = down_sums(stacks, routing)
+    summed, adds = down_sums(stacks, routing), stacks.a2.dim > SHORT_DOWN and combine_adds(stacks, routing)
     if rows_from == "pairs":
         if routing.following is not None:
             return routing.following
-        scatter = summed or stacks.a2.dim > SHORT_DOWN and combine_adds(stacks, routing)
-        low = moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=scatter)
+        low = moe_shrink(rows, stacks.a2, stacks.b2, routing, inp.workspace, gather=False, name="lora.2", by_cuda=tile is not None, scatter=summed or adds)
         return replace(low, summed=inp.workspace.get("lora.summed", inp.x.shape, torch.float32)) if summed else low
-    if stacks.a2.dim <= AT_ONCE and (summed or combine_adds(stacks, routing)):
+    if stacks.a2.dim <= AT_ONCE and (summed or combine_adds(stacks, routing, pairs=PAIRS_BESIDE)):
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
-        routing.beside = summed or stacks.a2.dim <= SHORT_DOWN
+        routing.beside = summed or not adds
     if tile is not None and tile.cluster == 2 and inp.num_slots <= FEW_SLOTS and stacks.a13.shrink_width > 32 and can_shrink(rows, routing.num_experts):
         routing.lora_block = 128  # nothing is aligned yet
     following = None
