@@ -113,7 +113,7 @@ class LayerInputs:
             return self
         device, resident = self.inputs[0].x.device, setup.slots or setup.active
         slots = (torch.arange(setup.tokens, dtype=torch.int32) % setup.active).to(device)
-        inputs = [replace(inp, token_slots=slots, num_slots=resident) for inp in self.inputs]
+        inputs = [replace(inp, token_slots=slots, num_slots=resident, max_rank=setup.rank) for inp in self.inputs]
         stacks = [make_stacks(setup.spec, setup.rank, resident, device) for _ in self.weights]
         hooks: list[LoRAHooks | None] = [build_lora_hooks(s, triton_lora) for s in stacks]
         return LayerInputs(setup, MoeRunner(make_core(setup, device)), inputs, self.weights, hooks, stacks)

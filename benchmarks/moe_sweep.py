@@ -55,7 +55,7 @@ def candidates(shape: MoEShape, tokens: int, gated: bool) -> Iterator[Tile]:
     if rows > 40:
         for n, warps, stages, ctas in ((64, 4, 3, 2), (128, 8, 3, 1), (128, 8, 4, 1), (128, 4, 3, 2), (128, 4, 3, 0), (256, 8, 3, 1), (256, 8, 4, 1)):
             if 128 * n * halves // (32 * warps) <= 128 and not (gated and n == 256):
-                yield from (GemmTile(128, n, 64, warps, stages, ctas, group, True, tail) for tail in ((False, True) if rows <= 600 else (False,)))
+                yield from (GemmTile(128, n, 64, warps, stages, ctas, group, tail) for tail in ((False, True) if rows <= 600 else (False,)))
         yield from (WgmmaTile(walk, cluster) for cluster in (1, 2) for walk in (1, 2, 4, 8))
 
 

@@ -109,8 +109,8 @@ class MoECase:
     num_slots: int
 
     def runner_input(self, workspace: Workspace, lora: bool = True) -> RunnerInput:
-        slots, num_slots = (self.token_slots, self.num_slots) if lora else (None, 0)
-        return RunnerInput(self.x, self.topk_ids, self.topk_weights, slots, workspace, self.spec, num_slots)
+        adapters = (self.token_slots, self.num_slots, self.stacks.a13.max_rank) if lora else (None, 0, 0)
+        return RunnerInput(self.x, self.topk_ids, self.topk_weights, adapters[0], workspace, self.spec, *adapters[1:])
 
 
 def make_case(

@@ -52,10 +52,11 @@ class FusedMoE(nn.Module):
         hooks: LoRAHooks | None = None,
         token_slots: torch.Tensor | None = None,
         num_slots: int = 0,
+        max_rank: int = 0,
     ) -> torch.Tensor:
         """x [M, H], topk_ids int [M, K] (-1 = none here), topk_weights float [M, K] -> [M, H] in x's dtype.
 
-        With adapters: `hooks`, token_slots int32 [M], and `num_slots` S come together. ValueError for shapes that are not the layer's.
+        With adapters: `hooks`, token_slots int32 [M], `num_slots` S and the `max_rank` of these come together. ValueError for shapes that are not the layer's.
         """
         if x.shape != (topk_ids.shape[0], self.spec.hidden_size) or topk_ids.shape != topk_weights.shape or topk_ids.shape[1] != self.spec.top_k:
             raise ValueError(
@@ -65,7 +66,7 @@ class FusedMoE(nn.Module):
         if self._quant_info is None:
             self.finalize()
         ids, weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
-        inp = RunnerInput(x, ids.contiguous(), weights.contiguous(), token_slots, self.workspace, self.spec, num_slots)
+        inp = RunnerInput(x, ids.contiguous(), weights.contiguous(), token_slots, self.workspace, self.spec, num_slots, max_rank)
         return self.runner.run(inp, self._quant_info, hooks)
 
     def extra_repr(self) -> str:

@@ -73,11 +73,11 @@ class FusedMoEWithLoRA(nn.Module):
     def __init__(self, base: FusedMoE, stacks: ExpertStacks, ctx: StepContext) -> None:
         super().__init__()
         check_dims(base.name, stacks, base.spec.hidden_size, base.spec.w13_rows, base.spec.intermediate_size, base.spec.hidden_size)
-        self.base, self.ctx, self.num_slots = base, ctx, stacks.a13.num_slots
+        self.base, self.ctx, self.slots = base, ctx, (stacks.a13.num_slots, stacks.a13.max_rank)
         self.hooks = build_lora_hooks(stacks, make_lora_ops(base.runner.core.name))
 
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """As FusedMoE: x [M, H], topk_ids int [M, K], topk_weights float [M, K] -> [M, H]."""
         if not self.ctx.lora_active:
             return self.base.forward(x, topk_ids, topk_weights)
-        return self.base.forward(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], self.num_slots)
+        return self.base.forward(x, topk_ids, topk_weights, self.hooks, self.ctx.token_slots[: x.shape[0]], *self.slots)

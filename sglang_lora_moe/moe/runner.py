@@ -27,6 +27,7 @@ class RunnerInput:
     workspace: Workspace
     spec: MoESpec
     num_slots: int = 0  # S; 0 without token_slots
+    max_rank: int = 0  # of what lies in slots, at most; 0 without token_slots
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ class GemmTile:
     stages: int
     ctas: int = 1  # programs per multiprocessor of the persistent grid; 0 = a program per tile, which the hardware balances
     group: int = 1  # row tiles that walk the columns together, so that they share w in L2
-    tma: bool = True  # read w through a tensor descriptor (sm_90 and newer)
     tail: bool = False  # run tiles of at most m / 2 rows at half height
+    tma: bool = True  # read w through a tensor descriptor (sm_90 and newer)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ class GemvTile:
     k: int
     warps: int
     stages: int
+    m = 16  # rows of a tile of the alignment, which nothing reads here
 
 
 @triton.jit

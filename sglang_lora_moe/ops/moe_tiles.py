@@ -6,7 +6,7 @@ extend them by the mean rows of an expert. A second table says where the wgmma k
 run time.
 """
 
-from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang_lora_moe.moe.spec import MoESpec
@@ -15,6 +15,7 @@ from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
 
+LOW_RANK = 16  # up to which adapters have tiles of their own where that measured faster
 MAX_PAIR_TOKENS = 4  # more tokens than this meet in experts too often, and every meeting reads the expert once more
 _LORA_BLOCK = {16: 16, 32: 16, 64: 32, 128: 64}  # rows of a LoRA tile by those of a base tile
 
@@ -31,30 +32,25 @@ class LayerTiles:
     def by_pair(self) -> bool:
         return isinstance(self.gate_up, GemvTile)
 
-    @property
-    def base_block(self) -> int:
-        return 16 if isinstance(self.gate_up, GemvTile) else self.gate_up.m
 
-
-def choose_tiles(spec: MoESpec, tokens: int, itemsize: int, lora: bool = False, wgmma: bool = False) -> LayerTiles:
+def choose_tiles(spec: MoESpec, tokens: int, itemsize: int, max_rank: int = 0, wgmma: bool = False) -> LayerTiles:
     """The launch shape of a layer at this many tokens (the padded number of a captured graph); itemsize of an activation in bytes.
 
-    With `lora` the step has adapters, whose deltas make other shapes best. A step without runs the shapes of a server without.
+    With `max_rank` the step has adapters up to that rank, whose deltas make other shapes best. A step without runs the shapes of a server without.
     `wgmma`: the GPU runs csrc/moe_wgmma_gemm.cu, which takes over where it measured faster.
     """
     if itemsize == 4:
         return _float32_tiles(tokens)
+    shape, load = (spec.num_experts, spec.hidden_size, spec.intermediate_size), (max_rank > 0) + (max_rank > LOW_RANK)
     if wgmma and fuses_activation(spec):
-        for least, most, base, with_lora in _WGMMA.get((spec.num_experts, spec.hidden_size, spec.intermediate_size), ()):
-            found = with_lora if lora else base
+        for least, most, tiles in _WGMMA.get(shape, ()):
+            found = tiles[min(load, len(tiles) - 1)]
             if least <= tokens <= most and found is not None:
                 return found
-    rows = _MEASURED.get((spec.num_experts, spec.hidden_size, spec.intermediate_size)) if spec.gated else None
-    if rows is not None:
-        sizes = [size for size, *_ in rows]
-        _, base, with_lora = rows[min(bisect_left(sizes, tokens), len(rows) - 1)]
-        return with_lora if lora else base
-    return _by_rule(spec, tokens, lora)
+    for most, measured in _MEASURED.get(shape, ()) if spec.gated else ():
+        if tokens <= most:
+            return measured[min(load, len(measured) - 1)]
+    return _by_rule(spec, tokens, max_rank > 0)
 
 
 def _by_rule(spec: MoESpec, tokens: int, lora: bool) -> LayerTiles:
@@ -96,50 +92,45 @@ def _pair(up: tuple[int, ...], down: tuple[int, ...]) -> LayerTiles:
 
 def _grouped(m: int, up: tuple, down: tuple) -> LayerTiles:
     """up and down = (n, k, warps, stages, ctas[, group, tail]) of a GemmTile."""
-
-    def tile(n: int, k: int, warps: int, stages: int, ctas: int, group: int = 1, tail: bool = False) -> GemmTile:
-        return GemmTile(m, n, k, warps, stages, ctas, group, True, tail)
-
-    return LayerTiles(tile(*up), tile(*down), _LORA_BLOCK[m])
+    return LayerTiles(GemmTile(m, *up), GemmTile(m, *down), _LORA_BLOCK[m])
 
 
-# (E, H, I of this rank) -> rows (up to so many tokens, tiles without adapters, tiles with), measured at that many tokens
-_MEASURED: dict[tuple[int, int, int], list[tuple[int, LayerTiles, LayerTiles]]] = {
+_MANY = 1 << 30
+_LOW = _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0))
+_WIDER = _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))
+# (E, H, I of this rank) -> rows (up to so many tokens, tiles without adapters, with ranks up to LOW_RANK, with more), measured at that many tokens.
+# The last of a row's tiles stand also for those after them that are not there. Where wgmma takes all that is larger, rules have it on other GPUs.
+_MEASURED: dict[tuple[int, int, int], list[tuple[int, list[LayerTiles]]]] = {
     (128, 2048, 768): [  # Qwen3-30B-A3B
-        (1, _pair((16, 512, 4, 3), (16, 1024, 8, 4)), _pair((8, 256, 4, 2), (8, 1024, 4, 3))),
-        (4, _pair((16, 256, 4, 3), (16, 512, 4, 4)), _pair((8, 256, 4, 4), (16, 256, 4, 3))),
-        (16, _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0)), _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
-        (128, _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))),
-        (384, _grouped(32, (64, 128, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(32, (64, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
-        (1536, _grouped(128, (128, 64, 8, 4, 1, 1, True), (128, 64, 4, 3, 2, 1, True)), _grouped(64, (256, 64, 8, 3, 0), (128, 64, 4, 3, 0))),
-        (4096, _grouped(128, (128, 64, 8, 3, 1, 1, True), (128, 64, 4, 3, 2)), _grouped(128, (128, 64, 8, 4, 1), (128, 64, 4, 3, 0))),
+        (1, [_pair((16, 512, 4, 3), (16, 1024, 8, 4)), _pair((8, 256, 4, 2), (8, 1024, 4, 3))]),
+        (4, [_pair((16, 256, 4, 3), (16, 512, 4, 4)), _pair((8, 256, 4, 4), (16, 256, 4, 3))]),
+        (16, [_LOW]),
+        (191, [_WIDER, _WIDER, _LOW]),
+        (384, [_grouped(32, (64, 128, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(32, (64, 128, 4, 3, 0), (64, 128, 4, 3, 0))]),
     ],
     (8, 4096, 14336): [  # Mixtral-8x7B
-        (1, _pair((4, 512, 4, 3), (16, 1024, 8, 4)), _pair((8, 512, 4, 3), (8, 512, 4, 3))),
-        (4, _grouped(16, (32, 128, 4, 4, 0), (64, 128, 4, 4, 0)), _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
-        (32, _grouped(16, (32, 256, 4, 3, 0), (64, 256, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
-        (96, _grouped(32, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0)), _grouped(32, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))),
-        (384, _grouped(128, (64, 64, 4, 3, 2, 1, True), (128, 64, 4, 3, 2, 1, True)), _grouped(128, (64, 64, 4, 3, 2, 1, True), (128, 64, 4, 3, 0))),
-        (1536, _grouped(128, (128, 64, 8, 4, 1, 8, True), (128, 64, 8, 4, 1, 8)), _grouped(128, (128, 64, 8, 3, 1, 8, True), (128, 64, 8, 4, 1, 8, True))),
-        (4096, _grouped(128, (128, 64, 8, 3, 1, 8), (128, 64, 4, 3, 0, 8)), _grouped(128, (128, 64, 8, 4, 1, 8), (256, 64, 8, 3, 1, 8))),
+        (1, [_pair((4, 512, 4, 3), (16, 1024, 8, 4)), _pair((8, 512, 4, 3), (8, 512, 4, 3))]),
+        (4, [_grouped(16, (32, 256, 4, 3, 0), (64, 256, 4, 3, 0)), _LOW]),
+        (32, [_grouped(16, (32, 256, 4, 3, 0), (64, 256, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (64, 128, 4, 3, 0))]),
+        (96, [_grouped(32, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))]),
+        (384, [_grouped(128, (64, 64, 4, 3, 2, 1, True), (128, 64, 4, 3, 2, 1, True)), _grouped(128, (64, 64, 4, 3, 2, 1, True), (128, 64, 4, 3, 0))]),
+        (_MANY, [_grouped(128, (128, 64, 8, 3, 1, 8), (128, 64, 4, 3, 0, 8)), _grouped(128, (128, 64, 8, 4, 1, 8), (256, 64, 8, 3, 1, 8))]),
     ],
     (256, 7168, 256): [  # DeepSeek-V3, one of 8 tensor-parallel ranks
-        (1, _pair((8, 512, 4, 3), (16, 256, 4, 3)), _pair((8, 512, 4, 3), (16, 256, 4, 3))),
-        (4, _pair((16, 256, 4, 3), (16, 256, 4, 3)), _pair((8, 512, 4, 3), (16, 256, 4, 3))),
-        (32, _grouped(16, (32, 128, 4, 4, 0), (128, 128, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 64, 4, 3, 0))),
-        (128, _grouped(16, (32, 256, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(16, (32, 128, 4, 4, 0), (128, 64, 4, 3, 0))),
-        (384, _grouped(16, (32, 128, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(16, (32, 256, 4, 3, 0), (128, 64, 4, 3, 0))),
-        (1536, _grouped(64, (128, 64, 8, 4, 0), (128, 64, 4, 3, 0)), _grouped(64, (128, 64, 8, 4, 0), (128, 64, 4, 3, 0))),
-        (4096, _grouped(128, (128, 64, 8, 4, 1), (128, 64, 4, 3, 2, 1, True)), _grouped(128, (128, 64, 8, 4, 1), (128, 64, 4, 3, 2, 1, True))),
+        (1, [_pair((8, 512, 4, 3), (16, 256, 4, 3))]),
+        (4, [_pair((16, 256, 4, 3), (16, 256, 4, 3)), _pair((8, 512, 4, 3), (16, 256, 4, 3))]),
+        (32, [_grouped(16, (32, 128, 4, 4, 0), (128, 128, 4, 3, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 64, 4, 3, 0))]),
+        (128, [_grouped(16, (32, 256, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(16, (32, 128, 4, 4, 0), (128, 64, 4, 3, 0))]),
+        (384, [_grouped(16, (32, 128, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(16, (32, 256, 4, 3, 0), (128, 64, 4, 3, 0))]),
+        (1536, [_grouped(64, (128, 64, 8, 4, 0), (128, 64, 4, 3, 0))]),
+        (_MANY, [_grouped(128, (128, 64, 8, 4, 1), (128, 64, 4, 3, 2, 1, True))]),
     ],
     (32, 2880, 2880): [  # gpt-oss-20b
-        (1, _pair((16, 256, 4, 3), (8, 1024, 4, 3)), _pair((8, 256, 4, 4), (8, 1024, 4, 3))),
-        (4, _pair((8, 256, 4, 4), (8, 1024, 4, 3)), _pair((8, 512, 4, 3), (16, 512, 4, 4))),
-        (32, _grouped(16, (32, 256, 4, 3, 0), (64, 256, 4, 3, 0)), _grouped(16, (32, 128, 4, 3, 0), (64, 128, 4, 3, 0))),
-        (96, _grouped(16, (32, 256, 4, 3, 0), (64, 128, 4, 4, 0)), _grouped(16, (64, 128, 4, 3, 0), (128, 128, 4, 3, 0))),
-        (384, _grouped(64, (64, 64, 4, 4, 0), (128, 64, 4, 3, 0)), _grouped(64, (256, 64, 8, 3, 0), (128, 64, 4, 3, 0))),
-        (1536, _grouped(128, (64, 64, 4, 3, 2, 8), (128, 64, 4, 3, 2, 8, True)), _grouped(128, (128, 64, 8, 4, 1, 8), (128, 64, 4, 3, 0, 8, True))),
-        (4096, _grouped(128, (128, 64, 8, 3, 1, 8, True), (256, 64, 8, 3, 1, 8, True)), _grouped(128, (64, 64, 4, 3, 2, 8), (128, 64, 4, 3, 2, 8, True))),
+        (1, [_pair((16, 256, 4, 3), (8, 1024, 4, 3)), _pair((8, 256, 4, 4), (8, 1024, 4, 3))]),
+        (4, [_pair((8, 256, 4, 4), (8, 1024, 4, 3)), _pair((8, 512, 4, 3), (16, 512, 4, 4))]),
+        (32, [_grouped(16, (32, 256, 4, 3, 0), (64, 256, 4, 3, 0)), _LOW]),
+        (96, [_grouped(16, (32, 256, 4, 3, 0), (64, 128, 4, 4, 0)), _WIDER]),
+        (448, [_grouped(64, (64, 64, 4, 4, 0), (128, 64, 4, 3, 0)), _grouped(64, (256, 64, 8, 3, 0), (128, 64, 4, 3, 0))]),
     ],
 }
 
@@ -149,31 +140,38 @@ def _wgmma(group: int, cluster: int, lora_block: int = 64, stream: bool = False,
     return LayerTiles(tile, tile, lora_block)
 
 
-# (E, H, I of this rank) -> (from so many tokens, to so many, tiles without adapters, tiles with), None = the table above.
-# Measured at 192 to 768, 1,536, 2,048 and 8,192 (Qwen3), 192 to 512, 1,536, 2,048 and 3,072 (Mixtral), 1,024 and 4,096 tokens against the table
-# above; with adapters of rank 16 (1 and 4) and 64 (1, 4, 16).
-_MANY = 1 << 30
-_WGMMA: dict[tuple[int, int, int], list[tuple[int, int, LayerTiles | None, LayerTiles | None]]] = {
+_SHORT = _wgmma(1, 1, 16, True, 32)
+# (E, H, I of this rank) -> (from so many tokens, to so many, tiles as above), None = the table above, against which they were measured: at 192 to 768, 1,536,
+# 2,048 and 8,192 (Qwen3), 96 to 512, 1,536, 2,048 and 3,072 (Mixtral), 256 to 768 (DeepSeek), 128 to 640 (gpt-oss), 1,024 and 4,096 tokens; with adapters
+# of rank 16 (1 and 4), 32 and 64 (1, 4, 16).
+_WGMMA: dict[tuple[int, int, int], list[tuple[int, int, Sequence[LayerTiles | None]]]] = {
     (128, 2048, 768): [
-        (192, 320, _wgmma(1, 1, 16, True, 32), _wgmma(1, 1, 16, True, 32)),
-        (321, 415, _wgmma(1, 1, 16, True, 32), None),
-        (416, 831, _wgmma(1, 1, 32, True, 72), _wgmma(1, 1, 32, True)),
-        (832, 1536, _wgmma(1, 1, 32, True), _wgmma(1, 1, 32, True)),
-        (1537, 3072, _wgmma(2, 1), _wgmma(2, 1)),
-        (3073, 6144, _wgmma(4, 2), _wgmma(4, 2)),
-        (6145, _MANY, _wgmma(4, 1), _wgmma(4, 1, 128)),
+        (192, 320, [_SHORT]),
+        (321, 415, [_SHORT, None, _SHORT]),
+        (416, 831, [_wgmma(1, 1, 32, True, 72), _wgmma(1, 1, 32, True, 72), _wgmma(1, 1, 32, True)]),
+        (832, 1536, [_wgmma(1, 1, 32, True), _wgmma(2, 1, 64, True), _wgmma(1, 1, 32, True)]),
+        (1537, 3072, [_wgmma(2, 1)]),
+        (3073, 6144, [_wgmma(4, 2)]),
+        (6145, _MANY, [_wgmma(4, 1), _wgmma(4, 1, 128)]),
     ],
     (8, 4096, 14336): [
-        (224, 767, _wgmma(1, 1), _wgmma(1, 1)),
-        (768, 1088, _wgmma(8, 2), _wgmma(8, 2)),
+        (97, 223, [None, _wgmma(1, 1, 16, True, 72)]),
+        (224, 319, [_wgmma(1, 1, stream=True)]),
+        (320, 767, [_wgmma(1, 1)]),
+        (768, 1088, [_wgmma(8, 2)]),
         # n tiles of an expert, which walk together
-        *((544 * n - 543, 544 * n, _wgmma(2, 2) if 3 < n < 7 else _wgmma(n, 1, rows=136), _wgmma(n, 1, rows=136)) for n in range(3, 9)),
+        *((544 * n - 543, 544 * n, [_wgmma(2, 2) if 3 < n < 7 else _wgmma(n, 1, rows=136), _wgmma(n, 1, rows=136)]) for n in range(3, 9)),
     ],
     (256, 7168, 256): [
-        (768, 1279, _wgmma(1, 1, 16, True, 72), _wgmma(2, 1, 16, True)),
-        (1280, 1536, None, _wgmma(2, 1, 16, True)),
-        (1537, 3072, None, _wgmma(2, 1)),
-        (3073, _MANY, _wgmma(2, 1), _wgmma(2, 1)),
+        (288, 703, [_SHORT]),
+        (704, 1279, [_wgmma(1, 1, 16, True, 72), _wgmma(2, 1, 16, True)]),
+        (1280, 1536, [None, _wgmma(2, 1, 16, True)]),
+        (1537, 3072, [None, _wgmma(2, 1)]),
+        (3073, _MANY, [_wgmma(2, 1)]),
     ],
-    (32, 2880, 2880): [(768, 1536, _wgmma(1, 1), _wgmma(1, 1)), (1537, _MANY, _wgmma(1, 2), _wgmma(4, 2, 128))],
+    (32, 2880, 2880): [
+        (97, 223, [None, None, _SHORT]),
+        (449, 1536, [_wgmma(1, 1)]),
+        (1537, _MANY, [_wgmma(1, 2), _wgmma(4, 2, 128)]),
+    ],
 }

@@ -106,7 +106,7 @@ def test_columns_of_several_rounds(device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("spec", "tokens"), [(MoESpec(128, 8, 2048, 768), 5), (MoESpec(128, 8, 2048, 768), 16), (MoESpec(16, 4, 1024, 2880), 16)])
+@pytest.mark.parametrize(("spec", "tokens"), [(MoESpec(128, 8, 2048, 768), m) for m in (5, 16, 40)] + [(MoESpec(16, 4, 1024, 2880), 16)])
 def test_replays_agree(spec, tokens) -> None:
     """Down starts beside its shrink, or gate_up when the alignment says so: hundreds of replays, each after another step that leaves other values
     behind, give the same bits."""
@@ -220,6 +220,23 @@ def test_every_measured_tile(shape: tuple[int, ...], load: str, tokens: int) -> 
     experts, hidden, inter, top_k = shape
     adapters = {"popularity": "none", "slots": 1} if load == "base" else {"ranks": (16, 8, 16), "layouts": ("split",), "active": 3, "slots": 3}
     check_on_gpu(load != "base", spec=MoESpec(experts, top_k, hidden, inter), m=tokens, **adapters)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most", [0, 16, 64])
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        ((128, 2048, 768, 8), 176), ((128, 2048, 768, 8), 320), ((128, 2048, 768, 8), 352), ((128, 2048, 768, 8), 512), ((128, 2048, 768, 8), 900),
+        ((8, 4096, 14336, 2), 128), ((8, 4096, 14336, 2), 384), ((256, 7168, 256, 8), 320), ((32, 2880, 2880, 4), 160), ((32, 2880, 2880, 4), 512),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_edges_of_tables(shape: tuple[int, ...], tokens: int, most: int) -> None:
+    """Launch shapes between those sizes, where ranks choose them too."""
+    experts, hidden, inter, top_k = shape
+    adapters: dict[str, Any] = {"ranks": (most, 8, 0), "layouts": ("split",), "active": 3, "slots": 3} if most else {"popularity": "none", "slots": 1}
+    check_on_gpu(most > 0, spec=MoESpec(experts, top_k, hidden, inter), m=tokens, **adapters)
 
 
 @pytest.mark.gpu

@@ -44,7 +44,7 @@ class TritonRunnerCore(MoeRunnerCore):
         tiles = self._tiles(inp)
         routing = Routing(
             inp.topk_ids, inp.token_slots, inp.spec.num_experts, inp.num_slots,
-            base_block=tiles.base_block, lora_block=tiles.lora_block, rows="pair" if tiles.by_pair else "sorted", workspace=inp.workspace,
+            base_block=tiles.gate_up.m, lora_block=tiles.lora_block, rows="pair" if tiles.by_pair else "sorted", workspace=inp.workspace,
         )  # fmt: skip
         if isinstance(tiles.gate_up, WgmmaTile) and isinstance(tiles.down, WgmmaTile):
             routing.wgmma = tiles.gate_up
@@ -93,8 +93,7 @@ class TritonRunnerCore(MoeRunnerCore):
     def _tiles(self, inp: RunnerInput) -> LayerTiles:
         if self.integers:
             return self.tiles or choose_integer_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())
-        lora, wgmma = inp.token_slots is not None, launch.has_wgmma(inp.x.device)
-        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), lora, wgmma)
+        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.max_rank, launch.has_wgmma(inp.x.device))
 
 
 def _plain(weight: torch.Tensor | WNA16Weight) -> torch.Tensor:

@@ -1,0 +1,42 @@
+"""Which launch shape a layer gets. That they compute the right thing is tests/moe/test_triton.py's and tests/ops/test_moe_wgmma_gemm.py's."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import moe_tiles
+from sglang_lora_moe.ops.moe_tiles import LOW_RANK, LayerTiles, choose_tiles
+from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
+
+SIZES = [1, 4, 5, 16, 64, 128, 192, 256, 352, 512, 768, 1024, 1536, 2048, 4096, 8192]
+QWEN = MoESpec(128, 8, 2048, 768)
+
+
+def layers(spec: MoESpec, max_rank: int) -> list[LayerTiles]:
+    return [choose_tiles(spec, tokens, 2, max_rank, wgmma=True) for tokens in SIZES]
+
+
+@pytest.mark.parametrize("shape", list(moe_tiles._WGMMA), ids=str)
+def test_tables_are_in_order_and_name_what_is_compiled(shape: tuple[int, int, int]) -> None:
+    rows = moe_tiles._WGMMA[shape]
+    assert all(least <= most for least, most, _ in rows) and all(a[1] < b[0] for a, b in pairwise(rows))
+    for _, _, tiles in rows:
+        for layer in (layer for layer in tiles if layer is not None):
+            tile = layer.gate_up
+            assert isinstance(tile, WgmmaTile) and layer.down == tile and layer.lora_block % 16 == 0 and layer.lora_block <= 128
+            assert (tile.tokens, tile.cluster) in [(144, 1), (144, 2), (72, 1), (32, 1)] and tile.rows <= tile.tokens * tile.cluster, tile
+
+
+def test_ranks_choose_where_adapters_of_low_rank_have_tiles_of_their_own() -> None:
+    low, high = layers(QWEN, LOW_RANK), layers(QWEN, LOW_RANK + 1)
+    assert low != high and low == layers(QWEN, 1) and high == layers(QWEN, 256)
+    plain = MoESpec(24, 4, 512, 256)  # of no table
+    assert layers(plain, 1) == layers(plain, 256)
+
+
+def test_only_hopper_runs_wgmma() -> None:
+    found = [choose_tiles(QWEN, tokens, 2, rank).gate_up for tokens in SIZES for rank in (0, 16, 64)]
+    assert not any(isinstance(tile, WgmmaTile) for tile in found)
