@@ -185,9 +185,7 @@ class Front:
 
     def aborts(self, rid: str) -> list[Abort]:
         """Messages that end a request ("" = all); its last chunks will say so."""
-        if rid == "":
-            return [Abort("")]
-        return [Abort(name) for name in self._requests.get(rid, [])]
+        return [Abort(name) for name in self._requests.get(rid, [])] if rid else [Abort("")]
 
     def forget(self, rid: str) -> list[Abort]:
         """End a request of which nobody wants to hear any more."""

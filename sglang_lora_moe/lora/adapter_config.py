@@ -177,7 +177,7 @@ class _Fields:
         return self.expect(is_int(value) and value >= 1, name, "a rank of at least 1", value)
 
     def number(self, name: str, value: Any) -> float:
-        return self.expect(is_number(value), name, "a finite number", value)
+        return self.expect(is_number(value), name, "a finite number, also in float32", value)
 
     def boolean(self, name: str) -> bool:
         value = self.raw.get(name)

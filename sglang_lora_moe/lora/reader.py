@@ -25,7 +25,7 @@ import torch
 from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter, read_tensors
 from sglang_lora_moe.lora.packed import PackedAdapter, PoolLayout
 
-_NICENESS = 5  # steps come first where cores are few
+PATIENCE = 900.0  # seconds for one adapter; its config's patterns may take for ever
 
 
 class AdapterReader:
@@ -72,13 +72,15 @@ class _Child:
             try:
                 connection.send_bytes(rules_and_layout)
                 connection.send_bytes(path.encode())
+                if not connection.poll(PATIENCE) and self._process is not None:
+                    self._process.kill()
                 answer = pickle.loads(connection.recv_bytes())
                 if isinstance(answer, Exception):
                     raise answer
                 fd = recv_handle(connection)
             except (EOFError, ConnectionError) as error:
                 status = self._end()
-                raise RuntimeError(f"the process that reads adapters ended with status {status} while it read {path} (-9: memory ran out)") from error
+                raise RuntimeError(f"the reader ended with status {status} while it read {path} (-9: out of memory, or after {PATIENCE:g} s)") from error
         packed, elements = answer
         try:
             return replace(packed, image=_map(fd, elements, dtype))
@@ -115,7 +117,7 @@ _child = _Child()
 # ---- the child ------------------------------------------------------------------------------------------------------
 def run_child(fd: int) -> None:
     """Main function of the child: answer until the parent has gone."""
-    os.nice(_NICENESS)
+    os.nice(5)  # steps come first where cores are few
     torch.set_num_threads(1)  # its tensors are small, and the cores belong to the steps
     connection = Connection(fd)
     while True:

@@ -174,6 +174,8 @@ FIELDS: dict[str, tuple[Config, tuple[str, ...]]] = {
     "rank zero": ({"r": 0}, ("a rank", "found 0")),
     "no alpha": ({"lora_alpha": None}, ("lora_alpha", "a finite number")),
     "alpha not finite": ({"lora_alpha": float("nan")}, ("lora_alpha", "nan")),
+    "alpha beyond float32": ({"lora_alpha": 1e39}, ("lora_alpha", "1e+39")),
+    "alpha beyond float64": ({"lora_alpha": 10**400}, ("lora_alpha", "1000")),
     "bad pattern": ({"rank_pattern": {"(": 4}}, ("rank_pattern", "regular expressions", "'('")),
     "pattern value": ({"alpha_pattern": {"q_proj": "x"}}, ("alpha_pattern['q_proj']", "'x'")),
     "pattern list": ({"rank_pattern": [4]}, ("rank_pattern", "[4]")),

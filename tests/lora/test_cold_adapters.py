@@ -340,6 +340,19 @@ def test_the_child_reads_the_same_and_is_replaced_when_it_dies(cold: Engine) -> 
     assert torch.equal(reader.read(str(other_adapter_path(1))).image, here.image)
 
 
+def test_an_adapter_that_takes_for_ever_is_given_up(cold: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = edit_adapter(
+        write_adapter("attention_only", model_path(), tmp_path / "x", rank=4), lambda _, config: config.update(rank_pattern={r"((\w|\.)+)+!": 4})
+    )
+    assert cold.core.lora is not None
+    cold.core.lora.reader.start()
+    monkeypatch.setattr(reader_module, "PATIENCE", 3.0)
+    with pytest.raises(RequestError, match="ended with status -9 .* or after 3 s"):
+        cold.load_lora_adapter("x", str(endless))
+    monkeypatch.undo()
+    cold.load_lora_adapter("x", str(other_adapter_path(1)))
+
+
 def test_target_modules(tmp_path: Path) -> None:
     path = write_adapter("target_parameters_3d", model_path(), tmp_path / "x", rank=4, seed=3)
     with make_engine(adapters=(), max_lora_rank=4, lora_target_modules=["experts"]) as engine, make_engine(adapters=(), max_lora_rank=4) as whole:
