@@ -1,6 +1,6 @@
 // LoRA shrinks of sorted rows, for rows and matrices that lie in L2 or come from memory: a stream that is hardly computed with.
 //
-//   * A block walks items, persistently: a LoRA tile (up to 64 rows of one expert and slot) by up to 64 rows of its A. Both come by cp.async
+//   * A block walks items, persistently: up to 144 rows of a LoRA tile (of one expert and slot) by up to 128 rows of its A. Both come by cp.async
 //     in chunks of columns through a ring, which the next item begins to fill while this one is computed: its place in all tables was
 //     asked for an item ahead.
 //   * Only rows that exist are fetched, of x and of A, and multiplied in sixteens. The warps share the columns of a chunk, so that each value
@@ -24,11 +24,11 @@ template <int ROWS, int LOW, int K, int STAGES, int THREADS>
 struct Ring {
   static constexpr int kRows = ROWS, kLow = LOW, kK = K, kStages = STAGES, kThreads = THREADS;
   static constexpr int kPieces = K / 8, kAtOnce = kThreads / kPieces;  // rows that all threads fetch a piece each of
-  static constexpr int kPasses = divide_up(ROWS, kAtOnce), kLowPasses = divide_up(LOW, kAtOnce);
+  static constexpr int kPasses = divide_up(ROWS, kAtOnce), kLowPasses = divide_up(LOW, kAtOnce), kOfWarp = 32 / kPieces;  // kOfWarp: rows in a pass
   static constexpr int kStageBytes = (ROWS + LOW) * K * 2;
-  static constexpr int kSharedBytes = STAGES * kStageBytes + kNotes * 32, kFit = 227 * 1024 / (kSharedBytes + 1024);
+  static constexpr int kSharedBytes = STAGES * kStageBytes + kNotes * 32 + kPasses * kAtOnce * 4, kFit = 227 * 1024 / (kSharedBytes + 1024);
   static constexpr int kResident = kFit * kThreads > 640 ? 640 / kThreads : kFit;  // more would leave too few registers
-  static_assert(kAtOnce % 8 == 0 && STAGES < kNotes);
+  static_assert(kAtOnce % 8 == 0 && kPasses * kOfWarp <= 32 && STAGES < kNotes);
 };
 
 // How warps share rows of A and columns.
@@ -44,9 +44,9 @@ struct Shape : Ring<ROWS, LOW, K, STAGES, 32 * WN * WK> {
 template <int ROWS, int LOW, int STAGES>
 struct WideShape : Ring<ROWS, LOW, 64, STAGES, 256> {
   static constexpr bool kWgmma = true;
-  static constexpr int kParts = 128 / LOW, kPart = ROWS / kParts;                   // of the rows
-  static constexpr int kSlice = ROWS < 64 ? ROWS : 64, kPitch = LOW * 2 + 16;  // rows that leave at once, bytes of one
-  static_assert(kPart % 16 == 0 && kPart <= 144 && kSlice * kPitch <= WideShape::kStageBytes);
+  static constexpr int kParts = 128 / LOW, kPart = divide_up(ROWS, 16 * kParts) * 16;  // of the rows
+  static constexpr int kSlice = ROWS < 64 ? ROWS : 64, kPitch = LOW * 2 + 16;         // rows that leave at once, bytes of one
+  static_assert(kPart <= 144 && kSlice * kPitch <= WideShape::kStageBytes);
 };
 
 struct Note {  // of an item, from the fetching side of the block to the multiplying one
@@ -71,25 +71,30 @@ DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) {
 
 template <class S>
 struct Fetcher {
+  static constexpr int kHeld = S::kWgmma ? 1 : S::kPasses;  // rows of x whose sources a thread finds: its own, or beside wgmma's sums a part of its warp's
   const MoeLoraShrink& a;
   const Walk& by;
   uint8_t* const ring;
   Note* const notes;
-  const int per_tile;  // items of a tile
+  uint32_t* const sources;  // of the item's rows of x, in 16 bytes, by wgmma: those that a warp fetches are written by its own lanes
+  const int per_tile;       // items of a tile
   int count = 0;       // of all items
   // The item that is fetched from.
   const uint16_t* matrix = nullptr;  // of A: this thread's piece of the first row of the item
-  uint32_t source[S::kPasses] = {};  // of x, in 16 bytes
+  uint32_t source[kHeld] = {};
   int item = 0, number = -1, rows = 0, low = 0, chunk = 0;  // number: in this block
   // The next one: what the tables say, on its way, and the tile of the one after.
   uint32_t tile[4] = {}, next_tile[4] = {};
-  int64_t offset = 0, stride = 0, b_offset = 0, b_stride = 0;
-  int32_t rank = 0, split = 0, pair[S::kPasses] = {};
+  int64_t offset = 0, stride = 0;
+  int32_t rank = 0, split = 0, pair[kHeld] = {};
   float scaling = 0.f;
 
   DEVICE bool any() const { return item < count; }
   DEVICE int row() const { return thread_index() / S::kPieces; }
   DEVICE int piece() const { return thread_index() % S::kPieces; }
+  DEVICE int held_row(int i) const {
+    return S::kWgmma ? lane_index() / S::kOfWarp * S::kAtOnce + warp_index() * S::kOfWarp + lane_index() % S::kOfWarp : row() + i * S::kAtOnce;
+  }
 
   DEVICE void ask_tile(int of) {  // does not wait for their number: entries beyond it are undefined, but there
     if (of < by.most) load_words(next_tile, a.tiles + 4 * (int64_t)(of / by.per_tile));
@@ -101,10 +106,9 @@ struct Fetcher {
     if (of >= count) return;
     const int slot = (int)tile[1], first = first_row(of);
     offset = a.offset[slot], stride = a.stride[slot], rank = a.rank[slot], split = a.split[slot], scaling = a.scaling[slot];
-    b_offset = a.b_offset[slot], b_stride = a.b_stride[slot];
 #pragma unroll
-    for (int i = 0; i < S::kPasses; i++) {
-      const int r = first + row() + i * S::kAtOnce;
+    for (int i = 0; i < kHeld; i++) {
+      const int r = first + held_row(i);
       pair[i] = (int)tile[2] + r;
       if (a.gather && r < (int)tile[3]) pair[i] = a.sorted_pairs[pair[i]];
     }
@@ -118,7 +122,7 @@ struct Fetcher {
     item -= (int)gridDim.x;
     turn();
   }
-  // Go on to the next item that has something to fetch, and say of it and of those before what others need.
+  // Go on to the next item that has something to fetch, and say of it what the multiplying side needs.
   DEVICE void turn() {
     bool skip;
     do {
@@ -126,7 +130,7 @@ struct Fetcher {
       if (any()) take();
       skip = any() && low <= 0;
       number += !skip;
-      if (thread_index() == 0) say(skip);
+      if (thread_index() == 0 && !skip) notes[number % kNotes] = {(int)tile[2] + first_row(item), any() ? rows : 0, rank, first_low(), low, scaling, {}};
       if (!any()) return;
       ask_tables(item + (int)gridDim.x);
       ask_tile(item + 2 * (int)gridDim.x);
@@ -139,14 +143,13 @@ struct Fetcher {
     low = rows <= 0 ? 0 : all - r0 < S::kLow ? all - r0 : S::kLow;
     matrix = (const uint16_t*)a.pool + offset + (int64_t)tile[0] * stride + (int64_t)(r0 + row()) * a.cols + piece() * 8;
 #pragma unroll
-    for (int i = 0; i < S::kPasses; i++) source[i] = (uint32_t)(a.gather ? pair[i] / by.top_k : pair[i]) * (uint32_t)(a.cols / 8) + piece();
+    for (int i = 0; i < kHeld; i++) source[i] = (uint32_t)(a.gather ? pair[i] / by.top_k : pair[i]) * (uint32_t)(a.cols / 8);
+    if constexpr (S::kWgmma) {
+      sync_warp();  // the sources before are read
+      if (lane_index() < S::kPasses * S::kOfWarp) sources[held_row(0)] = source[0];
+      sync_warp();
+    }
     chunk = 0;
-  }
-  DEVICE void say(bool skip) {
-    if (!skip) notes[number % kNotes] = {(int)tile[2] + first_row(item), any() ? rows : 0, rank, first_low(), low, scaling, {}};
-    if (!any() || item != item / by.per_tile * per_tile) return;
-    int64_t* const record = a.records + kRecord * (int64_t)(item / by.per_tile);
-    record[0] = (int)tile[2], record[1] = (int)tile[3], record[2] = rank, record[3] = split, record[4] = (b_offset + (int64_t)tile[0] * b_stride) / 8;
   }
   DEVICE void fetch_matrix(int stage, int of) const {
     uint8_t* const target = piece_of<S>(ring + stage * S::kStageBytes + S::kRows * S::kK * 2, row(), piece());
@@ -158,10 +161,10 @@ struct Fetcher {
   DEVICE void fetch_rows(int stage, int of) const {
     uint8_t* const target = piece_of<S>(ring + stage * S::kStageBytes, row(), piece());
     const bool inside = of * S::kK + piece() * 8 < a.cols;
-    const uint8_t* const x = (const uint8_t*)a.x + of * S::kK * 2;
+    const uint8_t* const x = (const uint8_t*)a.x + of * S::kK * 2 + piece() * 16;
 #pragma unroll
     for (int i = 0; i < S::kPasses; i++)
-      if (row() + i * S::kAtOnce < rows) cp16(target + i * S::kAtOnce * S::kK * 2, x + (int64_t)source[i] * 16, inside);
+      if (row() + i * S::kAtOnce < rows) cp16(target + i * S::kAtOnce * S::kK * 2, x + (int64_t)(S::kWgmma ? sources[row() + i * S::kAtOnce] : source[i % kHeld]) * 16, inside);
   }
   // The next chunk, as one group of copies; an empty group where there is none.
   DEVICE void step(int stage) {
@@ -288,7 +291,7 @@ struct WideMultiplier {
     switch (divide_up(rows < S::kPart ? rows : S::kPart, 16)) {
 #define CASE(SIXTEENS) \
   case SIXTEENS: products<SIXTEENS>(x + row0() * 128, x + (S::kRows + low0()) * 128); break;
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)
 #undef CASE
     }
   }
@@ -344,15 +347,19 @@ DEVICE void write_ranges(const MoeLoraShrink& a) {
   }
 }
 
-// The records that the layer's second projection is known by, written before its shrink: its GEMMs have it within them.
-DEVICE void write_next(const MoeLoraShrink& a) {
+// The records that the GEMM knows LoRA tiles by, and those of the layer's second projection where its shrink is within its GEMMs.
+DEVICE void write_records(const MoeLoraShrink& a) {
   const MoeLoraNext& next = a.next;
   const int threads = (int)(gridDim.x * blockDim.x), tiles = a.counts[2];
   for (int i = (int)(gridDim.x - 1 - blockIdx.x) * (int)blockDim.x + thread_index(); i < tiles; i += threads) {
     uint32_t tile[4];
     load_words(tile, a.tiles + 4 * (int64_t)i);
     const int64_t expert = (int)tile[0], slot = (int)tile[1];
-    int64_t* const record = next.records + kRecord * (int64_t)i;
+    int64_t* record = a.records + kRecord * (int64_t)i;
+    record[0] = (int)tile[2], record[1] = (int)tile[3], record[2] = a.rank[slot], record[3] = a.split[slot];
+    record[4] = (a.b_offset[slot] + expert * a.b_stride[slot]) / 8;
+    if (!next.records) continue;
+    record = next.records + kRecord * (int64_t)i;
     record[0] = (int)tile[2], record[1] = (int64_t)((uint64_t)next.scaling[slot] << 32 | tile[3]), record[2] = next.rank[slot];
     record[3] = (next.offset[slot] + expert * next.stride[slot]) / 8, record[4] = (next.b_offset[slot] + expert * next.b_stride[slot]) / 8;
   }
@@ -364,7 +371,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
   Note* const notes = (Note*)(smem_ + S::kStages * S::kStageBytes);
   if (!a.early) wait_for_previous_kernel(), allow_next_kernel();
   const int per_tile = (int)by.per_tile.by;
-  Fetcher<S> f{a, by, smem_, notes, per_tile};
+  Fetcher<S> f{a, by, smem_, notes, (uint32_t*)(notes + kNotes), per_tile};
   f.begin();
   if (a.early) {
     for (int i = 0; i < S::kStages - 1 && i * S::kK < a.cols && f.any(); i++) f.fetch_matrix(i, i);
@@ -385,7 +392,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
     if (ahead < S::kStages - 1) {
       if (++ahead == S::kStages - 1) {
         if (a.ranges) write_ranges(a);
-        if (a.next.records) write_next(a);
+        write_records(a);
       }
       continue;
     }
@@ -420,8 +427,8 @@ auto with_shape(int lora_block, int width, F use) {
     case 9: case 13: return use(Shape<64, 32, 128, 3, 1, 4>{});
     case 10: return use(Shape<64, 64, 128, 3, 2, 2>{});
     case 11: return use(WideShape<64, 128, 4>{});
-    case 14: return use(WideShape<128, 64, 4>{});
-    default: return use(WideShape<128, 128, 3>{});
+    case 14: return use(WideShape<144, 64, 4>{});
+    default: return use(WideShape<144, 128, 3>{});
   }
 }
 

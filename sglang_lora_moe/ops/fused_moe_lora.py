@@ -22,6 +22,7 @@ from sglang_lora_moe.ops.low_rank import RECORD, Following, LowRank, load_record
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
 
 AT_ONCE = 1024  # columns of A that a shrink has under way at once; beside down a shrink of more would starve: Mixtral at 4 tokens 13 us slower
+LONG_ROWS = 64  # of an expert and slot at least, for LoRA tiles of 144 rows where s has more than 32 columns: measured
 
 
 @triton.jit
@@ -288,13 +289,16 @@ def moe_shrink(
     if scatter:
         _launch_scatter_shrink(rows, s, stack_a, stack_b, routing, tile)
         return LowRank(s, stack_b, slots)
+    by_cuda = by_cuda and can_shrink(rows, routing.num_experts)
+    if gather and by_cuda and pairs >= LONG_ROWS * routing.num_experts * routing.num_slots and stack_a.shrink_width > 32:
+        routing.lora_block = 144  # nothing is aligned yet
     align = routing.alignment
     records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
     made = routing.lora_ranges  # by a shrink before this one, and before that was the alignment
     ranges = routing.lora_ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
     to_fill = ranges if made is None else None
-    then = None if following is None else _following(*following, routing, workspace, ranges, rows.dtype)
-    if by_cuda and can_shrink(rows, routing.num_experts):
+    then = None if following is None else _following(*following, routing, workspace, LowRank(s, stack_b, slots, records, ranges))
+    if by_cuda:
         group_shrink(rows, stack_a, stack_b, routing, s, records, to_fill, gather=gather, early=made is not None, following=then)
     else:
         assert then is None, "the records of a following shrink are written by the CUDA kernel alone"
@@ -302,13 +306,12 @@ def moe_shrink(
     return LowRank(s, stack_b, slots, records, ranges, then)
 
 
-def _following(a: Stack, b: Stack, blocks: int, routing: Routing, workspace: Workspace, ranges: torch.Tensor, dtype: torch.dtype) -> Following:
-    assert routing.token_slots is not None
+def _following(a: Stack, b: Stack, blocks: int, routing: Routing, workspace: Workspace, first: LowRank) -> Following:
     pairs, tiles = routing.num_pairs, routing.alignment.lora_tiles.shape[0]
-    s = workspace.get("lora.following.s", (1, pairs, a.shrink_width), dtype)
+    s = workspace.get("lora.following.s", (1, pairs, a.shrink_width), first.s.dtype)
     records = workspace.get("lora.following.records", (tiles, RECORD.value), torch.int64)
     parts = workspace.get("lora.following.parts", (blocks, pairs, triton.cdiv(a.max_rank, 16) * 16), torch.float32)
-    return Following(a, LowRank(s, b, routing.token_slots, records, ranges), parts)
+    return Following(a, LowRank(s, b, first.token_slots, records, first.ranges), parts)
 
 
 def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool) -> None:

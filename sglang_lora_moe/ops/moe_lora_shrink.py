@@ -18,8 +18,7 @@ define(
 
 def can_shrink(rows: torch.Tensor, num_experts: int) -> bool:
     """Whether the kernel takes these rows [.., cols] and measured faster: with many experts, whose tiles fill the GPU."""
-    cols = rows.shape[1]
-    return launch.has_wgmma(rows.device) and rows.dtype in (torch.bfloat16, torch.float16) and cols % 8 == 0 and cols >= 512 and num_experts >= 128
+    return launch.has_wgmma(rows.device) and rows.dtype.itemsize == 2 and rows.shape[1] % 8 == 0 and rows.shape[1] >= 512 and num_experts >= 128
 
 
 def group_shrink(

@@ -240,10 +240,11 @@ def test_edges_of_tables(shape: tuple[int, ...], tokens: int, most: int) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4097, 8200])
 @pytest.mark.parametrize("ranks", [(64,), (32, 0, 8)], ids=str)
-def test_few_adapters_of_high_rank(ranks: tuple[int, ...]) -> None:
-    """LoRA tiles of 128 rows beside base tiles of two blocks."""
-    check_on_gpu(spec=QWEN, m=4097, ranks=ranks, layouts=("split", "dense"), active=3, slots=4, routing="partial")
+def test_few_adapters_of_high_rank(ranks: tuple[int, ...], tokens: int) -> None:
+    """LoRA tiles of 144 rows, also beside base tiles of two blocks."""
+    check_on_gpu(spec=QWEN, m=tokens, ranks=ranks, layouts=("split", "dense"), active=3, slots=4, routing="partial")
 
 
 @pytest.mark.gpu

@@ -139,6 +139,7 @@ SMALL = [
     (392, (16, 10), ("split",), 128, 260),
     (128, (256, 100), ("split", "dense"), 128, 100),
     (200, (32, 9), ("split",), 128, 200),
+    (136, (64, 9), ("split",), 288, 450),
     (64, (8,), ("split",), 20, 40),
 ]
 
@@ -184,7 +185,7 @@ def test_equals_the_triton_kernel() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("half", ["13", "2"])
-@pytest.mark.parametrize(("tokens", "lora_block"), [(1, 16), (64, 16), (257, 16), (1024, 32), (4096, 64), (4097, 128)])
+@pytest.mark.parametrize(("tokens", "lora_block"), [(1, 16), (64, 16), (257, 16), (1024, 32), (4096, 64), (4097, 128), (12000, 288)])
 @pytest.mark.parametrize(("ranks", "layouts"), [((16,), ("split",)), ((1, 64, 0, 7), LAYOUTS), ((256, 16), ("split", "shared_outer"))])
 def test_real_sizes(ranks: tuple[int, ...], layouts: tuple[str, ...], tokens: int, lora_block: int, half: str, dtype: torch.dtype) -> None:
     sizes = {"ranks": ranks, "layouts": layouts, "active": 4, "slots": 5}

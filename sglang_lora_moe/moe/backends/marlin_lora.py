@@ -59,8 +59,7 @@ def _of_gate_up(inp: RunnerInput, x: torch.Tensor, stacks: ExpertStacks, routing
     tile = _first_tile(stacks.a13, routing, x.device)
     by_cuda = routing.num_pairs >= CUDA_PAIRS
     low = moe_shrink(x, stacks.a13, stacks.b13, routing, inp.workspace, gather=True, name="lora.13", by_cuda=by_cuda, following=following, tile=tile)
-    if low.following is not None:
-        routing.following = low.following.low
+    routing.following = None if low.following is None else low.following.low
     return _found_by_slot(low, stacks.a13, routing)
 
 

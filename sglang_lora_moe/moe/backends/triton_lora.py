@@ -16,7 +16,6 @@ from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 MAX_FOLLOWING_RANK = 64  # what parts of s are for at most (csrc/moe_wgmma_gemm.h)
-FEW_SLOTS = 4  # up to which LoRA tiles of 128 rows, whose s wider than 32 columns is wgmma's, fill at 4,096 tokens: 23 to 33 us less, with 16 slots 50 more
 LONG_DOWN = 4096  # columns of act beyond which the combine adds B s itself: down has few programs, and Mixtral takes 5 to 8 us less at 4 tokens
 PAIRS_BESIDE = 3  # of an expert, up to which GEMMs start beside their shrinks where ranks are low: up to 0.9 us less, beyond 0.9 more to 1.1 less
 SHORT_DOWN = 512  # columns of act up to which down adds B s, which then takes less: 19 us for 24 in DeepSeek's layer of 16 tokens
@@ -44,8 +43,6 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
     if stacks.a2.dim <= AT_ONCE and (summed or combine_adds(stacks, routing, pairs=PAIRS_BESIDE)):
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
         routing.beside = summed or not adds
-    if tile is not None and tile.cluster == 2 and inp.num_slots <= FEW_SLOTS and stacks.a13.shrink_width > 32 and can_shrink(rows, routing.num_experts):
-        routing.lora_block = 128  # nothing is aligned yet
     following = None
     if tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK:
         following = (stacks.a2, stacks.b2, tile.blocks(inp.spec.intermediate_size))
