@@ -43,16 +43,19 @@ void gemm(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor tiles, Tensor c
     a.records = checked<const int64_t>(kName, *records, "records", ScalarType::Long, device, 0);
     a.ranges = checked<const int32_t>(kName, *ranges, "ranges", ScalarType::Int, device, 2 * tile_count);
   }
-  if (next_parts) {
-    STD_TORCH_CHECK(s && next_pool && next_records && next_s && halves == 2 && cluster == 1 && report > 0, kName,
-                    ": the next product's parts come with pool, records and s of both, halves 2, blocks of their own and report");
-    const int64_t columns = tokens == 72 ? 64 : 128;  // of a block's tile
-    a.next.width = (int32_t)next_parts->size(2), a.next.s_width = (int32_t)next_s->size(next_s->dim() - 1);
-    STD_TORCH_CHECK(a.next.width % 16 == 0 && a.next.width <= 64 && a.next.s_width <= a.next.width, kName, ": expected parts of 16 to 64 columns, and s of no more, got ", a.next.width,
-                    " and ", a.next.s_width);
-    a.next.pool = checked<void>(kName, *next_pool, "next_pool", type, device, 0);
+  if (next_parts) {  // of gate_up, which makes parts of s and adds them up, or without s leaves that to down; of down, which adds them up
+    STD_TORCH_CHECK(s && next_records && cluster == 1 && (halves == 2 ? next_pool && report > 0 : next_s && behind > 0), kName,
+                    ": parts come with s and records, in blocks of their own, with pool and report of gate_up, or with s of both and behind of down");
+    const int64_t columns = tokens == 72 ? 64 : 128, parts = ((halves == 2 ? n : k) + columns - 1) / columns;  // columns: of a block's tile
+    a.next.width = (int32_t)next_parts->size(2);
+    STD_TORCH_CHECK(a.next.width % 16 == 0 && a.next.width <= 64, kName, ": expected parts of 16 to 64 columns, got ", a.next.width);
+    a.next.pool = next_pool ? checked<void>(kName, *next_pool, "next_pool", type, device, 0) : nullptr;
     a.next.records = checked<const int64_t>(kName, *next_records, "next_records", ScalarType::Long, device, records->numel());
-    a.next.parts = checked<float>(kName, *next_parts, "next_parts", ScalarType::Float, device, (n + columns - 1) / columns * pairs * a.next.width);
+    a.next.parts = checked<float>(kName, *next_parts, "next_parts", ScalarType::Float, device, parts * pairs * a.next.width);
+  }
+  if (next_parts && next_s) {
+    a.next.s_width = (int32_t)next_s->size(next_s->dim() - 1);
+    STD_TORCH_CHECK(a.next.s_width <= a.next.width, kName, ": expected s of no more columns than its parts, got ", a.next.s_width, " and ", a.next.width);
     a.next.s = checked<void>(kName, *next_s, "next_s", type, device, pairs * a.next.s_width);
   }
   a.max_rank = (int32_t)max_rank;

@@ -98,10 +98,10 @@ struct Fetcher {
     if (warp_index() == kFetchers / 32 - 1) {
       barrier_wait(shared.stored, tiles_told & 1);
       uint32_t* const word = (uint32_t*)a.tiles + 3 * told_of + 2;
-      if (lane_index() == 0 && a.next.parts) ticket = arrive(word, kOne);
+      if (lane_index() == 0 && a.next.s) ticket = arrive(word, kOne);
       else if (lane_index() == 0) publish_add(word, kOne);
     }
-    tiles_told++, told_of = a.next.parts ? kTold : -1;
+    tiles_told++, told_of = a.next.s ? kTold : -1;
   }
   // Notes the tile told of where its report was the last of all, so that its parts are there, else -1.
   DEVICE void settle() {

@@ -11,7 +11,7 @@
 //   * Without one, down runs behind gate_up: that reports in the list of tiles what it has stored of each, so that down's blocks begin where
 //     gate_up's last round leaves multiprocessors idle, with tiles from a queue, and wait for a tile's rows rather than for the kernel.
 //   * With adapters the next product's A is multiplied in gate_up too, of what is in shared memory for its store; a tile's columns give parts of s,
-//     which are added up by the multiplying warps of the block that reports the last of them.
+//     which are added up by the multiplying warps of the block that reports the last of them, or of down's blocks before they begin.
 //
 // Barriers of a stage: `full` (128 fetching threads, one more and the engine's bytes), `empty` (the multiplying warps of all blocks).
 #include "moe_wgmma_fetch.cuh"
@@ -243,10 +243,10 @@ DEVICE int store_tile(const MoeWgmmaGemm& a, const Note& note, const float (&d)[
 // s of a tile whose parts are all there, by the multiplying warps, whose sums hold nothing now: four columns a thread, whose parts are asked for at
 // once, since each wait is a round trip through L2.
 template <class F>
-DEVICE void add_parts(const MoeWgmmaGemm& a, const OpenTile& open) {
+DEVICE void add_parts(const MoeWgmmaGemm& a, const OpenTile& open, int columns) {
   constexpr int kParts = 6, kAdders = 32 * F::kWarps;
   const int start = open.start, rows = open.rows, from = open.first, to = open.end, tile = open.tile;
-  const int parts = divide_up(a.n, F::kRows / 2), fours = a.next.width / 4, thread = thread_index_here() - kFetchers, lane = thread & 31;
+  const int parts = divide_up(columns, F::kRows / 2), fours = a.next.width / 4, thread = thread_index_here() - kFetchers, lane = thread & 31;
   const int64_t apart = (int64_t)a.pairs * a.next.width;
   for (int first = from; first < to; first += 32) {  // lane l has LoRA tile first + l
     int64_t record[3] = {};
@@ -289,6 +289,15 @@ DEVICE void add_parts(const MoeWgmmaGemm& a, const OpenTile& open) {
   if (thread == 0) publish_add((uint32_t*)a.tiles + 3 * tile + 2, kOne);
 }
 
+// Of all tiles, where gate_up left it to down: each block adds up its share before it begins, while gate_up's last round leaves it the time.
+template <class F>
+DEVICE void add_share(const MoeWgmmaGemm& a) {
+  for (int tile = (int)blockIdx.x; tile < a.counts[1]; tile += (int)gridDim.x) {
+    while ((int)(observe((const uint32_t*)a.tiles + 3 * tile + 2) / kOne) + 1 < a.behind) {}
+    add_parts<F>(a, {tile, a.tiles[3 * tile + 1], a.tiles[3 * tile + 2] & kLower, a.ranges[2 * tile], a.ranges[2 * tile + 1]}, a.k);
+  }
+}
+
 template <class T, class F>
 DEVICE int multiply_and_store(const MoeWgmmaGemm& a, Multiplier<F>& m, int steps, int expert, int start, int packed) {
   float d[2][72] = {};  // all, and no first product that overwrites: from there to the store before, their registers are free
@@ -314,6 +323,9 @@ template <class T, class F>
 DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
   Multiplier<F> m{shared, uniform(warp_index() / 4) - 1};
   const int steps = divide_up(a.k, kK);
+  if constexpr (F::kHalves == 1 && F::kCluster == 1) {
+    if (a.next.s) add_share<F>(a);
+  }
   for (bool more = true; more;) {
     m.wait();
     const int expert = m.told(&Note::expert), start = m.told(&Note::start), packed = m.told(&Note::rows) | m.told(&Note::n0) << 8;  // registers are few
@@ -328,7 +340,7 @@ DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
       open = m.told(&Note::open), more = false;
     }
     if constexpr (F::kHalves == 2) {
-      if (open >= 0) add_parts<F>(a, shared.opened[open]);
+      if (open >= 0) add_parts<F>(a, shared.opened[open], a.n);
     }
   }
 }

@@ -5,13 +5,13 @@
 
 extern "C" {
 
-// s[row] = scaling * A(slot, expert) out[row], for the layer's next product: each tile's share of the columns as a part, added up by whoever reports
-// a tile's rows last, who then reports them once more.
+// s[row] = scaling * A(slot, expert) out[row], for the layer's next product: each tile's share of the columns as a part. These are added up by
+// whoever reports a tile's rows last, or without s by down's blocks before they begin; who adds them up reports the tile once more.
 struct MoeWgmmaNext {
   const void* pool;        // of A [rank, n]
   const int64_t* records;  // [LoRA tiles, 5] first row, rows and above them the scaling's bits, rank, place of A in 16 bytes, place of B
-  float* parts;            // [ceil(n / 128), pairs, width], with tiles of 72 tokens ceil(n / 64), or null: none of this
-  void* s;                 // [pairs, s_width]
+  float* parts;            // [ceil(n / 128), pairs, width], with tiles of 72 tokens ceil(n / 64), or null: none of this; of down k in place of n
+  void* s;                 // [pairs, s_width], or null: left to down
   int32_t width, s_width;  // width: the largest rank rounded up to 16, at most 64
 };
 

@@ -34,7 +34,7 @@ FEW_ACCUMULATORS = 8  # of a thread: of so small programs as many as fit run at 
 class LowRank:
     """An addend of an expert GEMM: s [splits, P, width] in the GEMM's row order, and B by slot; records and ranges if grouped.
 
-    `following`: the GEMM is a layer's first, and makes s of the second, too."""
+    `following`: the GEMM is a layer's first, and makes s of the second, too; or the second, which may have its parts left to add up."""
 
     s: torch.Tensor
     b: Stack

@@ -19,6 +19,7 @@ from sglang_lora_moe.ops.marlin_moe import activation_of
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 
 TILE_ROWS = 256  # of w on a multiprocessor
+MANY_ROWS = 128  # of an expert on average, from which down's blocks add up the parts of s, where gate_up's fall behind: measured
 
 define(
     "moe_wgmma_gemm(Tensor x, Tensor w, Tensor? bias, Tensor(b!) tiles, Tensor counts, Tensor sorted_pairs, Tensor? s, Tensor? pool, Tensor? records, "
@@ -70,7 +71,7 @@ def wgmma_gemm(
 
     `report`: count beside the rows of each base tile, in its upper 16 bits, what is stored of it; `behind`: the product before this
     one reports so often and made `a`, so that a tile's rows are read when they are there, and blocks take their tiles from a queue. With an addend that
-    has a `following`, s of the second product is made too, and reported as one more; blocks that add it up take fewer tiles of a queue.
+    has a `following`, s of the second product is made too, and reported as one more; who adds it up takes fewer tiles of a queue, or is that product, `late`.
     """
     halves = 1 if activation is None else 2
     columns = triton.cdiv(out.shape[1], TILE_ROWS // tile.together // halves)
@@ -82,11 +83,13 @@ def wgmma_gemm(
     following = None if addend is None else addend.following
     uneven = behind > 0 or (following is not None and columns > 2)  # between two parts of s there is little to add up
     queued = uneven and tile.cluster == 1 and len(alignment.base_tiles) > 1 and len(alignment.base_tiles) * columns + 3 * blocks < 1 << 16  # what 16 bits count
-    then = (None,) * 4 if following is None else (following.a.pool, following.low.records, following.parts, following.low.s)
+    late = alignment.sorted_pairs.numel() >= MANY_ROWS * w.shape[0]
+    of = following if late or not behind else None
+    then = (None,) * 4 if of is None else (None if behind else of.a.pool, of.low.records, of.parts, of.low.s if late == (behind > 0) else None)
     low = (None,) * 4 if addend is None else (addend.s, addend.b.pool, addend.records, addend.ranges)
-    reports = tile.reports(out.shape[1]) if report else 0
     torch.ops.sglang_lora_moe.moe_wgmma_gemm(
         a, w, bias, alignment.base_tiles, alignment.counts, alignment.sorted_pairs, *low, out, *then, top_k, halves, 0 if addend is None else addend.b.max_rank,
-        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.tokens, tile.cluster, tile.stream, reports, behind, queued, True,
+        *activation_of(activation)[1:], gather, scatter, tile.group, blocks, tile.tokens, tile.cluster, tile.stream,
+        tile.reports(out.shape[1]) if report else 0, behind, queued, True,
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import torch
 
 from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.spec import MoESpec
-from sglang_lora_moe.ops import fused_moe_lora
+from sglang_lora_moe.ops import fused_moe_lora, moe_wgmma_gemm
 from sglang_lora_moe.ops.moe_lora_align import moe_lora_align_block_size
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
@@ -88,9 +88,10 @@ def shrink_in_torch(
         ranges[i, 1] = sum(f[2] < start + rows for f in found)
 
 
-@pytest.fixture
-def following(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The shrink of act within gate_up at every size and rank that the kernel takes."""
+@pytest.fixture(params=[1 << 30, *([0] if GPU else [])], ids=["gate_up adds", *(["down adds"] if GPU else [])])
+def following(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The shrink of act within gate_up at every size and rank that the kernel takes; parts added up there, or in down, whose blocks wait for each other."""
+    monkeypatch.setattr(moe_wgmma_gemm, "MANY_ROWS", request.param)
     for module in (triton_lora, fused_moe_lora):
         monkeypatch.setattr(module, "can_shrink", lambda rows, experts: True)
     yield from () if GPU else emulator.implemented({"moe_lora_shrink": shrink_in_torch})

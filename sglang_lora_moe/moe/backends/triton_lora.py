@@ -43,9 +43,8 @@ def addend(inp: RunnerInput, rows: torch.Tensor, stacks: ExpertStacks, routing: 
     if stacks.a2.dim <= AT_ONCE and (summed or combine_adds(stacks, routing, pairs=PAIRS_BESIDE)):
         routing.told = inp.workspace.get("lora.told", (1,), torch.int32)
         routing.beside = summed or not adds
-    following = None
-    if tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK:
-        following = (stacks.a2, stacks.b2, tile.blocks(inp.spec.intermediate_size))
+    makes_s_of_down = tile is not None and tile.cluster == 1 and can_shrink(rows, routing.num_experts) and stacks.a2.max_rank <= MAX_FOLLOWING_RANK
+    following = (stacks.a2, stacks.b2, tile.blocks(inp.spec.intermediate_size)) if makes_s_of_down else None
     low = moe_shrink(rows, stacks.a13, stacks.b13, routing, inp.workspace, gather=True, name="lora.13", by_cuda=tile is not None, following=following)
-    routing.following = None if low.following is None else low.following.low
+    routing.following = None if low.following is None else replace(low.following.low, following=low.following)
     return low
