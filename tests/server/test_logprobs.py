@@ -33,6 +33,14 @@ def test_byte_level_pieces_are_exact(byte_level: Any) -> None:
     assert tokens.raw(0) == b"<eos>"
 
 
+def test_every_byte_has_its_character(byte_level: Any) -> None:
+    tokens = TokenText(byte_level)
+    assert sorted(tokens.raw(i) for i in range(1, 257)) == [bytes([byte]) for byte in range(256)]
+    for code in (*range(0x80), 0xA0, 0xAD, 0xFF, 0x100, 0x7FF, 0xFFFF, 0x10FFFF):
+        ids = byte_level(chr(code), add_special_tokens=False).input_ids
+        assert b"".join(tokens.raw(i) for i in ids) == chr(code).encode(), hex(code)
+
+
 def test_offsets_count_whole_characters(byte_level: Any) -> None:
     ids = byte_level("é🙂x", add_special_tokens=False).input_ids
     builder = CompletionLogprobs(TokenText(byte_level), wants_top=False)
