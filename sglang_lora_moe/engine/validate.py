@@ -25,8 +25,7 @@ def spread(value: Any, count: int, param: str) -> list[Any]:
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
-        message = f"{param}: expected one value or a list of {count}, one per prompt, got a list of {len(value)}"
-        raise RequestError(message, param=param, code="invalid_value")
+        raise refuse(param, f"one value or a list of {count}, one per prompt", f"a list of {len(value)}")
     return value
 
 

@@ -213,7 +213,7 @@ class LoRAManager:
         for revision in list(self.slots.wanted):
             entries = self.registry.entries(revision)
             if not any(entry.users for entry in entries):
-                self.slots.give_up(revision)
+                del self.slots.wanted[revision]
                 continue
             if self._make_room():
                 self._reading = revision, self._thread.submit(self.reader.read, entries[0].path)
@@ -230,7 +230,7 @@ class LoRAManager:
                 text = f"its files in {entries[0].path} have changed since it was loaded (revision {revision}, now {adapter.revision})"
                 raise RequestError(f"adapter {entries[0].name!r}: {text}; load it again with load_inplace=true", 400)
         except RequestError as error:
-            self.slots.give_up(revision)
+            self.slots.wanted.pop(revision, None)
             return RequestError(error.message, 500, "model", "adapter_unreadable")
         self._keep(adapter, self._make_room())
         return None

@@ -81,14 +81,10 @@ class SlotTable:
         writes, self._writes = self._writes, []
         return writes
 
-    def give_up(self, revision: str) -> None:
-        """Nobody waits for the weights of `revision` any more."""
-        self.wanted.pop(revision, None)
-
     def present(self, revision: str) -> None:
         """The weights of `revision` are in host memory now, or it has been forgotten."""
         self.absent.discard(revision)
-        self.give_up(revision)
+        self.wanted.pop(revision, None)
 
     def drop(self, revision: str) -> int | None:
         """Forget an unloaded revision; returns the slot whose weights can be cleared, None if it was not resident."""

@@ -48,7 +48,8 @@ class NativeRequest(f.RequestModel):
         "input_embeds": ((), f"input embeddings {f.NOT_IMPLEMENTED}"),
         **{f"{kind}_data": ((), f"{kind} input {f.NOT_IMPLEMENTED}") for kind in ("image", "audio", "video")},
         "token_ids_logprob": ((), f"log-probabilities of chosen token ids {f.NOT_IMPLEMENTED}; use top_logprobs_num"),
-        "return_hidden_states": ((False,), f"returning hidden states {f.NOT_IMPLEMENTED}"),
+        **f.INSIDES,
+        "priority": ((0,), f"a priority {f.NOT_IMPLEMENTED}"),
         "session_params": ((), f"sessions {f.NOT_IMPLEMENTED}; the prefix cache shares equal prefixes anyway"),
         "log_metrics": ((True,), "metrics are always counted"),
     }

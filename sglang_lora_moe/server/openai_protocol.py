@@ -23,6 +23,7 @@ _COMMON_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "spaces_between_special_tokens": ((True, False), "tokenizers that have a choice are not supported"),
     "best_of": ((1,), f"choosing among more samples {f.NOT_IMPLEMENTED}"),
     "priority": ((0,), f"a priority {f.NOT_IMPLEMENTED}"),
+    **f.INSIDES,
     **dict.fromkeys(("regex", "ebnf", "guided_json", "guided_regex", "guided_choice", "structured_outputs"), ((), _CONSTRAINED)),
 }
 
@@ -116,8 +117,8 @@ class ChatRequest(OpenAIRequest):
         "parallel_tool_calls": ((True, False), _TOOLS),
         "modalities": ((["text"],), "this server answers in text only"),
         "audio": ((), "this server answers in text only"),
-        "prediction": ((), f"a predicted output {f.NOT_IMPLEMENTED}"),
-        "web_search_options": ((), f"a web search {f.NOT_IMPLEMENTED}"),
+        **dict.fromkeys(("prediction", "web_search_options"), ((), f.NOT_IMPLEMENTED)),
+        **dict.fromkeys(("separate_reasoning", "stream_reasoning"), ((True, False), "reasoning is a part of the text")),
         "verbosity": (("medium",), f.NOT_IMPLEMENTED),
     }
     messages: Annotated[f.Listed[ChatMessage], Field(min_length=1)]

@@ -124,6 +124,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{}]}]}, "messages.1.tool_calls"),
     ("/generate", {"return_hidden_states": True}, "return_hidden_states"),
+    ("/v1/chat/completions", {"return_routed_experts": True}, "return_routed_experts"),
     ("/generate", {"sampling_params": {"regex": "a"}}, "sampling_params.regex"),
     ("/generate", {"sampling_params": {"seed": 1, "sampling_seed": 2}}, "sampling_params.sampling_seed"),
     ("/generate", {"top_logprobs_num": 2}, "top_logprobs_num"),

@@ -219,3 +219,14 @@ def test_neutral_values_of_missing_features_are_taken(client: TestClient) -> Non
     }
     chat(client, **neutral, metadata={"a": "b"}, store=False, user="u", safety_identifier="s", prompt_cache_key="k")
     complete(client, best_of=1, suffix="")
+
+
+def test_what_other_servers_tools_send_with_every_request(client: TestClient) -> None:
+    """SGLang's bench_serving and gateway, vLLM's bench serve, lm-eval."""
+    own = {"ignore_eos": True, "no_stop_trim": False, "skip_special_tokens": True, "continue_final_message": False, "return_hidden_states": False}
+    chat(client, **own, separate_reasoning=True, stream_reasoning=True, max_tokens=None, max_completion_tokens=3)
+    complete(client, temperature=0.0, best_of=1, max_tokens=3, ignore_eos=True, return_routed_experts=False)
+    complete(client, repetition_penalty=1.0, max_tokens=3, logprobs=None, echo=True, seed=1234)
+    body = {"input_ids": [5, 6], "sampling_params": {"temperature": 0.0, "max_new_tokens": 3, "ignore_eos": True}, "stream": False, "lora_path": None}
+    answer = client.post("/generate", json=body | {"return_logprob": False, "return_routed_experts": False, "logprob_start_len": -1, "image_data": None})
+    assert answer.status_code == 200, answer.text
