@@ -16,7 +16,8 @@ from sglang_lora_moe.server.errors import UNKNOWN, UNSUPPORTED, printable
 NOT_IMPLEMENTED = "is not implemented by this server"
 MAX_TOP_LOGPROBS = 20
 # What SGLang's own benchmark and gateway send with every request
-INSIDES = {f"return_{what}": ((False,), f"returning {what.replace('_', ' ')} {NOT_IMPLEMENTED}") for what in ("hidden_states", "routed_experts")}
+_INSIDES = ("hidden_states", "routed_experts", "entropy", "bytes")
+INSIDES = {f"return_{what}": ((False,), f"returning {what.replace('_', ' ')} {NOT_IMPLEMENTED}") for what in _INSIDES}
 T = TypeVar("T")
 Listed = Annotated[list[T], Field(fail_fast=True)]  # a list that is read no further than its first bad element
 

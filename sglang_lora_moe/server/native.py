@@ -50,6 +50,7 @@ class NativeRequest(f.RequestModel):
         "token_ids_logprob": ((), f"log-probabilities of chosen token ids {f.NOT_IMPLEMENTED}; use top_logprobs_num"),
         **f.INSIDES,
         "priority": ((0,), f"a priority {f.NOT_IMPLEMENTED}"),
+        **dict.fromkeys(("background", "no_logs"), ((False,), f.NOT_IMPLEMENTED)),
         "session_params": ((), f"sessions {f.NOT_IMPLEMENTED}; the prefix cache shares equal prefixes anyway"),
         "log_metrics": ((True,), "metrics are always counted"),
     }

@@ -228,5 +228,8 @@ def test_what_other_servers_tools_send_with_every_request(client: TestClient) ->
     complete(client, temperature=0.0, best_of=1, max_tokens=3, ignore_eos=True, return_routed_experts=False)
     complete(client, repetition_penalty=1.0, max_tokens=3, logprobs=None, echo=True, seed=1234)
     body = {"input_ids": [5, 6], "sampling_params": {"temperature": 0.0, "max_new_tokens": 3, "ignore_eos": True}, "stream": False, "lora_path": None}
-    answer = client.post("/generate", json=body | {"return_logprob": False, "return_routed_experts": False, "logprob_start_len": -1, "image_data": None})
-    assert answer.status_code == 200, answer.text
+    bench = {"return_logprob": False, "return_routed_experts": False, "logprob_start_len": -1, "image_data": None}
+    gateway = dict.fromkeys(("background", "no_logs", "return_bytes", "return_entropy", "return_hidden_states", "return_text_in_logprobs"), False)
+    for more in (bench, gateway | {"log_metrics": True}):
+        answer = client.post("/generate", json=body | more)
+        assert answer.status_code == 200, answer.text
