@@ -91,133 +91,65 @@ def read_rows(cache: torch.Tensor, rows: torch.Tensor, dtype: torch.dtype) -> to
 
 # ---- torch_native ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _DecodeGroup:
-    """Requests with one new token each, gathered side by side and padded to the longest."""
-
-    tokens: torch.Tensor | slice  # their rows of the step [G]
-    rows: torch.Tensor  # cache rows int64 [G * L]
-    length: int  # L
-    mask: torch.Tensor | None  # bool [G, L], None = nothing padded
-
-
-@dataclass(frozen=True)
-class _PrefillRequest:
-    """One request with several new tokens; the cache rows are in order, from the first key that any of them sees."""
+class _Request:
+    """The new tokens of one request; the cache rows are in order, from the first key that any of them sees."""
 
     start: int  # first token in the step
     num_queries: int
-    first_position: int  # of the first query
     rows: torch.Tensor  # cache rows int64 [m]
     first_key: int  # position of rows[0]
 
 
 class TorchNativeAttention:
-    """Plain torch: decode requests are padded and batched, prefill requests run one by one. Works on any device."""
+    """Plain torch, one request after another. Works on any device."""
 
     def __init__(self, ctx: StepContext) -> None:
         self.ctx = ctx
-        self._plans: dict[int | None, tuple[list[_DecodeGroup], list[_PrefillRequest]]] = {}  # by window, for this step
+        self._requests: dict[int | None, list[_Request]] = {}  # by window, of this step
 
     def begin_step(self) -> None:
-        """Forget the previous step; layers of equal window share one plan."""
-        self._plans.clear()
+        """Forget the previous step; layers of equal window share what is found."""
+        self._requests.clear()
 
     def attend(self, q: torch.Tensor, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
         spec = layer.spec
-        if spec.window not in self._plans:
-            self._plans[spec.window] = self._plan(spec.window)
-        groups, prefills = self._plans[spec.window]
-        if len(groups) == 1 and not prefills and isinstance(groups[0].tokens, slice):
-            return _decode(q[groups[0].tokens], groups[0], layer, sinks)
+        if spec.window not in self._requests:
+            self._requests[spec.window] = self._find(spec.window)
         out = q.new_zeros(q.shape[0], spec.num_heads, spec.value_dim)  # padding tokens stay zero
-        for group in groups:
-            out[group.tokens] = _decode(q[group.tokens], group, layer, sinks)
-        for request in prefills:
+        for request in self._requests[spec.window]:
             stop = request.start + request.num_queries
-            out[request.start : stop] = _prefill(q[request.start : stop], request, layer, sinks)
+            out[request.start : stop] = _attend_request(q[request.start : stop], request, layer, sinks)
         return out
 
-    def _plan(self, window: int | None) -> tuple[list[_DecodeGroup], list[_PrefillRequest]]:
-        ctx = self.ctx
-        decode: list[tuple[int, int, int]] = []  # (request, token, keys seen)
-        prefills: list[_PrefillRequest] = []
-        start = 0
+    def _find(self, window: int | None) -> list[_Request]:
+        ctx, size, found, start = self.ctx, self.ctx.page_size, [], 0
         for b, (num_queries, length) in enumerate(zip(ctx.query_lens, ctx.seq_lens_host, strict=True)):
-            if num_queries == 1:
-                decode.append((b, start, min(length, window or length)))
-            elif num_queries > 1:
-                first = length - num_queries
-                first_key = max(0, first - window + 1) if window else 0
+            if num_queries > 0:
+                first_key = max(0, length - num_queries - window + 1) if window else 0
                 positions = torch.arange(first_key, length, device=ctx.device)
-                prefills.append(_PrefillRequest(start, num_queries, first, self._rows(ctx.page_table[b], positions), first_key))
+                rows = ctx.page_table[b].gather(0, positions // size).to(torch.int64) * size + positions % size
+                found.append(_Request(start, num_queries, rows, first_key))
             start += num_queries
-        whole_step = len(decode) == ctx.num_tokens
-        return [self._decode_group(members, whole_step) for members in _similar_lengths(decode)], prefills
-
-    def _decode_group(self, members: list[tuple[int, int, int]], whole_step: bool) -> _DecodeGroup:
-        device = self.ctx.device
-        requests = torch.tensor([b for b, _, _ in members], device=device)
-        counts = [count for _, _, count in members]
-        longest = max(counts)
-        offsets = torch.arange(longest, device=device)
-        seen = torch.tensor(counts, device=device)
-        first_key = self.ctx.seq_lens[requests] - seen  # > 0 only behind a window
-        # Padding repeats the last key, so that only rows of the request itself are read; the mask hides it.
-        positions = first_key[:, None] + torch.minimum(offsets[None], seen[:, None] - 1)
-        rows = self._rows(self.ctx.page_table[requests], positions)
-        mask = None if min(counts) == longest else offsets[None] < seen[:, None]
-        in_order = whole_step and len(members) == self.ctx.num_tokens and all(token == i for i, (_, token, _) in enumerate(members))
-        tokens = slice(0, len(members)) if in_order else torch.tensor([token for _, token, _ in members], device=device)
-        return _DecodeGroup(tokens, rows.flatten(), longest, mask)
-
-    def _rows(self, page_table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Cache rows int64 of `positions` [.., L] through `page_table` [.., pages]."""
-        size = self.ctx.page_size
-        pages = page_table.gather(-1, positions // size).to(torch.int64)
-        return pages * size + positions % size
+        return found
 
 
-def _similar_lengths(members: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
-    """Split decode requests so that padding at most doubles the work of each group; one group in step order if it can be."""
-    if not members:
-        return []
-    counts = [count for _, _, count in members]
-    if max(counts) * len(counts) <= 2 * sum(counts):
-        return [members]
-    groups: list[list[tuple[int, int, int]]] = []
-    for member in sorted(members, key=lambda m: -m[2]):
-        if not groups or 2 * member[2] < groups[-1][0][2]:
-            groups.append([])
-        groups[-1].append(member)
-    return groups
-
-
-def _decode(q: torch.Tensor, group: _DecodeGroup, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
-    """q [G, Hq, Dk], one query per request -> [G, Hq, Dv]. Query heads that share a KV head act as its queries."""
-    spec, batch = layer.spec, q.shape[0]
-    k = read_rows(layer.k_cache, group.rows, q.dtype).view(batch, group.length, spec.kv.num_heads, -1)
-    v = read_rows(layer.v_cache, group.rows, q.dtype).view(batch, group.length, spec.kv.num_heads, -1) if spec.kv.v_dim else k[..., : spec.value_dim]
-    q = q.view(batch, spec.kv.num_heads, -1, spec.kv.k_dim)  # [G, Hkv, Hq / Hkv, Dk]
-    mask = None if group.mask is None else group.mask[:, None, None]
-    sink = None if sinks is None else sinks.view(1, spec.kv.num_heads, -1, 1)
-    out = _attend(q, k.transpose(1, 2), v.transpose(1, 2), mask, spec.scaling, sink)
-    return out.reshape(batch, spec.num_heads, spec.value_dim)
-
-
-def _prefill(q: torch.Tensor, request: _PrefillRequest, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
+def _attend_request(q: torch.Tensor, request: _Request, layer: PagedAttention, sinks: torch.Tensor | None) -> torch.Tensor:
     """q [n, Hq, Dk] of one request -> [n, Hq, Dv], in blocks of queries."""
     spec = layer.spec
     groups, m = spec.num_heads // spec.kv.num_heads, request.rows.shape[0]
     k = read_rows(layer.k_cache, request.rows, q.dtype).transpose(0, 1).unsqueeze(1)  # [Hkv, 1, m, Dk]
     v = read_rows(layer.v_cache, request.rows, q.dtype).transpose(0, 1).unsqueeze(1) if spec.kv.v_dim else k[..., : spec.value_dim]
-    k, v = k.expand(-1, groups, -1, -1), v.expand(-1, groups, -1, -1)
     sink = None if sinks is None else sinks.view(spec.kv.num_heads, groups, 1, 1)
+    if request.num_queries == 1:  # sees all keys; query heads that share a KV head act as its queries
+        sink = None if sink is None else sink.transpose(1, 2)
+        return _attend(q.view(spec.kv.num_heads, 1, groups, spec.kv.k_dim), k, v, None, spec.scaling, sink).reshape(1, spec.num_heads, spec.value_dim)
+    k, v = k.expand(-1, groups, -1, -1), v.expand(-1, groups, -1, -1)
     keys = torch.arange(request.first_key, request.first_key + m, device=q.device)
     block = max(1, MAX_SCORES // (spec.num_heads * m))
     outputs = []
     for begin in range(0, request.num_queries, block):
         part = q[begin : begin + block].view(-1, spec.kv.num_heads, groups, spec.kv.k_dim).permute(1, 2, 0, 3)  # [Hkv, g, n', Dk]
-        queries = torch.arange(part.shape[2], device=q.device)[:, None] + (request.first_position + begin)
+        queries = torch.arange(part.shape[2], device=q.device)[:, None] + (request.first_key + m - request.num_queries + begin)
         mask = keys <= queries
         if spec.window:
             mask &= queries - keys < spec.window

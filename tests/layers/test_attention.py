@@ -110,16 +110,6 @@ def test_long_prompts_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         run_case(CASES[name], [(0, 20), (10, 10)])
 
 
-def test_decode_groups_bound_padding() -> None:
-    lengths = [1, 500, 3, 450, 2, 2, 260]
-    groups = attention._similar_lengths([(b, b, n) for b, n in enumerate(lengths)])
-    assert sorted(b for group in groups for b, _, _ in group) == list(range(7))
-    for group in groups:
-        counts = [n for _, _, n in group]
-        assert max(counts) <= 2 * min(counts)
-    assert attention._similar_lengths([(0, 0, 8), (1, 1, 5)]) == [[(0, 0, 8), (1, 1, 5)]]
-
-
 def test_rotation_leaves_the_rest_and_keeps_norms() -> None:
     x, angle = torch.randn(3, 2, 10), torch.rand(3, 4)
     y = rotate(x, angle.cos(), angle.sin())
