@@ -24,7 +24,6 @@ class TritonAttention:
         self.ctx = ctx
         self._scratch = torch.empty(0, dtype=torch.float32, device=ctx.device)
         self._tickets = torch.zeros(2, dtype=torch.int32, device=ctx.device)
-        self._needed: dict[tuple[int, int, int], int] = {}  # by heads, KV heads and value columns: elements of scratch
 
     def begin_step(self) -> None:
         """Nothing to prepare: the kernels read the step context."""
@@ -46,9 +45,7 @@ class TritonAttention:
     def _decode_scratch(self, layer: PagedAttention) -> torch.Tensor:
         """Sized once for the largest decode step of any layer so far: the first step of a model is the largest, before graphs are captured."""
         spec = layer.spec
-        sizes = (spec.num_heads, spec.kv.num_heads, spec.value_dim)
-        if sizes not in self._needed:
-            self._needed[sizes] = scratch_elements(self.ctx.max_requests, *sizes)
-            if self._needed[sizes] > self._scratch.numel():
-                self._scratch = torch.empty(self._needed[sizes], dtype=torch.float32, device=self.ctx.device)
+        needed = scratch_elements(self.ctx.max_requests, spec.num_heads, spec.kv.num_heads, spec.value_dim)
+        if needed > self._scratch.numel():
+            self._scratch = torch.empty(needed, dtype=torch.float32, device=self.ctx.device)
         return self._scratch

@@ -14,6 +14,8 @@ With MLA the cache holds one latent row per token: pass its first `Dv` columns a
 On Hopper several query tokens of 16-bit heads of 128, without window, sinks or cap, are csrc/prefill_attention.cu's: `in_cuda` is the rule.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -48,50 +50,20 @@ def _block_owner(query_starts_ptr, block, num_requests, BLOCK_Q: tl.constexpr, R
 
 
 @triton.jit
-def _attend_blocks(
-    q, q_c, acc, maximum, total, position, first_key, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
-    k_row_stride, k_head_stride, v_row_stride, v_head_stride,
-    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Go on with the streaming softmax of q [rows, D_PAD] over keys [first_key, last_key) of one request; in powers of two.
+def _rows_of(first_query, query_start, query_len, share, nought, GROUP: tl.constexpr, SHARES: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(query, whether there is one, token, head) of each row. `share`: of the heads of a KV head. `nought`: 0."""
+    rows = tl.arange(0, BLOCK_M) + nought
+    query, of_group = first_query + rows // GROUP_PAD, share % SHARES * GROUP_PAD + rows % GROUP_PAD
+    return query, (query < query_len) & (of_group < GROUP), (query_start + query).to(tl.int64), share // SHARES * GROUP + of_group
 
-    Without MASKED every row sees all of these keys, and they are whole blocks. LATENT: `q_c` [rows, DV_PAD] belongs to the columns that are
-    values, too, q to the D others.
-    """
-    dims, v_dims, keys = tl.arange(0, D_PAD), tl.arange(0, DV_PAD), tl.arange(0, BLOCK_N)
-    page = tl.load(pages_ptr + (first_key + keys) // PAGE, mask=first_key + keys < last_key, other=0)
-    for start in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
-        key = start + keys
-        in_range = key < last_key
-        row = page.to(tl.int64) * PAGE + key % PAGE
-        page = tl.load(pages_ptr + (key + BLOCK_N) // PAGE, mask=key + BLOCK_N < last_key, other=0)  # a block ahead: keys and values need not wait for it
-        k_ptrs = k_ptr + row[None, :] * k_row_stride + kv_head * k_head_stride + dims[:, None]
-        v_ptrs = v_ptr + row[:, None] * v_row_stride + kv_head * v_head_stride + v_dims[None, :]
-        if MASKED or D != D_PAD or DV != DV_PAD:
-            k = tl.load(k_ptrs, mask=in_range[None, :] & (dims[:, None] < D), other=0.0)
-            v = tl.load(v_ptrs, mask=in_range[:, None] & (v_dims[None, :] < DV), other=0.0)
-        else:
-            k, v = tl.load(k_ptrs), tl.load(v_ptrs)
-        k, v = k.to(q.dtype), v.to(q.dtype)  # the cache may be narrower
-        scores = tl.dot(q, k, input_precision="ieee")  # times `scale`, which becomes part of the subtraction below
-        if LATENT:
-            scores = tl.dot(q_c, tl.trans(v), scores, input_precision="ieee")
-        if SOFTCAP:
-            scores = (2 * tl.sigmoid(2 * (scores * scale) / (softcap * LOG2E)) - 1) * (softcap * LOG2E) / scale
-        if MASKED:
-            seen = in_range[None, :] & (key[None, :] <= position[:, None])
-            if WINDOW:
-                seen &= key[None, :] > position[:, None] - window
-            scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
-        safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum  # rows that saw no key yet
-        p = tl.exp2(scores * scale - safe[:, None])
-        decay = tl.exp2(maximum - safe)
-        total = total * decay + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        maximum = new_maximum
-    return acc, maximum, total
+
+@triton.jit
+def _page_of(pages_ptr, first_key, last_key, part: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of a quarter of a block of keys, or of each of its keys: these take a register for each key whose columns a thread loads."""
+    key = first_key + part * (BLOCK_N // 4)
+    if PAGE % (BLOCK_N // 4):
+        key = first_key + tl.arange(0, BLOCK_N)
+    return tl.load(pages_ptr + key // PAGE, mask=key < last_key, other=0)
 
 
 @triton.jit
@@ -101,19 +73,55 @@ def _attend_keys(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
-    """Keys [first_key, last_key) of one request: whole blocks that all rows see, then what needs a mask. Returns (values, maximum, total)."""
+    """The streaming softmax of q [rows, D_PAD] over keys [first_key, last_key) of one request, in powers of two: (values, maximum, total).
+
+    Whole blocks that all rows see come first, then what needs a mask. LATENT: `q_c` [rows, DV_PAD] belongs to the columns that are values, too,
+    q to the D others.
+    """
     acc = tl.zeros([BLOCK_M, DV_PAD], tl.float32)
+    dims, v_dims, keys = tl.arange(0, D_PAD), tl.arange(0, DV_PAD), tl.arange(0, BLOCK_N)
+    APART: tl.constexpr = not WINDOW and not LATENT  # a second loop over latents would need registers that are spilled
     masked_from = first_key
-    if not WINDOW:
+    if APART:
         masked_from = tl.maximum(tl.minimum(first_position + 1, last_key) // BLOCK_N * BLOCK_N, first_key)
-        acc, maximum, total = _attend_blocks(
-            q, q_c, acc, maximum, total, position, first_key, masked_from, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
-            k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, LATENT, False,
-        )  # fmt: skip
-    return _attend_blocks(
-        q, q_c, acc, maximum, total, position, masked_from, last_key, kv_head, k_ptr, v_ptr, pages_ptr, scale, window, softcap,
-        k_row_stride, k_head_stride, v_row_stride, v_head_stride, D, D_PAD, DV, DV_PAD, PAGE, BLOCK_N, WINDOW, SOFTCAP, STAGES, LATENT, True,
-    )  # fmt: skip
+    for MASKED in tl.static_range(0 if APART else 1, 2):
+        begin, end = (masked_from, last_key) if MASKED else (first_key, masked_from)
+        page_0, page_1 = _page_of(pages_ptr, begin, end, 0, PAGE, BLOCK_N), _page_of(pages_ptr, begin, end, 1, PAGE, BLOCK_N)
+        page_2, page_3 = _page_of(pages_ptr, begin, end, 2, PAGE, BLOCK_N), _page_of(pages_ptr, begin, end, 3, PAGE, BLOCK_N)
+        for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+            key = start + keys
+            in_range = key < end
+            page = tl.where(keys < BLOCK_N // 4, page_0, tl.where(keys < BLOCK_N // 2, page_1, tl.where(keys < BLOCK_N * 3 // 4, page_2, page_3)))
+            row = page.to(tl.int64) * PAGE + (key if BLOCK_N % PAGE else keys) % PAGE  # blocks begin at multiples of BLOCK_N
+            ahead = start + BLOCK_N  # so keys and values need not wait for pages
+            page_0, page_1 = _page_of(pages_ptr, ahead, end, 0, PAGE, BLOCK_N), _page_of(pages_ptr, ahead, end, 1, PAGE, BLOCK_N)
+            page_2, page_3 = _page_of(pages_ptr, ahead, end, 2, PAGE, BLOCK_N), _page_of(pages_ptr, ahead, end, 3, PAGE, BLOCK_N)
+            k_ptrs = k_ptr + row[None, :] * k_row_stride + kv_head * k_head_stride + dims[:, None]
+            v_ptrs = v_ptr + row[:, None] * v_row_stride + kv_head * v_head_stride + v_dims[None, :]
+            if MASKED or D != D_PAD or DV != DV_PAD:
+                k = tl.load(k_ptrs, mask=in_range[None, :] & (dims[:, None] < D), other=0.0)
+                v = tl.load(v_ptrs, mask=in_range[:, None] & (v_dims[None, :] < DV), other=0.0)
+            else:
+                k, v = tl.load(k_ptrs), tl.load(v_ptrs)
+            k, v = k.to(q.dtype), v.to(q.dtype)  # the cache may be narrower
+            scores = tl.dot(q, k, input_precision="ieee")  # times `scale`, which becomes part of the subtraction below
+            if LATENT:
+                scores = tl.dot(q_c, tl.trans(v), scores, input_precision="ieee")
+            if SOFTCAP:
+                scores = (2 * tl.sigmoid(2 * (scores * scale) / (softcap * LOG2E)) - 1) * (softcap * LOG2E) / scale
+            if MASKED:
+                seen = in_range[None, :] & (key[None, :] <= position[:, None])
+                if WINDOW:
+                    seen &= key[None, :] > position[:, None] - window
+                scores = tl.where(seen, scores, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
+            safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum  # rows that saw no key yet
+            p = tl.exp2(scores * scale - safe[:, None])
+            decay = tl.exp2(maximum - safe)
+            total = total * decay + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+            maximum = new_maximum
+    return acc, maximum, total
 
 
 @triton.jit
@@ -156,10 +164,7 @@ def _attention_kernel(
     seq_len = tl.load(seq_lens_ptr + request)
     context = seq_len - query_len  # tokens already in the cache before this step
 
-    rows = tl.arange(0, BLOCK_M)
-    query, of_group = first_query + rows // GROUP_PAD, tl.program_id(1) % SHARES * GROUP_PAD + rows % GROUP_PAD
-    valid = (query < query_len) & (of_group < GROUP)
-    token, head = (query_start + query).to(tl.int64), kv_head * GROUP + of_group
+    query, valid, token, head = _rows_of(first_query, query_start, query_len, tl.program_id(1), 0, GROUP, SHARES, GROUP_PAD, BLOCK_M)
     dims, v_dims = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     last_key = tl.minimum(context + first_query + BLOCK_Q, seq_len)  # keys beyond the last query of the block are masked for all
     first_key = 0
@@ -182,6 +187,9 @@ def _attention_kernel(
         page_table_ptr + request * page_table_stride, scale * LOG2E, window, softcap, k_row_stride, k_head_stride, v_row_stride, v_head_stride,
         D, D_PAD, DV, DV_PAD, PAGE, BLOCK_M, BLOCK_N, WINDOW, SOFTCAP, STAGES, LATENT,
     )  # fmt: skip
+    # The rows once more, by a 0 that is not known before the loops: kept over these, which take all registers, they would be spilled.
+    nought = tl.minimum(tl.min(total, axis=0), 0.0).to(tl.int32)
+    query, valid, token, head = _rows_of(first_query, query_start, query_len, tl.program_id(1), nought, GROUP, SHARES, GROUP_PAD, BLOCK_M)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = (token * HQ + head) * SPLITS + split
     tl.store(out_ptr + out_row[:, None] * DV + v_dims[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (v_dims[None, :] < DV))
@@ -263,9 +271,9 @@ def paged_attention(
         blocks = launch.multiprocessors(q.device)
         torch.ops.sglang_lora_moe.prefill_attention(q, k_cache, v_cache, page_table, query_starts, seq_lens, tickets, out, page_size, scale, blocks, True)
         return out
-    block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode, q.element_size(), k_cache.element_size())
+    block_q, group_pad, block_n, warps, stages = _block_shape(hq // hkv, d, decode * requests, q.element_size(), launch.has_wgmma(q.device))
     programs = hkv * triton.cdiv(hq // hkv, group_pad)
-    splits = num_splits(requests, programs) if decode else 1
+    splits = num_splits(requests, programs * warps // 4) if decode else 1  # of eight warps one program fills a multiprocessor
     partial = lse = out
     if splits > 1:
         scratch = q.new_empty(m * hq * splits * (dv + 1), dtype=torch.float32) if scratch is None else scratch
@@ -279,8 +287,8 @@ def paged_attention(
         HQ=hq, HKV=hkv, D=own, D_PAD=max(16, triton.next_power_of_2(own)), DV=dv, DV_PAD=triton.next_power_of_2(dv),
         PAGE=page_size, BLOCK_Q=block_q, GROUP_PAD=group_pad, BLOCK_N=block_n,
         SPLITS=splits, MIN_KEYS=MIN_LATENT_KEYS if latent else MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        REQUESTS_PAD=1 if decode else triton.next_power_of_2(requests), DECODE=decode, STAGES=stages, LATENT=latent, num_warps=warps,
-        **launch.options(q.device),
+        REQUESTS_PAD=1 if decode else max(256, triton.next_power_of_2(requests)),  # what one warp finds alone costs latents up to 700 bytes of stack
+        DECODE=decode, STAGES=stages, LATENT=latent, num_warps=warps, **launch.options(q.device),
     )  # fmt: skip
     assert low is None or splits > 1, "only the merge of splits fills s"
     if splits > 1:
@@ -311,18 +319,19 @@ def num_splits(requests: int, kv_heads: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
+@functools.lru_cache(maxsize=64)  # asked for by each layer of a step
 def scratch_elements(max_requests: int, heads: int, kv_heads: int, v_dim: int) -> int:
     """float32 elements that decode of up to `max_requests` requests needs."""
     return max(requests * num_splits(requests, kv_heads) for requests in range(1, max_requests + 1)) * heads * (v_dim + 1)
 
 
-def _block_shape(group: int, d: int, decode: bool, itemsize: int, cache_itemsize: int) -> tuple[int, int, int, int, int]:
-    """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows."""
+def _block_shape(group: int, d: int, decode: int, itemsize: int, hopper: bool) -> tuple[int, int, int, int, int]:
+    """(queries, padded heads of a group, keys, warps, stages) of one program; a tensor-core tile has at least 16 rows. `decode`: requests, if it is."""
     group_pad = triton.next_power_of_2(group)
     if d > 256:  # latent rows of MLA
-        rows, keys, warps, stages = (16, 32, 4, 1) if itemsize > 2 else (16, 32, 4, 3) if decode or cache_itemsize == 1 else (32, 32, 4, 2)
-        if group >= 64 and itemsize == 2 and (cache_itemsize == 1 or not decode):  # elsewhere these are slower, and more rows for four warps spill
-            rows, keys, warps, stages = 32, 32 * cache_itemsize, 8, 2
+        rows, keys, warps, stages = (16, 32, 4, 1) if itemsize > 2 else (16, 32, 4, 3) if decode else (32, 32, 4, 2)
+        if hopper and itemsize == 2 and (not decode or (group >= 64 and decode >= 4)):  # takes nearly all of its shared memory
+            rows, keys, warps, stages = 64, 64, 8, 2
         group_pad = min(group_pad, rows)  # heads of a program
         return rows // group_pad, group_pad, keys, warps, stages
     if decode:

@@ -87,8 +87,10 @@ def main() -> None:
             with compiling(90, inspect=True) as found:
                 layer(tokens, requests, cache)
                 latents(tokens, requests, cache)
-                if tokens == 64:
+                if tokens in (64, 2048):
                     latents(tokens, requests, cache, 128)
+                if requests < tokens:
+                    latents(tokens, 5, cache)
             for kernel in found:
                 print(json.dumps({"tokens": tokens, "cache": str(cache), **asdict(kernel)}))
     sys.stdout.flush()

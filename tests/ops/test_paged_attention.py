@@ -66,6 +66,22 @@ def test_float8_cache(case: str, decode: bool) -> None:
     check(CASES[case], decode, torch.float32, lens, seqs, page=8, cache=torch.float8_e4m3fn)
 
 
+@pytest.mark.parametrize("page", [16, 32, 64])
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("case", ["gqa", "window_sinks", "latent_shares"])
+def test_blocks_of_two_pages_or_of_part_of_one(case: str, decode: bool, page: int) -> None:
+    lens, seqs = ([1, 1, 1], [1, 37, 130]) if decode else ([5, 20, 33], [5, 20, 100])
+    check(CASES[case], decode, torch.float32, lens, seqs, page)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("case", ["deepseek", "deepseek_128"])
+def test_real_latents_in_float8(case: str, decode: bool) -> None:
+    lens, seqs = ([1] * 33, [1 + 61 * i for i in range(33)]) if decode else ([1, 700, 129, 64, 1], [5, 700, 1129, 64, 900])
+    check(REAL[case], decode, torch.bfloat16, lens, seqs, page=16, cache=torch.float8_e4m3fn)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)  # float32 latents take a minute to compile
 @pytest.mark.parametrize("decode", [False, True])
