@@ -173,8 +173,8 @@ class Bench:
         route, found = decoder._route, []
         slots = ctx.token_slots[: ctx.num_tokens].long()
 
-        def counted(router: Any, x: torch.Tensor) -> Any:
-            weights, ids = route(router, x)
+        def counted(router: Any, x: torch.Tensor, logits: Any) -> Any:
+            weights, ids = route(router, x, logits)
             real = ids[:, 0] >= 0
             ids = ids.long()
             keys = (ids * 1024 + slots[:, None])[real & (slots >= 0)] if ctx.lora_active else ids[:0]

@@ -88,7 +88,7 @@ class ForcedEngine:
         for router in routers:
             router.forward = lambda x, router=router: route(router, x)  # type: ignore[method-assign, misc, assignment]
         if model._decoder is not None:
-            model._decoder._route = lambda router, x: route(router, x)[1:]
+            model._decoder._route = lambda router, x, logits: route(router, x)[1:]
         if graphs:
             sizes = ladder(self.ctx.max_requests)
             self.runner.graphs = DecodeGraphs(model, (False,) if engine.core.lora is None else (False, True), sizes)

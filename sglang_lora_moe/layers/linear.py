@@ -65,7 +65,13 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., sum(rows)]."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Hold the weight in `dtype` if its numbers are of it, as those of float32 routers are in most checkpoints: no product changes."""
+        weight = self.weight.to(dtype)
+        if torch.equal(weight.to(self.weight.dtype), self.weight):
+            self.weight = nn.Parameter(weight, requires_grad=False)
 
     def adding(self, x: torch.Tensor, low: Any) -> torch.Tensor | None:
         """As `forward` for x [M, in], and what adapters add beyond `low`, which was begun; None where no kernel does both."""

@@ -83,6 +83,8 @@ def build_model(
             module.finalize()
             if module.runner.core.converts_weights:
                 module.quant_method.release_weights(module)
+        elif isinstance(module, Router) and attention_backend == "triton":
+            module.linear.narrow(dtype)
     if attention_backend == "triton":
         from sglang_lora_moe.models.decoder import FusedDecoder, is_standard  # triton is not installed everywhere
 

@@ -18,14 +18,14 @@ from sglang_lora_moe.layers.attention_triton import TritonAttention
 from sglang_lora_moe.layers.linear import Linear
 from sglang_lora_moe.layers.norm import RMSNorm
 from sglang_lora_moe.layers.step import StepContext
-from sglang_lora_moe.layers.topk import Router, RouterSpec, select_experts
+from sglang_lora_moe.layers.topk import Router
 from sglang_lora_moe.models.overrides.mla import AbsorbedMLA
 from sglang_lora_moe.ops import skinny_linear
 from sglang_lora_moe.ops.latent_attention import latent_queries, latent_values
 from sglang_lora_moe.ops.lora_linear import linear_expand
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
-from sglang_lora_moe.ops.router_topk import FEW_TOKENS, router_logits, router_topk
+from sglang_lora_moe.ops.router_topk import FEW_TOKENS, beside_norm, normed_logits, router_logits, router_topk
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "DeepseekV2", "DeepseekV3")
 _CAUSAL_MODELS = frozenset(f"{family}ForCausalLM" for family in FAMILIES)
@@ -76,8 +76,8 @@ class FusedDecoder:
         for layer in model.layers:
             x, residual, low = self._input_norm(layer, x, residual)
             x, addend = (self._latent_attention if isinstance(layer.self_attn, AbsorbedMLA) else self._attention)(layer.self_attn, x, low)
-            x = rms_norm(x, *_norm(layer.post_attention_layernorm), residual, addend=addend)
-            x = self._mlp(layer.mlp, x)
+            x, residual, logits = self._post_norm(layer, x, residual, addend)
+            x = self._mlp(layer.mlp, x, logits)
         return rms_norm(x, *_norm(model.norm), residual)
 
     def logits_of(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,37 +135,49 @@ class FusedDecoder:
         out = latent_values(paged.backend.attend(queries, paged, None), attention.kv_b_proj.weight, attention.v_dim)
         return _multiply(o_proj, out, None if _whole(o_proj, out) is not None else _begin(o_proj, out))
 
-    def _mlp(self, block: Any, x: torch.Tensor) -> torch.Tensor:
-        """x [T, H] -> [T, H]."""
-        if type(block).__name__ not in _MOE_BLOCKS:
+    def _post_norm(self, layer: Any, x: torch.Tensor, residual: torch.Tensor, addend: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """(norm of their sum [T, H], the sum, the router's logits of that norm where one kernel makes both, else None)."""
+        norm, router = _norm(layer.post_attention_layernorm), _router_of(layer.mlp)
+        linear = None if router is None or addend is not None else _without_adapters(router.linear)
+        if type(linear) is Linear and beside_norm(x, linear.weight, linear.bias):
+            return normed_logits(x, *norm, residual, linear.weight)
+        return rms_norm(x, *norm, residual, addend=addend), residual, None
+
+    def _mlp(self, block: Any, x: torch.Tensor, logits: Any) -> torch.Tensor:
+        """x [T, H] -> [T, H]. `logits`: of `_post_norm`."""
+        router = _router_of(block)
+        if router is None:
             return block(x)
-        router = block.router if hasattr(block, "router") else block.gate
-        weights, ids = self._route(router, x)
+        weights, ids = self._route(router, x, logits)
         out = block.experts(x, ids, weights)
         if hasattr(block, "shared_expert"):
             out = torch.addcmul(out, torch.sigmoid(block.shared_expert_gate(x)), block.shared_expert(x))
         return out
 
-    def _route(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _route(self, router: Router, x: torch.Tensor, logits: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(topk_weights float32 [T, K], topk_ids int32 [T, K]); rows of padding get ids -1."""
-        spec, ctx, linear = router.spec, self.ctx, _without_adapters(router.linear)
-        if not _fits_kernel(spec):
-            return select_experts(router.linear(x.float() if spec.float32_logits else x), spec, router.e_score_correction_bias)
-        if type(linear) is Linear and linear.weight.dtype in (x.dtype, torch.float32) and x.shape[0] <= FEW_TOKENS:
-            logits = router_logits(x, linear.weight, linear.bias)
-        else:
-            logits = router.linear(x.float() if spec.float32_logits else x)
-        return router_topk(logits, spec, router.e_score_correction_bias, ctx.kv_slots[: x.shape[0]], ctx.page_size)
+        logits = _logits(router, x) if logits is None else logits
+        return router_topk(logits, router.spec, router.e_score_correction_bias, self.ctx.kv_slots[: x.shape[0]], self.ctx.page_size)
+
+
+def _router_of(block: Any) -> Router | None:
+    """Of a block of experts whose forward is `FusedDecoder._mlp`."""
+    return None if type(block).__name__ not in _MOE_BLOCKS else block.router if hasattr(block, "router") else block.gate
+
+
+def _logits(router: Router, x: torch.Tensor) -> torch.Tensor:
+    """Logits [T, E] of x, or [splits, T, E] that are to be summed."""
+    linear, wide = _without_adapters(router.linear), router.spec.float32_logits
+    if type(linear) is Linear and x.shape[0] <= FEW_TOKENS:
+        return router_logits(x, linear.weight, linear.bias)
+    if type(linear) is Linear and wide and linear.bias is None and linear.weight.dtype == x.dtype and x.is_cuda:
+        return torch.mm(x, linear.weight.T, out_dtype=torch.float32)
+    return router.linear(x.float() if wide else x)
 
 
 def _without_adapters(linear: Any) -> Any:
     """The linear that computes the same in this step where no adapter touches it."""
     return linear.base if hasattr(linear, "base") and not (linear.ctx.lora_active and linear.used) else linear
-
-
-def _fits_kernel(spec: RouterSpec) -> bool:
-    """Whether `router_topk` can choose."""
-    return spec.score == "sigmoid" or (not spec.correction_bias and (spec.num_groups == 1 or spec.group_best == 1))
 
 
 def _plan(linear: Any, tokens: int, splits: int | None = None) -> Any:

@@ -101,21 +101,26 @@ def _norm_shrink_tiles_kernel(
             job // (JOBS * SPLITS), job // SPLITS % JOBS, job % SPLITS, SPLITS, SHARES, PARTS_PAD, BM, BR, BK, ONCE, PRECISION, PDL,
         )  # fmt: skip
     else:
-        cols = tl.arange(0, BLOCK)
-        mask = cols < H
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        token = (job - shrinks).to(tl.int64)
-        row = token * H
-        pdl_wait(PDL)
-        x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
-        if residual_ptr is not None:
-            x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
-            stored = x.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + row + cols, stored, mask=mask)
-            x = stored.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
-        tl.store(scale_ptr + token, scale)
-        tl.store(out_ptr + row + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+        norm_row(x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, scale_ptr, eps, M, H, job - shrinks, BLOCK, PDL)
+
+
+@triton.jit
+def norm_row(x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, scale_ptr, eps, M, H, token, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One token's norm, if it is below M, and what it is scaled by."""
+    cols = tl.arange(0, BLOCK)
+    mask = (cols < H) & (token < M)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    row = token.to(tl.int64) * H
+    pdl_wait(PDL)
+    x = tl.load(x_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + row + cols, mask=mask, other=0.0).to(tl.float32)
+        stored = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row + cols, stored, mask=mask)
+        x = stored.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / H + eps)
+    tl.store(scale_ptr + token, scale, mask=token < M)
+    tl.store(out_ptr + row + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def rms_norm(

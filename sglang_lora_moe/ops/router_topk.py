@@ -11,17 +11,26 @@ import triton.language as tl
 from sglang_lora_moe.layers.topk import RouterSpec
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import pdl_wait
+from sglang_lora_moe.ops.rms_norm import norm_row
 
 FEW_TOKENS = 256  # up to which logits are sums of products by `router_logits`; beyond, a library's GEMM is as fast
-SPLIT = 256  # columns of x in a product
+Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+BLOCK_M, BLOCK_E, SPLIT = 16, 32, 256  # tokens, experts and columns of x in a product
+MOST_PROGRAMS = 264  # two on each multiprocessor of an H200
 
 
 @triton.jit
 def _router_logits_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, M, E, H, BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr
-):
-    """Grid (blocks of tokens, blocks of experts, splits of the columns of x)."""
+    x_ptr, w_ptr, bias_ptr, out_ptr, residual_ptr, norm_ptr, normed_ptr, sum_ptr, scale_ptr, eps, M, E, H,
+    BM: tl.constexpr, BE: tl.constexpr, BK: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of tokens, of experts, splits of x's columns). With a norm logits are of the sum, unscaled, and programs of further splits norm a token."""
     split = tl.program_id(2)
+    if norm_ptr is not None:  # noqa: SIM102 - decided when compiling
+        if split * BK >= H:
+            token = tl.program_id(0) * BM + (split - tl.cdiv(H, BK)) * tl.num_programs(1) + tl.program_id(1)
+            norm_row(x_ptr, residual_ptr, norm_ptr, normed_ptr, sum_ptr, scale_ptr, eps, M, H, token, BLOCK_H, PDL)
+            return
     rm, re, rk = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BE + tl.arange(0, BE), split * BK + tl.arange(0, BK)
     w = tl.load(w_ptr + re[:, None] * H + rk[None, :], mask=(re < E)[:, None] & (rk < H)[None, :], other=0.0)  # no kernel of a step writes it
     WIDE: tl.constexpr = w_ptr.dtype.element_ty != x_ptr.dtype.element_ty
@@ -30,8 +39,14 @@ def _router_logits_kernel(
         rest = w - high.to(tl.float32)
         middle = rest.to(high.dtype)
         low = (rest - middle.to(tl.float32)).to(high.dtype)
+    if norm_ptr is not None:
+        gain = tl.load(norm_ptr + rk, mask=rk < H, other=0.0).to(tl.float32)
     pdl_wait(PDL)
-    x = tl.load(x_ptr + rm.to(tl.int64)[:, None] * H + rk[None, :], mask=(rm < M)[:, None] & (rk < H)[None, :], other=0.0)
+    place, inside = rm.to(tl.int64)[:, None] * H + rk[None, :], (rm < M)[:, None] & (rk < H)[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0)
+    if norm_ptr is not None:
+        total = x.to(tl.float32) + tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        x = (total.to(x.dtype).to(tl.float32) * gain[None, :]).to(x.dtype)
     acc = tl.dot(x, tl.trans(high), input_precision=PRECISION)
     if WIDE:
         acc = tl.dot(x, tl.trans(low), tl.dot(x, tl.trans(middle), acc))
@@ -40,17 +55,32 @@ def _router_logits_kernel(
     tl.store(out_ptr + (split * M + rm)[:, None] * E + re[None, :], acc, mask=(rm < M)[:, None] & (re < E)[None, :])
 
 
-def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, H], weight [E, H] of x's dtype or float32, bias [E] -> float32 [splits, M, E], whose sum over splits is x W^T + b, not rounded to x's dtype."""
+def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: tuple = (None, None, None, None, None, 0.0)) -> torch.Tensor:
+    """x [M, H], weight [E, H] of x's dtype or float32 -> float32 [splits, M, E], whose sum is x W^T + b, not rounded to x's dtype. norm: of `normed_logits`."""
     (m, h), experts = x.shape, weight.shape[0]
     launch.expect("router_logits: x", x, (m, h), x.dtype, weight.device)
     launch.expect("router_logits: weight", weight, (experts, h), weight.dtype, weight.device)
-    splits = triton.cdiv(h, SPLIT)
+    splits, blocks = triton.cdiv(h, SPLIT), triton.cdiv(experts, BLOCK_E)
+    norms = 0 if norm[0] is None else triton.cdiv(min(m, BLOCK_M), blocks)
     out = x.new_empty(splits, m, experts, dtype=torch.float32)
-    _router_logits_kernel[(triton.cdiv(m, 16), triton.cdiv(experts, 32), splits)](
-        x, weight, bias, out, m, experts, h, BM=16, BE=32, BK=SPLIT, PRECISION=launch.dot_precision(x.dtype), num_warps=4, **launch.options(x.device)
-    )
+    _router_logits_kernel[(triton.cdiv(m, BLOCK_M), blocks, splits + norms)](
+        x, weight, bias, out, *norm, m, experts, h,
+        BM=BLOCK_M, BE=BLOCK_E, BK=SPLIT, BLOCK_H=triton.next_power_of_2(h), PRECISION=launch.dot_precision(x.dtype), num_warps=4, **launch.options(x.device),
+    )  # fmt: skip
     return out
+
+
+def normed_logits(x: torch.Tensor, gain: torch.Tensor, eps: float, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Logits]:
+    """(norm of residual + x [M, H], their sum, `router_logits` of that norm, still to be scaled, and float32 [M] by what): nothing waits for the norm."""
+    launch.expect("normed_logits: residual", residual, tuple(x.shape), x.dtype, x.device)
+    normed, total, scale = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    return normed, total, (router_logits(x, weight, None, (residual, gain, normed, total, scale, eps)), scale)
+
+
+def beside_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `normed_logits` takes these, which float16 has not the range for, and its programs run at once: then it is faster than both apart."""
+    programs = triton.cdiv(x.shape[0], BLOCK_M) * triton.cdiv(weight.shape[0], BLOCK_E) * triton.cdiv(x.shape[1], SPLIT)
+    return bias is None and x.shape[0] <= FEW_TOKENS and programs <= MOST_PROGRAMS and weight.dtype == x.dtype != torch.float16
 
 
 @triton.jit
@@ -72,7 +102,7 @@ def _of_best_groups(left, BLOCK_E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: 
 
 @triton.jit
 def _router_topk_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, kv_slots_ptr, stride, split_stride, E, K, scale, epsilon, dump_rows,
+    logits_ptr, unit_ptr, bias_ptr, weights_ptr, ids_ptr, kv_slots_ptr, stride, split_stride, E, K, scale, epsilon, dump_rows,
     CHOICE: tl.constexpr, SIGMOID: tl.constexpr, RENORM: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BEST: tl.constexpr, GROUP_BEST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +116,8 @@ def _router_topk_kernel(
     left = tl.load(logits_ptr + token * stride + experts, mask=real, other=float("-inf")).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
         left += tl.load(logits_ptr + split * split_stride + token * stride + experts, mask=real, other=0.0)
+    unit = 1.0 if unit_ptr is None else tl.load(unit_ptr + token)
+    left *= unit
     top = tl.max(left, axis=0)
     total = tl.sum(tl.exp(left - top), axis=0)
     scores = left
@@ -120,9 +152,8 @@ def _router_topk_kernel(
             gate = tl.load(logits_ptr + token * stride + E).to(tl.float32)
             for split in tl.static_range(1, SPLITS):
                 gate += tl.load(logits_ptr + split * split_stride + token * stride + E)
-            own = tl.sigmoid(gate)
-        weights = tl.where(places < K, weights, own)
-        chosen = tl.where(places < K, chosen, E + places - K)
+            own = tl.sigmoid(gate * unit)
+        weights, chosen = tl.where(places < K, weights, own), tl.where(places < K, chosen, E + places - K)
         K += SHARED
     if kv_slots_ptr is not None:  # noqa: SIM102 - decided when compiling
         if tl.load(kv_slots_ptr + token) < dump_rows:
@@ -133,19 +164,22 @@ def _router_topk_kernel(
 
 
 def router_topk(
-    logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None, kv_slots: torch.Tensor | None = None, dump_rows: int = 0
+    logits: Logits, spec: RouterSpec, bias: torch.Tensor | None = None, kv_slots: torch.Tensor | None = None, dump_rows: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(topk_weights float32 [M, K], topk_ids int32 [M, K]) for logits [M, E], or the sum of logits [splits, M, E]; shared experts count in K, their gate in E.
 
-    bias float32 [E] corrects the choice. kv_slots int64 [M], if given: rows below `dump_rows` are padding. Raises ValueError on logits that do not fit.
+    With float32 [M] they are in units of it. bias float32 [E] corrects the choice. kv_slots int64 [M]: rows below `dump_rows` are padding. Raises ValueError.
     """
+    logits, unit = logits if isinstance(logits, tuple) else (logits, None)
     (m, columns), experts, top_k = logits.shape[-2:], spec.num_experts, spec.top_k + spec.shared
-    if logits.dim() not in (2, 3) or logits.stride(-1) != 1 or not 0 <= columns - experts <= spec.shared or spec.top_k > experts:
+    softmax_by = bias is not None or (spec.num_groups > 1 and spec.group_best > 1)  # what softmax scores would have to be computed for
+    fits = logits.stride(-1) == 1 and 0 <= columns - experts <= spec.shared and spec.top_k <= experts and (spec.score == "sigmoid" or not softmax_by)
+    if logits.dim() not in (2, 3) or not fits:
         raise ValueError(f"router_topk: logits {tuple(logits.shape)} do not fit {spec}")
     weights, ids = logits.new_empty(m, top_k, dtype=torch.float32), logits.new_empty(m, top_k, dtype=torch.int32)
     block_g = triton.next_power_of_2(spec.num_groups)
     _router_topk_kernel[(m,)](
-        logits, bias, weights, ids, kv_slots, logits.stride(-2), m * columns, experts, spec.top_k, spec.scale, spec.epsilon, dump_rows,
+        logits, unit, bias, weights, ids, kv_slots, logits.stride(-2), m * columns, experts, spec.top_k, spec.scale, spec.epsilon, dump_rows,
         CHOICE=spec.score == "topk_softmax", SIGMOID=spec.score == "sigmoid", RENORM=spec.renormalise, SHARED=spec.shared, GATED=columns > experts,
         SPLITS=logits.shape[0] if logits.dim() == 3 else 1, GROUPS=spec.num_groups, BLOCK_G=block_g, BEST=spec.topk_groups, GROUP_BEST=spec.group_best,
         BLOCK_E=block_g * triton.next_power_of_2(experts // spec.num_groups), BLOCK_K=triton.next_power_of_2(top_k),

@@ -33,6 +33,17 @@ def test_made_from_meta() -> None:
     assert linear(torch.zeros(0, 3, dtype=torch.bfloat16)).shape == (0, 5)
 
 
+def test_weights_are_narrow_where_no_number_changes() -> None:
+    """Float32 routers of checkpoints in bfloat16: half the bytes, and the products of float32 as before."""
+    for exact in (True, False):
+        linear, x = Linear((("gate", 6),), 40, dtype=torch.float32, device="cpu"), torch.randn(3, 40)
+        linear.weight.copy_(torch.randn(6, 40).bfloat16() if exact else torch.randn(6, 40))
+        before = linear(x)
+        linear.narrow(torch.bfloat16)
+        assert linear.weight.dtype == (torch.bfloat16 if exact else torch.float32)
+        assert torch.equal(linear(x), before)
+
+
 def test_unknown_slot_source() -> None:
     with pytest.raises(ValueError, match="'rows'"):
         Linear((("a", 1),), 1, dtype=torch.float32, device="cpu", slot_source="rows")

@@ -20,7 +20,7 @@ from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, 
 from sglang_lora_moe.ops.paged_attention import paged_attention
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
-from sglang_lora_moe.ops.router_topk import FEW_TOKENS, router_logits, router_topk
+from sglang_lora_moe.ops.router_topk import FEW_TOKENS, normed_logits, router_logits, router_topk
 
 H, HQ, HKV, D, META = 2048, 32, 4, 128, torch.device("meta")
 STEPS = ((1, 1), (16, 16), (64, 64), (256, 256), (2048, 1), (2048, 256))  # (tokens, requests)
@@ -61,6 +61,7 @@ def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
     rms_norm(x, empty(H), 1e-6, empty(tokens, H), addend=o)
     if tokens <= FEW_TOKENS:
         router_topk(router_logits(x, empty(128, H), None), RouterSpec(128, 8))
+        router_topk(normed_logits(x, empty(H), 1e-6, x, empty(128, H))[2], RouterSpec(128, 8))
         grouped = RouterSpec(256, 8, "sigmoid", True, True, 8, 4, 2, True, 1e-20, 2.5, 1)
         router_topk(router_logits(x, empty(256, H, dtype=torch.float32), None), grouped, empty(256, dtype=torch.float32))
 

@@ -158,6 +158,56 @@ def test_router_topk_of_deepseek(fields: dict) -> None:
     assert_near(weights, want, "router_topk")
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["", "weights in float32"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        RouterSpec(256, 8, "sigmoid", True, True, 8, 4, 2, True, 1e-20, 2.5, 1),
+        RouterSpec(60, 4, renormalise=True, shared=1),
+        RouterSpec(160, 6, num_groups=8, topk_groups=3, group_best=1, scale=16.0),
+        RouterSpec(8, 2, "topk_softmax"),
+    ],
+    ids=["deepseek_v3", "qwen2_moe", "deepseek_v2", "eight"],
+)
+def test_router_beside_its_norm(spec: RouterSpec, wide: bool) -> None:
+    """The norm bit for bit, and a choice and weights that differ from those after it by roundings alone."""
+    from sglang_lora_moe.ops.rms_norm import rms_norm
+    from sglang_lora_moe.ops.router_topk import normed_logits, router_logits, router_topk
+
+    torch.manual_seed(6)
+    dtype, columns = torch.bfloat16 if GPU else torch.float32, spec.num_experts + (spec.num_experts == 60)
+    bias = torch.randn(spec.num_experts, device=DEVICE) * 0.3 if spec.correction_bias else None
+    for m, h in ((1, 2048), (12, 2048), (64, 7168), (250, 2048)) if GPU else ((1, 300), (17, 600)):
+        x, before, gain = (torch.randn(*shape, device=DEVICE).to(dtype) for shape in ((m, h), (m, h), (h,)))
+        w, slots, total = torch.randn(columns, h, device=DEVICE) / h**0.5, torch.randint(0, 40, (m,), device=DEVICE), before.clone()
+        w = w.to(torch.float32 if wide else dtype)
+        want = rms_norm(x, gain, 1e-6, total)
+        found, found_total, (parts, scale) = normed_logits(x, gain, 1e-6, before, w)
+        assert relative_error(found, want) < (1e-4 if GPU else 1e-6) and torch.equal(found_total, total)
+        assert_near((parts.sum(0) * scale[:, None]).to(dtype), router_logits(want, w, None).sum(0), "normed_logits")
+        weights, ids = router_topk((parts, scale), spec, bias, slots, 4)
+        as_one = router_topk(parts * scale[:, None], spec, bias, slots, 4)
+        assert torch.equal(ids, as_one[1])
+        torch.testing.assert_close(weights, as_one[0])
+        again = normed_logits(x, gain, 1e-6, before, w)
+        assert torch.equal(found, again[0]) and torch.equal(parts, again[2][0])
+
+
+@pytest.mark.gpu
+def test_logits_of_many_tokens_from_narrow_weights() -> None:
+    """A 16-bit product whose sums stay float32, where the model's own is in float32."""
+    from sglang_lora_moe.layers.linear import Linear
+    from sglang_lora_moe.layers.topk import Router
+    from sglang_lora_moe.models.decoder import _logits
+
+    torch.manual_seed(7)
+    linear, x = Linear((("gate", 256),), 2048, dtype=torch.float32, device=DEVICE), torch.randn(300, 2048, device=DEVICE).bfloat16()
+    linear.weight.copy_(torch.randn(256, 2048, device=DEVICE).bfloat16())
+    linear.narrow(torch.bfloat16)
+    logits = _logits(Router(linear, RouterSpec(256, 8, float32_logits=True)), x)
+    assert logits.dtype == torch.float32 and relative_error(logits, x.double() @ linear.weight.double().T) < 5e-5
+
+
 def test_router_topk_breaks_ties_towards_the_smaller_id() -> None:
     from sglang_lora_moe.ops.router_topk import router_topk
 
