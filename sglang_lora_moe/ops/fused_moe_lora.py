@@ -290,12 +290,12 @@ def moe_shrink(
         _launch_scatter_shrink(rows, s, stack_a, stack_b, routing, tile)
         return LowRank(s, stack_b, slots)
     by_cuda = by_cuda and can_shrink(rows, routing.num_experts)
-    if gather and by_cuda and pairs >= LONG_ROWS * routing.num_experts * routing.num_slots and stack_a.shrink_width > 32:
+    cuda_alone = gather and by_cuda and (following is not None or stack_b.dim >= 1024)  # that of act, of half as many columns, is not by Triton either
+    if cuda_alone and pairs >= LONG_ROWS * routing.num_experts * routing.num_slots and stack_a.shrink_width > 32:
         routing.lora_block = 144  # nothing is aligned yet
-    align = routing.alignment
-    records = workspace.get(f"{name}.records", (align.lora_tiles.shape[0], RECORD.value), torch.int64)
+    records = workspace.get(f"{name}.records", (routing.alignment.lora_tiles.shape[0], RECORD.value), torch.int64)
     made = routing.lora_ranges  # by a shrink before this one, and before that was the alignment
-    ranges = routing.lora_ranges = workspace.get(f"{name}.ranges", (align.base_tiles.shape[0], 2), torch.int32) if made is None else made
+    ranges = routing.lora_ranges = workspace.get(f"{name}.ranges", (routing.alignment.base_tiles.shape[0], 2), torch.int32) if made is None else made
     to_fill = ranges if made is None else None
     then = None if following is None else _following(*following, routing, workspace, LowRank(s, stack_b, slots, records, ranges))
     if by_cuda:

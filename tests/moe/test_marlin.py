@@ -162,6 +162,13 @@ def test_gpu_real_shapes(shape: tuple[int, ...], tokens: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("inter", [256, 768])
+def test_gpu_one_adapter_of_high_rank(inter: int) -> None:
+    """LoRA tiles of 144 rows, but where the shrink of act, with few columns, is Triton's."""
+    check_on_gpu(spec=MoESpec(128, 8, 2048, inter), group=128, m=2049, ranks=(64,), layouts=("split",), active=1, slots=1)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [(16,), (16, 0, 7, 1), (8, 15)], ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["silu", "clamped with bias"])
 def test_gpu_shrink_within_gate_up(biased: bool, ranks: tuple[int, ...]) -> None:

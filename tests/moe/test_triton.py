@@ -248,6 +248,13 @@ def test_few_adapters_of_high_rank(ranks: tuple[int, ...], tokens: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rank", [64, 128])
+def test_one_adapter_of_high_rank_in_narrow_experts(rank: int) -> None:
+    """Act of so few columns that its shrink, from rank 65 on a kernel of its own, is Triton's."""
+    check_on_gpu(spec=MoESpec(256, 8, 7168, 256), m=4097, ranks=(rank,), layouts=("split",), active=1, slots=1)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 17, 64, 700])
 def test_axes(tokens: int, dtype: torch.dtype) -> None:
