@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -229,6 +230,21 @@ def test_adapter_that_went_between_resolving_and_running(client: TestClient, eng
 def test_echo_of_ids_that_no_tokenizer_takes(client: TestClient, engine: FakeEngine, stream: bool) -> None:
     engine.refusal = RequestError("input_ids: outside the vocabulary", param="input_ids")
     assert error_of(client.post("/v1/completions", json={"prompt": [5, 2**40], "echo": True, "stream": stream}))["param"] == "prompt"
+
+
+@pytest.mark.parametrize(("path", "prompt"), [("/v1/completions", "prompt"), ("/generate", "text")])
+def test_more_samples_than_may_wait_and_run(client_of: Callable[[FakeEngine], TestClient], path: str, prompt: str) -> None:
+    engine = FakeEngine(max_queued_requests=4, max_running_requests=2)
+    small = client_of(engine)
+
+    def ask(count: int, n: int) -> Any:
+        sampling = {"n": n, "max_tokens": 1} if prompt == "prompt" else {"sampling_params": {"n": n, "max_new_tokens": 1}}
+        return small.post(path, json={prompt: ["x"] * count} | sampling)
+
+    assert ask(3, 2).status_code == ask(6, 1).status_code == 200
+    engine.requests.clear()
+    assert error_of(ask(7, 1))["param"] == prompt and error_of(ask(1, 7))["param"].endswith("n") and error_of(ask(4, 2))["param"].endswith("n")
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
