@@ -25,7 +25,7 @@ def spread(value: Any, count: int, param: str) -> list[Any]:
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
-        raise refuse(param, f"one value or a list of {count}, one per prompt", f"a list of {len(value)}")
+        raise refuse(param, f"one value or a list of {count}, one per prompt", value)
     return value
 
 
