@@ -287,7 +287,7 @@ def paged_attention(
         HQ=hq, HKV=hkv, D=own, D_PAD=max(16, triton.next_power_of_2(own)), DV=dv, DV_PAD=triton.next_power_of_2(dv),
         PAGE=page_size, BLOCK_Q=block_q, GROUP_PAD=group_pad, BLOCK_N=block_n,
         SPLITS=splits, MIN_KEYS=MIN_LATENT_KEYS if latent else MIN_SPLIT_KEYS, SINKS=sinks is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
-        REQUESTS_PAD=1 if decode else max(256, triton.next_power_of_2(requests)),  # what one warp finds alone costs latents up to 700 bytes of stack
+        REQUESTS_PAD=1 if decode else max(256 * latent, triton.next_power_of_2(requests)),  # what one warp finds alone costs latents up to 700 bytes of stack
         DECODE=decode, STAGES=stages, LATENT=latent, num_warps=warps, **launch.options(q.device),
     )  # fmt: skip
     assert low is None or splits > 1, "only the merge of splits fills s"
