@@ -193,7 +193,6 @@ class Scheduler:
             if reason is None:
                 admitted = True
                 if not take(request):
-                    self._dirty = True
                     break
             elif reason not in ("prefix", "loading"):
                 if request.blocked_since < 0:
