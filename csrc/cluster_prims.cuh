@@ -27,6 +27,8 @@ DEVICE uint32_t load_count(const uint32_t* p) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
+// Arithmetic with a word that was asked for stands behind this, and so does the wait for it, which the compiler would otherwise put in front of a loop.
+DEVICE void use_here(uint32_t& word) { asm volatile("" : "+r"(word)); }
 DEVICE void add_to_count(uint32_t* p, uint32_t value) { asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory"); }
 // As launch_clusters, of no more blocks than the device holds at once, which may wait for each other.
 template <class... Params, class... Args>
@@ -45,6 +47,7 @@ inline void load_floats_beside(float (&r)[4], const float* p, int own, int rank)
   std::memcpy(r, shared + ((const uint8_t*)p - emu::block.shared.get()), 16);
 }
 inline uint32_t load_count(const uint32_t* p) { return *p; }
+inline void use_here(uint32_t&) {}
 inline void add_to_count(uint32_t* p, uint32_t value) { *p += value; }
 template <class... Params, class... Args>
 int launch_clusters_together(const Launch& how, unsigned, void (*kernel)(Params...), Args... args) {

@@ -4,12 +4,12 @@
 //     copies of weights are under way before the kernel before this one is complete: they depend on nothing.
 //   * The tokens, brought in chunks of 64 columns, are wgmma's 64 rows, weights its columns: any multiple of eight rows of w fits, so that
 //     one wave of blocks fills the GPU; rows of absent tokens compute garbage that nobody reads.
-//   * Adapters: s = A x first. Eight rows of A of one adapter and 1,024 columns of them are one block's work, for eight tokens, and in its
+//   * Adapters: s = A x first. Eight rows of A of one adapter (16 of large ranks) and 1,024 columns of them are one block's work, for eight tokens, and in its
 //     registers before the tokens are known. The sums go to memory, where all blocks wait for those that they need: one wave holds all blocks.
 //     A sum that is there differs from kEmpty. Launches take turns at two halves of s, and each makes the other's half empty: nobody reads that now.
 //     Until then who has what to do is on the way of everything: tables are asked for by all warps at once, first of all.
 //   * Then B s is more k of the same product: 16 columns of B of one adapter against 16 of s, zero for the tokens of others. B comes while the
-//     weights stream; the blocks of a cluster share these columns too.
+//     weights stream, what has no room beside them where they have been read; the blocks of a cluster share these columns too.
 //   * Blocks leave their sums in shared memory, and each adds up and writes a share of the output, in the order of the blocks.
 #include "skinny_linear.h"
 
@@ -25,15 +25,16 @@ constexpr int kTokens = 64, kK = 64, kStages = 8;
 constexpr int kMultiplying = 256, kPreparing = 128, kThreads = kMultiplying + kPreparing + 64;
 constexpr int kSixteens = kK / 16, kMostLows = 4;  // of adapters' columns in a chunk; such chunks in shared memory
 constexpr int kFlight = 48 << 10;           // bytes of weights that a block has under way at most: more would only make all other loads wait behind them
-constexpr int kLeanFrom = 5, kLeanTo = 32;  // tokens of steps in which blocks take few registers: they start earlier, beside a merge of attention or a norm
 constexpr int kMostShared = 227 * 1024, kTooLarge = 1;  // the error is cudaErrorInvalidValue
 
-constexpr int kEight = 8, kCut = 1024, kHeld = kCut / 128;  // rows and columns of A that a block multiplies at once; runs of 32 columns of each of four warps
-constexpr uint32_t kEmpty = 0xffffffff;                     // a word of s: a NaN that no arithmetic makes
-constexpr int kEightSums = 3 * 32 * 2;                      // floats that three warps hand to the first
-constexpr int kMostParts = 4;                               // of a linear with adapters
-constexpr uint32_t kLaunch = 1 << 16;                       // what the blocks of a launch add to the count of launches, together
-constexpr int kSixteenBits = 12;                            // of a word that counts sixteens, and eights above
+constexpr int kCut = 1024, kHeld = kCut / 128;  // columns of A that a block multiplies at once; runs of 32 columns of each of four warps
+constexpr int kTallBeyond = 16;                 // ranks beyond which it may take sixteen rows of A at once, not eight: fewer turns, x read less often
+constexpr int kShort = 80, kTall = 144;         // rows of w in a block, at most: of few, sums take few registers
+constexpr uint32_t kEmpty = 0xffffffff;         // a word of s: a NaN that no arithmetic makes
+constexpr int kEightSums = 3 * 32 * 2;          // floats that three warps hand to the first, of eight rows
+constexpr int kMostParts = 4;                   // of a linear with adapters
+constexpr uint32_t kLaunch = 1 << 16;           // what the blocks of a launch add to the count of launches, together
+constexpr int kSixteenBits = 12;                // of a word that counts sixteens, and eights above
 
 struct Sixteen {  // columns of B of one adapter's part, which one product adds
   int64_t place;  // of B(slot, part)[0, r0] in the pool
@@ -42,7 +43,7 @@ struct Sixteen {  // columns of B of one adapter's part, which one product adds
   float scaling;
 };
 
-struct Eight {  // rows of a cut of A, for at most eight tokens of the slot
+struct Eight {  // rows of a cut of A, eight or sixteen, for at most eight tokens of the slot
   int64_t place;  // of A(slot, part)[r0, 0] in the pool
   int32_t part, rank, r0, cut;
   int32_t first, tokens;  // in the order of slots
@@ -50,10 +51,15 @@ struct Eight {  // rows of a cut of A, for at most eight tokens of the slot
 
 HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+HOST_DEVICE constexpr int rows_of(int places) { return places == 4 ? 16 : 8; }  // of A at once
+
 // Where things lie in shared memory. A block reads 64 rows of tokens from any chunk of `x`, also where fewer are there: what follows is garbage to it.
 struct Layout {
   int chunks, x_bytes, stages;        // of w in a block, at most; of a chunk of tokens; groups of such chunks
-  int lows, low_bytes;                // chunks of adapters' columns that are there at once, s and behind it B; of one
+  int lows, low_bytes;                // chunks of adapters' columns, s and behind it B, that have room beside the weights; of one
+  int later;                          // of them that come where the weights have been read
+  int high;                           // rows of A that a block multiplies at once
+  int places;                         // of s that a thread waits for at once: 1, 2 or 4, and with 4 sixteen rows of A are multiplied at once
   int w, low, barriers, eight_sums, list, total;  // offsets
   int sixteens, eights;               // most of a block
   int shift;                          // of splits
@@ -74,8 +80,12 @@ inline Layout layout_of(const SkinnyLinear& a) {
   const int w_bytes = divide_up(l.chunks, a.group) * a.group * a.rows * 128;
   const int adapters = a.m < a.num_slots ? a.m : a.num_slots, blocks = divide_up(a.n, a.rows) * a.splits;
   l.sixteens = divide_up(adapters * a.parts * divide_up(a.max_rank, 16), a.splits) + a.parts;
-  l.eights = divide_up((adapters + (a.m - adapters) / 8) * a.parts * divide_up(a.max_rank, kEight) * cuts_of(a), blocks);
-  const int list_bytes = a.s ? l.sixteens * (int)sizeof(Sixteen) + l.eights * (int)sizeof(Eight) + kMostParts * a.num_slots * 4 + 32 + 2 * kEightSums * 4 : 0;
+  l.places = divide_up(a.m, 32) * divide_up(divide_up(a.max_rank, 16), a.splits);
+  l.places = l.places == 1 ? 1 : a.max_rank > kTallBeyond ? 4 : 2;
+  l.high = rows_of(l.places);
+  l.eights = divide_up((adapters + (a.m - adapters) / 8) * a.parts * divide_up(a.max_rank, l.high) * cuts_of(a), blocks);
+  const int sum_bytes = a.s ? 2 * kEightSums * (l.high / 8) * 4 : 0;
+  const int list_bytes = a.s ? l.sixteens * (int)sizeof(Sixteen) + l.eights * (int)sizeof(Eight) + kMostParts * a.num_slots * 4 + 32 + sum_bytes : 0;
   const int barriers = (kGroups + 2 * kStages + 2) * (int)sizeof(Barrier);
   l.low_bytes = l.x_bytes + a.rows * 128;
   l.lows = a.s ? divide_up(divide_up(adapters * divide_up(a.max_rank, 16), a.splits), kSixteens) : 0;
@@ -90,7 +100,9 @@ inline Layout layout_of(const SkinnyLinear& a) {
   l.low = l.w + w_bytes;
   l.barriers = l.low + l.lows * l.low_bytes;
   l.eight_sums = l.barriers + barriers;
-  l.list = l.eight_sums + (a.s ? 2 * kEightSums * 4 : 0);
+  l.list = l.eight_sums + sum_bytes;
+  l.later = divide_up(l.sixteens, kSixteens) - l.lows;
+  l.later = l.later < 0 ? 0 : l.later > w_bytes / l.low_bytes ? w_bytes / l.low_bytes : l.later;
   l.total = l.eight_sums + list_bytes;
   l.shift = a.splits == 8 ? 3 : a.splits / 2;
   l.blocks = blocks, l.pieces = make_divider(a.rows / 8), l.cuts = make_divider(cuts_of(a));
@@ -109,7 +121,7 @@ struct Shared {
   Sixteen* sixteens;
   Eight* eights;
   int32_t* runs;             // [parts, num_slots]
-  float* eight_sums;         // [2, 3 warps, 32 lanes, 2]
+  float* eight_sums;         // [2, 3 warps, 32 lanes, 2 or 4]
   float* sums;               // over w, when it has been read
 };
 
@@ -123,6 +135,11 @@ DEVICE Shared carve(uint8_t* memory, const Layout& l) {
   s.eight_sums = (float*)(memory + l.eight_sums);
   s.sums = (float*)s.w;
   return s;
+}
+
+// Adapters' columns: the first chunks beside the weights, others over them.
+DEVICE uint8_t* low_of(const Layout& l, const Shared& shared, int chunk) {
+  return chunk < l.lows ? shared.low + chunk * l.low_bytes : shared.w + (chunk - l.lows) * l.low_bytes;
 }
 
 struct Part {  // of this block in the work
@@ -198,18 +215,20 @@ DEVICE void find_runs(const SkinnyLinear& a, const Known& k, int32_t* runs) {
 }
 
 // How many pieces of a lane's slot there are: eights above, sixteens that touch the block's rows below.
+template <int HIGH>
 DEVICE int count_pieces(const SkinnyLinear& a, const Known& k, int run, int cuts) {
   const int tokens = run & 0xffff;
   if (tokens == 0) return 0;
-  return divide_up(k.rank, kEight) * cuts * divide_up(tokens, 8) << kSixteenBits | (k.from < a.rows && k.to > 0 ? divide_up(k.rank, 16) : 0);
+  return divide_up(k.rank, HIGH) * cuts * divide_up(tokens, 8) << kSixteenBits | (k.from < a.rows && k.to > 0 ? divide_up(k.rank, 16) : 0);
 }
 
 // The first sixteen of a part that is this block's: the parts that a block has rows of begin with different blocks, so that a token's are shared evenly.
 DEVICE int first_of(const SkinnyLinear& a, const Part& part, int p) { return (part.rank - p) & (a.splits - 1); }
 
 // Lists those of a lane's slot that are this block's: of eights and, of this part, sixteens so many come before. `place`: of the part's first sixteen.
+template <int HIGH>
 DEVICE void list_slot(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, const Known& k, int p, int slot, int run, int before, int place) {
-  const int cuts = l.cuts.by, eights = divide_up(k.rank, kEight), first = run >> 16, tokens = run & 0xffff;
+  const int cuts = l.cuts.by, eights = divide_up(k.rank, HIGH), first = run >> 16, tokens = run & 0xffff;
   if (tokens == 0) return;
   const int eight = before >> kSixteenBits, end = eight + eights * cuts * divide_up(tokens, 8);
 #pragma unroll 1
@@ -219,7 +238,7 @@ DEVICE void list_slot(const SkinnyLinear& a, const Layout& l, const Shared& shar
     const int cut = mine - eight - rows * cuts;
 #pragma unroll 1
     for (; rows >= eights; rows -= eights) above += 8;
-    shared.eights[turn] = {k.a_place + (int64_t)rows * kEight * a.k, p, k.rank, rows * kEight, cut, first + above, tokens - above};
+    shared.eights[turn] = {k.a_place + (int64_t)rows * HIGH * a.k, p, k.rank, rows * HIGH, cut, first + above, tokens - above};
   }
   if (k.from >= a.rows || k.to <= 0) return;
   int sixteen = (before & ((1 << kSixteenBits) - 1)) - first_of(a, part, p);
@@ -230,6 +249,7 @@ DEVICE void list_slot(const SkinnyLinear& a, const Layout& l, const Shared& shar
 
 // What this block does of the step's adapters, part by part in the order of slots: every splits-th of the sixteens that touch its rows, and its own of
 // all eights. A warp for each part, a lane for each slot, so that no load waits for another. `k`: of the first 32 slots.
+template <int HIGH>
 DEVICE void list_pieces(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, int p, Known& k) {
   const int lane = lane_index();
   int32_t* const runs = shared.runs + p * a.num_slots;
@@ -237,12 +257,12 @@ DEVICE void list_pieces(const SkinnyLinear& a, const Layout& l, const Shared& sh
   if (p < a.parts) {
     find_runs(a, k, runs);
     run = lane < a.num_slots ? runs[lane] : 0;
-    total = (int)warp_sum((uint32_t)count_pieces(a, k, run, l.cuts.by));
+    total = (int)warp_sum((uint32_t)count_pieces<HIGH>(a, k, run, l.cuts.by));
 #pragma unroll 1
     for (int slot = lane + 32; slot - lane < a.num_slots; slot += 32) {
       Known other = k;
       know(a, p, slot, other);
-      total += (int)warp_sum((uint32_t)count_pieces(a, other, slot < a.num_slots ? runs[slot] : 0, l.cuts.by));
+      total += (int)warp_sum((uint32_t)count_pieces<HIGH>(a, other, slot < a.num_slots ? runs[slot] : 0, l.cuts.by));
     }
   }
   if (lane == 0) shared.count[2 + p] = total;
@@ -257,14 +277,14 @@ DEVICE void list_pieces(const SkinnyLinear& a, const Layout& l, const Shared& sh
   if (p < a.parts) {
 #pragma unroll 1
     for (int slot = lane;;) {
-      const int mine = count_pieces(a, k, run, l.cuts.by);
+      const int mine = count_pieces<HIGH>(a, k, run, l.cuts.by);
       int sum = mine;
 #pragma unroll
       for (int delta = 1; delta < 32; delta *= 2) {
         const int others = (int)shuffle_up((uint32_t)sum, delta);
         if (lane >= delta) sum += others;
       }
-      list_slot(a, l, shared, part, k, p, slot, run, before + sum - mine, place);
+      list_slot<HIGH>(a, l, shared, part, k, p, slot, run, before + sum - mine, place);
       slot += 32;
       if (slot - lane >= a.num_slots) break;
       before += (int)shuffle((uint32_t)sum, 31);
@@ -278,23 +298,30 @@ DEVICE void list_pieces(const SkinnyLinear& a, const Layout& l, const Shared& sh
   }
 }
 
-// Eight rows of a cut of A: a lane has row lane / 4, and of every fourth 32 columns the eight from 8 (lane % 4) on.
-DEVICE void hold_eight(const SkinnyLinear& a, const Eight& u, int warp, uint32_t (&held)[kHeld][4]) {
-  const int row = lane_index() / 4, column = u.cut * kCut + warp * 32 + lane_index() % 4 * 8;
-  const uint16_t* const source = (const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column;
+// Rows of a cut of A: a lane has row lane / 4 of each eight, and of every fourth 32 columns the eight from 8 (lane % 4) on.
+template <int HIGH>
+DEVICE void hold_eight(const SkinnyLinear& a, const Eight& u, int warp, uint32_t (&held)[HIGH / 8][kHeld][4]) {
+  const int column = u.cut * kCut + warp * 32 + lane_index() % 4 * 8;
 #pragma unroll
-  for (int i = 0; i < kHeld; i++) {
+  for (int h = 0; h < HIGH / 8; h++) {
+    const int row = h * 8 + lane_index() / 4;
+    const int columns = u.r0 + row < u.rank ? a.k - column : 0;
+    const uint16_t* const source = (const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column;
 #pragma unroll
-    for (int e = 0; e < 4; e++) held[i][e] = 0;
-    if (column + i * 128 < a.k && u.r0 + row < u.rank) load_words(held[i], source + i * 128);
+    for (int i = 0; i < kHeld; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) held[h][i][e] = 0;
+      if (i * 128 < columns) load_words(held[h][i], source + i * 128);
+    }
   }
 }
 
 // What does not fit before the wait is on its way to L2 meanwhile: further eights of this block, and its sixteens beyond the first chunks.
+template <int HIGH>
 DEVICE void prefetch_rest(const SkinnyLinear& a, const Layout& l, const Shared& shared, int tid) {
-  for (int index = tid + 8 * 16; index < shared.count[1] * 8 * 16; index += kPreparing) {  // 16 lines of 64 values in a row of a cut
-    const Eight& u = shared.eights[index >> 7];
-    const int row = index >> 4 & 7, column = u.cut * kCut + (index & 15) * 64;
+  for (int index = tid + HIGH * 16; index < shared.count[1] * HIGH * 16; index += kPreparing) {  // 16 lines of 64 values in a row of a cut
+    const Eight& u = shared.eights[index / (HIGH * 16)];
+    const int row = index >> 4 & (HIGH - 1), column = u.cut * kCut + (index & 15) * 64;
     if (u.r0 + row < u.rank && column < a.k) prefetch((const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column);
   }
   for (int i = l.lows * kSixteens; i < shared.count[0]; i++) {
@@ -309,50 +336,68 @@ DEVICE int token_of(const SkinnyLinear& a, const Eight& u) { return lane_index()
 
 DEVICE int half_of(uint32_t launches) { return (int)(launches / kLaunch & 1); }
 
-// Their products with the tokens, each warp over its columns; the first adds up. The order of the columns is the lanes' own, the same on both sides.
-// `launches`: before this one, of which the first warp knows.
-template <class T>
-DEVICE void multiply_eight(const SkinnyLinear& a, float* sums, const Eight& u, int warp, const uint32_t (&held)[kHeld][4], int token, uint32_t launches) {
-  const int q = lane_index() % 4, column = u.cut * kCut + warp * 32 + q * 8;
+// Their products with the tokens, each warp over its columns. The order of the columns is the lanes' own, the same on both sides.
+template <class T, int HIGH>
+DEVICE void multiply_eight(const SkinnyLinear& a, const Eight& u, int warp, const uint32_t (&held)[HIGH / 8][kHeld][4], int token, float (&sum)[HIGH / 4]) {
+  constexpr int kChains = HIGH == 8 ? 2 : 1;  // of products, each of which waits for the one before it
+  const int column = u.cut * kCut + warp * 32 + lane_index() % 4 * 8;
+  const int columns = token >= 0 ? a.k - column : 0;
   const uint16_t* const x = (const uint16_t*)a.x + token * a.k + column;
   uint32_t row[kHeld][4];
 #pragma unroll
   for (int j = 0; j < kHeld; j++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) row[j][e] = 0;
-    if (column + j * 128 < a.k && token >= 0) load_words_l2(row[j], x + j * 128);
+    if (j * 128 < columns) load_words_l2(row[j], x + j * 128);
   }
-  float d[2][4] = {};
+  float d[HIGH / 8][kChains][4] = {};
 #pragma unroll
   for (int j = 0; j < kHeld; j++)
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const uint32_t left[4] = {row[j][2 * k], 0, row[j][2 * k + 1], 0}, right[2] = {held[j][2 * k], held[j][2 * k + 1]};
-      T::mma(d[k], left, right);
-    }
-  float sum[2] = {d[0][0] + d[1][0], d[0][1] + d[1][1]};
-  if (warp > 0) store_pair(sums + ((warp - 1) * 32 + lane_index()) * 2, sum);
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+      for (int h = 0; h < HIGH / 8; h++) {
+        const uint32_t left[4] = {row[j][2 * k], 0, row[j][2 * k + 1], 0}, right[2] = {held[h][j][2 * k], held[h][j][2 * k + 1]};
+        T::mma(d[h][k % kChains], left, right);
+      }
+#pragma unroll
+  for (int h = 0; h < HIGH / 8; h++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) sum[2 * h + e] = kChains == 2 ? d[h][0][e] + d[h][kChains - 1][e] : d[h][0][e];
+}
+
+// The first warp adds up what all have. `sums`: not those of the products before, which may still be read. `launches`: before this one, of which the first warp knows.
+template <int HIGH>
+DEVICE void hand_over(const SkinnyLinear& a, float* sums, const Eight& u, int warp, int token, uint32_t launches, float (&sum)[HIGH / 4]) {
+  constexpr int kEach = HIGH / 4;
+#pragma unroll
+  for (int h = 0; h < kEach; h += 2)
+    if (warp > 0) store_two_floats(sums + ((warp - 1) * 32 + lane_index()) * kEach + h, sum[h], sum[h + 1]);
   sync_warpgroup(1);
   if (warp > 0 || token < 0) return;
+  use_here(launches);
 #pragma unroll
   for (int other = 0; other < 3; other++)
 #pragma unroll
-    for (int e = 0; e < 2; e++) sum[e] += sums[(other * 32 + lane_index()) * 2 + e];
-  float* const target = a.s + half_of(launches) * a.half + ((u.cut * a.m + token) * a.parts + u.part) * a.width + u.r0 + 2 * q;
+    for (int e = 0; e < kEach; e++) sum[e] += sums[(other * 32 + lane_index()) * kEach + e];
+  const int r = u.r0 + 2 * (lane_index() % 4);
+  float* const target = a.s + half_of(launches) * a.half + ((u.cut * a.m + token) * a.parts + u.part) * a.width + r;
 #pragma unroll
-  for (int e = 0; e < 2; e++)
-    if (u.r0 + 2 * q + e < u.rank) store_relaxed(target + e, sum[e]);
+  for (int e = 0; e < kEach; e++) {
+    const int at = e / 2 * 8 + e % 2;
+    if (r + at < u.rank) store_relaxed(target + at, sum[e]);
+  }
 }
 
 // Four ranks of a token's s, and where they are multiplied.
 struct Wanted {
   const float* s;
-  int left;  // of the ranks that exist
+  int ranks, shares;  // of them that exist; that are still to come
   float scaling;
-  uint8_t* target;
+  uint8_t* target;    // null: nothing is wanted
 };
 
-// The first of `list` from `next` on that is for this thread's ranks of token i, or of those after it, one of each 32; s null: there is none.
+// The first of `list` from `next` on that is for this thread's ranks of token i, or of those after it, one of each 32.
 DEVICE Wanted want(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, const Sixteen* list, int here, int& i, int& next, const int (&slots)[2], int tid) {
   const int q = tid & 3;
   for (; i < 2; i++, next = 0) {
@@ -361,77 +406,96 @@ DEVICE Wanted want(const SkinnyLinear& a, const Layout& l, const Shared& shared,
       const Sixteen& u = list[next];
       const int r = u.r0 + 4 * q;
       if (u.slot != slot || r >= u.rank) continue;
-      uint8_t* const target = piece_of(shared.low + next / kSixteens * l.low_bytes, row, next % kSixteens * 2 + (q >> 1)) + (q & 1) * 8;
+      uint8_t* const target = piece_of(low_of(l, shared, next / kSixteens), row, next % kSixteens * 2 + (q >> 1)) + (q & 1) * 8;
       next++;
-      return {s + ((int64_t)row * a.parts + u.part) * a.width + r, u.rank - r, u.scaling, target};
+      return {s + ((int64_t)row * a.parts + u.part) * a.width + r, u.rank - r, cuts_of(a), u.scaling, target};
     }
   }
   return {};
 }
 
-// Adds up shares of s, at most four. Returns one that is not there yet.
-DEVICE const float* add_shares(const SkinnyLinear& a, float (&sum)[4], const float* s, int64_t apart, int shares, int left) {
-  float value[4][4] = {};
-#pragma unroll
-  for (int c = 0; c < 4; c++) {
-    if (c >= shares) break;
-    if (a.width % 4 == 0) {
-      load_floats_relaxed(value[c], s + c * apart);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (i < left) value[c][i] = load_relaxed(s + c * apart + i);
-    }
-  }
-  const float* missing = nullptr;
-#pragma unroll
-  for (int c = 0; c < 4; c++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (c >= shares || i >= left) continue;
-      if (as_bits(value[c][i]) == kEmpty) missing = s + c * apart + i;
-      sum[i] += value[c][i];
-    }
-  return missing;
-}
+template <int PLACES>
+constexpr int kShares = PLACES == 1 ? 4 : 8 / PLACES;  // of each place that are asked for at once
 
-// s of this thread's tokens and ranks, once it is there, to where it is multiplied: four threads a token, each with four columns of a sixteen.
-template <class T>
-DEVICE void place_s(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, const Sixteen* list, int here, const int (&slots)[2], int tid) {
-  const int cuts = cuts_of(a);
-  const int64_t apart = (int64_t)a.m * a.parts * a.width;
-  int token = 0, next = 0;
-  Wanted w = want(a, l, shared, s, list, here, token, next, slots, tid);
-  while (w.s) {
-    float sum[4] = {};
-    const float* missing = nullptr;
-#pragma unroll 1
-    for (int cut = 0; cut < cuts && !missing; cut += 4) missing = add_shares(a, sum, w.s + cut * apart, apart, cuts - cut, w.left);
-    if (missing) {
-      look_again(missing);
+// Adds what is there of the next shares of several places, and says whether any are still to come.
+template <int PLACES>
+DEVICE bool add_shares(const SkinnyLinear& a, float (&sum)[PLACES][4], Wanted (&w)[PLACES], int64_t apart) {
+  float value[PLACES][kShares<PLACES>][4] = {};
+#pragma unroll
+  for (int i = 0; i < PLACES; i++)
+#pragma unroll
+    for (int c = 0; c < kShares<PLACES>; c++) {
+      if (c >= w[i].shares) break;
+      if (a.width % 4 == 0) {
+        load_floats_relaxed(value[i][c], w[i].s + c * apart);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (e < w[i].ranks) value[i][c][e] = load_relaxed(w[i].s + c * apart + e);
+      }
+    }
+  const float* missing = nullptr;
+  bool more = false;
+#pragma unroll
+  for (int i = 0; i < PLACES; i++) {
+    if (w[i].shares <= 0) continue;
+    const float* first = nullptr;
+#pragma unroll
+    for (int c = 0; c < kShares<PLACES>; c++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (c < w[i].shares && e < w[i].ranks && as_bits(value[i][c][e]) == kEmpty) first = w[i].s + c * apart + e;
+    if (first) {
+      missing = first;
       continue;
     }
-    store_words(w.target, T::pack(sum[0] * w.scaling, sum[1] * w.scaling), T::pack(sum[2] * w.scaling, sum[3] * w.scaling));
-    w = want(a, l, shared, s, list, here, token, next, slots, tid);
+#pragma unroll
+    for (int c = 0; c < kShares<PLACES>; c++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (c < w[i].shares && e < w[i].ranks) sum[i][e] += value[i][c][e];
+    w[i].s += kShares<PLACES> * apart, w[i].shares -= kShares<PLACES>;
+    more |= w[i].shares > 0;
+  }
+  if (missing) look_again(missing);
+  return missing || more;
+}
+
+// s of this thread's tokens and ranks, once it is there, to where it is multiplied: four threads a token, each with four columns of a sixteen. What a thread
+// waits for is asked for at once, as each answer takes its way from L2.
+template <class T, int PLACES>
+DEVICE void place_s(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, const Sixteen* list, int here, const int (&slots)[2], int tid) {
+  const int64_t apart = (int64_t)a.m * a.parts * a.width;
+  for (int token = 0, next = 0;;) {
+    Wanted w[PLACES];
+    float sum[PLACES][4] = {};
+#pragma unroll
+    for (int i = 0; i < PLACES; i++) w[i] = want(a, l, shared, s, list, here, token, next, slots, tid);
+    if (!w[0].target) return;
+    while (add_shares<PLACES>(a, sum, w, apart)) {
+    }
+#pragma unroll
+    for (int i = 0; i < PLACES; i++)
+      if (w[i].target) store_words(w[i].target, T::pack(sum[i][0] * w[i].scaling, sum[i][1] * w[i].scaling), T::pack(sum[i][2] * w[i].scaling, sum[i][3] * w[i].scaling));
   }
 }
 
-// Columns of B to shared memory, and zeros where s will be.
-DEVICE void fetch_b(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Sixteen* list, int here, int tid) {
+// Columns of B to shared memory, those of the list from `from` on, a multiple of kSixteens, to `to`, and zeros where s will be.
+DEVICE void fetch_b(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Sixteen* list, int from, int to, int tid) {
   const int piece = tid & 7;
-  for (int i = piece >> 1; i < here; i += kSixteens) {
-    uint8_t* const low_b = shared.low + i / kSixteens * l.low_bytes + l.x_bytes;
+  for (int i = from + (piece >> 1); i < to; i += kSixteens) {
+    uint8_t* const low_b = low_of(l, shared, i / kSixteens) + l.x_bytes;
     const Sixteen& u = list[i];
-    const int from = u.from, to = u.to, rank = u.rank, r = (piece & 1) * 8, columns = rank - u.r0 - r;
+    const int first = u.from, end = u.to, rank = u.rank, r = (piece & 1) * 8, columns = rank - u.r0 - r;
     const uint16_t* const b = (const uint16_t*)a.pool + u.place + r;
     for (int row = tid >> 3; row < a.rows; row += kPreparing / 8) {
-      const bool inside = row >= from && row < to;
-      load_piece(piece_of(low_b, row, piece), b + (inside ? row - from : 0) * rank, inside ? columns : 0, rank % 8 == 0);
+      const bool inside = row >= first && row < end;
+      load_piece(piece_of(low_b, row, piece), b + (inside ? row - first : 0) * rank, inside ? columns : 0, rank % 8 == 0);
     }
   }
-  for (int low = 0; low * kSixteens < here; low++)
+  for (int low = from / kSixteens; low * kSixteens < to; low++)
     for (int index = tid; index < a.m * 8; index += kPreparing) {
-      uint8_t* const target = piece_of(shared.low + low * l.low_bytes, index >> 3, index & 7);
+      uint8_t* const target = piece_of(low_of(l, shared, low), index >> 3, index & 7);
       store_words(target, 0, 0), store_words(target + 8, 0, 0);
     }
 }
@@ -443,24 +507,28 @@ DEVICE void empty_half(const SkinnyLinear& a, const Layout& l, int half, int tid
   for (int i = ((int)blockIdx.x * kPreparing + tid) * 4; i < a.half; i += l.blocks * kPreparing * 4) store_words(a.s + half * a.half + i, empty);
 }
 
-template <class T>
+template <class T, int PLACES>
 DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, Known& known) {
+  constexpr int HIGH = rows_of(PLACES);
   const int tid = thread_index() - kMultiplying, warp = uniform(tid / 32);
-  list_pieces(a, l, shared, part, warp, known);
+  list_pieces<HIGH>(a, l, shared, part, warp, known);
   sync_warpgroup(1);
-  const int count = shared.count[0], eights = uniform(shared.count[1]), most = l.lows * kSixteens;
-  uint32_t held[kHeld][4], launches = 0;
+  const int count = shared.count[0], eights = uniform(shared.count[1]), most = (l.lows + l.later) * kSixteens;
+  const int early = count < l.lows * kSixteens ? count : l.lows * kSixteens;
+  uint32_t held[HIGH / 8][kHeld][4], launches = 0;
   int token = -1, slots[2];  // of the first eight; of this thread's two tokens in s
-  if (eights > 0) hold_eight(a, shared.eights[0], warp, held), token = token_of(a, shared.eights[0]);
+  if (eights > 0) hold_eight<HIGH>(a, shared.eights[0], warp, held), token = token_of(a, shared.eights[0]);
 #pragma unroll
   for (int i = 0; i < 2; i++) slots[i] = tid / 4 + 32 * i < a.m ? a.slots[tid / 4 + 32 * i] : -1;
-  prefetch_rest(a, l, shared, tid);
-  fetch_b(a, l, shared, shared.sixteens, count < most ? count : most, tid);
+  prefetch_rest<HIGH>(a, l, shared, tid);
+  fetch_b(a, l, shared, shared.sixteens, 0, early, tid);
   wait_for_previous_kernel();
   if (warp == 0) launches = load_count(a.launches);
   for (int e = 0; e < eights; e++) {
-    if (e > 0) hold_eight(a, shared.eights[e], warp, held), token = token_of(a, shared.eights[e]);
-    multiply_eight<T>(a, shared.eight_sums + (e & 1) * kEightSums, shared.eights[e], warp, held, token, launches);  // the next may be written while these are read
+    float sum[HIGH / 4];
+    multiply_eight<T, HIGH>(a, shared.eights[e], warp, held, token, sum);
+    hand_over<HIGH>(a, shared.eight_sums + (e & 1) * kEightSums * (HIGH / 8), shared.eights[e], warp, token, launches, sum);
+    if (e + 1 < eights) hold_eight<HIGH>(a, shared.eights[e + 1], warp, held), token = token_of(a, shared.eights[e + 1]);
   }
   if (tid == 0) {
     *shared.half = half_of(launches);
@@ -469,16 +537,19 @@ DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared
   sync_warpgroup(1);
   const int half = *shared.half;
   empty_half(a, l, 1 - half, tid);
-  for (int first = 0, phase = 0;; phase ^= 1) {
-    place_s<T>(a, l, shared, a.s + half * a.half, shared.sixteens + first, count - first < most ? count - first : most, slots, tid);
+  for (int first = 0, turn = 0;; turn++) {
+    const int here = count - first < most ? count - first : most, there = turn == 0 ? early : 0;
+    if (there < count - first) {  // where the weights, or sixteens before these, have been read: no turn of the barrier is left out where another follows
+      barrier_wait(shared.low_empty, turn & 1);
+      fetch_b(a, l, shared, shared.sixteens + first, there, here, tid);
+      sync_warpgroup(1);
+    }
+    place_s<T, PLACES>(a, l, shared, a.s + half * a.half, shared.sixteens + first, here, slots, tid);
     publish_to_wgmma();
     barrier_arrive(shared.low_full);
     barrier_arrive_after_copies(shared.low_full);
-    first += most;
+    first += here;
     if (first >= count) return;
-    barrier_wait(shared.low_empty, phase);
-    fetch_b(a, l, shared, shared.sixteens + first, count - first < most ? count - first : most, tid);
-    sync_warpgroup(1);
   }
 }
 
@@ -509,14 +580,15 @@ DEVICE void multiply(const SkinnyLinear& a, const Layout& l, const Shared& share
   }
   wgmma_wait<0>();
   if (!a.s) return;
-  const int most = uniform(l.lows * kSixteens);
+  if (lane_index() == 0) barrier_arrive(shared.low_empty);
+  const int most = uniform((l.lows + l.later) * kSixteens);
   for (int c = 0; c == 0 || c * most < uniform(*shared.count); c++) {
     barrier_wait(shared.low_full, c & 1);
     see_copies();
     const int left = uniform(*shared.count) - c * most, here = left < most ? left : most;
     wgmma_begin();
     for (int k = group; k < here; k += 2) {
-      const uint8_t* const low = shared.low + k / kSixteens * l.low_bytes;
+      const uint8_t* const low = low_of(l, shared, k / kSixteens);
       multiply_shared<T, NT>(d, wgmma_matrix(low) + k % kSixteens * 2, wgmma_matrix(low + l.x_bytes) + k % kSixteens * 2, true);
     }
     wgmma_commit();
@@ -525,6 +597,7 @@ DEVICE void multiply(const SkinnyLinear& a, const Layout& l, const Shared& share
   }
 }
 
+template <int MOST>
 DEVICE void leave_sums(const SkinnyLinear& a, const Shared& shared, const float (&d)[72]) {
   const int lane = lane_index(), warp = warp_index(), pitch = pitch_of(a.rows);
 #pragma unroll
@@ -533,7 +606,7 @@ DEVICE void leave_sums(const SkinnyLinear& a, const Shared& shared, const float 
     if (token >= a.m) continue;
     float* const target = shared.sums + (warp / 4 * a.m + token) * pitch + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 18; i++) {
+    for (int i = 0; i < MOST / 8; i++) {
       if (i >= a.rows / 8) break;
       target[i * 8] = d[4 * i + 2 * h], target[i * 8 + 1] = d[4 * i + 2 * h + 1];
     }
@@ -566,9 +639,12 @@ DEVICE void add_up(const SkinnyLinear& a, const Layout& l, const Shared& shared,
   }
 }
 
-// LOW: there may be adapters.
-template <class T, bool CLUSTER, bool LOW, int REGISTERS>
-KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONSTANT TensorMap w_map, const GRID_CONSTANT TensorMap x_map, const Layout l) {
+// Blocks of few registers start earlier, beside a merge of attention or a norm.
+constexpr int registers_of(int most, int places) { return places == 4 ? 128 : most == kTall ? 120 : 96; }
+
+// MOST: rows of w in a block. PLACES: of s that a thread waits for at once; 0: there are no adapters.
+template <class T, bool CLUSTER, int MOST, int PLACES>
+KERNEL void __maxnreg__(registers_of(MOST, PLACES)) linear(const SkinnyLinear a, const GRID_CONSTANT TensorMap w_map, const GRID_CONSTANT TensorMap x_map, const Layout l) {
 #if SM90  // elsewhere an empty kernel, which is never launched: ops/skinny_linear.py refuses
   SMEM_DECL;
   allow_next_kernel();
@@ -590,7 +666,7 @@ KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONST
   }
   const int warp = uniform(warp_index());
   Known known = {};
-  if (LOW && a.s && warp >= kMultiplying / 32 && warp < (kMultiplying + kPreparing) / 32) {
+  if (PLACES > 0 && a.s && warp >= kMultiplying / 32 && warp < (kMultiplying + kPreparing) / 32) {
     know(a, warp - kMultiplying / 32, lane_index(), known);
     know_tokens(a, part, warp - kMultiplying / 32, known);
   }
@@ -599,12 +675,16 @@ KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONST
   if (warp < kMultiplying / 32) {
     switch (uniform(a.rows / 8)) {
 #define CASE(NT) \
-  case NT: multiply<T, NT>(a, l, shared, part, d); break;
+  case NT: \
+    if constexpr (NT * 8 <= MOST) multiply<T, NT>(a, l, shared, part, d); \
+    break;
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
 #undef CASE
     }
   } else if (warp < (kMultiplying + kPreparing) / 32) {
-    if (LOW && a.s) prepare<T>(a, l, shared, part, known);
+    if constexpr (PLACES > 0) {
+      if (a.s) prepare<T, PLACES>(a, l, shared, part, known);
+    }
   } else if (warp == (kMultiplying + kPreparing) / 32) {
     if (lane_index() == 0) {
       wait_for_previous_kernel();
@@ -614,7 +694,7 @@ KERNEL void __maxnreg__(REGISTERS) linear(const SkinnyLinear a, const GRID_CONST
     fetch_weights(a, w_map, shared, part, 1, kGroups);
   }
   sync_block();  // the weights are read: the sums may stand where they stood
-  if (warp < kMultiplying / 32) leave_sums(a, shared, d);
+  if (warp < kMultiplying / 32) leave_sums<MOST>(a, shared, d);
   if constexpr (CLUSTER) share_with_cluster();
   else sync_block();
   add_up<T>(a, l, shared, part);
@@ -627,16 +707,22 @@ int describe_chunks(TensorMap* map, const void* base, const SkinnyLinear& a, int
   return describe_boxes(map, base, a.is_bf16, {64, (uint64_t)rows, (uint64_t)a.k / 64}, {(uint64_t)a.k, 64}, {64, (uint32_t)box_rows, (uint32_t)a.group});
 }
 
-template <class T, bool LOW, int REGISTERS>
+template <class T, int MOST, int PLACES>
 int launch_form(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
   const Launch how = {(unsigned)(divide_up(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
-  return a.splits > 1 ? launch_clusters_together(how, (unsigned)a.splits, linear<T, true, LOW, REGISTERS>, a, w, x, l) : launch_together(how, linear<T, false, LOW, REGISTERS>, a, w, x, l);
+  return a.splits > 1 ? launch_clusters_together(how, (unsigned)a.splits, linear<T, true, MOST, PLACES>, a, w, x, l) : launch_together(how, linear<T, false, MOST, PLACES>, a, w, x, l);
+}
+
+template <class T, int MOST>
+int launch_most(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
+  if (!a.s) return launch_form<T, MOST, 0>(a, l, w, x, stream);
+  if (l.places == 1) return launch_form<T, MOST, 1>(a, l, w, x, stream);
+  return l.places == 2 ? launch_form<T, MOST, 2>(a, l, w, x, stream) : launch_form<T, MOST, 4>(a, l, w, x, stream);
 }
 
 template <class T>
 int dispatch(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
-  if (a.m < kLeanFrom || a.m > kLeanTo) return launch_form<T, true, 128>(a, l, w, x, stream);
-  return a.s ? launch_form<T, true, 112>(a, l, w, x, stream) : launch_form<T, false, 104>(a, l, w, x, stream);
+  return a.rows <= kShort ? launch_most<T, kShort>(a, l, w, x, stream) : launch_most<T, kTall>(a, l, w, x, stream);
 }
 
 }  // namespace
