@@ -255,13 +255,13 @@ class ShrinkTile:
     split: int = 1  # parts of the columns, per pair only
 
 
-def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: int, beside: bool = False) -> ShrinkTile:
-    """Per pair the columns are split where programs are too few to fill the GPU; grouped, groups alone fill it. `beside`: the GEMM starts as early."""
+def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: int, short: bool = False) -> ShrinkTile:
+    """Per pair the columns are split where programs are too few to fill the GPU; grouped, groups alone fill it. `short`: few pairs, beside the GEMM."""
     rows = max(16, launch.next_power_of_2(width))
     if by_pair:
         wide = cols > 1024 and rows <= 32  # 0.4 us less; at rank 64 2.4 more
         return ShrinkTile(16, min(32, rows), 512 if wide else 256, 8 if wide else 4, 3, split=max(1, min(4, 256 // max(pairs, 1), cols // 512)))
-    return ShrinkTile(lora_block, min(64, rows), 256 if beside and rows <= 16 else 128, 4, 4 if rows <= 32 and lora_block <= 32 else 3)
+    return ShrinkTile(lora_block, min(64, rows), 256 if short and rows <= 16 else 128, 4, 4 if rows <= 32 and lora_block <= 32 else 3)
 
 
 def moe_shrink(
@@ -281,7 +281,8 @@ def moe_shrink(
     by_pair = routing.rows == "pair"
     launch.expect_float("moe_shrink: rows", rows.dtype)
     launch.expect("moe_shrink: rows", rows, (pairs // routing.top_k if gather else pairs, cols), stack_a.pool.dtype, stack_a.pool.device)
-    tile = tile or shrink_tile(pairs, routing.lora_block, by_pair, stack_a.shrink_width, cols, beside=routing.told is not None and not gather)
+    short = routing.told is not None and not gather and pairs <= 3 * routing.num_experts
+    tile = tile or shrink_tile(pairs, routing.lora_block, by_pair, stack_a.shrink_width, cols, short)
     s = workspace.get(f"{name}.s", (tile.split, pairs, stack_a.shrink_width), torch.float32 if by_pair else rows.dtype)
     if by_pair:
         _launch_pair_shrink(rows, s, stack_a, stack_b, routing, tile, gather)

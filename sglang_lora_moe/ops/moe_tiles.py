@@ -106,7 +106,6 @@ _MEASURED: dict[tuple[int, int, int], list[tuple[int, list[LayerTiles]]]] = {
         (4, [_pair((16, 256, 4, 3), (16, 512, 4, 4)), _pair((8, 256, 4, 4), (16, 256, 4, 3))]),
         (16, [_LOW]),
         (191, [_WIDER, _WIDER, _LOW]),
-        (384, [_grouped(32, (64, 128, 4, 3, 0), (128, 64, 4, 3, 0)), _grouped(32, (64, 128, 4, 3, 0), (64, 128, 4, 3, 0))]),
     ],
     (8, 4096, 14336): [  # Mixtral-8x7B
         (1, [_pair((4, 512, 4, 3), (16, 1024, 8, 4)), _pair((8, 512, 4, 3), (8, 512, 4, 3))]),
@@ -146,8 +145,7 @@ _SHORT = _wgmma(1, 1, 16, True, 32)
 # of rank 16 (1 and 4), 32 and 64 (1, 4, 16).
 _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, Sequence[LayerTiles | None]]]] = {
     (128, 2048, 768): [
-        (192, 320, [_SHORT]),
-        (321, 415, [_SHORT, None, _SHORT]),
+        (192, 415, [_SHORT]),
         (416, 831, [_wgmma(1, 1, 32, True, 72), _wgmma(1, 1, 32, True, 72), _wgmma(1, 1, 32, True)]),
         (832, 1536, [_wgmma(1, 1, 32, True), _wgmma(2, 1, 64, True), _wgmma(1, 1, 32, True)]),
         (1537, 3072, [_wgmma(2, 1)]),
@@ -155,7 +153,7 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, Sequence[LayerTiles | No
         (6145, _MANY, [_wgmma(4, 1), _wgmma(4, 1, 128)]),
     ],
     (8, 4096, 14336): [
-        (97, 223, [None, _wgmma(1, 1, 16, True, 72)]),
+        (96, 223, [None, _wgmma(1, 1, 16, True, 72)]),
         (224, 319, [_wgmma(1, 1, stream=True)]),
         (320, 767, [_wgmma(1, 1)]),
         (768, 1088, [_wgmma(8, 2)]),
@@ -170,7 +168,9 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, Sequence[LayerTiles | No
         (3073, _MANY, [_wgmma(2, 1)]),
     ],
     (32, 2880, 2880): [
-        (97, 223, [None, None, _SHORT]),
+        (97, 175, [None, None, _SHORT]),
+        (176, 256, [None, None, _wgmma(1, 1, 16, True, 72)]),
+        (417, 448, [None, _wgmma(1, 1)]),
         (449, 1536, [_wgmma(1, 1)]),
         (1537, _MANY, [_wgmma(1, 2), _wgmma(4, 2, 128)]),
     ],

@@ -17,7 +17,7 @@ from sglang_lora_moe.ops.moe_lora_shrink import can_shrink
 
 MAX_FOLLOWING_RANK = 64  # what parts of s are for at most (csrc/moe_wgmma_gemm.h)
 LONG_DOWN = 4096  # columns of act beyond which the combine adds B s itself: down has few programs, and Mixtral takes 5 to 8 us less at 4 tokens
-PAIRS_BESIDE = 3  # of an expert, up to which GEMMs start beside their shrinks where ranks are low: up to 0.9 us less, beyond 0.9 more to 1.1 less
+PAIRS_BESIDE = 12  # of an expert, up to which GEMMs start beside their shrinks where ranks are low: up to 3.5 us less (measured so far)
 SHORT_DOWN = 512  # columns of act up to which down adds B s, which then takes less: 19 us for 24 in DeepSeek's layer of 16 tokens
 
 
