@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sglang_lora_moe.lora.stacks import Stack
 from sglang_lora_moe.moe.routing import Routing
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.moe.workspace import Workspace
+from sglang_lora_moe.ops import fused_moe_lora, launch
 from sglang_lora_moe.ops.fused_moe_lora import moe_expand, moe_shrink
 from sglang_lora_moe.ops.low_rank import Following, LowRank
 from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
@@ -165,6 +167,28 @@ def test_what_it_takes() -> None:
     rows = torch.zeros(2, 768, dtype=torch.bfloat16, device=DEVICE)
     assert can_shrink(rows, 128) == GPU
     assert not any(can_shrink(*case) for case in ((rows.float(), 128), (rows, 8), (rows[:, :256], 128), (rows[:, :756], 128)))
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("inter", [256, 384, 512, 768])
+@pytest.mark.parametrize("tokens", [700, 1024, 4096])
+def test_tiles_that_triton_cannot_have(monkeypatch: pytest.MonkeyPatch, tokens: int, inter: int, rank: int) -> None:
+    """Whichever kernels make the two shrinks of a layer, LoRA tiles of a Triton kernel have a power of two of rows."""
+    case = make_case(spec=MoESpec(128, 8, 512, inter), m=tokens, ranks=(rank,), layouts=("split_shared_outer",), active=1, slots=1, dtype=torch.bfloat16)
+    seen: list[tuple[bool, int]] = []
+    monkeypatch.setattr(launch, "has_wgmma", lambda device: True)
+    monkeypatch.setattr(fused_moe_lora, "group_shrink", lambda rows, a, b, routing, *rest, **options: seen.append((True, routing.lora_block)))
+    monkeypatch.setattr(fused_moe_lora, "_launch_group_shrink", lambda rows, s, a, b, routing, tile, *rest: seen.append((False, tile.m)))
+    monkeypatch.setattr(fused_moe_lora, "_expand_kernel", defaultdict(lambda: lambda *rest, **options: seen.append((False, options["BM"]))))
+    for lora_block in (32, 64):
+        routing = Routing(case.topk_ids, case.token_slots, 128, 1, base_block=144, lora_block=lora_block)
+        act, workspace = torch.zeros(8 * tokens, inter, dtype=torch.bfloat16), Workspace(torch.device("cpu"))
+        moe_shrink(case.x, case.stacks.a13, case.stacks.b13, routing, workspace, gather=True, name="13", by_cuda=True)
+        moe_shrink(act, case.stacks.a2, case.stacks.b2, routing, workspace, gather=False, name="2", by_cuda=True)
+        fused = Routing(case.topk_ids, case.token_slots, 128, 1, base_block=144, lora_block=lora_block)
+        fused_moe_lora.fused_moe_lora(act.new_zeros(8 * tokens, 2 * inter), case.x, case.stacks.a13, case.stacks.b13, fused, workspace, gather=True)
+    assert all(by_cuda or rows & (rows - 1) == 0 for by_cuda, rows in seen), seen
+    assert ((True, 144) in seen) == (rank == 64 and inter >= 512 and tokens >= 1024)
 
 
 @pytest.mark.gpu
