@@ -416,6 +416,7 @@ int run(const MoeLoraShrink& a, int32_t tiles, int32_t multiprocessors, void* st
 template <class F>
 auto with_shape(int lora_block, int width, F use) {
   const int low = width <= 16 ? 0 : width <= 32 ? 1 : width <= 64 ? 2 : 3;
+  if (lora_block > 32 && lora_block <= 48 && low == 1) return use(Shape<48, 32, 64, 5, 1, 4>{});
   switch ((lora_block <= 16 ? 0 : lora_block <= 32 ? 4 : lora_block <= 64 ? 8 : 12) + low) {
     case 0: return use(Shape<16, 16, 128, 4, 1, 4>{});
     case 1: return use(Shape<16, 32, 128, 4, 1, 4>{});

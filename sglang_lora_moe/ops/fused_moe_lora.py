@@ -23,6 +23,7 @@ from sglang_lora_moe.ops.moe_lora_shrink import can_shrink, group_shrink
 
 AT_ONCE = 1024  # columns of A that a shrink has under way at once; beside down a shrink of more would starve: Mixtral at 4 tokens 13 us slower
 LONG_ROWS = 64  # of an expert and slot at least, for LoRA tiles of 144 rows where s has more than 32 columns: measured
+SHORT_ROWS, MANY_GROUPS = 36, 512  # at most and at least, for LoRA tiles of 48 rows in place of 64, of which a third more run at once: measured
 
 
 @triton.jit
@@ -291,9 +292,12 @@ def moe_shrink(
         _launch_scatter_shrink(rows, s, stack_a, stack_b, routing, tile)
         return LowRank(s, stack_b, slots)
     by_cuda = by_cuda and can_shrink(rows, routing.num_experts)
+    groups = routing.num_experts * min(routing.num_slots, 4)
     cuda_alone = gather and by_cuda and (following is not None or stack_b.dim >= 1024)  # that of act, of half as many columns, is not by Triton either
     if cuda_alone and pairs >= LONG_ROWS * routing.num_experts * routing.num_slots and stack_a.shrink_width > 32:
         routing.lora_block = 144  # nothing is aligned yet
+    elif cuda_alone and routing.lora_block == 64 and groups >= MANY_GROUPS and pairs <= SHORT_ROWS * groups:
+        routing.lora_block = 48
     records = workspace.get(f"{name}.records", (routing.alignment.lora_tiles.shape[0], RECORD.value), torch.int64)
     made = routing.lora_ranges  # by a shrink before this one, and before that was the alignment
     ranges = routing.lora_ranges = workspace.get(f"{name}.ranges", (routing.alignment.base_tiles.shape[0], 2), torch.int32) if made is None else made
@@ -316,10 +320,9 @@ def _following(a: Stack, b: Stack, blocks: int, routing: Routing, workspace: Wor
 
 
 def _launch_pair_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Stack, routing: Routing, tile: ShrinkTile, gather: bool) -> None:
-    pairs = routing.num_pairs
-    _shrink_pair_kernel[(pairs, triton.cdiv(a.shrink_width, tile.r), tile.split)](
+    _shrink_pair_kernel[(routing.num_pairs, triton.cdiv(a.shrink_width, tile.r), tile.split)](
         rows, s, routing.topk_ids, routing.token_slots, a.pool, a.offset, a.expert_stride, a.rank, a.split_a, b.scaling,
-        a.dim, a.shrink_width, pairs, routing.num_experts, a.num_slots,
+        a.dim, a.shrink_width, routing.num_pairs, routing.num_experts, a.num_slots,
         TOP_K=routing.top_k, GATHER=gather, SPLIT_K=tile.split, MAX_RANK=a.max_rank, ALIGN=16 // rows.element_size(),
         BM=tile.m, BR=tile.r, BK=tile.k, EVEN_K=a.dim % (tile.k * tile.split) == 0, STAGES=tile.stages,
         PRECISION=launch.dot_precision(rows.dtype), num_warps=tile.warps, **launch.options(rows.device),
@@ -369,10 +372,9 @@ def moe_expand(y: torch.Tensor, low: LowRank, routing: Routing) -> torch.Tensor:
             TOP_K=routing.top_k, HALVES=halves, **low.pair_options(), BN=block, num_warps=2, **launch.options(y.device),
         )  # fmt: skip
         return y
-    align = routing.alignment
-    programs = max(1, min(align.lora_tiles.shape[0], launch.multiprocessors(y.device) * 8))
+    programs = max(1, min(routing.alignment.lora_tiles.shape[0], launch.multiprocessors(y.device) * 8))
     _expand_kernel[(programs, triton.cdiv(n, 64))](
-        y, low.s, stack.pool, align.counts, low.records, n, low.s.shape[2],
+        y, low.s, stack.pool, routing.alignment.counts, low.records, n, low.s.shape[2],
         HALVES=halves, **low.tile_options(routing.lora_block * 64 * halves // 128), BM=routing.lora_block, BN=64,
         PRECISION=launch.dot_precision(y.dtype), num_warps=4, **launch.options(y.device),
     )  # fmt: skip

@@ -174,7 +174,8 @@ def test_gpu_one_adapter_of_high_rank(inter: int) -> None:
 def test_gpu_shrink_within_gate_up(biased: bool, ranks: tuple[int, ...]) -> None:
     """Many experts, up to rank 16, by wgmma: gate_up makes s of down."""
     spec = replace(BIASED if biased else SPEC, num_experts=128, top_k=8, hidden_size=576, intermediate_size=448 if biased else 224)
-    for tokens, bits, dtype in ((800, 4, torch.bfloat16), (900, 8, torch.bfloat16), (1100, 8, torch.float16), (4097, 4, torch.bfloat16)):
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for tokens, bits, dtype in ((800, 4, bf16), (900, 8, bf16), (1100, 8, fp16), (2100, 4, bf16), (4097, 4, bf16)):
         adapters: dict[str, Any] = {"ranks": ranks, "layouts": LAYOUTS, "active": 5, "slots": 7, "routing": "partial"}
         check_on_gpu(True, bits, dtype == torch.bfloat16, spec=spec, m=tokens, dtype=dtype, **adapters)
         assert choose_plan(spec, tokens, True).gate_up == EVERYWHERE and tokens * spec.top_k >= FOLLOWING_ROWS * spec.num_experts

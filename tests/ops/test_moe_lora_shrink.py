@@ -142,6 +142,7 @@ SMALL = [
     (128, (256, 100), ("split", "dense"), 128, 100),
     (200, (32, 9), ("split",), 128, 200),
     (136, (64, 9), ("split",), 288, 450),
+    (136, (16, 3), ("split",), 48, 150),
     (64, (8,), ("split",), 20, 40),
 ]
 
@@ -171,24 +172,25 @@ def test_what_it_takes() -> None:
 
 @pytest.mark.parametrize("rank", [8, 64])
 @pytest.mark.parametrize("inter", [256, 384, 512, 768])
-@pytest.mark.parametrize("tokens", [700, 1024, 4096])
-def test_tiles_that_triton_cannot_have(monkeypatch: pytest.MonkeyPatch, tokens: int, inter: int, rank: int) -> None:
+@pytest.mark.parametrize(("tokens", "slots"), [(700, 1), (1024, 1), (2048, 4)])
+def test_tiles_that_triton_cannot_have(monkeypatch: pytest.MonkeyPatch, tokens: int, slots: int, inter: int, rank: int) -> None:
     """Whichever kernels make the two shrinks of a layer, LoRA tiles of a Triton kernel have a power of two of rows."""
-    case = make_case(spec=MoESpec(128, 8, 512, inter), m=tokens, ranks=(rank,), layouts=("split_shared_outer",), active=1, slots=1, dtype=torch.bfloat16)
+    case = make_case(spec=MoESpec(128, 8, 512, inter), m=tokens, ranks=(rank,), layouts=("split_shared_outer",), active=1, slots=slots, dtype=torch.bfloat16)
     seen: list[tuple[bool, int]] = []
     monkeypatch.setattr(launch, "has_wgmma", lambda device: True)
     monkeypatch.setattr(fused_moe_lora, "group_shrink", lambda rows, a, b, routing, *rest, **options: seen.append((True, routing.lora_block)))
     monkeypatch.setattr(fused_moe_lora, "_launch_group_shrink", lambda rows, s, a, b, routing, tile, *rest: seen.append((False, tile.m)))
     monkeypatch.setattr(fused_moe_lora, "_expand_kernel", defaultdict(lambda: lambda *rest, **options: seen.append((False, options["BM"]))))
     for lora_block in (32, 64):
-        routing = Routing(case.topk_ids, case.token_slots, 128, 1, base_block=144, lora_block=lora_block)
+        routing = Routing(case.topk_ids, case.token_slots, 128, slots, base_block=144, lora_block=lora_block)
         act, workspace = torch.zeros(8 * tokens, inter, dtype=torch.bfloat16), Workspace(torch.device("cpu"))
         moe_shrink(case.x, case.stacks.a13, case.stacks.b13, routing, workspace, gather=True, name="13", by_cuda=True)
         moe_shrink(act, case.stacks.a2, case.stacks.b2, routing, workspace, gather=False, name="2", by_cuda=True)
-        fused = Routing(case.topk_ids, case.token_slots, 128, 1, base_block=144, lora_block=lora_block)
+        fused = Routing(case.topk_ids, case.token_slots, 128, slots, base_block=144, lora_block=lora_block)
         fused_moe_lora.fused_moe_lora(act.new_zeros(8 * tokens, 2 * inter), case.x, case.stacks.a13, case.stacks.b13, fused, workspace, gather=True)
     assert all(by_cuda or rows & (rows - 1) == 0 for by_cuda, rows in seen), seen
-    assert ((True, 144) in seen) == (rank == 64 and inter >= 512 and tokens >= 1024)
+    assert ((True, 144) in seen) == (rank == 64 and inter >= 512 and tokens == 1024)
+    assert ((True, 48) in seen) == (inter >= 512 and tokens == 2048)
 
 
 @pytest.mark.gpu
@@ -209,7 +211,7 @@ def test_equals_the_triton_kernel() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("half", ["13", "2"])
-@pytest.mark.parametrize(("tokens", "lora_block"), [(1, 16), (64, 16), (257, 16), (1024, 32), (4096, 64), (4097, 128), (12000, 288)])
+@pytest.mark.parametrize(("tokens", "lora_block"), [(1, 16), (64, 16), (257, 16), (1024, 32), (2048, 48), (4096, 64), (4097, 128), (12000, 288)])
 @pytest.mark.parametrize(("ranks", "layouts"), [((16,), ("split",)), ((1, 64, 0, 7), LAYOUTS), ((256, 16), ("split", "shared_outer"))])
 def test_real_sizes(ranks: tuple[int, ...], layouts: tuple[str, ...], tokens: int, lora_block: int, half: str, dtype: torch.dtype) -> None:
     sizes = {"ranks": ranks, "layouts": layouts, "active": 4, "slots": 5}
