@@ -134,6 +134,7 @@ class AsyncEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._death: RequestError | None = None  # why nothing can be asked any more
         self._controls = 0
+        self.num_outputs = 0  # of all requests so far, by which to see that the engine works
 
     @classmethod
     async def start(cls, config: Config) -> "AsyncEngine":
@@ -240,6 +241,7 @@ class AsyncEngine:
         """Hand what the engine says to those who wait for it."""
         while True:
             for message in decode_from_engine(await self.child.socket.recv()):
+                self.num_outputs += isinstance(message, TokenOutput)
                 for event in self._front.on_message(message):
                     if isinstance(event, Abort):
                         self._outbox.put_nowait(encode_message(event))

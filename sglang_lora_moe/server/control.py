@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
@@ -38,10 +37,9 @@ def control_routes(service: Service) -> APIRouter:
     @router.get("/health_generate")
     async def health_generate() -> Response:
         try:
-            alive = engine.healthy and await asyncio.wait_for(_generates(service), HEALTH_SECONDS)
-            return _health(alive, "the engine does not answer")
-        except (asyncio.TimeoutError, RequestError) as error:
-            return _health(False, str(error) or f"no token within {HEALTH_SECONDS:g} seconds")
+            return _health(await asyncio.wait_for(_generates(service), HEALTH_SECONDS), "the engine does not run")
+        except asyncio.TimeoutError:
+            return _health(False, f"no token within {HEALTH_SECONDS:g} seconds")
 
     @router.get("/model_info")
     @router.get("/get_model_info")
@@ -82,11 +80,17 @@ def _health(healthy: bool, message: str) -> Response:
 
 
 async def _generates(service: Service) -> bool:
-    """One token of the base model comes."""
-    ids = service.engine.model_info["eos_token_ids"][:1] or [0]
+    """A token comes: of a request made for this or, as that may have to wait for its turn or find the queue full, of any other."""
+    engine, before = service.engine, service.engine.num_outputs
+    ids = engine.model_info["eos_token_ids"][:1] or [0]
     request = GenerateRequest(input_ids=list(ids), sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True), rid=f"health-{new_id()}")
-    async with aclosing(service.engine.generate(request)) as chunks:
-        async for chunk in chunks:
-            if chunk.finish_reason is not None:
-                return True
-    return False
+    chunks = engine.generate(request)
+    own = asyncio.ensure_future(anext(chunks))
+    try:
+        while engine.healthy and engine.num_outputs == before:
+            await asyncio.sleep(0.01)
+    finally:
+        own.cancel()
+        await asyncio.gather(own, return_exceptions=True)
+        await chunks.aclose()
+    return engine.healthy

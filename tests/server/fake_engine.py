@@ -40,7 +40,7 @@ class FakeEngine:
         self.running: dict[str, GenerateRequest] = {}
         self.aborted: list[str] = []  # by closed iterators
         self.abort_calls: list[str] = []
-        self.flushed = 0
+        self.flushed = self.num_outputs = 0
         self.in_thread = False  # where the last prompt was to be tokenized
 
     # ---- generation -------------------------------------------------------------------------------------------------
@@ -62,6 +62,7 @@ class FakeEngine:
                         chunk.finish_reason, chunk.matched_stop = "abort", None
                     if chunk.finish_reason is not None:
                         live.remove(k)
+                    self.num_outputs += 1
                     yield chunk
             finished = True
         finally:

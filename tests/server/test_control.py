@@ -17,18 +17,30 @@ from tests.server.fake_engine import FakeEngine
 def test_health(client: TestClient, engine: FakeEngine) -> None:
     assert client.get("/health").status_code == client.get("/health_generate").status_code == 200
     assert engine.requests[0].sampling.max_new_tokens == 1
-    engine.refusal = RequestError("no pages", 503)
-    assert client.get("/health").status_code == 200 and client.get("/health_generate").status_code == 503
     engine.healthy = False
-    response = client.get("/health")
-    assert response.status_code == 503 and response.json()["error"]["code"] == "unhealthy"
+    for path in ("/health", "/health_generate"):
+        response = client.get(path)
+        assert response.status_code == 503 and response.json()["error"]["code"] == "unhealthy"
 
 
-def test_health_generate_gives_up(client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal", [None, RequestError("the queue is full", 503)])
+def test_health_generate_gives_up(client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, refusal: RequestError | None) -> None:
     monkeypatch.setattr("sglang_lora_moe.server.control.HEALTH_SECONDS", 0.05)
-    engine.delay = 5
-    assert client.get("/health_generate").status_code == 503
-    assert len(engine.aborted) == 1
+    engine.delay, engine.refusal = 5, refusal
+    assert client.get("/health").status_code == 200 and client.get("/health_generate").status_code == 503
+    assert len(engine.aborted) == (refusal is None)
+
+
+def test_an_engine_whose_queue_is_full_is_healthy_while_it_answers_others(client: TestClient, engine: FakeEngine) -> None:
+    engine.delay = 0.02
+    answers: list[Any] = []
+    with client:
+        thread = in_background(client, "/v1/completions", {"prompt": "hello", "rid": "mine", "max_tokens": 400}, answers)
+        wait_for(lambda: engine.running)
+        engine.refusal = RequestError("the queue is full", 503)
+        assert client.get("/health_generate").status_code == 200
+        client.post("/abort_request", json={"rid": "mine"})
+        thread.join()
 
 
 @pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
