@@ -154,7 +154,7 @@ class LoRAManager:
             failed += [(revision, error)] if error is not None else []
             changed = True
         if self._reading is None and self.slots.wanted:
-            self._read_next()
+            failed += self._read_next()
         for slot in [slot for slot, fill in self._fills.items() if fill.done.done()]:
             self._finish_fill(slot)
             changed = True
@@ -208,16 +208,17 @@ class LoRAManager:
             self._answer(*answer)
         self._forget_if_over(fill.entry)
 
-    def _read_next(self) -> None:
-        """Read the adapter that requests have waited for longest, as soon as there is room for it."""
-        for revision in list(self.slots.wanted):
-            entries = self.registry.entries(revision)
-            if not any(entry.users for entry in entries):
-                del self.slots.wanted[revision]
-                continue
-            if self._make_room():
-                self._reading = revision, self._thread.submit(self.reader.read, entries[0].path)
-            return
+    def _read_next(self) -> list[tuple[str, RequestError]]:
+        """Read the adapter that requests have waited for longest, as soon as there is room for it; or say why there is none that would ever be free."""
+        entries = [entry for revision in self.slots.wanted for entry in self.registry.entries(revision) if entry.users]
+        self.slots.wanted = {entry.revision: None for entry in entries}
+        if entries and self._make_room():
+            self._reading = entries[0].revision, self._thread.submit(self.reader.read, entries[0].path)
+        elif entries and len({entry.revision for entry in self.registry.loaded.values() if not entry.path}) == self.host.limit:
+            text = f"adapter {entries[0].name!r} cannot be read again: adapters from tensors fill host memory; unload one, or raise --max-loaded-loras"
+            del self.slots.wanted[entries[0].revision]
+            return [(entries[0].revision, RequestError(text, 503, "model", "adapter_unreadable"))]
+        return []
 
     def _finish_reading(self, revision: str, future: Future[PackedAdapter]) -> RequestError | None:
         """Take in an adapter that was read again; the error for those who wait for it if that failed."""
@@ -249,7 +250,7 @@ class LoRAManager:
         """Whether an adapter may leave host memory: it can be read again, and nobody waits for it."""
         entries = self.registry.entries(adapter.revision)
         waiting = any(entry.users for entry in entries) and self.slots.slot_of(adapter.revision) is None
-        return all(entry.path and not entry.pinned for entry in entries) and not waiting
+        return all(entry.path for entry in entries) and not waiting
 
     def _frees_room(self, name: str) -> bool:
         """Whether the adapter that `name` stands for leaves host memory as soon as another takes its place."""

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -120,6 +121,7 @@ def run_child(fd: int) -> None:
     os.nice(5)  # steps come first where cores are few
     torch.set_num_threads(1)  # its tensors are small, and the cores belong to the steps
     connection = Connection(fd)
+    import_module("sglang_lora_moe.models.loader")  # whose functions rules hold: importing transformers takes seconds, which no adapter waits for
     while True:
         try:
             rules, layout = pickle.loads(connection.recv_bytes())

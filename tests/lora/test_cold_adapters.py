@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -322,7 +324,44 @@ def test_weights_from_tensors_stay_in_host_memory() -> None:
         check_core(engine.core)
 
 
+def test_what_cannot_be_read_again_because_of_weights_from_tensors_is_answered() -> None:
+    path = other_adapter_path(1)
+    tensors, config = load_file(path / "adapter_model.safetensors"), json.loads((path / CONFIG_FILE).read_text())
+    with cold_engine() as engine:
+        engine.load_lora_adapter_from_tensors("t", tensors, config)
+        with pytest.raises(RequestError, match="'a2' cannot be read again: .* --max-loaded-loras") as error:
+            engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="a2")
+        assert (error.value.status, error.value.code) == (503, "adapter_unreadable")
+        engine.unload_lora_adapter("t")
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="a2")["output_ids"] == expected(2)
+        check_core(engine.core)
+
+
+def test_a_pinned_adapter_leaves_host_memory_to_others() -> None:
+    with cold_engine(slots=2, count=0) as engine:
+        engine.load_lora_adapter("p", str(other_adapter_path(0)), pinned=True)
+        for name, seed in (("q", 1), ("r", 2), ("p", 0)):
+            if seed:
+                engine.load_lora_adapter(name, str(other_adapter_path(seed)))
+            assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path=name)["output_ids"] == expected(seed)
+            assert states(engine)["p"] == "resident"
+        check_core(engine.core)
+
+
 # ---- the child that reads -------------------------------------------------------------------------------------------
+def test_the_child_imports_what_it_needs_before_the_first_adapter() -> None:
+    code = """
+import sys
+from multiprocessing import Pipe
+from sglang_lora_moe.lora.reader import run_child
+
+ours, theirs = Pipe()
+ours.close()
+run_child(theirs.fileno())  # to which nothing is sent
+sys.exit("sglang_lora_moe.models.loader" not in sys.modules)"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_the_child_reads_the_same_and_is_replaced_when_it_dies(cold: Engine) -> None:
     assert cold.core.lora is not None and hasattr(os, "memfd_create")
     reader = cold.core.lora.reader
