@@ -111,7 +111,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, path: Path, rank: int, slots: int) -> None:
         begin = time.monotonic()
         config = Config(
-            model_path=str(path), load_format="dummy", enable_lora=rank > 0, max_lora_rank=rank or None, max_loras_per_batch=max(slots, 1),
+            model_path=str(path), load_format="dummy", **({"enable_lora": True, "max_lora_rank": rank, "max_loras_per_batch": max(slots, 1)} if rank else {}),
             max_running_requests=max(args.batches), chunked_prefill_size=4 * PREFILL, context_length=8192, max_total_tokens=65536,
             disable_prefix_cache=True, disable_cuda_graph=args.eager, disable_overlap=args.no_overlap,
         )  # fmt: skip

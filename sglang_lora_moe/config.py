@@ -97,8 +97,11 @@ class Config:
     def validate(self) -> None:
         """Raise ValueError, naming the flag, for values that can never work."""
         for f in dataclasses.fields(self):
-            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
-                raise ValueError(f"--{f.name.replace('_', '-')} must be one of {', '.join(f.metadata['choices'])}, got {getattr(self, f.name)!r}")
+            flag, value = f"--{f.name.replace('_', '-')}", getattr(self, f.name)
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise ValueError(f"{flag} must be one of {', '.join(f.metadata['choices'])}, got {value!r}")
+            if "lora" in f.name and value not in (f.default, []) and not (self.enable_lora or self.lora_paths):
+                raise ValueError(f"{flag} does nothing without --enable-lora or --lora-paths")
         positive = ("max_loras_per_batch", "max_running_requests", "max_queued_requests", "page_size", "chunked_prefill_size")
         for name in (*positive, "max_lora_rank", "max_loaded_loras", "max_total_tokens", "context_length"):
             value = getattr(self, name)
@@ -141,9 +144,9 @@ class Config:
 
 
 def _spec(lora_name: str, lora_path: str, pinned: bool = False) -> tuple[str, str, bool]:
-    if not isinstance(pinned, bool):
-        raise TypeError(f"pinned is {pinned!r}")
-    return str(lora_name), str(lora_path), pinned
+    if not (isinstance(lora_name, str) and isinstance(lora_path, str) and isinstance(pinned, bool)):
+        raise TypeError(f"lora_name is {lora_name!r}, lora_path {lora_path!r}, pinned {pinned!r}")
+    return lora_name, lora_path, pinned
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +183,4 @@ def parse_config(argv: list[str] | None = None) -> Config:
         config.lora_specs()
     except ValueError as error:
         parser.error(str(error))
-    for f in dataclasses.fields(Config):
-        if "lora" in f.name and not config.enable_lora and getattr(config, f.name) != parser.get_default(f.name):
-            parser.error(f"--{f.name.replace('_', '-')} does nothing without --enable-lora or --lora-paths")
     return config

@@ -43,11 +43,12 @@ def test_flags_of_sglang() -> None:
         (["--max-cpu-loras", "4"], "--max-cpu-loras: use --max-loaded-loras"),
         (["--model", "/m"], "--model: use --model-path"),
         (["-tp", "2"], "-tp: leave it out: one device is served"),
-        (["--max-loaded-loras", "0"], "--max-loaded-loras must be at least 1, got 0"),
+        (["--enable-lora", "--max-loaded-loras", "0"], "--max-loaded-loras must be at least 1, got 0"),
         (["--max-lora-rank", "x"], "argument --max-lora-rank: invalid int value: 'x'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--lora-paths", "a=/x", "a=/y"], "--lora-paths: the name 'a' is given twice"),
-        (["--lora-paths", '{"lora_name": "a", "lora_path": "/x", "pinned": "false"}'], "pinned is 'false'"),
+        (["--lora-paths", '{"lora_name": "a", "lora_path": "/x", "pinned": "false"}'], "pinned 'false'"),
+        (["--lora-paths", '{"lora_name": null, "lora_path": "/x"}'], "lora_name is None"),
         (["--lora-paths", '{"name": "a", "lora_path": "/x"}'], "unexpected keyword argument 'name'"),
         (["--max-loras-per-batch", "16"], "--max-loras-per-batch does nothing without --enable-lora or --lora-paths"),
         (["--lora-target-modules", "experts"], "--lora-target-modules does nothing without"),
@@ -67,9 +68,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0 and re.fullmatch(r"sglang-lora-moe \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-def test_a_value_that_is_no_choice_is_refused_without_the_command_line_too() -> None:
+def test_what_can_never_work_is_refused_without_the_command_line_too() -> None:
     with pytest.raises(ValueError, match="--dtype must be one of auto, float32, bfloat16, float16, got 'int4'"):
         Config(model_path="/m", dtype="int4").validate()
+    with pytest.raises(ValueError, match="--max-lora-rank does nothing without --enable-lora or --lora-paths"):
+        Config(model_path="/m", max_lora_rank=32).validate()
+    Config(model_path="/m", max_lora_rank=32, lora_paths=["/a"]).validate()
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,12 @@ class LoRAMemoryPool:
 
     def region(self, slot: int) -> torch.Tensor:
         """The flat memory of a slot, into which an image is copied before `bind`."""
-        self._check_slot(slot)
+        assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         return self.pool[slot * self.layout.slot_elements : (slot + 1) * self.layout.slot_elements]
 
     def bind(self, slot: int, elements: int, stacks: Sequence[PackedStack]) -> None:
         """Lead the tables to an image of `elements` that lies in the slot's region, in stream order and without waiting; stacks without an entry get rank 0."""
-        self._check_slot(slot)
+        assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         pinned = self.device.type == "cuda"
         integers = torch.zeros(4, self.layout.num_stacks, dtype=torch.int64, pin_memory=pinned)
         scaling = torch.zeros(self.layout.num_stacks, dtype=torch.float32, pin_memory=pinned)
@@ -66,10 +66,6 @@ class LoRAMemoryPool:
     def clear(self, slot: int) -> None:
         """Empty a slot. Its weights stay until overwritten; no table leads to them."""
         self.bind(slot, 0, ())
-
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.num_slots:
-            raise ValueError(f"expected a slot in 0..{self.num_slots - 1}, got {slot}")
 
     def _make_stacks(self, target: Target) -> LinearStacks | ExpertStacks:
         rows: Iterator[int] = iter(range(self.layout.first_row[target.name], self.layout.num_stacks))

@@ -44,8 +44,7 @@ class WNA16Method(QuantMethod):
     def get_triton_quant_info(self, layer: Any) -> TritonQuantInfo:
         return TritonQuantInfo(*self.weights(layer), layer.b13, layer.b2)
 
-    def get_marlin_quant_info(self, layer: Any) -> TritonQuantInfo:
-        return self.get_triton_quant_info(layer)
+    get_marlin_quant_info = get_triton_quant_info
 
     def release_weights(self, layer: nn.Module) -> None:
         for prefix in ("w13_", "w2_"):

@@ -42,7 +42,7 @@ LONG = SamplingParams(temperature=0.0, max_new_tokens=480, ignore_eos=True)
 
 
 def config(**fields: Any) -> Config:
-    return Config(model_path=str(model_path()), **({"page_size": 4, "max_total_tokens": 4096, "max_loras_per_batch": 2, "max_lora_rank": 8} | fields))
+    return Config(model_path=str(model_path()), **({"page_size": 4, "max_total_tokens": 4096} | fields))
 
 
 class Session:
@@ -73,7 +73,7 @@ class Session:
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
-    made = Session(enable_lora=True, lora_paths=[f"r8={adapter_path('r8')}", f"r4={adapter_path('r4')}"])
+    made = Session(lora_paths=[f"r8={adapter_path('r8')}", f"r4={adapter_path('r4')}"], max_loras_per_batch=2, max_lora_rank=8)
     yield made
     made.close()
 
