@@ -4,6 +4,7 @@ Tokenizes, expands n, detokenizes piece by piece, finds stop strings (trimmed fr
 synchronous code without a thread or a socket: the in-process `Engine` and the server's `AsyncEngine` both drive it.
 """
 
+import logging
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from sglang_lora_moe.engine.seeds import derive_seed
 from sglang_lora_moe.engine.tokenizer import encode
 from sglang_lora_moe.engine.validate import check_request, is_int, refuse, too_long
 
+logger = logging.getLogger(__name__)
+_SAMPLE = "sample-"  # how the engine's names of samples begin
 Triple = tuple[float | None, int, str | None]  # SGLang's (logprob, token id, text or None)
 LONG_TEXT = 20_000  # characters of a request or a batch; more of them the server tokenizes in threads, so that no stream waits for it
 
@@ -157,7 +160,7 @@ class Front:
         messages = []
         for index in range(request.n):
             self._serial += 1
-            name = f"sample-{self._serial}"
+            name = f"{_SAMPLE}{self._serial}"
             self._samples[name] = _Sample(request, index, self._decode.get(request.skip_special_tokens))
             own = sampling if sampling.seed is None or index == 0 else replace(sampling, seed=derive_seed(sampling.seed, index))
             messages.append(Submit(name, ids, own, request.adapter, request.logprobs))
@@ -175,13 +178,18 @@ class Front:
 
     def on_message(self, message: EngineMessage) -> list[Chunk | Failure | Abort | Reply]:
         """Chunks and failures for users, aborts for the engine; replies to control messages pass through."""
+        sample = self._samples.get(message.rid)
+        if sample is None:  # answers a control message, or a sample that ended (by a stop string, or forgotten) before the engine knew
+            return [message] if isinstance(message, Reply) and not message.rid.startswith(_SAMPLE) else []
+        rid = sample.request.rid
         if isinstance(message, Reply):
-            sample = self._samples.get(message.rid)
-            if sample is None:
-                return [message]
             error = RequestError(message.error or "refused", message.status, message.param, message.code, message.retry_after)
-            return [Failure(sample.request.rid, error), *self.forget(sample.request.rid)]
-        return list(self._on_output(message))
+            return [Failure(rid, error), *self.forget(rid)]
+        try:
+            return list(self._on_output(message, sample))
+        except Exception as error:  # of the tokenizer's: the other requests go on
+            logger.exception("request %s: its tokens cannot be made text", rid)
+            return [Failure(rid, RequestError(f"the tokenizer failed: {type(error).__name__}: {error}", 500)), *self.forget(rid)]
 
     def aborts(self, rid: str) -> list[Abort]:
         """Messages that end a request ("" = all); its last chunks will say so."""
@@ -194,10 +202,7 @@ class Front:
             del self._samples[name]
         return [Abort(name) for name in names]
 
-    def _on_output(self, output: TokenOutput) -> Iterable[Chunk | Abort]:
-        sample = self._samples.get(output.rid)
-        if sample is None:
-            return  # it ended with a stop string, or was forgotten, and the engine did not know yet
+    def _on_output(self, output: TokenOutput, sample: _Sample) -> Iterable[Chunk | Abort]:
         chunk = sample.push(output)
         if chunk is None:
             return

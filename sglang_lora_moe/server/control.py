@@ -67,8 +67,7 @@ def control_routes(service: Service) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        text = service.metrics.render(await engine.stats(), await service.names.refresh())
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.render(await engine.stats(), await service.names.refresh()), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -224,11 +224,12 @@ def test_refusals(engine: Engine) -> None:
         with pytest.raises(RequestError) as error:
             engine.generate(**call)
         check_core(engine.core)
-        assert not engine.core.has_work and not engine.front._requests
+        assert not (engine.core.has_work or engine.front._requests or engine._replies)
         return error.value
 
     unknown = refused(prompt="x", lora_path="nobody")
     assert unknown.status == 404 and unknown.code == "model_not_found" and all(name in unknown.message for name in ADAPTERS)
+    assert refused(prompt="x", sampling_params={"n": 3}, lora_path="nobody").status == 404  # three refusals, of which one is heard
     assert refused(input_ids=[5, 128]).param == "input_ids"
     assert refused(input_ids=[-1]).param == "input_ids"
     too_long = refused(input_ids=prompt(512))

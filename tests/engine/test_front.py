@@ -129,6 +129,30 @@ def test_refusal_ends_all_samples() -> None:
     assert f.on_message(TokenOutput(submits[0].rid, [4], 3)) == [] and not f._requests
 
 
+class Picky:
+    """A tokenizer that, as some written in Python, has no word for an id."""
+
+    eos_token_id = EOS_ID
+
+    def encode(self, text: str) -> list[int]:
+        return ids_of(text)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        if VOCAB_SIZE - 1 in ids:
+            raise KeyError(VOCAB_SIZE - 1)
+        return str(TOKENIZER.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
+def test_what_the_tokenizer_cannot_decode_ends_its_request_alone(caplog: pytest.LogCaptureFixture) -> None:
+    f = front(Picky())
+    bad, other = f.submit(GenerateRequest(prompt="hi", n=2, rid="r", stream=True))
+    (good,) = f.submit(GenerateRequest(prompt="hi"))
+    failure, *aborts = f.on_message(TokenOutput(bad.rid, [VOCAB_SIZE - 1], 3))
+    assert isinstance(failure, Failure) and failure.error.status == 500 and "KeyError" in failure.error.message
+    assert aborts == [Abort(bad.rid), Abort(other.rid)] and "request r" in caplog.text
+    assert text_of(feed(f, good.rid, "hello", "length")) == "hello"
+
+
 def test_aborts_and_forget() -> None:
     f = front()
     submits = f.submit(GenerateRequest(prompt="hi", n=2, rid="r"))
