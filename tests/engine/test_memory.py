@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +155,6 @@ def test_an_engine_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         make_engine()
     with make_engine(max_total_tokens=int(suggestions(error.value)["--max-total-tokens"])):
         pass
-
-
-def test_the_command_says_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sglang_lora_moe.launch_server", "--model-path", str(model_path()), "--port", "0", "--log-level", "error"]
-    for flags, sentence in (
-        (["--mem-fraction-static", "0.000001"], "it does not fit: main memory .* needed: weights"),
-        (["--max-total-tokens", "100000000000"], "a KV cache of 100000000000 tokens .* Set --max-total-tokens"),
-    ):
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
-        said = [line for line in done.stderr.splitlines() if "Loading weights" not in line and line.strip()]
-        assert done.returncode == 2 and len(said) == 1 and re.match(f"sglang-lora-moe: {sentence}", said[0]), done.stderr
 
 
 def test_tokens_below_two_pages() -> None:

@@ -242,26 +242,12 @@ def test_abort_of_what_is_being_tokenized(session: Session, monkeypatch: pytest.
     session.run(work())
 
 
-def test_a_crash_while_a_prompt_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_fails_everything_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session()
     monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: time.sleep(1) or [1, 5, 9])
 
     async def work() -> None:
-        task = asyncio.create_task(anext(session.engine.generate(GenerateRequest(prompt="a"), in_thread=True)))
-        await asyncio.sleep(0.01)
-        os.kill(session.engine.child.process.pid, signal.SIGKILL)
-        with pytest.raises(RequestError, match="ended with status -9") as error:
-            await task
-        assert error.value.status == 503
-
-    session.run(work())
-    session.close()
-
-
-def test_a_crash_fails_everything_that_waits() -> None:
-    session = Session()
-
-    async def work() -> None:
+        tokenized = asyncio.create_task(anext(session.engine.generate(GenerateRequest(prompt="a"), in_thread=True)))
         stream = session.engine.generate(GenerateRequest(input_ids=[1, 5], sampling=LONG, stream=True))
         await stream.__anext__()
         os.kill(session.engine.child.process.pid, signal.SIGKILL)
@@ -269,7 +255,7 @@ def test_a_crash_fails_everything_that_waits() -> None:
             async for _ in stream:
                 pass
         assert error.value.status == 500 and not session.engine.healthy
-        for call in (session.engine.stats(), session.collect()):
+        for call in (tokenized, session.engine.stats(), session.collect()):
             with pytest.raises(RequestError) as error:
                 await call
             assert error.value.status == 503

@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -349,17 +348,15 @@ def test_a_pinned_adapter_leaves_host_memory_to_others() -> None:
 
 
 # ---- the child that reads -------------------------------------------------------------------------------------------
-def test_the_child_imports_what_it_needs_before_the_first_adapter() -> None:
-    code = """
-import sys
-from multiprocessing import Pipe
-from sglang_lora_moe.lora.reader import run_child
-
-ours, theirs = Pipe()
-ours.close()
-run_child(theirs.fileno())  # to which nothing is sent
-sys.exit("sglang_lora_moe.models.loader" not in sys.modules)"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_the_child_imports_what_it_needs_before_the_first_adapter(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    for owner, name, value in ((reader_module, "import_module", imported.append), (os, "nice", int), (torch, "set_num_threads", int)):
+        monkeypatch.setattr(owner, name, value)
+    ours, theirs = Pipe()
+    ours.close()
+    reader_module.run_child(os.dup(theirs.fileno()))  # to which nothing is sent
+    assert cold.core.lora is not None
+    assert imported == [type(cold.core.lora.reader.rules.rename.__self__).__module__]  # type: ignore[attr-defined]
 
 
 def test_the_child_reads_the_same_and_is_replaced_when_it_dies(cold: Engine) -> None:

@@ -106,9 +106,12 @@ def test_result_does_not_depend_on_the_batch(arch: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat([step[i] for step in steps]), expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "ernie4_5_moe"])
-def test_bfloat16_is_near_float32(case: str, tmp_path: Path) -> None:
-    arch, overrides = CASES[case]
+@pytest.mark.parametrize(
+    "arch, kept", [("deepseek_v3", "gate.linear.weight gate.e_score_correction_bias"), ("ernie4_5_moe", "gate.weight gate.moe_statics.e_score_correction_bias")]
+)
+def test_bfloat16_beside_what_transformers_keeps_in_float32(arch: str, kept: str, tmp_path: Path) -> None:
+    """`tests/engine/test_forced_logits.py` bounds the logits of architectures whose experts can be given; here they are free."""
+    overrides = CASES[arch][1]
     path = make_tiny_model(arch, tmp_path, **overrides)
     model = build(path, dtype=torch.bfloat16)
     tokens = random_tokens(7, 20)
@@ -121,10 +124,7 @@ def test_bfloat16_is_near_float32(case: str, tmp_path: Path) -> None:
     # Routing flips between nearly equal experts are legitimate, so most tokens must agree, not all.
     error = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() < 3e-2, error
-    kept = {name for name, tensor in model.hf.state_dict().items() if tensor.dtype == torch.float32}
-    assert all("bias" in name or "gate" in name or "statics" in name for name in kept)
-    if arch == "deepseek_v3":
-        assert any(name.endswith("e_score_correction_bias") for name in kept)
+    assert {name.partition("mlp.")[2] for name, tensor in model.hf.state_dict().items() if tensor.dtype == torch.float32} == set(kept.split())
 
 
 def test_known_modules_are_replaced(tmp_path: Path) -> None:

@@ -18,14 +18,18 @@ from benchmarks.dummy_model import CONFIGS, QUANTIZATIONS, write_config
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import write_adapter
-from tests.quantized_checkpoints import genuine, write_reference
+from tests.quantized_checkpoints import genuine, write_quantized, write_reference
 from tests.server.launched import Server
-from tests.server.test_quantized import CHECKPOINTS
-from tests.tiny_models import make_tokenizer
+from tests.tiny_models import make_tiny_model, make_tokenizer
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[1, *range(10 + i, 20 + 3 * i)] for i in range(4)]
 PARAMS = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
+# architecture, options of `write_quantized`
+WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "gptq": ("qwen3_moe", {"symmetric": False, "desc_act": True}),  # quantized in another order, but into groups that lie in order
+    "awq": ("mixtral", {}),
+}
 LAYOUTS = {"a": ("per_expert_2d", 4), "b": ("experts_and_attention", 16)}
 
 
@@ -60,7 +64,11 @@ def compare(path: Path, adapters: dict[str, Path], **flags: Any) -> dict[str, in
 @pytest.mark.parametrize("name", ["qwen3_moe-w4a16", "qwen3_moe-w4a16-asym-g32", "mixtral-w8a16-g64", "gptq", "awq"])
 def test_tiny_checkpoints(name: str, tmp_path: Path) -> None:
     """llmcompressor's files, and GPTQ and AWQ by their layouts; that these logits are right is test_quantized_logits.py's."""
-    path = CHECKPOINTS[name](tmp_path) if name in CHECKPOINTS else genuine(name, tmp_path)
+    if name in WRITTEN:
+        arch, options = WRITTEN[name]
+        path = write_quantized(make_tiny_model(arch, tmp_path), tmp_path / name, name, **options)
+    else:
+        path = genuine(name, tmp_path)
     reference = write_reference(path, tmp_path / "reference")
     adapters = {key: write_adapter(layout, reference, tmp_path / key, rank=rank) for key, (layout, rank) in LAYOUTS.items()}
     compare(path, adapters, dtype="bfloat16", page_size=4, max_total_tokens=2048)
