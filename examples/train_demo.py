@@ -2,7 +2,7 @@
 
     python examples/train_demo.py [--out examples/demo] [--only upper,caesar]
 
-Everything is seeded; two CPU cores need a minute or two. The base is trained in float32 and stored as bfloat16; adapters
+Everything is seeded; two idle CPU cores need some minutes. The base is trained in float32 and stored as bfloat16; adapters
 are trained on the stored base. The accuracy in the table at the end is PEFT's own, from the stored files, on 200 words
 that training never shows (`demo_tasks.is_held_out`).
 

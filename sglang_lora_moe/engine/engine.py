@@ -151,7 +151,7 @@ class Engine:
     ) -> dict[str, Any]:
         """As `load_lora_adapter`, without files: `tensors` under the names that PEFT saves, `config_dict` as in adapter_config.json.
 
-        The tensors may be on any device; they are read once, here, and not kept.
+        The tensors may be on any device; they are read once, here, and not kept. What is made of them stays in host memory.
         """
         message = LoadAdapter(self._next_rid(), lora_name, "", pinned, load_inplace)
         self.core.need_lora("name").load_tensors(message, dict(tensors), config_dict)
