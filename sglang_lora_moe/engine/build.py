@@ -39,11 +39,16 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
     Raises ValueError for whatever of configuration, model or adapters cannot be served.
     """
     config.validate()
-    config = resolve(config)
+    asked, config = config.context_length, resolve(config)
     assert config.context_length is not None and config.max_lora_rank is not None
     begin, budget = time.monotonic(), MemoryBudget(config)
     with budget.guard("loading the model's weights"):
         model = _make_model(config)
+    if model.max_model_len < config.context_length:
+        text = f"--context-length {config.context_length}: up to {model.max_model_len} tokens are served; beyond, requests of a step would be rotated otherwise"
+        if asked is not None:
+            raise ValueError(text)
+        logger.warning(text)
     model.kv_dtype = _kv_dtype(config, model)
     config = replace(config, context_length=min(config.context_length, model.max_model_len), moe_runner_backend=model.moe_runner_backend)
     measured = _measure_weights(config, model)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
-from sglang_lora_moe.core import LogprobOptions, RequestError, SamplingParams
+from sglang_lora_moe.core import LogprobOptions, RequestError
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest, Triple, native_result
 from sglang_lora_moe.engine.validate import refuse, same_value, spread
 from sglang_lora_moe.server import fields as f
@@ -36,9 +36,6 @@ class NativeSampling(f.SamplingFields):
     def _check_seeds(self) -> "NativeSampling":
         self.seed = same_value(seed=self.seed, sampling_seed=self.sampling_seed)
         return self
-
-    def sampling(self) -> SamplingParams:
-        return self.engine_params(self.max_new_tokens, self.min_new_tokens)
 
 
 class NativeRequest(f.RequestModel):
@@ -129,7 +126,7 @@ async def native_job(service: Service, body: NativeRequest) -> Job:
         GenerateRequest(
             prompt=prompt if isinstance(prompt, str) else None,
             input_ids=None if isinstance(prompt, str) else prompt,
-            sampling=sampling[i].sampling(),
+            sampling=sampling[i].engine_params(sampling[i].max_new_tokens, sampling[i].min_new_tokens),
             **sampling[i].text_options(),
             adapter=await service.names.resolve(paths[i], "lora_path"),
             logprobs=LogprobOptions(tops[i], starts[i] if starts[i] >= 0 else None) if wants[i] else None,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from sglang_lora_moe.engine.engine import Engine
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.recognise import UnsupportedModelError, find_experts
 from tests.models.driver import Driver, Sequence, make_context
@@ -75,10 +76,15 @@ def test_attention_with_its_own_mask_is_noticed(tmp_path: Path) -> None:
         driver.run(Sequence([3, 4, 5]), 3)
 
 
-def test_longrope_is_served_up_to_the_length_where_factors_are_fixed(tmp_path: Path) -> None:
+def test_longrope_is_served_up_to_the_length_where_factors_are_fixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
     fields = _SMALL | {"rope_parameters": rope, "max_position_embeddings": 512, "original_max_position_embeddings": 64}
     assert build_dummy(tmp_path, "llama", fields).max_model_len == 64
+    options: dict[str, Any] = {"model_path": str(tmp_path), "load_format": "dummy", "max_total_tokens": 1024}
+    with Engine(**options) as engine:
+        assert engine.model_info["max_model_len"] == 64 and "--context-length 512: up to 64 tokens are served" in caplog.text
+    with pytest.raises(ValueError, match="--context-length 65: up to 64 tokens are served"):
+        Engine(**options, context_length=65)
 
 
 def test_not_a_model_directory(tmp_path: Path) -> None:
