@@ -153,7 +153,7 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, Sequence[LayerTiles | No
         (6145, _MANY, [_wgmma(4, 1), _wgmma(4, 1, 128)]),
     ],
     (8, 4096, 14336): [
-        (96, 223, [None, _wgmma(1, 1, 16, True, 72)]),
+        (96, 223, [_wgmma(1, 1, 16, True, 72)]),
         (224, 319, [_wgmma(1, 1, stream=True)]),
         (320, 767, [_wgmma(1, 1)]),
         (768, 1088, [_wgmma(8, 2)]),
