@@ -7,7 +7,6 @@ The whole distribution of every position is compared: prompt positions come from
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import HAND_LAYOUTS, PEFT_LAYOUTS, merged_reference_model, write_adapter
 from tests.books import check_core
+from tests.engine.test_engine import prompt
 from tests.tiny_models import make_tiny_model
 
 ALL = [*PEFT_LAYOUTS, *HAND_LAYOUTS]
@@ -32,10 +32,6 @@ LAYOUTS = {
 }
 VOCAB, STEPS, TOLERANCE = 128, 6, 1e-4
 RANKS = (4, 8, 16)
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return [1] + [random.Random(f"{seed}/{i}").randrange(3, 98) for i in range(length - 1)]
 
 
 @pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=pytest.mark.gpu)], ids=["eager", "graphs"])

@@ -23,6 +23,7 @@ from sglang_lora_moe.lora.adapter_config import CONFIG_FILE
 from tests.adapter_files import edit_adapter, write_adapter
 from tests.books import check_core
 from tests.engine.models import make_engine, model_path, other_adapter_path
+from tests.lora.test_manager import ids_of
 
 PROMPT = [1, 5, 9, 20, 21, 22, 23, 24, 25, 26]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
@@ -60,10 +61,6 @@ _answers: dict[int | None, list[int]] = {}
 
 def submit(rid: str, adapter: str | None, count: int = 10) -> Submit:
     return Submit(rid, PROMPT, SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True), adapter)
-
-
-def ids_of(messages: list[EngineMessage], rid: str) -> list[int]:
-    return [token for message in messages if isinstance(message, TokenOutput) and message.rid == rid for token in message.token_ids]
 
 
 def reply(messages: list[EngineMessage], rid: str) -> Reply | None:

@@ -19,14 +19,11 @@ from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.places import ExpertsPlace, LoadError
 from sglang_lora_moe.models.served import ServedModel
 from tests.models.driver import Driver, Sequence, make_context
+from tests.models.test_against_transformers import build
 from tests.tiny_models import make_tiny_model
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj.weight"
-
-
-def build(path: Path, **kwargs: Any) -> ServedModel:
-    return build_model(path, ctx=make_context(), dtype=kwargs.pop("dtype", torch.float32), device="cpu", show_progress=False, **kwargs)
 
 
 def edit(path: Path, change: Callable[[Tensors], None]) -> Path:

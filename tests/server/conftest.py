@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,14 @@ def client(engine: FakeEngine) -> TestClient:
 @pytest.fixture
 def client_of() -> Callable[[FakeEngine], TestClient]:
     return lambda engine: TestClient(create_app(engine), raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, directory of adapters)."""
+    from tests.server.launched import make_files  # which imports PEFT
+
+    return make_files(tmp_path_factory.mktemp("served"))
 
 
 @contextlib.contextmanager

@@ -22,15 +22,9 @@ from benchmarks.soak import Options, soak
 from sglang_lora_moe.server.serve import FINISH_SECONDS
 from tests.adapter_files import edit_adapter, merged_reference_model
 from tests.server.conftest import wait_for
-from tests.server.launched import ADAPTERS, PROMPT, Server, alive, make_files
+from tests.server.launched import ADAPTERS, PROMPT, Server, alive
 
 BIN, CONFIG, WEIGHTS = "adapter_model.bin", "adapter_config.json", "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(model, directory of adapters)."""
-    return make_files(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

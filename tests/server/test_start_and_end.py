@@ -14,13 +14,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import wait_for
-from tests.server.launched import PROMPT, ROOT, Server, alive, children_of, make_files
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(model, directory of adapters)."""
-    return make_files(tmp_path_factory.mktemp("served"))
+from tests.server.launched import PROMPT, ROOT, Server, alive, children_of
 
 
 @pytest.fixture
