@@ -29,15 +29,14 @@ def engine() -> Iterator[Engine]:
 def test_right_on_held_out_words(engine: Engine, task: str) -> None:
     outputs = engine.generate([f"{word}>" for word in WORDS], GREEDY, lora_path=None if task == "base" else task)
     wrong = [(word, out["text"]) for word, out in zip(WORDS, outputs, strict=True) if out["text"] != TASKS[task](word)]
-    assert len(wrong) <= 0.05 * len(WORDS), wrong
+    assert not wrong  # README: 100 % right; the least likely token of all answers has a probability of 0.58
 
 
 def test_one_batch_of_all_adapters(engine: Engine) -> None:
     """Every word through every task in one call, the adapter changing from prompt to prompt."""
     pairs = [(word, task) for word in WORDS[:20] for task in TASKS]
     outputs = engine.generate([f"{word}>" for word, _ in pairs], GREEDY, lora_path=[None if task == "base" else task for _, task in pairs])
-    right = sum(out["text"] == TASKS[task](word) for (word, task), out in zip(pairs, outputs, strict=True))
-    assert right >= 0.95 * len(pairs)
+    assert [out["text"] for out in outputs] == [TASKS[task](word) for word, task in pairs]
 
 
 def test_chat_prompt_is_the_word_and_a_mark() -> None:
