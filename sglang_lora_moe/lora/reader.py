@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -122,25 +123,26 @@ def run_child(fd: int) -> None:
     torch.set_num_threads(1)  # its tensors are small, and the cores belong to the steps
     connection = Connection(fd)
     import_module("sglang_lora_moe.models.loader")  # whose functions rules hold: importing transformers takes seconds, which no adapter waits for
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the parent has gone
+        while True:
             rules, layout = pickle.loads(connection.recv_bytes())
-            path = connection.recv_bytes().decode()
-        except (EOFError, ConnectionError):
-            return
-        memory = os.memfd_create("adapter")
-        try:
-            packed = layout.pack(read_adapter(path, rules), partial(_allocate, memory, dtype=layout.dtype))
-            answer: Any = replace(packed, image=torch.empty(0, dtype=layout.dtype)), packed.image.numel()
-            del packed
-        except (ValueError, OSError) as error:
-            answer = error
-        except Exception as error:  # whatever is in a file, the server goes on and says what happened
-            answer = RuntimeError(f"{type(error).__name__}: {error}")
-        connection.send_bytes(pickle.dumps(answer))
-        if not isinstance(answer, Exception):
-            send_handle(connection, memory, os.getppid())
-        os.close(memory)
+            _answer(connection, connection.recv_bytes().decode(), rules, layout)
+
+
+def _answer(connection: Connection, path: str, rules: AdapterRules, layout: PoolLayout) -> None:
+    """Read one adapter and send it, or what is wrong with it."""
+    memory = os.memfd_create("adapter")
+    try:
+        packed = layout.pack(read_adapter(path, rules), partial(_allocate, memory, dtype=layout.dtype))
+        answer: Any = replace(packed, image=torch.empty(0, dtype=layout.dtype)), packed.image.numel()
+    except (ValueError, OSError) as error:
+        answer = error
+    except Exception as error:  # whatever is in a file, the server goes on and says what happened
+        answer = RuntimeError(f"{type(error).__name__}: {error}")
+    connection.send_bytes(pickle.dumps(answer))
+    if not isinstance(answer, Exception):
+        send_handle(connection, memory, os.getppid())
+    os.close(memory)
 
 
 def _allocate(memory: int, elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -345,15 +345,19 @@ def test_a_pinned_adapter_leaves_host_memory_to_others() -> None:
 
 
 # ---- the child that reads -------------------------------------------------------------------------------------------
-def test_the_child_imports_what_it_needs_before_the_first_adapter(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_imports_what_it_needs_first_and_ends_quietly(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cold.core.lora is not None
+    reader = cold.core.lora.reader
     imported: list[str] = []
     for owner, name, value in ((reader_module, "import_module", imported.append), (os, "nice", int), (torch, "set_num_threads", int)):
         monkeypatch.setattr(owner, name, value)
-    ours, theirs = Pipe()
-    ours.close()
-    reader_module.run_child(os.dup(theirs.fileno()))  # to which nothing is sent
-    assert cold.core.lora is not None
-    assert imported == [type(cold.core.lora.reader.rules.rename.__self__).__module__]  # type: ignore[attr-defined]
+    for messages in ([], [reader._pickled, str(other_adapter_path(1)).encode()]):  # the parent goes while it waits, and while it reads
+        ours, theirs = Pipe()
+        for message in messages:
+            ours.send_bytes(message)
+        ours.close()
+        reader_module.run_child(os.dup(theirs.fileno()))
+    assert imported == [type(reader.rules.rename.__self__).__module__] * 2  # type: ignore[attr-defined]
 
 
 def test_the_child_reads_the_same_and_is_replaced_when_it_dies(cold: Engine) -> None:
