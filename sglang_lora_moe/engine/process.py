@@ -62,7 +62,12 @@ def decode_to_engine(frame: bytes) -> list[FrontMessage]:
 
 def encode_from_engine(messages: list[EngineMessage]) -> bytes:
     outputs = [message for message in messages if isinstance(message, TokenOutput)]
-    return encode(_EngineFrame(outputs, [message for message in messages if isinstance(message, Reply)]))
+    replies = [message for message in messages if isinstance(message, Reply)]
+    try:
+        return encode(_EngineFrame(outputs, replies))
+    except UnicodeEncodeError:  # names of files, or in them, may be no Unicode
+        text = json.dumps([dataclasses.asdict(reply) for reply in replies], ensure_ascii=False).encode(errors="replace")
+        return encode(_EngineFrame(outputs, [Reply(**fields) for fields in json.loads(text)]))
 
 
 def decode_from_engine(frame: bytes) -> list[EngineMessage]:

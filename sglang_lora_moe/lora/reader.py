@@ -72,8 +72,7 @@ class _Child:
         with self._lock:
             connection = self._connect()
             try:
-                connection.send_bytes(rules_and_layout)
-                connection.send_bytes(path.encode())
+                connection.send_bytes(pickle.dumps((rules_and_layout, path)))
                 if not connection.poll(PATIENCE) and self._process is not None:
                     self._process.kill()
                 answer = pickle.loads(connection.recv_bytes())
@@ -125,8 +124,8 @@ def run_child(fd: int) -> None:
     import_module("sglang_lora_moe.models.loader")  # whose functions rules hold: importing transformers takes seconds, which no adapter waits for
     with suppress(EOFError, ConnectionError):  # the parent has gone
         while True:
-            rules, layout = pickle.loads(connection.recv_bytes())
-            _answer(connection, connection.recv_bytes().decode(), rules, layout)
+            rules_and_layout, path = pickle.loads(connection.recv_bytes())
+            _answer(connection, path, *pickle.loads(rules_and_layout))
 
 
 def _answer(connection: Connection, path: str, rules: AdapterRules, layout: PoolLayout) -> None:

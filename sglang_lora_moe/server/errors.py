@@ -81,7 +81,7 @@ def validation_error(errors: list[Any]) -> RequestError:
     if kind == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}", code="invalid_json")
     location = [part for part in first["loc"] if part not in ("body", "query", "path")]
-    names = [str(part) for i, part in enumerate(location) if i == 0 or not _is_union_member(part)]
+    names = [part for i, part in enumerate(map(str, location)) if i == 0 or not (part in _UNION_MEMBERS or "[" in part or part[:1].isupper())]
     if kind in (UNSUPPORTED, UNKNOWN):
         names.append(first["ctx"]["name"])
     field = ".".join(names)
@@ -105,10 +105,6 @@ def validate(model: type[M], data: Any, where: str) -> M:
     except RequestError as error:
         error.param = f"{where}.{error.param}"
         raise
-
-
-def _is_union_member(part: Any) -> bool:
-    return isinstance(part, str) and (part in _UNION_MEMBERS or "[" in part or part[:1].isupper())
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -99,6 +99,8 @@ def test_messages_survive_their_encoding() -> None:
         Reply("b", {"x": [1, {"y": None}]}, "no", 404, "p", "c", 5),
     ]
     assert decode_from_engine(encode_from_engine(list(said))) == said
+    strange = Reply("b", {"warnings": ["\ud800"]}, "\udce9.bin")  # as files may name things
+    assert decode_from_engine(encode_from_engine([said[0], strange])) == [said[0], Reply("b", {"warnings": ["?"]}, "?.bin")]
 
 
 def test_answers_equal_transformers(session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -351,10 +352,10 @@ def test_the_child_imports_what_it_needs_first_and_ends_quietly(cold: Engine, mo
     imported: list[str] = []
     for owner, name, value in ((reader_module, "import_module", imported.append), (os, "nice", int), (torch, "set_num_threads", int)):
         monkeypatch.setattr(owner, name, value)
-    for messages in ([], [reader._pickled, str(other_adapter_path(1)).encode()]):  # the parent goes while it waits, and while it reads
+    for asked in (False, True):  # the parent goes while it waits, and while it reads
         ours, theirs = Pipe()
-        for message in messages:
-            ours.send_bytes(message)
+        if asked:
+            ours.send_bytes(pickle.dumps((reader._pickled, str(other_adapter_path(1)))))
         ours.close()
         reader_module.run_child(os.dup(theirs.fileno()))
     assert imported == [type(reader.rules.rename.__self__).__module__] * 2  # type: ignore[attr-defined]

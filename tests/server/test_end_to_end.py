@@ -178,6 +178,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: os.truncate(path / WEIGHTS, 5000), WEIGHTS),
     "no config": (lambda path: (path / CONFIG).unlink(), CONFIG),
     "broken config": (lambda path: (path / CONFIG).write_text("{"), CONFIG),
+    "no Unicode": (lambda path: edit_adapter(path, lambda _, config: config.update({"use_\ud800": True})), "use_?"),
     "nothing there": (lambda path: shutil.rmtree(path), "bad"),
 }
 
