@@ -5,8 +5,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from sglang_lora_moe.core import RequestError
 from sglang_lora_moe.engine.front import LONG_TEXT
 from sglang_lora_moe.engine.tokenizer import encode
@@ -53,7 +51,7 @@ class ChatRenderer:
                 tokenize=False,
                 **self._variables(request),
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever a template does with what was sent
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages", code="invalid_value") from error
         return encode(self._tokenizer, text, self._capacity, "messages", add_special_tokens=False)
 

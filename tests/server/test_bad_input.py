@@ -307,11 +307,12 @@ def test_no_tokenizer(client_of: Any) -> None:
     assert choice["text"] == "" and choice["logprobs"]["tokens"] == ["token_id:75", "token_id:72"] * 2
 
 
-def test_template_that_refuses(client_of: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize("text, words", [("{{ raise_exception('only one message') }}", "only one message"), ("{{ 1 // (messages | length - 1) }}", "by zero")])
+def test_template_that_refuses(client_of: Any, tmp_path: Any, text: str, words: str) -> None:
     template = tmp_path / "template.jinja"
-    template.write_text("{{ raise_exception('only one message') }}")
+    template.write_text(text)
     error = error_of(client_of(FakeEngine(chat_template=str(template))).post("/v1/chat/completions", json=CHAT))
-    assert "only one message" in error["message"] and error["param"] == "messages"
+    assert words in error["message"] and error["param"] == "messages"
 
 
 def test_unknown_route_and_method(client: TestClient) -> None:
