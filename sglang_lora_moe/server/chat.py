@@ -41,7 +41,7 @@ class ChatRenderer:
             way_out = "use /v1/completions, or start the server with --chat-template FILE"
             raise RequestError(f"messages: the tokenizer of this model has no chat template; {way_out}", param="messages", code="no_chat_template")
         messages = [message.plain(f"messages.{i}") for i, message in enumerate(request.messages)]
-        continues = request.continue_final_message
+        continues, variables = request.continue_final_message, self._variables(request)
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
@@ -49,7 +49,7 @@ class ChatRenderer:
                 add_generation_prompt=request.add_generation_prompt and not continues,
                 continue_final_message=continues,
                 tokenize=False,
-                **self._variables(request),
+                **variables,
             )
         except Exception as error:  # whatever a template does with what was sent
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages", code="invalid_value") from error
