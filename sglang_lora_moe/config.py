@@ -100,8 +100,10 @@ class Config:
             flag, value = f"--{f.name.replace('_', '-')}", getattr(self, f.name)
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise ValueError(f"{flag} must be one of {', '.join(f.metadata['choices'])}, got {value!r}")
-            if "lora" in f.name and value not in (f.default, []) and not (self.enable_lora or self.lora_paths):
+            if "lora" in f.name and value and value != f.default and not (self.enable_lora or self.lora_paths):
                 raise ValueError(f"{flag} does nothing without --enable-lora or --lora-paths")
+            if f.name in ("api_key", "admin_api_key") and value == "":
+                raise ValueError(f"{flag} must not be empty, as an unset variable is: every request would have it")
         positive = ("max_loras_per_batch", "max_running_requests", "max_queued_requests", "page_size", "chunked_prefill_size")
         for name in (*positive, "max_lora_rank", "max_loaded_loras", "max_total_tokens", "context_length"):
             value = getattr(self, name)
@@ -115,9 +117,6 @@ class Config:
             raise ValueError("--model-path is required: the directory of the base model")
         if self.served_model_name and ":" in self.served_model_name:
             raise ValueError(f"--served-model-name must not contain ':', got {self.served_model_name!r}: 'base:adapter' names an adapter")
-        for name in ("api_key", "admin_api_key"):
-            if getattr(self, name) == "":
-                raise ValueError(f"--{name.replace('_', '-')} must not be empty, as an unset variable is: every request would have it")
 
     @property
     def base_name(self) -> str:

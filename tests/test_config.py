@@ -74,6 +74,7 @@ def test_what_can_never_work_is_refused_without_the_command_line_too() -> None:
     with pytest.raises(ValueError, match="--max-lora-rank does nothing without --enable-lora or --lora-paths"):
         Config(model_path="/m", max_lora_rank=32).validate()
     Config(model_path="/m", max_lora_rank=32, lora_paths=["/a"]).validate()
+    Config(model_path="/m", lora_paths=(), lora_target_modules=[]).validate()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -258,8 +258,9 @@ class LoRAManager:
         return old is not None and not old.in_use and old.revision in self.host and self.registry.entries(old.revision) == [old]
 
     def _make_room(self) -> bool:
-        """Whether host memory has room for one more adapter, after what may go for it has gone."""
-        going = self.host.make_room(self._may_go)
+        """Whether host memory has room for one more adapter, after what may go for it has gone, pinned ones only if no other may."""
+        going = self.host.make_room(lambda adapter: adapter.revision not in self.slots.pinned and self._may_go(adapter))
+        going = self.host.make_room(self._may_go) if going is None else going
         for adapter in going or ():
             self.slots.absent.add(adapter.revision)
             self._loader.discard(adapter.image)

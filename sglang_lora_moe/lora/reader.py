@@ -134,10 +134,8 @@ def _answer(connection: Connection, path: str, rules: AdapterRules, layout: Pool
     try:
         packed = layout.pack(read_adapter(path, rules), partial(_allocate, memory, dtype=layout.dtype))
         answer: Any = replace(packed, image=torch.empty(0, dtype=layout.dtype)), packed.image.numel()
-    except (ValueError, OSError) as error:
-        answer = error
     except Exception as error:  # whatever is in a file, the server goes on and says what happened
-        answer = RuntimeError(f"{type(error).__name__}: {error}")
+        answer = error if isinstance(error, ValueError | OSError) else RuntimeError(f"{type(error).__name__}: {error}")
     connection.send_bytes(pickle.dumps(answer))
     if not isinstance(answer, Exception):
         send_handle(connection, memory, os.getppid())

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from sglang_lora_moe import __version__
 from sglang_lora_moe.core import RequestError, SamplingParams
@@ -31,15 +31,18 @@ def control_routes(service: Service) -> APIRouter:
     engine = service.engine
 
     @router.get("/health")
-    async def health() -> Response:
-        return _health(engine.healthy, "the engine does not run")
+    async def health() -> dict[str, str]:
+        if not engine.healthy:
+            raise RequestError("the engine does not run", 503, code="unhealthy")
+        return {"status": "ok"}
 
     @router.get("/health_generate")
-    async def health_generate() -> Response:
+    async def health_generate() -> dict[str, str]:
         try:
-            return _health(await asyncio.wait_for(_generates(service), HEALTH_SECONDS), "the engine does not run")
-        except asyncio.TimeoutError:
-            return _health(False, f"no token within {HEALTH_SECONDS:g} seconds")
+            await asyncio.wait_for(_generates(service), HEALTH_SECONDS)
+        except asyncio.TimeoutError as error:
+            raise RequestError(f"no token within {HEALTH_SECONDS:g} seconds", 503, code="unhealthy") from error
+        return await health()
 
     @router.get("/model_info")
     @router.get("/get_model_info")
@@ -72,14 +75,8 @@ def control_routes(service: Service) -> APIRouter:
     return router
 
 
-def _health(healthy: bool, message: str) -> Response:
-    if healthy:
-        return JSONResponse({"status": "ok"})
-    raise RequestError(message, 503, code="unhealthy")
-
-
-async def _generates(service: Service) -> bool:
-    """A token comes: of a request made for this or, as that may have to wait for its turn or find the queue full, of any other."""
+async def _generates(service: Service) -> None:
+    """Wait until a token comes: of a request made for this or, as that may have to wait for its turn or find the queue full, of any other."""
     engine, before = service.engine, service.engine.num_outputs
     ids = engine.model_info["eos_token_ids"][:1] or [0]
     request = GenerateRequest(input_ids=list(ids), sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True), rid=f"health-{new_id()}")
@@ -92,4 +89,3 @@ async def _generates(service: Service) -> bool:
         own.cancel()
         await asyncio.gather(own, return_exceptions=True)
         await chunks.aclose()
-    return engine.healthy

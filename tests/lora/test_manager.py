@@ -241,7 +241,7 @@ class Soak:
 
 @pytest.mark.parametrize("most_loaded", [None, 3])  # with the limit some wait on disk, and are read again
 def test_soak(most_loaded: int | None) -> None:
-    limits: dict[str, Any] = {"max_loras_per_batch": 2, "max_loaded_loras": most_loaded, "max_total_tokens": 240, "max_running_requests": 12}
+    limits: dict[str, Any] = {"max_loras_per_batch": 2, "max_loaded_loras": most_loaded, "max_total_tokens": 200, "max_running_requests": 12}
     with make_engine(adapters=(), max_lora_rank=16, **limits) as engine:
         soak = Soak(engine)
         for _ in range(150):

@@ -42,8 +42,7 @@ def get_moe_runner_backend(name: str, device: torch.device | str, quant_method: 
 
 def make_core(name: str) -> MoeRunnerCore:
     """The core of a backend that `get_moe_runner_backend` returned."""
-    core: MoeRunnerCore = getattr(import_module(f"{__name__}.{name}"), BACKENDS[name][0])()
-    return core
+    return getattr(import_module(f"{__name__}.{name}"), BACKENDS[name][0])()
 
 
 def make_lora_ops(name: str) -> "ExpertLoRAOps":
