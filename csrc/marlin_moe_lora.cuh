@@ -121,10 +121,12 @@ DEVICE bool by_queue(const Work& w) { return w.grain == w.k_steps; }
 
 template <class S>
 DEVICE void enter_tile(const MarlinMoeGemm& a, const MarlinMoeSlots& b, const Derived& d, const Work& w, const Shared& s, RowLoader<S>& l) {
+  uint32_t next = 0;
+  if (by_queue(w) && thread_index() == 0) next = gridDim.x + take_ticket(slot_counters(a));  // the tile after this one, on its way while this one is found
   const Tile tile = find_tile(a, d, w, l.unit / w.k_steps);
   const int pair = lane_index() < tile.rows ? a.sorted_pairs[tile.start + lane_index()] : -1;
   place_tile<S>(a, d, s, tile, l);
-  if (by_queue(w) && thread_index() == 0) s.before[1 + l.entered % 2] = gridDim.x + take_ticket(slot_counters(a));  // the tile after this one
+  if (by_queue(w) && thread_index() == 0) s.before[1 + l.entered % 2] = next;
   l.left = 0xffffffffu, l.first = 0;
   l.slot = pair < 0 ? -1 : b.slots[d.token_of(pair)];  // waited for at the tile's end
 }
@@ -225,7 +227,7 @@ DEVICE Work begin_tiles(const MarlinMoeGemm& a, const MarlinMoeSlots& b, const D
   return w;
 }
 
-// Weights of the first stages, which are older than the kernel before this one; then its end, and this block's items. Returns how many stages.
+// The first stages, whose weights are older than the kernel before this one; x at its end; then this block's items. Returns how many stages.
 template <class S>
 DEVICE int shrink(const MarlinMoeGemm& a, const MarlinMoeSlots& b, const Derived& d, const Work& w, const Shared& s, RowLoader<S>& l) {
   static_assert(S::kStageBytes >= 4 * kItemRows * kItemRanks * 4 && S::kThreads == kItemRows * kItemRanks);
@@ -241,6 +243,13 @@ DEVICE int shrink(const MarlinMoeGemm& a, const MarlinMoeSlots& b, const Derived
   for (; loaded < S::kAhead && loaded < left; loaded++, l.k_step++) load_weights<S>(a, d, s, l, loaded);
   l.k_step = k_step;
   if (a.early) wait_for_previous_kernel(), allow_next_kernel();
+#pragma unroll 1
+  for (int i = 0; i < loaded; i++) {
+    if (thread_index() == 0) s.more[i] = 0;
+    load_x<S>(a, s, l, i);
+    cp_commit();
+    l.unit++, l.k_step++;
+  }
   while (item.any) {
     item.run(a, b, sums, matrix);
     if (thread_index() == 0) publish_add(counters + 1, 1), *s.before = take_ticket(counters);
@@ -264,12 +273,11 @@ KERNEL void __launch_bounds__(S::kThreads, kSlotResident<S>) gemm_by_slot(Marlin
   sync_block();
   RowLoader<S> l;
   const Work w = begin_tiles<S>(a, b, d, s, l);
-  int loaded = 0;
+  int loaded = 0, unit = l.unit, slot = 0;
   if constexpr (kShrinks<S>) loaded = shrink<S>(a, b, d, w, s, l);
-  int unit = l.unit, slot = 0;
   if (l.entered > 0)  // behind this block's items: whoever gets to a tile's end here waits for all of them
 #pragma unroll 1
-    for (int i = 0; i < S::kAhead; i++) load_stage<S>(a, b, d, w, s, l, i, i >= loaded), cp_commit();
+    for (int i = loaded; i < S::kAhead; i++) load_stage<S>(a, b, d, w, s, l, i, true), cp_commit();
   sync_block();  // the first tile's record is there
 
   for (int done = 0; done < l.entered; done++) {  // at a tile's end the next one has been entered, if there is one
