@@ -16,20 +16,22 @@ constexpr int kTold = -2;
 constexpr int kLower = 0xffff, kOne = kLower + 1;  // of a word of a tile: what it says, and one of what is counted above
 
 // What a kernel is compiled for: tokens of a tile, and with fewer of them more stages. Tiles of 72 tokens have 128 rows and one multiplying warpgroup, so that
-// two blocks share a multiprocessor: one's weights come while the other ends a tile.
-template <int TOKENS, int HALVES, int CLUSTER>
+// two blocks share a multiprocessor: one's weights come while the other ends a tile. ROOM: with fewer stages and
+// registers, so that a block begins while one of the shrink before it still runs on its multiprocessor.
+template <int TOKENS, int HALVES, int CLUSTER, bool ROOM = false>
 struct Form {
   static constexpr int kTokens = TOKENS, kHalves = HALVES, kCluster = CLUSTER;
   static constexpr int kGroups = TOKENS == 72 ? 1 : 2, kRows = 128 * kGroups, kBlocks = 2 / kGroups;  // multiplying warpgroups; blocks on a multiprocessor
   static constexpr int kWarps = 4 * kGroups, kThreads = kFetchers + 32 * kWarps;
   static constexpr bool kMakes = HALVES == 2 && CLUSTER == 1;  // the next product's s, if asked to
-  static constexpr int kWeightBytes = kRows * 128, kStages = TOKENS > 32 ? 4 : 6, kStageBytes = kWeightBytes + TOKENS * 128;
+  static constexpr int kWeightBytes = kRows * 128, kStages = TOKENS > 32 || ROOM ? 4 : 6, kStageBytes = kWeightBytes + TOKENS * 128;
   static constexpr int kPitch = 256 / HALVES + 16;  // bytes of a token that leaves through shared memory
   static constexpr int kChunk = (TOKENS == 144 ? 40 : TOKENS == 72 ? 8 : 16) * HALVES;  // tokens that leave at once
   static constexpr int kOutBytes = kChunk * kPitch;
   static constexpr int kSharedBytes = kStages * kStageBytes + kGroups * kOutBytes + kGroups * TOKENS * 4 + (kGroups == 2 ? 512 : 384);
   static constexpr int kPasses = (TOKENS * 8 + kFetchers - 1) / kFetchers;  // rows of x that a fetching thread brings a sixteen-byte piece of
-  static constexpr int kFetcherRegisters = kGroups == 2 ? 136 : 120, kMultiplierRegisters = kGroups == 2 ? 184 : 136;
+  static constexpr int kFetcherRegisters = ROOM ? 112 : kGroups == 2 ? 136 : 120, kMultiplierRegisters = kGroups == 1 || ROOM ? 136 : 184;
+  static constexpr int kBound = ROOM ? 512 : kThreads;  // so many threads would each have as many registers as each of these
   static_assert((kSharedBytes + 1024) * kBlocks <= 228 * 1024, "the blocks' shared memory");
 };
 
@@ -416,8 +418,9 @@ struct Walk {
   uint32_t coming = 0, turns = 0;
 
   DEVICE int stride() const { return (int)gridDim.x >> (a.cluster - 1); }
+  DEVICE uint32_t* count() const { return (uint32_t*)a.tiles + (a.behind ? 0 : 3); }  // each product of a layer has its own
   DEVICE void ask() {  // for the tile behind `after`, told in turn()
-    if (a.queued && thread_index() == 0) coming = take_ticket((uint32_t*)a.tiles + (a.behind ? 0 : 3), kOne);  // each product of a layer has its own count
+    if (a.queued && thread_index() == 0) coming = take_ticket(count(), kOne);
   }
   DEVICE int told() {
     if (!a.queued) return after + stride();
@@ -426,9 +429,9 @@ struct Walk {
     sync_warpgroup(3);
     return stride() + (int)*word;
   }
-  DEVICE void begin() {
-    after = now;
-    for (int i = 0; i < 2; i++) ask(), next = after, after = told();
+  DEVICE void begin() {  // both at once: a ticket is a round trip
+    if (a.queued && thread_index() == 0) coming = take_ticket(count(), 2 * kOne);
+    after = now, next = told(), after = next + (a.queued ? 1 : stride());
   }
   DEVICE void turn() {
     now = next, next = after, after = told();

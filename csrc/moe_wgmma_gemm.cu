@@ -346,7 +346,7 @@ DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
 }
 
 template <class T, class F>
-KERNEL void __launch_bounds__(F::kThreads, F::kBlocks) gemm(const MoeWgmmaGemm a, const GRID_CONSTANT TensorMap map, Divider top_k) {
+KERNEL void __launch_bounds__(F::kBound, F::kBlocks) gemm(const MoeWgmmaGemm a, const GRID_CONSTANT TensorMap map, Divider top_k) {
 #if SM90  // elsewhere an empty kernel, which is never launched: ops/moe_wgmma_gemm.py refuses
   SMEM_DECL;
   const Shared<F> shared(smem_);
@@ -395,6 +395,9 @@ int enqueue(const MoeWgmmaGemm& a, void* stream) {
 template <class T, int HALVES>
 int dispatch(const MoeWgmmaGemm& a, void* stream) {
   if (a.cluster == 2) return enqueue<T, Form<144, HALVES, 2>>(a, stream);
+  if constexpr (HALVES == 2) {
+    if (a.tokens == 32 && a.s && a.s_width <= 32) return enqueue<T, Form<32, HALVES, 1, true>>(a, stream);
+  }
   if (a.tokens == 72) return enqueue<T, Form<72, HALVES, 1>>(a, stream);
   return a.tokens == 144 ? enqueue<T, Form<144, HALVES, 1>>(a, stream) : enqueue<T, Form<32, HALVES, 1>>(a, stream);
 }
