@@ -11,21 +11,24 @@ struct Drawing : S {
 };
 
 // With adapters blocks beside the shrink begin late and equal shares end late with them: where there is more than a tile for each block they draw tiles,
-// and where these do not come out even, some of the last ones in halves. Without adapters, or with two whole tiles for most, that takes longer.
+// some of the last ones in halves where these do not come out even or are many. Without adapters, or with two whole tiles for most, that takes longer.
 constexpr int kLeastSteps = 4;  // of a tile that is drawn
+constexpr int kMostSteps = 16;  // of tiles of which the last are halves though all come out whole: measured, longer ones end later
 DEVICE Work queue_up(const MarlinMoeGemm& a, const Derived& d) {
   Work w = share_work(a, d, false, 92, 100);
-  const int grid = (int)gridDim.x;
+  const int grid = w.given = (int)gridDim.x;
   const bool even = w.grain == w.k_steps;
   if (w.outputs < grid || w.k_steps < kLeastSteps || (even && w.outputs <= 2 * grid)) return w;
-  w.whole = even ? w.outputs : w.outputs - grid / 4, w.items = 2 * w.outputs - w.whole;
+  const bool cut = even && w.k_steps <= kMostSteps;
+  w.whole = w.outputs - (cut ? grid / 8 : even ? 0 : grid / 4), w.items = 2 * w.outputs - w.whole;
+  if (cut && 2 * w.items >= 5 * grid) w.given = 0;
   return w;
 }
 
 template <class S>
 DEVICE void enter_tile(const MarlinMoeGemm& a, const Derived& d, const Work& w, const Shared& s, Loader<S>& l) {
   uint32_t next = 0;
-  if (S::kDraws && w.items && thread_index() == 0) next = gridDim.x + take_ticket(slot_counters(a));  // on its way while the tile is found
+  if (S::kDraws && w.items && thread_index() == 0) next = w.given + take_ticket(slot_counters(a));  // on its way while the tile is found
   const int output = l.unit / w.k_steps, slot = l.entered % kQueue;
   const Tile tile = find_tile(a, d, w, output);
   if (a.low && (!a.early || (S::kDraws ? l.adapters.last >= 0 : l.entered > 0))) l.adapters.ask(a, tile.index);
@@ -55,6 +58,13 @@ DEVICE bool draw_item(const Work& w, const Shared& s, Loader<S>& l) {
   begin_item<S>(w, item, l);
   l.k_step = w.k_steps;
   return true;
+}
+
+// A block has taken its last ticket: the last one that says so puts the counters back.
+template <class S>
+DEVICE void leave_queue(const MarlinMoeGemm& a, const Work& w) {
+  uint32_t* const counters = slot_counters(a);
+  if (S::kDraws && w.items && thread_index() == 0 && arrive(counters + 1) == gridDim.x - 1) counters[0] = counters[1] = 0;
 }
 
 // The next stage of adapters of the tile whose weights are loaded, if there is one.
@@ -111,10 +121,15 @@ KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, D
   if (!a.early) wait_for_previous_kernel(), allow_next_kernel();
   const Shared s = carve<S>(d, smem_);
   const Work w = S::kDraws ? queue_up(a, d) : share_work(a, d, false);
-  const int block = (int)blockIdx.x;
-  if (block >= w.blocks || w.units == 0) {
+  int block = (int)blockIdx.x;
+  if (S::kDraws && w.given == 0) {
+    if (thread_index() == 0) *s.before = take_ticket(slot_counters(a));
+    sync_block();
+    block = (int)*s.before;
+  }
+  if (block >= (S::kDraws && w.items ? w.items : w.blocks) || w.units == 0) {
     if (a.early) wait_for_previous_kernel();  // so that whoever waits for this kernel has waited for those before
-    return;
+    return leave_queue<S>(a, w);
   }
   Loader<S> l;
   l.unit = w.first(block), l.end = w.first(block + 1), l.entered = 0;
@@ -155,10 +170,7 @@ KERNEL void __launch_bounds__(S::kThreads, kResident<S>) gemm(MarlinMoeGemm a, D
     if (a.early == 2) wait_for_previous_kernel(), allow_next_kernel();
     if (stores) store_tile<S>(a, s.tiles[done % kQueue], s.pairs + done % kQueue * S::kTokens, sums);
   }
-  if (S::kDraws && w.items && thread_index() == 0) {
-    uint32_t* const counters = slot_counters(a);
-    if (arrive(counters + 1) == gridDim.x - 1) counters[0] = counters[1] = 0;
-  }
+  leave_queue<S>(a, w);
 }
 
 // By wgmma, 16 ranks of B from r0 on where the tensor copy engine cannot bring them. WHOLE: ranks that divide by 8.

@@ -127,6 +127,7 @@ struct Work {
   int share, more;     // units of a block; the first `more` blocks have `grain` units more
   int grain;           // k_steps where blocks take whole tiles, else 1
   int whole, items;    // drawn from a queue: so many whole tiles, then halves of the others; 0 items: each block has its share
+  int given = 0;       // of these, one for each block to begin with; 0: where there are many a block draws its first, too, so that one that begins late does fewer
   DEVICE int first(int block) const { return block * share + (block < more ? block : more) * grain; }
   DEVICE int block_of(int unit) const {  // where blocks share tiles
     const int larger = more * (share + 1);
