@@ -8,10 +8,18 @@ from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora.dense import DenseDelta, Part
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.moe.workspace import Workspace
-from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
+from sglang_lora_moe.ops import middle_linear
+from sglang_lora_moe.ops.lora_linear import (
+    COUNTS,
+    ROWS_MAX,
+    LinearAddend,
+    PartTables,
+    embedding_delta,
+    linear_expand,
+    linear_shrink,
+    shrink_splits,
+)
 from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_halves, half_for
-
-NORM_MAX = 256  # tokens up to which a norm begins what adapters add to the linear after it; beyond, a launch of its own is faster
 
 
 class TritonDense(DenseDelta):
@@ -24,6 +32,7 @@ class TritonDense(DenseDelta):
         self.ctx, self.grouped = ctx, grouped
         self.workspace = Workspace(ctx.device)
         self._tables: dict[int, PartTables] = {}
+        self._counts = torch.zeros(COUNTS, dtype=torch.int32, device=ctx.device)
         self._halves = empty_halves(0, ctx.device)  # for kernels that do all of a linear
 
     def prepare(self, parts: Sequence[Part]) -> None:
@@ -39,16 +48,10 @@ class TritonDense(DenseDelta):
         embedding_delta(y, ids, stacks, self.ctx.token_slots[: ids.shape[0]])
 
     def plan(self, parts: Sequence[Part], tokens: int, splits: int | None) -> LinearAddend | None:
-        """s [splits, tokens, parts, width], which the kernel before the linear fills. `splits` None: a norm, for up to NORM_MAX tokens."""
-        if self.grouped and splits is not None:
+        """s [splits, tokens, parts, width], which the kernel before the linear fills. `splits` None: a norm, which does for few tokens."""
+        if self.grouped or (splits is None and tokens > ROWS_MAX):
             return None
-        if splits is not None or (tokens <= ROWS_MAX and not self.grouped):
-            return self._addend(parts, "tokens", tokens, splits or 1, f"dense.plan{splits or 1}")
-        if tokens > NORM_MAX:
-            return None
-        a = self._tables[id(parts)].a
-        splits = shrink_splits(tokens, a.dim, a.shrink_width)
-        return self._addend(parts, "tokens", tokens, splits, "dense.norm", self.workspace.get("dense.scale", (tokens,), torch.float32))
+        return self._addend(parts, "tokens", tokens, splits or 1, f"dense.plan{splits or 1}")
 
     def within(self, parts: Sequence[Part], tokens: int) -> LinearAddend | None:
         """s is how the kernel's blocks hand A x to each other, in every linear of a model."""
@@ -62,13 +65,19 @@ class TritonDense(DenseDelta):
         return self._shrink(x, parts, "tokens", "dense.begin")
 
     def _shrink(self, x: torch.Tensor, parts: Sequence[Part], slot_source: str, name: str) -> LinearAddend:
-        low = self._addend(parts, slot_source, x.shape[0], shrink_splits(x.shape[0], x.shape[1], self._tables[id(parts)].a.shrink_width), name)
-        linear_shrink(x, low)
+        m, width = x.shape[0], self._tables[id(parts)].a.shrink_width
+        splits = shrink_splits(m, x.shape[1], width)
+        if not middle_linear.takes(m, width):
+            low = self._addend(parts, slot_source, m, splits, name)
+            linear_shrink(x, low)
+        else:
+            low = self._addend(parts, slot_source, m, 1, name)
+            linear_shrink(x, low, self.workspace.get("dense.splits", (splits, *low.s.shape[1:]), torch.float32), self._counts)
         return low
 
-    def _addend(self, parts: Sequence[Part], slot_source: str, tokens: int, splits: int, name: str, row_scale: torch.Tensor | None = None) -> LinearAddend:
+    def _addend(self, parts: Sequence[Part], slot_source: str, tokens: int, splits: int, name: str) -> LinearAddend:
         tables, ctx = self._tables[id(parts)], self.ctx
         s = self.workspace.get(name, (splits, tokens, tables.num_parts, tables.a.shrink_width), torch.float32)
         if slot_source == "logits":
             return LinearAddend(s, tables, ctx.logit_slots[:tokens])
-        return LinearAddend(s, tables, ctx.token_slots[:tokens], ctx.slot_order[:tokens], ctx.ordered_slots[:tokens], row_scale, self.grouped)
+        return LinearAddend(s, tables, ctx.token_slots[:tokens], ctx.slot_order[:tokens], ctx.ordered_slots[:tokens], self.grouped)

@@ -22,7 +22,7 @@ from sglang_lora_moe.layers.topk import Router
 from sglang_lora_moe.models.overrides.mla import AbsorbedMLA
 from sglang_lora_moe.ops import skinny_linear
 from sglang_lora_moe.ops.latent_attention import latent_queries, latent_values
-from sglang_lora_moe.ops.lora_linear import linear_expand
+from sglang_lora_moe.ops.lora_linear import ROWS_MAX, linear_expand
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
 from sglang_lora_moe.ops.router_topk import FEW_TOKENS, beside_norm, normed_logits, router_logits, router_topk
@@ -111,7 +111,7 @@ class FusedDecoder:
         )  # fmt: skip
         paged.calls += 1
         o_proj, alone = attention.o_proj, _whole(attention.o_proj, q.flatten(1)) is not None  # attention's output is as large and as wide
-        o_low = _plan(o_proj, t, paged.spec.num_heads) if backend.merges(paged) and not alone else None
+        o_low = _plan(o_proj, t, paged.spec.num_heads) if backend.merges(paged) and not alone and t <= ROWS_MAX else None
         out = backend.attend(q, paged, attention.sinks, o_low).flatten(1)
         if o_low is None and not alone:
             o_low = _begin(o_proj, out)

@@ -54,7 +54,7 @@ class PartTables:
         blocks = [(p, n, first + n, rows) for p, (_, first, rows) in enumerate(parts) for n in range(0, rows, self.block_n)]
         starts = [first for _, first, _ in parts] + [self.rows]
         self.divisor = math.gcd(*starts)
-        self.starts = torch.tensor(starts, dtype=torch.int32, device=device)  # [parts + 1] first row of y of each part
+        self.starts_list, self.starts = starts, torch.tensor(starts, dtype=torch.int32, device=device)  # [parts + 1] first row of y of each part
         self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [blocks, (part, row in it, row of y, rows of the part)]
 
     @staticmethod
@@ -79,7 +79,6 @@ class LinearAddend:
     slots: torch.Tensor  # int32 [M]
     order: torch.Tensor | None = None  # int32 [M], tokens by slot; None = as they come
     ordered_slots: torch.Tensor | None = None  # int32 [M], slots in that order
-    row_scale: torch.Tensor | None = None  # float32 [M] that s is still to be multiplied by; None = 1
     grouped: bool = False  # its reader owns tiles of tokens even where there are few
 
     @property
@@ -104,17 +103,11 @@ class LinearAddend:
         return (self.s, self.slots, *self._table_args(self.tables.a))
 
     def tile_args(self) -> tuple:
-        """s, scale of its rows, order, slots in order, then as `kernel_args`."""
-        return (self.s, self.row_scale, self.order, self._slots_in_order, *self._table_args(self.tables.b))
-
-    def tile_shrink_args(self) -> tuple:
-        """s, order, slots in order, pool, offset and rank of A, M, parts, elements of a part in s, distance of parts."""
-        _, m, parts, width = self.s.shape
-        a = self.tables.a
-        return (self.s, self.order, self._slots_in_order, a.pool, a.offset, a.rank, m, parts, width, self.tables.stride)
+        """s, order, slots in order, then as `kernel_args`."""
+        return (self.s, self.order, self.slots_in_order, *self._table_args(self.tables.b))
 
     @property
-    def _slots_in_order(self) -> torch.Tensor:
+    def slots_in_order(self) -> torch.Tensor:
         return self.slots if self.ordered_slots is None else self.ordered_slots
 
     def _table_args(self, stack: Stack) -> tuple:
@@ -167,28 +160,17 @@ def _load_a(pool_ptr, offset_ptr, rank_ptr, entry, slot, is_part, rr, K, k, want
 
 
 @triton.jit
-def _load_x(x_ptr, residual_ptr, weight_ptr, rows, k, inside, wanted):
-    """x, or bf16(x + residual) where there is one (as the norm rounds it), times weight where there is one: [BM, BK]."""
-    mask = inside[:, None] & wanted[None, :]
-    x = tl.load(x_ptr + rows + k[None, :], mask=mask, other=0.0)
-    if residual_ptr is not None:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + rows + k[None, :], mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + k, mask=wanted, other=0.0)
-        x = (x.to(tl.float32) * weight.to(tl.float32)[None, :]).to(x.dtype)
-    return x
-
-
-@triton.jit
-def shrink_tile(
-    x_ptr, residual_ptr, weight_ptr, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, K, block, job, split,
+def _shrink_kernel(
+    x_ptr, s_ptr, sum_ptr, counts_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, K,
     SPLITS: tl.constexpr, SHARES: tl.constexpr, PARTS_PAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     ONCE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """s[split, tokens of the block] = A x over the split's columns, all parts at once; job = rank block * SHARES + share of the slots.
+    """Grid (blocks of tokens, rank blocks * shares of the slots, splits): s[split, tokens of the block] = A x over the split's columns, all parts at once.
 
     ONCE: a split is one block of BK columns. Then A of the first slot is read before the kernel before this one is complete.
+    With sum_ptr the last program of a block, by a count that is zero before and after, adds up the splits, always in their order.
     """
+    block, job, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rm, slots, inside = tile_rows(order_ptr, slots_ptr, M, block, BM)
     column = tl.arange(0, PARTS_PAD * BR)
     part, rr = column // BR, job // SHARES * BR + column % BR
@@ -205,7 +187,7 @@ def shrink_tile(
     if ONCE:
         rank, a = _load_a(pool_ptr, offset_ptr, rank_ptr, entry, slot, is_part, rr, K, k, k < end)
         pdl_wait(PDL)
-        x = _load_x(x_ptr, residual_ptr, weight_ptr, rows, k, inside, k < end)
+        x = tl.load(x_ptr + rows + k[None, :], mask=inside[:, None] & (k < end)[None, :], other=0.0)
         while slot < NO_SLOT:
             acc = tl.dot(x, tl.trans(a.to(x.dtype)), input_precision=PRECISION)
             tl.store(s_rows, acc, mask=(slots == slot)[:, None] & (rr < rank)[None, :])
@@ -221,48 +203,25 @@ def shrink_tile(
             acc = tl.zeros((BM, PARTS_PAD * BR), dtype=tl.float32)
             for start in tl.range(0, end - begin, BK, num_stages=3):
                 wanted = start + k < end
-                x = _load_x(x_ptr, residual_ptr, weight_ptr, rows, start + k, mine, wanted)
+                x = tl.load(x_ptr + rows + start + k[None, :], mask=mine[:, None] & wanted[None, :], other=0.0)
                 a = tl.load(a_ptrs + start, mask=real[:, None] & wanted[None, :], other=0.0)
                 acc = tl.dot(x, tl.trans(a.to(x.dtype)), acc, input_precision=PRECISION)
             tl.store(s_rows, acc, mask=mine[:, None] & real[None, :])
             for _step in tl.static_range(SHARES):
                 slot = next_slot(slots, slot)
+    if sum_ptr is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(counts_ptr + block * (tl.num_programs(1) // SHARES) + job // SHARES, 1) == SPLITS * SHARES - 1:
+            place = (rm * parts)[:, None] * width + (part * width + rr)[None, :]
+            mask = inside[:, None] & (is_part & (rr < width))[None, :]
+            total = tl.zeros((BM, PARTS_PAD * BR), dtype=tl.float32)
+            for i in tl.static_range(SPLITS):
+                total += tl.load(s_ptr + i * M * parts * width + place, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(sum_ptr + place, total, mask=mask)
+            tl.store(counts_ptr + block * (tl.num_programs(1) // SHARES) + job // SHARES, 0)
 
 
-@triton.jit
-def _shrink_kernel(
-    x_ptr, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, K,
-    SPLITS: tl.constexpr, SHARES: tl.constexpr, PARTS_PAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    ONCE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of tokens, rank blocks * shares, splits)."""
-    shrink_tile(
-        x_ptr, None, None, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr,
-        M, parts, width, part_stride, K, tl.program_id(0), tl.program_id(1), tl.program_id(2),
-        SPLITS, SHARES, PARTS_PAD, BM, BR, BK, ONCE, PRECISION, PDL,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ShrinkShape:
-    """How a shrink of M tokens is cut into programs."""
-
-    blocks: int
-    jobs: int  # rank blocks * shares
-    splits: int
-    options: dict[str, int | str]
-
-    @classmethod
-    def of(cls, low: LinearAddend, dtype: torch.dtype) -> ShrinkShape:
-        (splits, m, parts, width), k = low.s.shape, low.tables.a.dim
-        br = max(16, min(64 // triton.next_power_of_2(parts), triton.next_power_of_2(width)))  # more of them spill
-        bm, shares, per_split = tile_tokens(m), tile_shares(m), triton.cdiv(k, splits)
-        once = bm == 16 and per_split <= 256
-        options: dict[str, int | str] = {
-            "SPLITS": splits, "SHARES": shares, "PARTS_PAD": triton.next_power_of_2(parts), "BM": bm, "BR": br, "ONCE": once,
-            "BK": max(16, triton.next_power_of_2(per_split)) if once else 128 if dtype.itemsize == 2 else 32, "PRECISION": launch.dot_precision(dtype),
-        }  # fmt: skip
-        return cls(triton.cdiv(m, bm), triton.cdiv(width, br) * shares, splits, options)
+COUNTS = 1 << 7  # of blocks of 16 tokens and 16 ranks, for 512 tokens and 64 ranks
 
 
 def shrink_splits(tokens: int, inputs: int, width: int = 16) -> int:
@@ -272,25 +231,36 @@ def shrink_splits(tokens: int, inputs: int, width: int = 16) -> int:
     return max(1, min(8, max(1, 128 // width), inputs // 256, 264 // triton.cdiv(tokens, tile_tokens(tokens))))
 
 
-def linear_shrink(x: torch.Tensor, low: LinearAddend) -> None:
-    """low.s float32 [splits, M, parts, width] = A x of x [M, in]; entries beyond a slot's rank and of slot -1 are undefined."""
-    a = low.tables.a
+def linear_shrink(x: torch.Tensor, low: LinearAddend, unsummed: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> None:
+    """low.s float32 [splits, M, parts, width] = A x of x [M, in]; entries beyond a slot's rank and of slot -1 are undefined.
+
+    `unsummed`, of that shape, and `counts`, int32 zeros, COUNTS of them: low.s is [1, ...], the sum of the splits, which lie in `unsummed` meanwhile.
+    """
+    into, total = (low.s, None) if unsummed is None else (unsummed, low.s)
+    a, (splits, m, parts, width) = low.tables.a, into.shape
     launch.expect("linear_shrink: x", x, (low.slots.shape[0], a.dim), x.dtype, a.pool.device)  # a router's x may be wider than the pool
-    shape = ShrinkShape.of(low, x.dtype)
-    _shrink_kernel[(shape.blocks, shape.jobs, shape.splits)](x, *low.tile_shrink_args(), x.shape[1], **shape.options, num_warps=4, **launch.options(x.device))
+    br = max(16, min(64 // triton.next_power_of_2(parts), triton.next_power_of_2(width)))  # more of them spill
+    bm, shares, per_split = tile_tokens(m), tile_shares(m), triton.cdiv(a.dim, splits)
+    once = bm == 16 and per_split <= 256
+    _shrink_kernel[(triton.cdiv(m, bm), triton.cdiv(width, br) * shares, splits)](
+        x, into, total, counts, low.order, low.slots_in_order, a.pool, a.offset, a.rank, m, parts, width, low.tables.stride, a.dim,
+        SPLITS=splits, SHARES=shares, PARTS_PAD=triton.next_power_of_2(parts), BM=bm, BR=br, ONCE=once,
+        BK=max(16, triton.next_power_of_2(per_split)) if once else 128 if x.dtype.itemsize == 2 else 32, PRECISION=launch.dot_precision(x.dtype),
+        num_warps=4, **launch.options(x.device),
+    )  # fmt: skip
 
 
 # ---- expand ---------------------------------------------------------------------------------------------------------
 @triton.jit
 def load_tile_s(s_ptr, scale, rm, mine, column, rank, r0, s_stride, split_stride, SPLITS: tl.constexpr, BR: tl.constexpr, DTYPE: tl.constexpr):
-    """s[rows of one slot, column + r0 : + BR] times `scale` [BM], zeros elsewhere, in the dtype of the product with B."""
+    """s[rows of one slot, column + r0 : + BR] times `scale`, zeros elsewhere, in the dtype of the product with B."""
     rr = r0 + tl.arange(0, BR)
     ptrs = s_ptr + rm[:, None] * s_stride + (column + rr)[None, :]
     mask = mine[:, None] & (rr < rank)[None, :]
     low = tl.load(ptrs, mask=mask, other=0.0)
     for i in tl.static_range(1, SPLITS):
         low += tl.load(ptrs + i * split_stride, mask=mask, other=0.0)
-    return (low * scale[:, None]).to(DTYPE)
+    return (low * scale).to(DTYPE)
 
 
 @triton.jit
@@ -306,18 +276,8 @@ def load_tile_b(b_ptr, rn, inside, rank, r0, BR: tl.constexpr, DTYPE: tl.constex
 
 
 @triton.jit
-def load_row_scale(scale_ptr, rm, slots):
-    """What s of each row is to be multiplied by, float32 [BM]."""
-    if scale_ptr is None:
-        scale = (slots >= 0).to(tl.float32)
-    else:
-        scale = tl.load(scale_ptr + rm, mask=slots >= 0, other=0.0)
-    return scale
-
-
-@triton.jit
 def _expand_kernel(
-    y_ptr, s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, blocks_ptr, M,
+    y_ptr, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, blocks_ptr, M,
     y_stride, width, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of tokens, blocks of output rows)."""
@@ -331,14 +291,13 @@ def _expand_kernel(
     y_ptrs = y_ptr + rm[:, None] * y_stride + (first + tl.arange(0, BN))[None, :]
     mask = (slots >= 0)[:, None] & inside[None, :]
     acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    row_scale = load_row_scale(row_scale_ptr, rm, slots)
     slot = next_slot(slots, -1)
     while slot < NO_SLOT:  # one pass for each distinct slot of the block
         entry = part * part_stride + slot
         rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
         b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
         for r0 in tl.range(0, rank, BR, num_stages=1):
-            low = load_tile_s(s_ptr, row_scale * scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
+            low = load_tile_s(s_ptr, scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
             acc = tl.dot(low, load_tile_b(b_ptr, rn, inside, rank, r0, BR, DTYPE), acc, input_precision=PRECISION)
         slot = next_slot(slots, slot)
     tl.store(y_ptrs, acc.to(DTYPE), mask=mask)

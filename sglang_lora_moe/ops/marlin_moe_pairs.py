@@ -157,4 +157,4 @@ def marlin_linear_pairs(x: torch.Tensor, weight: MarlinWeight, addend: LinearAdd
 
 def can_add(addend: LinearAddend, x: torch.Tensor) -> bool:
     """Whether `marlin_linear_pairs` can: a block's rows lie in one part, s is read four ranks at a time."""
-    return addend.tables.divisor % 32 == 0 and addend.s.shape[3] % 4 == 0 and addend.row_scale is None and addend.tables.b.pool.dtype == x.dtype
+    return addend.tables.divisor % 32 == 0 and addend.s.shape[3] % 4 == 0 and addend.tables.b.pool.dtype == x.dtype

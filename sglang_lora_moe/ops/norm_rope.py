@@ -61,4 +61,4 @@ def _added(addend: LinearAddend) -> tuple:
     b = addend.tables.b
     if b.pool.is_cuda:
         build.load()
-    return (addend.s, addend.row_scale, addend.order, addend.ordered_slots, b.pool, b.offset, b.rank, b.scaling, addend.tables.stride)
+    return (addend.s, None, addend.order, addend.ordered_slots, b.pool, b.offset, b.rank, b.scaling, addend.tables.stride)

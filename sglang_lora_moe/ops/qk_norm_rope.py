@@ -19,7 +19,6 @@ from sglang_lora_moe.ops.lora_linear import (
     NO_SLOT,
     ROWS_MAX,
     LinearAddend,
-    load_row_scale,
     load_tile_b,
     load_tile_s,
     matrix_at,
@@ -156,7 +155,7 @@ def _qk_norm_rope_kernel(
 def _qk_norm_rope_tiles_kernel(
     qkv_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, kv_slots_ptr, positions_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
     eps, qkv_stride, cache_stride, cos_stride, M,
-    s_ptr, row_scale_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
     SPLITS: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +179,7 @@ def _qk_norm_rope_tiles_kernel(
     turn = (tl.load(positions_ptr + rm, mask=real, other=0) * cos_stride)[:, None] + half[None, :]
     cache_row = tl.load(kv_slots_ptr + rm, mask=real, other=0) * cache_stride + head_in_part * D
     a, b = _add_halves(
-        first.to(tl.float32), second.to(tl.float32), s_ptr, load_row_scale(row_scale_ptr, rm, slots), rm, slots, head_in_part * D + columns, wanted, part,
+        first.to(tl.float32), second.to(tl.float32), s_ptr, rm, slots, head_in_part * D + columns, wanted, part,
         pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width, HALF, SPLITS, BR, PRECISION, DTYPE,
     )  # fmt: skip
     first, second = tl.reshape(a.to(DTYPE), SHAPE), tl.reshape(b.to(DTYPE), SHAPE)
@@ -213,7 +212,7 @@ def _qk_norm_rope_tiles_kernel(
 
 @triton.jit
 def _add_halves(
-    a, b, s_ptr, row_scale, rm, slots, row, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
+    a, b, s_ptr, rm, slots, row, inside, part, pool_ptr, offset_ptr, rank_ptr, scaling_ptr, part_stride, s_stride, split_stride, width,
     HALF: tl.constexpr, SPLITS: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """As `lora_linear._expand_kernel` adds B s, for both halves of heads, whose rows of B lie HALF apart."""
@@ -223,7 +222,7 @@ def _add_halves(
         rank, scaling = tl.load(rank_ptr + entry), tl.load(scaling_ptr + entry)
         b_ptr = matrix_of(pool_ptr, offset_ptr, entry)
         for r0 in tl.range(0, rank, BR, num_stages=1):
-            low = load_tile_s(s_ptr, row_scale * scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
+            low = load_tile_s(s_ptr, scaling, rm, slots == slot, part * width, rank, r0, s_stride, split_stride, SPLITS, BR, DTYPE)
             a = tl.dot(low, load_tile_b(b_ptr, row, inside, rank, r0, BR, DTYPE), a, input_precision=PRECISION)
             b = tl.dot(low, load_tile_b(b_ptr, row + HALF, inside, rank, r0, BR, DTYPE), b, input_precision=PRECISION)
         slot = next_slot(slots, slot)

@@ -14,7 +14,6 @@ from sglang_lora_moe.ops import launch, norm_rope
 from sglang_lora_moe.ops.lora_linear import (
     NO_LINEAR_ADDEND,
     LinearAddend,
-    ShrinkShape,
     expand_rows,
     linear_expand,
     load_s_sum,
@@ -22,7 +21,6 @@ from sglang_lora_moe.ops.lora_linear import (
     matrix_at,
     matrix_of,
     of_slot,
-    shrink_tile,
 )
 from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
@@ -87,24 +85,6 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _norm_shrink_tiles_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, scale_ptr, eps, H,
-    s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, JOBS, shrinks,
-    SPLITS: tl.constexpr, SHARES: tl.constexpr, PARTS_PAD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    ONCE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The first programs shrink what is not scaled yet; beside them M programs norm one token each and store what they scale it by."""
-    job = tl.program_id(0)
-    if job < shrinks:
-        shrink_tile(
-            x_ptr, residual_ptr, weight_ptr, s_ptr, order_ptr, slots_ptr, pool_ptr, offset_ptr, rank_ptr, M, parts, width, part_stride, H,
-            job // (JOBS * SPLITS), job // SPLITS % JOBS, job % SPLITS, SPLITS, SHARES, PARTS_PAD, BM, BR, BK, ONCE, PRECISION, PDL,
-        )  # fmt: skip
-    else:
-        norm_row(x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, scale_ptr, eps, M, H, job - shrinks, BLOCK, PDL)
-
-
-@triton.jit
 def norm_row(x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, scale_ptr, eps, M, H, token, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One token's norm, if it is below M, and what it is scaled by."""
     cols = tl.arange(0, BLOCK)
@@ -142,22 +122,12 @@ def rms_norm(
 
 
 def rms_norm_shrink(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, low: LinearAddend) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm n of x [M, H] (or of residual + x), and the sum; fills low.s [splits, M, parts, width] with A n of the linear that reads n next.
+    """The norm n of x [M, H] (or of residual + x), and the sum; fills low.s [1, M, parts, width] with A n of the linear that reads n next.
 
-    One launch, and nothing in it waits for a norm: up to ROWS_MAX tokens several programs norm the same token, each for other rows
-    of A; beyond, A multiplies what is not yet scaled, and the scales go to low.row_scale.
+    One launch, in which several programs norm the same token, each for other rows of A.
     """
     total = x if residual is None else torch.empty_like(x)
-    if low.row_scale is None:
-        return _launch(x, weight, eps, residual, total, None, None, low), total
-    _check(x, residual)
-    (m, h), out, shape = x.shape, torch.empty_like(x), ShrinkShape.of(low, x.dtype)
-    shrinks = shape.blocks * shape.jobs * shape.splits
-    _norm_shrink_tiles_kernel[(shrinks + m,)](
-        x, residual, weight, out, total, low.row_scale, eps, h, *low.tile_shrink_args(), shape.jobs, shrinks, **shape.options,
-        BLOCK=triton.next_power_of_2(h), num_warps=4, **launch.options(x.device),
-    )  # fmt: skip
-    return out, total
+    return _launch(x, weight, eps, residual, total, None, None, low), total
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor | None) -> None:

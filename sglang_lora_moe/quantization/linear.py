@@ -77,7 +77,9 @@ class QuantizedLinear(Linear):
     def adding(self, x: torch.Tensor, low: Any) -> torch.Tensor | None:
         from sglang_lora_moe.ops import marlin_linear
 
-        return self._multiply(x, addend=low) if self._multiply is not None and marlin_linear.adds(x, self._multiply.keywords["weight"], low) else None
+        if self._multiply is not None and marlin_linear.adds(x, self._multiply.keywords["weight"], low):
+            return self._multiply(x, addend=low)
+        return super().adding(x, low)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.scheme}"

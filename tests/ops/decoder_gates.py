@@ -30,21 +30,22 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device=META)
 
 
-def addend(names: tuple[str, ...], tokens: int, splits: int, scaled: bool = False) -> LinearAddend:
+def addend(names: tuple[str, ...], tokens: int, splits: int) -> LinearAddend:
     rows = {"q": HQ * D, "k": HKV * D, "v": HKV * D, "o": H}
     pool = LoRAMemoryPool([LinearTarget(name, HQ * D if name == "o" else H, rows[name]) for name in names], 2, 16, torch.bfloat16, META)
     tables = PartTables([(pool.stacks_for(name), 0, rows[name]) for name in names])  # type: ignore[misc]
     ids = empty(tokens, dtype=torch.int32)
-    scale = empty(tokens, dtype=torch.float32) if scaled else None
-    return LinearAddend(empty(splits, tokens, len(names), 16, dtype=torch.float32), tables, ids, ids, ids, scale)
+    return LinearAddend(empty(splits, tokens, len(names), 16, dtype=torch.float32), tables, ids, ids, ids)
 
 
 def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
     decode, x = tokens == requests, empty(tokens, H)
     many = tokens > ROWS_MAX
-    qkv = addend(("q", "k", "v"), tokens, shrink_splits(tokens, H) if many else 1, many)
+    qkv = addend(("q", "k", "v"), tokens, shrink_splits(tokens, H) if many else 1)
     o = addend(("o",), tokens, shrink_splits(tokens, HQ * D) if many else HQ)
-    if tokens <= 256:
+    if many:
+        linear_shrink(x, qkv)
+    else:
         rms_norm_shrink(x, empty(H), 1e-6, empty(tokens, H), qkv)
     longs, k_cache, v_cache = empty(tokens, dtype=torch.int64), empty(4096, HKV, D, dtype=cache), empty(4096, HKV, D, dtype=cache)
     tables, norm = (empty(4096, D // 2, dtype=torch.float32),) * 2, empty(D)

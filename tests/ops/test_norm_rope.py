@@ -25,8 +25,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HQ, HKV, D, K, POSITIONS = 5, 2, 128, 64, 300
 EPS = 1e-5
-# Tokens, largest rank, splits of s, with scales of rows: of 16, 32 and 64 ranks the rotation has B in registers, not of more, nor beside so much s.
-CASES = [(1, 16, 1, False), (600, 16, 2, True), (70, 24, 3, False), (33, 40, 9, True), (20, 64, 12, False), (20, 72, 2, True)]
+# Tokens, largest rank, splits of s: of 16, 32 and 64 ranks the rotation has B in registers, not of more, nor beside so much s.
+CASES = [(1, 16, 1), (600, 16, 2), (70, 24, 3), (33, 40, 9), (20, 64, 12), (20, 72, 2)]
 
 
 def emulate(driver: Path) -> emulator.Operators:
@@ -60,7 +60,7 @@ def emulate(driver: Path) -> emulator.Operators:
     return {"rotate_rows": rotate, "norm_rows": norm}
 
 
-def make_addend(parts: dict[str, int], k: int, m: int, max_rank: int, splits: int, scaled: bool, noise: Noise) -> tuple[LinearAddend, torch.Tensor]:
+def make_addend(parts: dict[str, int], k: int, m: int, max_rank: int, splits: int, noise: Noise) -> tuple[LinearAddend, torch.Tensor]:
     """(addend, what it adds float32 [m, rows]): slot 1 touches the last part alone, slot 3 has a rank that is no multiple of anything."""
     pool = LoRAMemoryPool([LinearTarget(name, k, rows) for name, rows in parts.items()], 5, max_rank, noise.dtype, DEVICE)
     pool.pool.fill_(float("nan"))
@@ -73,16 +73,15 @@ def make_addend(parts: dict[str, int], k: int, m: int, max_rank: int, splits: in
     stacks = [pool.stacks_for(name) for name in parts]
     tables = PartTables([(stack, sum(list(parts.values())[:i]), rows) for i, (stack, rows) in enumerate(zip(stacks, parts.values(), strict=True))])  # type: ignore[misc]
     s = torch.full((splits, m, len(parts), tables.a.shrink_width), float("nan"), device=DEVICE)
-    scale = torch.rand(m, generator=noise.generator, device=DEVICE) + 0.5 if scaled else None
     x = noise(m, k)
     share = torch.rand(splits, device=DEVICE) + 0.1
     for token, slot in enumerate(slots.tolist()):
         for part, stack in enumerate(stacks if slot >= 0 else []):
             rank, offset = int(stack.a.rank[slot]), int(stack.a.offset[slot])
-            low = pool.pool[offset : offset + rank * k].view(rank, k).float() @ x[token].float() / (1 if scale is None else scale[token])
+            low = pool.pool[offset : offset + rank * k].view(rank, k).float() @ x[token].float()
             s[:, token, part, :rank] = low * (share / share.sum())[:, None]
     delta = ref_linear(x, torch.zeros(sum(parts.values()), k, dtype=noise.dtype, device=DEVICE), None, stacks, slots)
-    return LinearAddend(s, tables, slots, order.int(), ordered, scale), delta
+    return LinearAddend(s, tables, slots, order.int(), ordered), delta
 
 
 def rotated(qkv: torch.Tensor, weights: tuple, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,11 +97,11 @@ def rotated(qkv: torch.Tensor, weights: tuple, cos: torch.Tensor, sin: torch.Ten
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize(("m", "max_rank", "splits", "scaled"), CASES)
-def test_rotation(m: int, max_rank: int, splits: int, scaled: bool, normed: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("m", "max_rank", "splits"), CASES)
+def test_rotation(m: int, max_rank: int, splits: int, normed: bool, dtype: torch.dtype) -> None:
     noise = Noise(generator(m, DEVICE), dtype)
     parts = {"q": HQ * D, "k": HKV * D, "v": HKV * D}
-    addend, delta = make_addend(parts, K, m, max_rank, splits, scaled, noise)
+    addend, delta = make_addend(parts, K, m, max_rank, splits, noise)
     qkv, weights = noise(m, (HQ + 2 * HKV) * D), (noise(D) + 1, noise(D) + 1) if normed else (None, None)
     cos, sin = (torch.randn(POSITIONS, D, generator=noise.generator, device=DEVICE) for _ in range(2))
     positions = torch.randint(0, POSITIONS, (m,), generator=noise.generator, device=DEVICE)
@@ -117,12 +116,12 @@ def test_rotation(m: int, max_rank: int, splits: int, scaled: bool, normed: bool
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [128, 640, None])
-@pytest.mark.parametrize(("m", "max_rank", "splits", "scaled"), CASES)
-def test_norm(m: int, max_rank: int, splits: int, scaled: bool, columns: int | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("m", "max_rank", "splits"), CASES)
+def test_norm(m: int, max_rank: int, splits: int, columns: int | None, dtype: torch.dtype) -> None:
     """None: as many as there may be."""
     noise = Noise(generator(m, DEVICE), dtype)
     columns = columns or most_columns(max_rank)
-    addend, delta = make_addend({"o": columns}, K, m, max_rank, splits, scaled, noise)
+    addend, delta = make_addend({"o": columns}, K, m, max_rank, splits, noise)
     x, residual, weight = noise(m, columns), noise(m, columns), noise(columns) + 1
     total = ((x.float() + delta.float()).to(dtype).float() + residual.float()).to(dtype)
     want = total.float() * torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + EPS) * weight.float()
