@@ -223,9 +223,12 @@ DEVICE void adapt(const MarlinMoePairs& a, const PairsDerived& d, const PairsSha
       l.find(a.b, slot);
     }
     const PairsDown<P> down(a, d, l, shared, owner, row_block, part, expert, weight);
-    for (int i = 0; i < d.slots; i++) down.fetch_b(down.four_of(i), i);
+    const bool early = a.starts || !P::kWide;  // a linear's blocks have time for B before the wait; of experts with many ranks s would only be asked for later
+    for (int i = 0; early && i < d.slots; i++) down.fetch_b(down.four_of(i), i);
     wait_for_previous_kernel();
-    for (int i = 0; i < d.slots; i++) down.fetch_parts(down.four_of(i), down.first_eight(), i), cp_commit();
+    for (int i = 0; i < d.slots; i++) down.fetch_parts(down.four_of(i), down.first_eight(), i);
+    for (int i = 0; !early && i < d.slots; i++) down.fetch_b(down.four_of(i), i);
+    for (int i = 0; i < d.slots; i++) cp_commit();  // the first of these groups has all
     for (int at = ((int)blockIdx.x * P::kHelpers + helper) * 32 + lane_index(); at < a.exchanged; at += (int)gridDim.x * P::kHelpers * 32) a.other_s[at] = as_float(kNotThere);
     down.run(shared.parts);
   } else if (helper == 0) {
@@ -301,7 +304,7 @@ KERNEL void __launch_bounds__(P::kThreads, resident_pairs<P>()) pairs_gemm(Marli
     const int slot = slot_of<P>(a, owner);
     if (!P::kDown && (P::kWide || warp_index() == kWarps)) next.find(a.next, slot);
     if (P::kDown) allow_next_kernel();  // gate_up only after its wait: down reads the router's choice before its own
-    if constexpr (P::kWide) adapt_wide<P>(a, d, shared, owner, row_block, slot, next);
+    if constexpr (P::kWide && !P::kDown) adapt_wide<P>(a, d, shared, owner, row_block, slot, next);
     else adapt<P>(a, d, shared, owner, row_block, slot, next);
   } else {
     if (!P::kDown) wait_for_previous_kernel();
@@ -356,19 +359,19 @@ PairsDerived derive_pairs(const MarlinMoePairs& a, MarlinMoePairsPlan plan) {
   d.rows = P::kHalf ? 16 : 32 * d.units;
   d.columns = ceil_div(ceil_div(a.k, kShares), kTurn) * kTurn, d.chunks = ceil_div(d.rows, 64);
   const int ranks = a.width / 16, fours = P::kDown ? ceil_div(a.top_k, 4) * ranks : ceil_div(2 * d.units, 4) * ranks;
-  const int eights = ceil_div(ceil_div(a.parts, 8), fours == 1 ? kFew : 1), most_bytes = plan.alone ? kWhole : kBeside;
+  const int eights = ceil_div(ceil_div(a.parts, 8), sharers_of<P>(fours)), most_bytes = plan.alone ? kWhole : kBeside;
   d.low_bytes = P::kDown ? (eights < kHeldParts ? eights : kHeldParts) * kFour : P::kWide ? 0 : ranks * 512;
   const auto hold = [&](int slots, int turns, int held_next) {
     d.slots = slots, d.turns = turns, d.held_next = held_next;
     d.held_b = P::kDown ? P::kHelpers * d.slots * d.rows / 16 : P::kWide ? 0 : fours < kHeldB ? fours : kHeldB;
     return carve_pairs<P>(d, (uint8_t*)1024).bytes <= most_bytes;
   };
-  if constexpr (P::kWide) {
+  if constexpr (P::kWide && !P::kDown) {
     for (int held = d.chunks; !hold(1, 2, held) && held > 1; held--) {}
   } else if (!P::kLora || !P::kDown) {
     if (!hold(1, 4, kHeldNext)) hold(1, 2, kHeldNext);
   } else {
-    for (int slots = ceil_div(fours, kFew) < 4 ? ceil_div(fours, kFew) : 4; !hold(slots, 1, 0) && slots > 1; slots--) {}
+    for (int slots = ceil_div(fours, P::kHelpers) < 4 ? ceil_div(fours, P::kHelpers) : 4; !hold(slots, 1, 0) && slots > 1; slots--) {}
   }
   return d;
 }
@@ -391,6 +394,9 @@ int dispatch_pairs_kernel(const MarlinMoePairs& a, MarlinMoePairsPlan plan, void
   }
   if (a.topk_weights == nullptr) return launch_pairs<Pairs<F, false, false, kHelpers>>(a, plan, stream);
   if (plan.units > 0) return launch_pairs<Pairs<F, true, false, kHelpers>>(a, plan, stream);
+  if constexpr (LORA) {
+    if (plan.alone && a.width > kFewRanks) return launch_pairs<Pairs<F, true, true, kMany>>(a, plan, stream);
+  }
   return launch_pairs<Pairs<F, true, true, kHelpers>>(a, plan, stream);
 }
 

@@ -23,7 +23,7 @@ struct Pairs {
   using T = typename F::Type;
   static constexpr bool kDown = DOWN, kHalf = HALF, kLora = HELPERS > 0, kWide = HELPERS > kFew;
   static constexpr int kHelpers = HELPERS, kThreads = kSharers + 32 * HELPERS;
-  static constexpr int kRing = kWide ? 5 : 4;                 // stages of a warp under way
+  static constexpr int kRing = kWide && !DOWN ? 5 : 4;        // stages of a warp under way
   static constexpr int kSums = kDown || kWide ? HELPERS : 1;  // of B s, one for each helper that makes some
   static constexpr int kUnits = 16 / F::kBits, kUnitBytes = 128 * F::kBits, kWeightBytes = kUnits * kUnitBytes;
   static constexpr int kSpan = HALF ? 2 * kUnits : kUnits, kXBytes = 64 * kSpan;  // units of k of a stage
@@ -407,7 +407,12 @@ struct PairsNext {
   }
 };
 
-// A helper of down: every second four of the token's pairs, whose s is the sum of what gate_up's blocks have left, for sixteen ranks after another.
+// Helpers of down that share a four where there are few.
+template <class P>
+HOST_DEVICE int sharers_of(int fours) { return fours < P::kHelpers ? P::kHelpers / fours : 1; }
+
+// A helper of down: some fours of the token's pairs, whose s is the sum of what gate_up's blocks have left, for sixteen ranks after another. Which ones
+// is the same for all ranks, so that s is asked for before the tables are there.
 template <class P>
 struct PairsDown {
   static constexpr int kTiles = P::kHalf ? 1 : 2;  // sixteens of rows
@@ -415,7 +420,7 @@ struct PairsDown {
   const PairsDerived& d;
   const PairsAdapter& l;
   int owner, row_block, helper, fours, all, eights;  // fours of pairs; with all ranks; eights of parts
-  int four_step, eight_step;                         // which of both a helper takes: every second four, or where there is one, every second eight
+  int four_step, eight_step;                         // which of both a helper takes
   int expert;                                        // a lane's pair's, and its weight
   float weight;
   int pair_step, part_step;  // of s
@@ -423,15 +428,15 @@ struct PairsDown {
   uint8_t *b, *low;
 
   DEVICE PairsDown(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, const PairsShared& shared, int owner, int row_block, int part, int expert, float weight)
-      : a(a), d(d), l(l), owner(owner), row_block(row_block), helper(warp_index() - kWarps), fours((a.top_k + 3) / 4), all(fours * sixteens(l.rank)), eights((a.parts + 7) / 8),
+      : a(a), d(d), l(l), owner(owner), row_block(row_block), helper(warp_index() - kWarps), fours((a.top_k + 3) / 4), all(fours * (a.width / 16)), eights((a.parts + 7) / 8),
         expert(expert), weight(weight) {
-    four_step = all == 1 ? 1 : P::kHelpers, eight_step = all == 1 ? P::kHelpers : 1;
+    eight_step = sharers_of<P>(all), four_step = P::kHelpers / eight_step;
     pair_step = a.starts ? a.linear_parts * a.s_width : a.parts * a.width, part_step = a.starts ? a.tokens * pair_step : a.width;
     s = a.s + (int64_t)owner * a.top_k * pair_step + part * a.s_width;
     b = shared.b + helper * d.slots * kTiles * kFour, low = shared.low + helper * d.slots * d.low_bytes;
   }
-  DEVICE int four_of(int turn) const { return (all == 1 ? 0 : helper) + turn * four_step; }
-  DEVICE int first_eight() const { return all == 1 ? helper : 0; }
+  DEVICE int four_of(int turn) const { return helper / eight_step + turn * four_step; }
+  DEVICE int first_eight() const { return helper % eight_step; }
   DEVICE uint8_t* low_of(int slot) const { return low + slot * d.low_bytes; }
   DEVICE void fetch_b(int four, int slot) const {
     if (four >= all) return;
@@ -453,7 +458,7 @@ struct PairsDown {
     const int g = four / fours, first = (four - g * fours) * 4;
     uint8_t* to = low_of(slot) + lane_index() * 16;
     const float* from = s + first * pair_step + (eight * 8 + row_of_lane()) * part_step + g * 16 + quarter_of_lane() * 4;
-    const uint32_t routed = warp_ballot(expert >= 0), there = g * 16 + quarter_of_lane() * 4 < l.rank ? routed >> first : 0u;
+    const uint32_t routed = warp_ballot(expert >= 0), there = g * 16 + quarter_of_lane() * 4 < (a.starts ? a.s_width : a.width) ? routed >> first : 0u;
 #pragma unroll 1
     for (int i = 0; i < kHeldParts && eight < eights; i++, eight += eight_step, to += kFour, from += eight_step * 8 * part_step)
 #pragma unroll
