@@ -359,7 +359,7 @@ PairsDerived derive_pairs(const MarlinMoePairs& a, MarlinMoePairsPlan plan) {
   d.rows = P::kHalf ? 16 : 32 * d.units;
   d.columns = ceil_div(ceil_div(a.k, kShares), kTurn) * kTurn, d.chunks = ceil_div(d.rows, 64);
   const int ranks = a.width / 16, fours = P::kDown ? ceil_div(a.top_k, 4) * ranks : ceil_div(2 * d.units, 4) * ranks;
-  const int eights = ceil_div(ceil_div(a.parts, 8), sharers_of<P>(fours)), most_bytes = plan.alone ? kWhole : kBeside;
+  const int eights = ceil_div(ceil_div(a.parts, 8), 1 << sharers_log2<P>(fours)), most_bytes = plan.alone ? kWhole : kBeside;
   d.low_bytes = P::kDown ? (eights < kHeldParts ? eights : kHeldParts) * kFour : P::kWide ? 0 : ranks * 512;
   const auto hold = [&](int slots, int turns, int held_next) {
     d.slots = slots, d.turns = turns, d.held_next = held_next;

@@ -407,9 +407,9 @@ struct PairsNext {
   }
 };
 
-// Helpers of down that share a four where there are few.
+// log2 of the helpers of down that share a four where there are few: no division, which would lie between s and its use.
 template <class P>
-HOST_DEVICE int sharers_of(int fours) { return fours < P::kHelpers ? P::kHelpers / fours : 1; }
+HOST_DEVICE int sharers_log2(int fours) { return (2 * fours <= P::kHelpers) + (4 * fours <= P::kHelpers) + (8 * fours <= P::kHelpers); }
 
 // A helper of down: some fours of the token's pairs, whose s is the sum of what gate_up's blocks have left, for sixteen ranks after another. Which ones
 // is the same for all ranks, so that s is asked for before the tables are there.
@@ -420,7 +420,7 @@ struct PairsDown {
   const PairsDerived& d;
   const PairsAdapter& l;
   int owner, row_block, helper, fours, all, eights;  // fours of pairs; with all ranks; eights of parts
-  int four_step, eight_step;                         // which of both a helper takes
+  int four_step, eight_step, eight_log2;             // which of both a helper takes
   int expert;                                        // a lane's pair's, and its weight
   float weight;
   int pair_step, part_step;  // of s
@@ -430,13 +430,13 @@ struct PairsDown {
   DEVICE PairsDown(const MarlinMoePairs& a, const PairsDerived& d, const PairsAdapter& l, const PairsShared& shared, int owner, int row_block, int part, int expert, float weight)
       : a(a), d(d), l(l), owner(owner), row_block(row_block), helper(warp_index() - kWarps), fours((a.top_k + 3) / 4), all(fours * (a.width / 16)), eights((a.parts + 7) / 8),
         expert(expert), weight(weight) {
-    eight_step = sharers_of<P>(all), four_step = P::kHelpers / eight_step;
+    eight_log2 = sharers_log2<P>(all), eight_step = 1 << eight_log2, four_step = P::kHelpers >> eight_log2;
     pair_step = a.starts ? a.linear_parts * a.s_width : a.parts * a.width, part_step = a.starts ? a.tokens * pair_step : a.width;
     s = a.s + (int64_t)owner * a.top_k * pair_step + part * a.s_width;
     b = shared.b + helper * d.slots * kTiles * kFour, low = shared.low + helper * d.slots * d.low_bytes;
   }
-  DEVICE int four_of(int turn) const { return helper / eight_step + turn * four_step; }
-  DEVICE int first_eight() const { return helper % eight_step; }
+  DEVICE int four_of(int turn) const { return (helper >> eight_log2) + turn * four_step; }
+  DEVICE int first_eight() const { return helper & (eight_step - 1); }
   DEVICE uint8_t* low_of(int slot) const { return low + slot * d.low_bytes; }
   DEVICE void fetch_b(int four, int slot) const {
     if (four >= all) return;
