@@ -42,17 +42,17 @@ class AdapterTensors:
         self._digests: dict[str, str] = {}
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU. Refuses types that are not floating point, NaN and infinity."""
+        """The tensor as stored, float64 as float32, on the CPU. Refuses types that are not floating point, NaN, infinity and what float32 does not hold."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise AdapterError(f"{self.path}: {name}: expected one of {', '.join(DTYPES)}, found {entry.dtype}. Save LoRA weights unquantized.")
         raw = self._bytes(name)
         self._digests[name] = hashlib.sha256(raw.numpy().data).hexdigest()
-        tensor = raw.view(DTYPES[entry.dtype]).view(entry.shape)
-        wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32  # a sum is ten times faster than a look at each weight
-        if not math.isfinite(tensor.sum(dtype=wide)) and not torch.isfinite(tensor).all():
+        stored = raw.view(DTYPES[entry.dtype]).view(entry.shape)
+        tensor = stored.float() if stored.dtype is torch.float64 else stored
+        if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():  # a sum is ten times faster than a look at each weight
             position = tuple(int(i) for i in (~torch.isfinite(tensor)).nonzero()[0])
-            found = float(tensor[position])
+            found = float(stored[position])
             raise AdapterError(f"{self.path}: {name}: expected finite weights, found {found} at {list(position)}. The training run diverged; use another step.")
         return tensor
 

@@ -17,6 +17,7 @@ FEW_TOKENS = 256  # up to which logits are sums of products by `router_logits`; 
 Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 BLOCK_M, BLOCK_E, SPLIT = 16, 32, 256  # tokens, experts and columns of x in a product
 MOST_PROGRAMS = 264  # two on each multiprocessor of an H200
+LOWEST = tl.constexpr(-3e38)  # an expert's score that is -inf: chosen last, but before what is no expert
 
 
 @triton.jit
@@ -126,6 +127,8 @@ def _router_topk_kernel(
         left = tl.where(real, scores, float("-inf"))
         if bias_ptr is not None:
             left += tl.load(bias_ptr + experts, mask=real, other=0.0).to(tl.float32)
+    # K different experts whatever the logits are, since an id beyond them would be read as one; NaN comes first, as in torch.topk, and the weights have it
+    left = tl.where(left != left, float("inf"), tl.where(real, tl.maximum(left, LOWEST), float("-inf")))
     if GROUPS > 1:
         left = _of_best_groups(left, BLOCK_E, GROUPS, BLOCK_G, BEST, GROUP_BEST)
     best, chosen = tl.full([BLOCK_K], 0.0 if SIGMOID else float("-inf"), tl.float32), tl.zeros([BLOCK_K], tl.int32)

@@ -35,6 +35,11 @@ class TokenText:
             self._raw[token_id] = self._bytes_of(token_id)
         return self._raw[token_id]
 
+    def opening(self, token_id: int) -> bytes:
+        """As `raw`, for the token that a text begins with: of SentencePiece's marks decode() leaves out the first."""
+        raw = self.raw(token_id)
+        return raw[1:] if raw.startswith(b" ") and not self.decode([token_id]).startswith(" ") else raw
+
     def is_special(self, token_id: int) -> bool:
         """Special tokens are left out of generated text, unless a request wants them."""
         return token_id in self._special
@@ -78,7 +83,7 @@ class CompletionLogprobs:
     def __init__(self, tokens: TokenText, wants_top: bool, skips_special: bool = True) -> None:
         self._tokens, self._wants_top, self._skips_special = tokens, wants_top, skips_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._offset, self._begun = 0, False
 
     def piece(self, prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob]) -> dict[str, Any]:
         """tokens, token_logprobs, top_logprobs and text_offset of the next tokens; an echoed prompt is shown without special tokens."""
@@ -86,7 +91,9 @@ class CompletionLogprobs:
         for i, entry in enumerate(entries):
             offsets.append(self._offset)
             if not ((self._skips_special or i < len(prompt)) and self._tokens.is_special(entry.token_id)):
-                self._offset += len(self._decoder.decode(self._tokens.raw(entry.token_id)))
+                opens = i < len(prompt) and not self._begun
+                self._offset += len(self._decoder.decode((self._tokens.opening if opens else self._tokens.raw)(entry.token_id)))
+                self._begun = True
         return {
             "tokens": [self._tokens.text(e.token_id) for e in entries],
             "token_logprobs": [finite(e.logprob) for e in entries],

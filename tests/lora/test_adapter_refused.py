@@ -371,6 +371,16 @@ def test_not_finite(tmp_path: Path, shapes: dict[str, tuple[int, ...]], value: f
     refused(edit(write(tmp_path, shapes), spoil), name, "finite weights", f"{value} at [1, 1]")
 
 
+def test_beyond_float32(tmp_path: Path) -> None:
+    name = f"{Q}.lora_A.weight"
+
+    def widen(tensors: Tensors) -> None:
+        tensors[name] = tensors[name].double()
+        tensors[name][1, 1] = -1e300
+
+    refused(edit(write(tmp_path, LINEAR), widen), name, "finite weights", "-1e+300 at [1, 1]")
+
+
 def test_quantized_tensor(tmp_path: Path) -> None:
     def quantize(tensors: Tensors) -> None:
         tensors[f"{Q}.lora_A.weight"] = tensors[f"{Q}.lora_A.weight"].to(torch.int8)

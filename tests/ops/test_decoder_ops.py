@@ -215,6 +215,38 @@ def test_router_topk_breaks_ties_towards_the_smaller_id() -> None:
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        RouterSpec(12, 3),
+        RouterSpec(128, 8, renormalise=True, shared=2),
+        RouterSpec(8, 4, "topk_softmax"),
+        RouterSpec(12, 4, "sigmoid", renormalise=True),
+        RouterSpec(9, 2, "sigmoid", True, scale=2.5),
+        RouterSpec(12, 4, "sigmoid", True, True, 4, 2, 2, shared=1),
+        RouterSpec(160, 6, num_groups=8, topk_groups=3, group_best=1),
+    ],
+    ids=["softmax", "shared", "choice", "sigmoid", "corrected", "groups", "deepseek_v2"],
+)
+def test_router_topk_of_logits_that_are_no_numbers(spec: RouterSpec) -> None:
+    """They choose different experts that exist, whose weights show it: another id would be read as an expert."""
+    from sglang_lora_moe.ops.router_topk import router_topk
+
+    torch.manual_seed(8)
+    nan, inf, last = float("nan"), float("inf"), spec.num_experts - 1
+    logits = torch.randn(7, spec.num_experts, device=DEVICE)
+    logits[1], logits[2, 3], logits[3], logits[4, 1:], logits[5], logits[5, last] = nan, nan, -inf, -inf, inf, nan
+    bias = torch.randn(spec.num_experts, device=DEVICE) if spec.correction_bias else None
+    weights, ids = router_topk(logits, spec, bias)
+    weights, ids = weights[:, : spec.top_k], ids[:, : spec.top_k]
+    assert (ids >= 0).all() and (ids < spec.num_experts).all()
+    assert all(len(set(row)) == spec.top_k for row in ids.tolist())
+    assert not weights[[1, 2, 5]].isfinite().all(dim=1).any()
+    assert all(3 in row for row in ids[2:3].tolist()) and weights[[0, 6]].isfinite().all()
+    _, alone = router_topk(logits[[0, 6]], spec, bias)
+    assert torch.equal(ids[[0, 6]], alone[:, : spec.top_k])
+
+
 def test_router_topk_gives_padding_no_expert() -> None:
     from sglang_lora_moe.ops.router_topk import router_topk
 

@@ -67,6 +67,25 @@ def test_sentencepiece_tokens() -> None:
     assert [tokens.raw(i) for i in range(4)] == [b"<s>", b" the", b"\xe2", b""]
 
 
+def test_offsets_of_an_echoed_sentencepiece_prompt() -> None:
+    """Its text has no space where its first token has SentencePiece's mark; an answer alone keeps the space it begins with."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "\u2581the", "\u2581", "cat"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokens = TokenText(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"))
+    for prompt, answer in [([0, 1, 3], [1]), ([2, 1, 3], [2, 1])]:
+        entries = [[TokenLogprob(i, -1.0) for i in ids] for ids in (prompt, answer)]
+        offsets = CompletionLogprobs(tokens, wants_top=False).piece(*entries)["text_offset"]
+        answer_begins = len(tokens.decode(prompt))
+        assert offsets[len(prompt)] == answer_begins and offsets[0] == 0
+        texts = [tokens.decode(prompt[:n]) for n in range(len(prompt))] + [tokens.decode(prompt) + "".join(map(tokens.text, answer[:n])) for n in range(len(answer))]
+        assert offsets == [len(text) for text in texts]
+
+
 @pytest.mark.parametrize("value", ["-inf", "nan"])  # no chance at all; and an adapter whose weights overflow
 def test_what_json_has_no_number_for(byte_level: Any, value: str) -> None:
     tokens = TokenText(byte_level)
