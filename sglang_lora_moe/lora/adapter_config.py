@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from sglang_lora_moe.engine.validate import is_int, is_number, shown
 from sglang_lora_moe.lora.adapter_file import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
+PATTERN_SECONDS = 5  # for one name; the re module has no limit, and a pattern may need years
 
 # Fields that turn the file into something else than y += scaling * B A x, when set, and what to do about it
 _REFUSED = {
@@ -72,10 +75,17 @@ class AdapterConfig:
 
     def _lookup(self, patterns: dict[str, Any], name: str, default: Any) -> Any:
         """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
-        pattern = next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
+        pattern = next((pattern for pattern in patterns if self._matches(pattern, name)), None)
         self.matched.add(pattern)
         self.modules.add(name)
         return default if pattern is None else patterns[pattern]
+
+    def _matches(self, pattern: str, name: str) -> bool:
+        try:
+            return regex.match(rf"(.*\.)?({pattern})$", name, timeout=PATTERN_SECONDS) is not None
+        except TimeoutError:
+            found = f"{pattern!r}, which takes over {PATTERN_SECONDS} s for {name}"
+            raise AdapterError(f"{self.path}: rank_pattern or alpha_pattern: expected patterns that match at once, found {found}. Simplify it.") from None
 
     def inference_fields(self) -> dict[str, Any]:
         """What of the config changes the adapter's function, for its revision."""
@@ -191,8 +201,8 @@ class _Fields:
         value = self.raw.get(name) or {}
         for pattern in self.expect(isinstance(value, dict), name, "an object of pattern -> number", value):
             try:
-                re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
+                regex.compile(rf"(.*\.)?({pattern})$")
+            except regex.error as error:
                 self.expect(False, name, "regular expressions as keys", f"{pattern!r} ({error})")
             check(f"{name}[{pattern!r}]", value[pattern])
         return value

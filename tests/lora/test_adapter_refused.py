@@ -360,6 +360,15 @@ def edit(directory: Path, change: Callable[[Tensors], None]) -> Path:
     return directory
 
 
+def test_pattern_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader serves other adapters, too: a pattern may not hold it up."""
+    from sglang_lora_moe.lora import adapter_config
+
+    monkeypatch.setattr(adapter_config, "PATTERN_SECONDS", 0.2)
+    pattern = r"(.*)" + ".*" * 12 + r"\1[0-9A-Z]"
+    refused(write(tmp_path, LINEAR, rank_pattern={pattern: 4}), "rank_pattern", repr(pattern), "over 0.2 s")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("shapes", [FLATTENED, PER_EXPERT, LINEAR], ids=["flattened", "per expert", "linear"])
 def test_not_finite(tmp_path: Path, shapes: dict[str, tuple[int, ...]], value: float) -> None:

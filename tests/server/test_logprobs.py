@@ -82,8 +82,8 @@ def test_offsets_of_an_echoed_sentencepiece_prompt() -> None:
         offsets = CompletionLogprobs(tokens, wants_top=False).piece(*entries)["text_offset"]
         answer_begins = len(tokens.decode(prompt))
         assert offsets[len(prompt)] == answer_begins and offsets[0] == 0
-        texts = [tokens.decode(prompt[:n]) for n in range(len(prompt))] + [tokens.decode(prompt) + "".join(map(tokens.text, answer[:n])) for n in range(len(answer))]
-        assert offsets == [len(text) for text in texts]
+        answered = ["".join(map(tokens.text, answer[:n])) for n in range(len(answer))]
+        assert offsets == [len(tokens.decode(prompt[:n])) for n in range(len(prompt))] + [answer_begins + len(text) for text in answered]
 
 
 @pytest.mark.parametrize("value", ["-inf", "nan"])  # no chance at all; and an adapter whose weights overflow
