@@ -1,4 +1,4 @@
-"""Test set-up: without a GPU, Triton kernels run in its interpreter, and tests marked `gpu` are skipped.
+"""Test set-up: without a GPU, Triton kernels run in its interpreter, tests marked `gpu` are skipped, and memory that nobody wrote holds NaN.
 
 The largest error of each kernel against its reference is printed at the end with its test, and written to `--errors FILE` as
 a results file (benchmarks/results/).
@@ -7,11 +7,12 @@ Where the server's libraries are not installed (`./run test-gpu` installs nothin
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,28 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the references run on the CPU: 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _spoilt(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As `make`, which leaves memory as it is: with NaN and numbers that are no index, so that what reads it fails every time instead of now and then."""
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.device.type == "cpu":
+            with torch.no_grad():
+                if tensor.dtype.is_floating_point:
+                    tensor.view(torch.uint8).fill_(0x7F) if tensor.dtype.itemsize == 1 else tensor.fill_(torch.nan)
+                elif tensor.dtype in (torch.int32, torch.int64):
+                    tensor.fill_(2**30 - 1)
+        return tensor
+
+    return made
+
+
+if not GPU:
+    torch.empty, torch.empty_like = _spoilt(torch.empty), _spoilt(torch.empty_like)
+    torch.Tensor.new_empty = _spoilt(torch.Tensor.new_empty)
 
 SERVER_LIBRARIES = ("fastapi", "uvicorn", "zmq", "msgspec", "httpx", "openai")
 if any(importlib.util.find_spec(name) is None for name in SERVER_LIBRARIES):

@@ -64,9 +64,7 @@ class Request:
     def prompt_logit_positions(self, end: int) -> range:
         """Positions of this step (`num_computed` .. end - 1) whose logits are wanted because the next token is a prompt token."""
         start = self.prompt_logit_start
-        if start is None:
-            return range(0)
-        return range(max(start, self.num_computed), min(end, self.prompt_len - 1))
+        return range(0) if start is None else range(max(start, self.num_computed), min(end, self.prompt_len - 1))
 
     def extend_keys(self, page_size: int, num_pages: int) -> None:
         """Compute the keys of the first `num_pages` pages."""

@@ -114,9 +114,7 @@ class Scheduler:
                 take(request)
         if self.waiting and budget > 0:
             self._admit(take)
-        if not requests:
-            return None
-        return Batch(requests, query_lens, sum(query_lens), any(request.slot >= 0 for request in requests))
+        return Batch(requests, query_lens, sum(query_lens), any(request.slot >= 0 for request in requests)) if requests else None
 
     def can_run_ahead(self) -> bool:
         """Whether the next step can be chosen before the tokens of the last one are known: whoever is retracted must know its tokens."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +83,8 @@ class AdapterConfig:
         try:
             return regex.match(rf"(.*\.)?({pattern})$", name, timeout=PATTERN_SECONDS) is not None
         except TimeoutError:
-            found = f"{pattern!r}, which takes over {PATTERN_SECONDS} s for {name}"
-            raise AdapterError(f"{self.path}: rank_pattern or alpha_pattern: expected patterns that match at once, found {found}. Simplify it.") from None
+            found = f"found {pattern!r}, which takes over {PATTERN_SECONDS} s for {name}"
+            raise AdapterError(f"{self.path}: rank_pattern, alpha_pattern: expected patterns that match at once, {found}") from None
 
     def inference_fields(self) -> dict[str, Any]:
         """What of the config changes the adapter's function, for its revision."""
@@ -167,7 +166,7 @@ def _warnings(raw: dict[str, Any]) -> tuple[str, ...]:
 
 def _version(text: Any) -> tuple[int, ...] | None:
     """(0, 19) of "0.19.1" or "0.19.1.dev0@...", None where absent."""
-    numbers = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
+    numbers = regex.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
     return tuple(int(number) for number in numbers.groups()) if numbers else None
 
 

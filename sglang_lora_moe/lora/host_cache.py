@@ -29,9 +29,7 @@ class HostCache:
             return []
         excess = len(self._adapters) + 1 - self.limit
         going = [adapter for adapter in self._adapters.values() if may_go(adapter)][:excess]
-        if len(going) < excess:
-            return None
-        return [self._adapters.pop(adapter.revision) for adapter in going]
+        return None if len(going) < excess else [self._adapters.pop(adapter.revision) for adapter in going]
 
     def add(self, adapter: PackedAdapter) -> None:
         self._adapters[adapter.revision] = adapter

@@ -150,9 +150,7 @@ def router_spec(module: Any) -> RouterSpec | None:
         return RouterSpec(module.num_experts, module.top_k, score="topk_softmax")
     if name in ("DeepseekV3TopkRouter", "Glm4MoeTopkRouter", "Glm4MoeLiteTopkRouter", "Dots1TopkRouter"):
         return _deepseek_router(module, score="sigmoid", correction_bias=True, renormalise=bool(module.norm_topk_prob), epsilon=1e-20)
-    if name == "DeepseekV2TopkRouter":
-        return _deepseek_router(module, score="softmax", group_best=1)
-    return None
+    return _deepseek_router(module, score="softmax", group_best=1) if name == "DeepseekV2TopkRouter" else None
 
 
 def _deepseek_router(module: Any, **fields: Any) -> RouterSpec:

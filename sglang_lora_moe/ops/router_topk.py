@@ -1,7 +1,8 @@
 """The router's logits for few tokens, and its scores, choice and weights in one kernel.
 
 Scores, groups of experts and shared experts, which follow the chosen ones, are those of `RouterSpec`; of softmax scores only a group's best counts.
-Ties go to the smaller expert id. Rows of padding, which write to the dump page of the KV cache, get ids -1, so that they read no expert.
+Ties go to the smaller expert id. Rows of padding, which write to the dump page of the KV cache, get ids -1, so that they read no expert. Any other
+row gets K different experts, whatever its logits are: NaN comes first, as in torch.topk, and makes the weights no numbers; -inf comes last.
 """
 
 import torch
@@ -127,7 +128,6 @@ def _router_topk_kernel(
         left = tl.where(real, scores, float("-inf"))
         if bias_ptr is not None:
             left += tl.load(bias_ptr + experts, mask=real, other=0.0).to(tl.float32)
-    # K different experts whatever the logits are, since an id beyond them would be read as one; NaN comes first, as in torch.topk, and the weights have it
     left = tl.where(left != left, float("inf"), tl.where(real, tl.maximum(left, LOWEST), float("-inf")))
     if GROUPS > 1:
         left = _of_best_groups(left, BLOCK_E, GROUPS, BLOCK_G, BEST, GROUP_BEST)
@@ -160,8 +160,7 @@ def _router_topk_kernel(
         K += SHARED
     if kv_slots_ptr is not None:  # noqa: SIM102 - decided when compiling
         if tl.load(kv_slots_ptr + token) < dump_rows:
-            chosen = tl.full([BLOCK_K], -1, tl.int32)
-            weights = tl.zeros([BLOCK_K], tl.float32)
+            chosen, weights = tl.full([BLOCK_K], -1, tl.int32), tl.zeros([BLOCK_K], tl.float32)
     tl.store(weights_ptr + token * K + places, weights, mask=places < K)
     tl.store(ids_ptr + token * K + places, chosen, mask=places < K)
 

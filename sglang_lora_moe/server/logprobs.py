@@ -91,8 +91,8 @@ class CompletionLogprobs:
         for i, entry in enumerate(entries):
             offsets.append(self._offset)
             if not ((self._skips_special or i < len(prompt)) and self._tokens.is_special(entry.token_id)):
-                opens = i < len(prompt) and not self._begun
-                self._offset += len(self._decoder.decode((self._tokens.opening if opens else self._tokens.raw)(entry.token_id)))
+                raw = self._tokens.raw if self._begun or i >= len(prompt) else self._tokens.opening
+                self._offset += len(self._decoder.decode(raw(entry.token_id)))
                 self._begun = True
         return {
             "tokens": [self._tokens.text(e.token_id) for e in entries],
