@@ -58,7 +58,7 @@ class ModelRunner:
         sampled = [b for b, (request, count) in enumerate(ends) if request.num_computed + count == len(request.tokens)]
         result = StepResult(sampled, [])
         ctx, rows = self.model.ctx, self.model.ctx.logit_rows[: len(sampled)]
-        if sum(map(len, wanted)) > len(sampled):  # some logits are for scoring prompts
+        if any(request.prompt_logit_start is not None for request in batch.requests):  # prompts are scored, of which the first token needs no logits
             sample_rows = self._score_prompts(logits, batch, wanted, result)
             logits, best, rows = logits[sample_rows], None, ctx.logit_rows[sample_rows]
         if not sampled:

@@ -142,6 +142,9 @@ def test_prompt_logprobs_equal_transformers(engine: Engine) -> None:
                     assert top[0][0] == pytest.approx(expected[position - 1].max().item(), abs=1e-4) and len(top) == 3
     scored = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 0}, return_logprob=True, logprob_start_len=0)
     assert scored["output_ids"] == [] and len(scored["meta_info"]["input_token_logprobs"]) == 80
+    for params in ({"max_new_tokens": 0}, GREEDY):  # a prompt of one token has nothing to compute, but its first token
+        alone = engine.generate(input_ids=[9], sampling_params=params, return_logprob=True, logprob_start_len=0, top_logprobs_num=2)["meta_info"]
+        assert alone["input_token_logprobs"] == [(None, 9, None)] and alone["input_top_logprobs"] == [None]
 
 
 def test_prefix_cache_hits_within_an_adapter_only(engine: Engine) -> None:
