@@ -23,7 +23,7 @@ def make_decode(tokenizer: object, skip_special_tokens: bool = True) -> Decode:
 
 
 class Detokenizer:
-    """`push` takes new ids and returns new text; bytes of an unfinished character wait until `finish`."""
+    """`push` takes new ids and returns new text; bytes of an unfinished character wait for more ids, unless these are the `last`."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
@@ -31,14 +31,8 @@ class Detokenizer:
         self._start = 0  # first token of the window
         self._said = 0  # characters of the window's text that have been returned
 
-    def push(self, ids: list[int]) -> str:
+    def push(self, ids: list[int], last: bool = False) -> str:
         self._ids += ids
-        return self._delta(last=False)
-
-    def finish(self) -> str:
-        return self._delta(last=True)
-
-    def _delta(self, last: bool) -> str:
         text = self._decode(self._ids[self._start :])
         if text.endswith(_REPLACEMENT) and not last:
             # The character may be completed by later tokens. What stands before it is certain.

@@ -14,7 +14,7 @@ from sglang_lora_moe.core import Abort, EngineMessage, LogprobOptions, Reply, Re
 from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
 from sglang_lora_moe.engine.seeds import derive_seed
 from sglang_lora_moe.engine.tokenizer import encode
-from sglang_lora_moe.engine.validate import check_request, is_int, refuse, too_long
+from sglang_lora_moe.engine.validate import check_ids, check_request, is_int, refuse, too_long
 
 logger = logging.getLogger(__name__)
 _SAMPLE = "sample-"  # how the engine's names of samples begin
@@ -116,10 +116,8 @@ class _Sample:
         chunk, detokenizer = self.pending, self.detokenizer
         if detokenizer is None:
             return
-        text = detokenizer.push(self.unread)
+        text = detokenizer.push(self.unread, last)
         self.unread = []
-        if last:
-            text += detokenizer.finish()
         said, stop = self.stops.push(text) if self.completion_tokens >= self.request.sampling.min_new_tokens else (text, None)
         if stop is not None:
             chunk.finish_reason, chunk.matched_stop = "stop", stop
@@ -225,17 +223,11 @@ class Front:
                 raise refuse("input_ids", "a list of token ids that is not empty", request.input_ids)
             if len(request.input_ids) >= self.capacity:
                 raise too_long(len(request.input_ids), self.capacity, "input_ids")
-            if not all(map(is_int, request.input_ids)):
-                raise refuse("input_ids", "a list of token ids", request.input_ids)
-            return request.input_ids
+            return check_ids(request.input_ids, "input_ids")
         if not isinstance(request.prompt, str):
             raise refuse("prompt", "a text", request.prompt)
         if self.tokenizer is None:
             raise RequestError("prompt: this engine has no tokenizer; give input_ids", param="prompt")
-        try:
-            request.prompt.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"prompt: not valid Unicode text ({error.reason})", param="prompt") from error
         return encode(self.tokenizer, request.prompt, self.capacity, "prompt")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_lora_moe.config import Config
-from sglang_lora_moe.engine.validate import too_long
+from sglang_lora_moe.engine.validate import check_text, too_long
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def encode(tokenizer: Any, text: str, capacity: int, param: str, **options: Any)
 
     A text that is far too long is refused by its beginning: each token takes 400 bytes of memory while it is made.
     """
+    check_text(text, param)
     length = 8 * capacity  # characters
     while length < len(text):
         if (count := len(tokenizer.encode(text[:length], **options))) > 2 * capacity:  # a few at the cut may be others in the whole text

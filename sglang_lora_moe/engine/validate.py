@@ -43,6 +43,23 @@ def too_long(tokens: int | str, capacity: int, param: str) -> RequestError:
     return RequestError(text, 400, param, "context_length_exceeded")
 
 
+def check_text(text: str, param: str) -> str:
+    """`text` if it is valid Unicode: JSON's escapes can write lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{param}: not valid Unicode: {error.reason} at character {error.start}", param=param, code="invalid_value") from error
+    return text
+
+
+def check_ids(ids: list[Any], param: str) -> list[int]:
+    """`ids` if they are integers >= 0 (the engine knows how many there are)."""
+    if set(map(type, ids)) <= {int} and min(ids, default=0) >= 0 and max(ids, default=0) < 2**63:
+        return ids
+    i = next(i for i, value in enumerate(ids) if type(value) is not int or not 0 <= value < 2**63)
+    raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {shown(ids[i])}", param=param, code="invalid_value")
+
+
 def is_int(value: object) -> bool:
     """An integer that fits 64 bits, as messages need."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

@@ -7,8 +7,9 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.validate import check_text
 from sglang_lora_moe.server.errors import error_response
-from sglang_lora_moe.server.fields import RequestModel, check_text
+from sglang_lora_moe.server.fields import RequestModel
 from sglang_lora_moe.server.model_names import check_adapter_name
 from sglang_lora_moe.server.service import Service
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from sglang_lora_moe.core import RequestError, SamplingParams
+from sglang_lora_moe.core import SamplingParams
 from sglang_lora_moe.engine.validate import MAX_SAMPLES, MAX_STOPS, shown
 from sglang_lora_moe.server.errors import UNKNOWN, UNSUPPORTED, printable
 
@@ -47,23 +47,6 @@ class RequestModel(BaseModel):
             elif value is not None or cls.model_fields[name].is_required():
                 kept[name] = value
         return kept
-
-
-def check_text(text: str, param: str) -> str:
-    """`text` if it is valid Unicode: JSON's escapes can write lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{param}: not valid Unicode: {error.reason} at character {error.start}", param=param, code="invalid_value") from error
-    return text
-
-
-def check_ids(ids: list[Any], param: str) -> list[int]:
-    """`ids` if they are integers >= 0 (the engine knows how many there are)."""
-    if set(map(type, ids)) <= {int} and min(ids, default=0) >= 0:
-        return ids
-    i = next(i for i, value in enumerate(ids) if type(value) is not int or value < 0)
-    raise RequestError(f"{param}: element {i} must be a token id, an integer >= 0, got {shown(ids[i])}", param=param, code="invalid_value")
 
 
 def _stop_list(value: Any) -> Any:

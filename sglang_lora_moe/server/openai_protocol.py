@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sglang_lora_moe.core import RequestError
-from sglang_lora_moe.engine.validate import shown
+from sglang_lora_moe.engine.validate import check_ids, check_text, shown
 from sglang_lora_moe.server import fields as f
 
 Prompt = str | list[int]
@@ -45,6 +45,8 @@ class OpenAIRequest(f.SamplingFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
     # SGLang's and vLLM's extras
     min_tokens: f.NewTokens = 0
@@ -92,9 +94,9 @@ class ChatMessage(f.RequestModel):
             content = "\n".join(_part_text(part, f"{param}.{i}") for i, part in enumerate(content))
         if not isinstance(content, str):
             raise RequestError(f"{param}: must be a text or a list of content parts, got {shown(content)}", param=param, code="invalid_value")
-        message = {"role": self.role, "content": f.check_text(content, param)}
+        message = {"role": self.role, "content": check_text(content, param)}
         extras = {"name": self.name, "reasoning_content": self.reasoning_content}
-        return message | {key: f.check_text(value, f"{where}.{key}") for key, value in extras.items() if value is not None}
+        return message | {key: check_text(value, f"{where}.{key}") for key, value in extras.items() if value is not None}
 
 
 def _part_text(part: Any, where: str) -> str:
@@ -117,7 +119,7 @@ class ChatRequest(OpenAIRequest):
         "parallel_tool_calls": ((True, False), _TOOLS),
         "modalities": ((["text"],), "this server answers in text only"),
         "audio": ((), "this server answers in text only"),
-        **dict.fromkeys(("prediction", "web_search_options"), ((), f.NOT_IMPLEMENTED)),
+        **dict.fromkeys(("prediction", "web_search_options", "moderation"), ((), f.NOT_IMPLEMENTED)),
         **dict.fromkeys(("separate_reasoning", "stream_reasoning"), ((True, False), "reasoning is a part of the text")),
         "verbosity": (("medium",), f.NOT_IMPLEMENTED),
     }
@@ -143,16 +145,16 @@ class ChatRequest(OpenAIRequest):
 def split_prompts(value: Any, param: str, most: int) -> list[Prompt]:
     """str | [int] | [str] | [[int]] as a list of at most `most` prompts; anything else, mixtures included, is refused."""
     if isinstance(value, str):
-        return [f.check_text(value, param)]
+        return [check_text(value, param)]
     if not isinstance(value, list) or not value:
         raise RequestError(f"{param}: must be a text, a list of token ids, or a list of either that is not empty", param=param, code="invalid_value")
     if isinstance(value[0], str | list) and len(value) > most:  # refused before anything is made of them
         raise RequestError(f"{param}: {len(value)} prompts are more than --max-queued-requests lets wait", param=param, code="invalid_value")
     kinds = set(map(type, value))
     if kinds == {str}:
-        return [f.check_text(item, param) for item in value]
+        return [check_text(item, param) for item in value]
     if kinds == {list}:
-        return [f.check_ids(item, param) for item in value]
+        return [check_ids(item, param) for item in value]
     if str in kinds or list in kinds:
         raise RequestError(f"{param}: all prompts of a batch must be texts, or all lists of token ids", param=param, code="invalid_value")
-    return [f.check_ids(value, param)]
+    return [check_ids(value, param)]

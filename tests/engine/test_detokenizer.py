@@ -54,7 +54,7 @@ def test_pieces_make_the_whole_text(text: str) -> None:
             pieces.append(detokenizer.push(rest[:count]))
             assert "".join(pieces) == (text * 3)[: len("".join(pieces))]  # never a half character
             rest = rest[count:]
-        pieces.append(detokenizer.finish())
+        pieces.append(detokenizer.push([], last=True))
         assert "".join(pieces) == text * 3 == tokenizer.decode(ids)
 
 
@@ -63,7 +63,7 @@ def test_bytes_that_are_no_text_come_at_the_end() -> None:
     ids = tokenizer.encode("ok é")[:-1]
     detokenizer = Detokenizer(make_decode(tokenizer))
     assert "".join(detokenizer.push([i]) for i in ids) == "ok "
-    assert detokenizer.finish() == "\ufffd"
+    assert detokenizer.push([], last=True) == "\ufffd"
 
 
 def test_random_bytes_equal_the_whole_decode() -> None:
@@ -72,7 +72,7 @@ def test_random_bytes_equal_the_whole_decode() -> None:
     for _ in range(30):
         ids = [rng.randrange(1, 280) for _ in range(rng.randrange(1, 120))]
         detokenizer = Detokenizer(make_decode(tokenizer))
-        assert "".join([detokenizer.push([i]) for i in ids] + [detokenizer.finish()]) == tokenizer.decode(ids)
+        assert "".join([detokenizer.push([i]) for i in ids] + [detokenizer.push([], last=True)]) == tokenizer.decode(ids)
 
 
 def test_spaces_survive_a_moving_window() -> None:
@@ -80,7 +80,7 @@ def test_spaces_survive_a_moving_window() -> None:
     for _ in range(30):
         ids = [rng.randrange(len(tokenizer.words)) for _ in range(100)]
         detokenizer = Detokenizer(make_decode(tokenizer))
-        assert "".join([detokenizer.push([i]) for i in ids] + [detokenizer.finish()]) == tokenizer.decode(ids)
+        assert "".join([detokenizer.push([i]) for i in ids] + [detokenizer.push([], last=True)]) == tokenizer.decode(ids)
 
 
 def test_the_window_stays_short() -> None:

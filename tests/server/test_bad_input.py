@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -313,6 +314,15 @@ def test_template_that_refuses(client_of: Any, tmp_path: Any, text: str, words: 
     template.write_text(text)
     error = error_of(client_of(FakeEngine(chat_template=str(template))).post("/v1/chat/completions", json=CHAT))
     assert words in error["message"] and error["param"] == "messages"
+
+
+def test_a_template_variable_that_is_not_unicode(client_of: Any, tmp_path: Any) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ tone }}: {{ messages[0]['content'] }}")
+    client = client_of(FakeEngine(chat_template=str(template)))
+    assert client.post("/v1/chat/completions", json=CHAT | {"chat_template_kwargs": {"tone": "calm"}}).status_code == 200
+    error = error_of(client.post("/v1/chat/completions", content=json.dumps(CHAT | {"chat_template_kwargs": {"tone": "\ud800"}})))
+    assert error["param"] == "messages" and "not valid Unicode" in error["message"]
 
 
 def test_unknown_route_and_method(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import openai
@@ -9,6 +10,7 @@ import pytest
 from openai import OpenAI
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest
 from tests.server.conftest import http_server
 from tests.server.fake_engine import FakeEngine
 
@@ -57,6 +59,15 @@ def test_extras_by_extra_body(api: OpenAI) -> None:
     extra = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.2, "lora_path": "a", "ignore_eos": True, "stop_token_ids": [80]}
     answer = api.completions.create(model="base", prompt="hello", max_tokens=9, temperature=0, extra_body=extra)
     assert answer.choices[0].text == "if" and answer.choices[0].finish_reason == "stop"
+
+
+def test_every_parameter_of_the_client_is_known(api: OpenAI) -> None:
+    for create, kind in ((api.chat.completions.create, ChatRequest), (api.completions.create, CompletionRequest)):
+        assert set(inspect.signature(create).parameters) - {"extra_headers", "extra_query", "extra_body", "timeout"} <= {*kind.model_fields, *kind.unsupported}
+    answer = api.chat.completions.create(model="base", messages=HI, prompt_cache_retention="24h", prompt_cache_options={"mode": "explicit"}, max_tokens=2)
+    assert answer.choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="moderation: is not implemented"):
+        api.chat.completions.create(model="base", messages=HI, moderation={"model": "omni-moderation-latest"})
 
 
 def test_chat_stream(api: OpenAI) -> None:
