@@ -8,6 +8,7 @@ from sglang_lora_moe.engine.engine_core import EngineCore
 from sglang_lora_moe.engine.kv_cache import PrefixCache
 from sglang_lora_moe.engine.scheduler import Scheduler
 from sglang_lora_moe.lora.manager import LoRAManager
+from sglang_lora_moe.lora.registry import AdapterEntry
 from sglang_lora_moe.lora.slots import SlotTable
 
 
@@ -17,7 +18,7 @@ def check_core(core: EngineCore) -> None:
     assert set(core._entries) == {request for request in core.scheduler.requests.values() if request.revision is not None}
     if core.lora is not None:
         check_manager(core.lora)
-        for entry in core.lora.registry.entries():
+        for entry in all_entries(core.lora):
             assert entry.users == sum(e is entry for e in core._entries.values()), f"{entry.name}: {entry.users} users"
 
 
@@ -67,7 +68,10 @@ def check_slots(slots: SlotTable) -> None:
 def check_manager(lora: LoRAManager) -> None:
     """Slots, pool, host memory and registry agree."""
     check_slots(lora.slots)
-    known = {entry.revision for entry in lora.registry.entries()}
+    known = {entry.revision for entry in all_entries(lora)}
+    assert {revision: lora.registry.entries(revision) for revision in lora.registry._of} == {
+        revision: [entry for entry in all_entries(lora) if entry.revision == revision] for revision in known
+    }, "entries by revision differ from the names"
     for slot, revision in enumerate(lora.slots.revision_of):
         used = lora.pool.region_bytes_used(slot)
         assert revision is None or revision in known, f"slot {slot} holds {revision}, which is not loaded"
@@ -77,5 +81,9 @@ def check_manager(lora: LoRAManager) -> None:
     assert set(lora.host._adapters) <= known, "host memory holds what is not loaded"
     assert lora.host.limit is None or len(lora.host) <= lora.host.limit, f"{len(lora.host)} adapters in host memory, at most {lora.host.limit} may be"
     assert lora.slots.pinned == {entry.revision for entry in lora.registry.loaded.values() if entry.pinned}, "pinned slots differ from pinned names"
-    for entry in lora.registry.entries():
+    for entry in all_entries(lora):
         assert entry.fills == sum(fill.entry is entry for fill in lora._fills.values()), f"{entry.name}: {entry.fills} fills"
+
+
+def all_entries(lora: LoRAManager) -> list[AdapterEntry]:
+    return [*lora.registry.loaded.values(), *lora.registry.leaving]

@@ -27,9 +27,8 @@ class HostCache:
         """Take out what one more adapter needs to go; None, and nothing changed, if there is no room for one."""
         if self.limit is None or len(self._adapters) < self.limit:
             return []
-        excess = len(self._adapters) + 1 - self.limit
-        going = [adapter for adapter in self._adapters.values() if may_go(adapter)][:excess]
-        return None if len(going) < excess else [self._adapters.pop(adapter.revision) for adapter in going]
+        going = next(filter(may_go, self._adapters.values()), None)
+        return None if going is None else [self._adapters.pop(going.revision)]
 
     def add(self, adapter: PackedAdapter) -> None:
         self._adapters[adapter.revision] = adapter

@@ -93,6 +93,7 @@ class LoRAManager:
 
     def register(self, name: str, adapter: PackedAdapter, pinned: bool = False, in_place: bool = False) -> tuple[AdapterEntry, bool]:
         """Give a name to an adapter that was read; its entry, and whether it was there already. It gets a slot if one is free, a pinned one an idle one too."""
+        self.registry.check(name, adapter, pinned, in_place)  # before others leave host memory for it
         has_room = adapter.revision in self.host or self._frees_room(name) or self._make_room()
         if not has_room and not adapter.path:
             raise RequestError(f"{len(self.host)} adapters are in use, as many as --max-loaded-loras lets host memory hold; unload one first", 400, "name")

@@ -40,6 +40,7 @@ class LoRARegistry:
         self.num_slots = num_slots
         self.loaded: dict[str, AdapterEntry] = {}
         self.leaving: list[AdapterEntry] = []
+        self._of: dict[str, list[AdapterEntry]] = {}  # both, by revision: steps ask for one of thousands
 
     def get(self, name: str) -> AdapterEntry:
         entry = self.loaded.get(name)
@@ -48,15 +49,12 @@ class LoRARegistry:
             raise RequestError(f"no adapter {name!r} is loaded; loaded adapters: {known}", 404, "model", "model_not_found")
         return entry
 
-    def entries(self, revision: str | None = None) -> list[AdapterEntry]:
-        """All entries, or those of one revision."""
-        return [entry for entry in (*self.loaded.values(), *self.leaving) if revision is None or entry.revision == revision]
+    def entries(self, revision: str) -> list[AdapterEntry]:
+        """Those of one revision, loaded ones first."""
+        return sorted(self._of.get(revision, ()), key=lambda entry: entry.leaving)
 
-    def add(self, name: str, adapter: PackedAdapter, pinned: bool, in_place: bool = False) -> tuple[AdapterEntry, bool, AdapterEntry | None]:
-        """Register a name; its entry, whether it was loaded with equal content already, and the entry that it replaces. Refusals change nothing.
-
-        The caller forgets the replaced entry (`forget`) once it is not in use.
-        """
+    def check(self, name: str, adapter: PackedAdapter, pinned: bool, in_place: bool = False) -> None:
+        """RequestError for what `add` may not register."""
         old = self.loaded.get(name)
         if old is not None and old.revision != adapter.revision and not in_place:
             raise RequestError(
@@ -64,16 +62,29 @@ class LoRARegistry:
                 f"load_inplace=true to replace it by revision {adapter.revision}, or unload it first, or load {adapter.path or 'the tensors'} by another name",
                 400, "name", "adapter_already_loaded",
             )  # fmt: skip
+        if not (pinned or (old is not None and old.pinned)):
+            return
+        pins = {entry.revision for entry in self.loaded.values() if entry.pinned and entry is not old} | {adapter.revision}
+        if len(pins) >= self.num_slots:
+            most = f"at most {self.num_slots - 1} of {self.num_slots} adapter slots (--max-loras-per-batch) may be pinned"
+            raise RequestError(f"{most}, so that the others can be served", 400, "pinned")
+
+    def add(self, name: str, adapter: PackedAdapter, pinned: bool, in_place: bool = False) -> tuple[AdapterEntry, bool, AdapterEntry | None]:
+        """Register a name; its entry, whether it was loaded with equal content already, and the entry that it replaces. Refusals change nothing.
+
+        The caller forgets the replaced entry (`forget`) once it is not in use.
+        """
+        self.check(name, adapter, pinned, in_place)
+        old = self.loaded.get(name)
         pinned = pinned or (old is not None and old.pinned)  # a name stays pinned until it is unloaded
-        if pinned:
-            self._check_pins(adapter.revision, old)
         if old is not None and old.revision == adapter.revision:
             old.pinned, old.path = pinned, adapter.path or old.path  # where it was found last
             return old, True, None
         if old is not None:
             self._leave(old)
-        self.loaded[name] = AdapterEntry(name, adapter.path, adapter.revision, adapter.rank, adapter.nbytes, pinned)
-        return self.loaded[name], False, old
+        entry = self.loaded[name] = AdapterEntry(name, adapter.path, adapter.revision, adapter.rank, adapter.nbytes, pinned)
+        self._of[entry.revision] = [*self._of.get(entry.revision, ()), entry]
+        return entry, False, old
 
     def begin_unload(self, name: str, rid: str) -> AdapterEntry:
         """Take the name away. The caller forgets the entry at once if it is not in use, else when that ends."""
@@ -86,7 +97,10 @@ class LoRARegistry:
         """Forget a leaving entry that is not in use; returns whether its revision is gone with it."""
         assert entry.leaving and not entry.in_use, f"{entry.name} forgotten with {entry.users} users and {entry.fills} fills"
         self.leaving.remove(entry)
-        return not self.entries(entry.revision)
+        others = [other for other in self._of.pop(entry.revision) if other is not entry]
+        if others:
+            self._of[entry.revision] = others
+        return not others
 
     def pinned_revisions(self) -> set[str]:
         return {entry.revision for entry in self.loaded.values() if entry.pinned}
@@ -95,9 +109,3 @@ class LoRARegistry:
         del self.loaded[entry.name]
         entry.leaving = True
         self.leaving.append(entry)
-
-    def _check_pins(self, revision: str, old: AdapterEntry | None) -> None:
-        pinned = {entry.revision for entry in self.loaded.values() if entry.pinned and entry is not old} | {revision}
-        if len(pinned) >= self.num_slots:
-            most = f"at most {self.num_slots - 1} of {self.num_slots} adapter slots (--max-loras-per-batch) may be pinned"
-            raise RequestError(f"{most}, so that the others can be served", 400, "pinned")
