@@ -42,6 +42,7 @@ _KNOWN = {
 }
 # fmt: on
 B_LAYOUTS = ("rank_major", "grouped_by_expert")
+_LISTS = (list, tuple, set)  # a set in what LoraConfig.to_dict() gives
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _refuse_other_methods(path: Path, raw: dict[str, Any]) -> None:
         way_out = "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         raise AdapterError(f"{path}: init_lora_weights: expected an initialisation that keeps the base weights, found {init!r}, which changes them. {way_out}")
     targets = raw.get("target_modules")
-    targets = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
+    targets = [targets] if isinstance(targets, str) else targets if isinstance(targets, _LISTS) else []
     if raw.get("ensure_weight_tying") and any(str(name).rpartition(".")[2] in ("embed_tokens", "lm_head") for name in targets):
         reason = "one pair shared by embedding and output head is not served; train with ensure_weight_tying=false"
         raise AdapterError(f"{path}: ensure_weight_tying: expected false with {targets}, found true: {reason}.")
@@ -194,7 +195,7 @@ class _Fields:
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self.raw.get(name) or []
-        return tuple(self.expect(isinstance(value, list) and all(isinstance(item, str) for item in value), name, "a list of names", value))
+        return tuple(self.expect(isinstance(value, _LISTS) and all(isinstance(item, str) for item in value), name, "a list of names", value))
 
     def patterns(self, name: str, check: Callable[[str, Any], Any]) -> dict[str, Any]:
         value = self.raw.get(name) or {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from sglang_lora_moe.core import Abort, EngineMessage, LoadAdapter, Reply, RequestError, SamplingParams, Submit, TokenOutput, UnloadAdapter
@@ -201,6 +202,16 @@ def test_a_failed_read_answers_those_who_wait(tmp_path: Path, damage: str, text:
         check_core(engine.core)
 
 
+def test_a_load_that_is_refused_sends_nobody_to_disk(cold: Engine) -> None:
+    before = states(cold)
+    assert "host" in before.values()
+    with pytest.raises(RequestError, match="other content"):
+        cold.load_lora_adapter("a1", str(other_adapter_path(4)))
+    with pytest.raises(RequestError, match="may be pinned"):
+        cold.load_lora_adapter("p", str(other_adapter_path(4)), pinned=True)
+    assert states(cold) == before
+
+
 # ---- on the way into a slot -----------------------------------------------------------------------------------------
 @pytest.fixture
 def copying(cold: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
@@ -302,6 +313,19 @@ def test_weights_from_tensors() -> None:
                 engine.load_lora_adapter_from_tensors("bad", tensors, config)
         assert set(states(engine)) == {"t", "file"}
         check_core(engine.core)
+
+
+def test_weights_from_tensors_with_the_config_that_peft_holds() -> None:
+    """Which has a set where adapter_config.json has a list."""
+    path = other_adapter_path(1)
+    config = LoraConfig.from_pretrained(path, target_modules=["q_proj"]).to_dict()
+    assert isinstance(config["target_modules"], set)
+    with make_engine(adapters=(), max_loras_per_batch=1, max_lora_rank=4) as engine:
+        engine.load_lora_adapter_from_tensors("t", load_file(path / "adapter_model.safetensors"), config)
+        assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="t")["output_ids"] == expected(1)
+        config["ensure_weight_tying"], config["target_modules"] = True, {"q_proj", "lm_head"}
+        with pytest.raises(RequestError, match="config_dict of u: ensure_weight_tying"):
+            engine.load_lora_adapter_from_tensors("u", {}, config)
 
 
 def test_weights_from_tensors_stay_in_host_memory() -> None:
