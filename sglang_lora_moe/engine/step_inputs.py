@@ -85,7 +85,7 @@ class StepInputs:
             starts = _pad(starts, padded_requests + 1, starts[-1])
         token_source = np.full(ctx.num_tokens, -1, dtype=np.int32)
         token_source[list(sources)] = list(sources.values())
-        self._write(query_starts=starts, seq_lens=_pad(ends, padded_requests, 0), logit_rows=rows, token_source=token_source)
+        self._write(query_starts=starts, seq_lens=_pad(ends, padded_requests, 0), logit_rows=_pad(rows, padded_logits, 0), token_source=token_source)
         self._send(self._changed_pages(requests))
         return wanted
 

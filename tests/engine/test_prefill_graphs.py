@@ -1,4 +1,4 @@
-"""Steps with prompt tokens as padded graphs: the same tokens as without."""
+"""Steps as padded graphs: the same tokens as without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_lora_moe.engine.cuda_graph import PrefillGraphs, prefill_ladder
+from sglang_lora_moe.engine.cuda_graph import DecodeGraphs, PrefillGraphs, prefill_ladder
 from tests.engine.models import make_engine, reference_greedy
 
 GPU = torch.cuda.is_available()
@@ -52,6 +52,32 @@ def test_padding_changes_nothing() -> None:
     engine.core.runner.prefill_graphs = graphs
     assert [ids for ids, _ in tokens_of(engine, ADAPTERS, prompts)] == [reference_greedy(name, ids, 2) for name, ids in zip(ADAPTERS, prompts, strict=False)]
     assert {size for size, _ in used} == {4, 8} and any(active for _, active in used)
+
+
+class PaddedDecode(DecodeGraphs):
+    """As `Padded`, of steps with one token of each request."""
+
+    _capture_one = Padded._capture_one
+
+    def replay(self, size: int, lora_active: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        used.append((size, lora_active))
+        logits = self.model.forward_logits()
+        return logits, logits.argmax(dim=-1)
+
+
+def test_padded_decode_of_a_model_with_the_forward_of_transformers() -> None:
+    """Which reads all rows of logits that the graph has: those beyond the batch's are of its own padding, not what a longer step has left there."""
+    used.clear()
+    engine = make_engine(max_running_requests=8, chunked_prefill_size=200)
+    model = engine.core.runner.model
+    assert not model.is_split
+    graphs = engine.core.runner.graphs = PaddedDecode(model, (False, True), [4, 8])
+    graphs._layouts = dict.fromkeys(graphs.sizes, model.ctx.lora_layout)
+    counts = [1, 4, 1, 3, 4]  # of tokens: three requests in the step after the prompts', which are longer than it
+    params = [{"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True} for count in counts]
+    results = engine.generate(input_ids=PROMPTS, lora_path=ADAPTERS, sampling_params=params)
+    assert [result["output_ids"] for result in results] == [reference_greedy(*of, ignore_eos=True) for of in zip(ADAPTERS, PROMPTS, counts, strict=True)]
+    assert [size for size, _ in used] == [4, 4, 4]
 
 
 @pytest.mark.gpu
