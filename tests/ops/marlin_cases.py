@@ -140,7 +140,7 @@ class Case:
         return found
 
     def adapters(self) -> Adapters | SlotAdapters | None:
-        """Runs of 5 rows of one adapter in records of up to 3, cut where an expert ends; every second has an A of its own for up."""
+        """Runs of 5 rows of one adapter in records of up to 3, cut where an expert ends; every second has an A of its own for up. The rest is NaN."""
         align, slots = self.alignment(), self.token_slots()
         if not self.ranks:
             return None
@@ -157,7 +157,11 @@ class Case:
             records += [(row + i, min(3, rows - i), *fields) for i in range(0, rows, 3)]
             runs, row, place = runs + 1, row + rows + (runs + 1) % 2, place + -(-self.rows * rank // 8) * 8
         width = most * self.halves
-        s, pool = torch.randn(len(ids), width, generator=g), torch.randn(place + 8, generator=g) * 0.1
+        s, pool = torch.full((len(ids), width), float("nan")), torch.full((place + 8,), float("nan"))
+        for start, count, rank, split, at in records:
+            pool[at * 8 :][: self.rows * rank] = torch.randn(self.rows * rank, generator=g) * 0.1
+            for half in range(1 + split):
+                s[start : start + count, half * most :][:, :rank] = torch.randn(count, rank, generator=g)
         ranges = [(sum(r[0] + r[1] <= t[1] for r in records), sum(r[0] < t[1] + t[2] for r in records)) for t in tiles]
         table = torch.tensor(records, dtype=torch.int64).view(-1, 5)
         return Adapters(s.to(self.dtype), pool.to(self.dtype), table, torch.tensor(ranges, dtype=torch.int32).view(-1, 2), most)

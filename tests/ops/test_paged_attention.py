@@ -92,6 +92,7 @@ def test_real_shapes(case: str, decode: bool, dtype: torch.dtype) -> None:
 
 
 def check(spec: dict[str, Any], decode: bool, dtype: torch.dtype, lens: list[int], seqs: list[int], page: int, cache: torch.dtype | None = None) -> None:
+    """What no request has written is NaN, and no page where a request has none."""
     from sglang_lora_moe.ops import paged_attention as op
 
     (hq, hkv), d = spec["heads"], spec["d"]
@@ -101,6 +102,12 @@ def check(spec: dict[str, Any], decode: bool, dtype: torch.dtype, lens: list[int
     table = (torch.randperm(len(seqs) * pages, device="cpu") + 1).view(len(seqs), pages).int().to(DEVICE)
     k = torch.randn((len(seqs) * pages + 1) * page, hkv, d, device=DEVICE).to(dtype)
     v = k[..., :dv] if "dv" in spec else torch.randn(*k.shape[:2], dv, device=DEVICE).to(dtype)
+    unwritten = torch.ones(k.shape[0], dtype=torch.bool, device=DEVICE)
+    for row, tokens in zip(table, seqs, strict=True):
+        index = torch.arange(tokens, device=DEVICE)
+        unwritten[row[index // page].long() * page + index % page] = False
+        row[-(-tokens // page) :] = 1 << 30
+    k[unwritten] = v[unwritten] = float("nan")
     q = torch.randn(sum(lens), hq, d, device=DEVICE).to(dtype)
     if cache is not None:
         k = k.to(cache)
