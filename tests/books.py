@@ -69,9 +69,8 @@ def check_manager(lora: LoRAManager) -> None:
     """Slots, pool, host memory and registry agree."""
     check_slots(lora.slots)
     known = {entry.revision for entry in all_entries(lora)}
-    assert {revision: lora.registry.entries(revision) for revision in lora.registry._of} == {
-        revision: [entry for entry in all_entries(lora) if entry.revision == revision] for revision in known
-    }, "entries by revision differ from the names"
+    of_names = {revision: {entry for entry in all_entries(lora) if entry.revision == revision} for revision in known}
+    assert {revision: set(lora.registry.entries(revision)) for revision in lora.registry._of} == of_names, "entries by revision differ from the names"
     for slot, revision in enumerate(lora.slots.revision_of):
         used = lora.pool.region_bytes_used(slot)
         assert revision is None or revision in known, f"slot {slot} holds {revision}, which is not loaded"
