@@ -130,20 +130,16 @@ class EngineCore:
 
     # ---- messages ---------------------------------------------------------------------------------------------------
     def _submit(self, message: Submit) -> None:
-        bad = next((token for token in message.input_ids if not 0 <= token < self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"input_ids: token id {bad} is outside the vocabulary of {self.vocab_size}", param="input_ids")
         seed = message.sampling.seed if message.sampling.seed is not None else self._seeds.getrandbits(63)
         request = Request(message.rid, message.input_ids, message.sampling, eos_ids=self.eos_ids, seed=seed)
         request.logprobs = message.logprobs
-        if message.adapter is None:
-            self.scheduler.submit(request)
-            return
-        lora = self.need_lora("model")
-        entry = lora.registry.get(message.adapter)
-        request.bind(entry.name, entry.revision)
+        entry = None if message.adapter is None else self.need_lora("model").registry.get(message.adapter)
+        if entry is not None:
+            request.bind(entry.name, entry.revision)
         self.scheduler.submit(request)
-        self._entries[request] = lora.bind(message.adapter)
+        if entry is not None:
+            self._entries[request] = entry
+            entry.users += 1  # until `_release`
 
     def _abort(self, message: Abort) -> None:
         for rid in [message.rid] if message.rid else list(self.scheduler.requests):

@@ -150,6 +150,8 @@ class Front:
         if request.rid in self._requests:
             raise RequestError(f"rid: a request with the id {request.rid!r} is running already", param="rid")
         ids = self.tokenize(request) if ids is None else ids
+        if max(ids, default=0) >= self.vocab_size:
+            raise RequestError(f"input_ids: token id {max(ids)} is outside the vocabulary of {self.vocab_size}", param="input_ids")
         if request.stop and not self._decode:
             raise RequestError("stop: this engine has no tokenizer, so it cannot look for texts; use stop_token_ids", param="stop")
         sampling = request.sampling

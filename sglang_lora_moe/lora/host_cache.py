@@ -23,11 +23,11 @@ class HostCache:
         self._adapters.move_to_end(revision)
         return self._adapters[revision]
 
-    def make_room(self, may_go: Callable[[PackedAdapter], bool]) -> list[PackedAdapter] | None:
-        """Take out what one more adapter needs to go; None, and nothing changed, if there is no room for one."""
+    def make_room(self, may_go: Callable[[PackedAdapter], bool], last: Callable[[PackedAdapter], bool]) -> list[PackedAdapter] | None:
+        """Take out what one more adapter needs to go, of the `last` ones only if no other may; None, and nothing changed, if there is no room for one."""
         if self.limit is None or len(self._adapters) < self.limit:
             return []
-        going = next(filter(may_go, self._adapters.values()), None)
+        going = min(filter(may_go, self._adapters.values()), key=last, default=None)
         return None if going is None else [self._adapters.pop(going.revision)]
 
     def add(self, adapter: PackedAdapter) -> None:

@@ -6,6 +6,7 @@ what has arrived. Which revision has which slot is the `SlotTable`'s, with which
 the copies that it has asked for. Answers to load and unload requests collect in `replies`.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -123,12 +124,6 @@ class LoRAManager:
         self.slots.pinned = self.registry.pinned_revisions()
         self._forget_if_over(entry)
 
-    def bind(self, name: str) -> AdapterEntry:
-        """The entry that a new request runs on; give it back with `release`."""
-        entry = self.registry.get(name)
-        entry.users += 1
-        return entry
-
     def release(self, entry: AdapterEntry) -> None:
         """One user less."""
         entry.users -= 1
@@ -151,8 +146,7 @@ class LoRAManager:
             changed = True
         if self._reading is not None and self._reading[1].done():
             (revision, future), self._reading = self._reading, None
-            error = self._finish_reading(revision, future)
-            failed += [(revision, error)] if error is not None else []
+            failed += self._finish_reading(revision, future)
             changed = True
         if self._reading is None and self.slots.wanted:
             failed += self._read_next()
@@ -214,28 +208,38 @@ class LoRAManager:
         entries = [entry for revision in self.slots.wanted for entry in self.registry.entries(revision) if entry.users]
         self.slots.wanted = {entry.revision: None for entry in entries}
         if entries and self._make_room():
-            self._reading = entries[0].revision, self._thread.submit(self.reader.read, entries[0].path)
+            revision = entries[0].revision
+            self._reading = revision, self._thread.submit(self._read_again, revision, [entry.path for entry in self.registry.entries(revision)])
         elif entries and len({entry.revision for entry in self.registry.loaded.values() if not entry.path}) == self.host.limit:
             text = f"adapter {entries[0].name!r} cannot be read again: adapters from tensors fill host memory; unload one, or raise --max-loaded-loras"
             del self.slots.wanted[entries[0].revision]
             return [(entries[0].revision, RequestError(text, 503, "model", "adapter_unreadable"))]
         return []
 
-    def _finish_reading(self, revision: str, future: Future[PackedAdapter]) -> RequestError | None:
-        """Take in an adapter that was read again; the error for those who wait for it if that failed."""
+    def _read_again(self, revision: str, paths: list[str]) -> PackedAdapter:
+        """From the first of `paths` that still has the revision, or else what the last one has. Runs in the thread that reads."""
+        for path in paths[:-1]:
+            with contextlib.suppress(ValueError, OSError):
+                adapter = self.reader.read(path)
+                if adapter.revision == revision:
+                    return adapter
+        return self.reader.read(paths[-1])
+
+    def _finish_reading(self, revision: str, future: Future[PackedAdapter]) -> list[tuple[str, RequestError]]:
+        """Take in an adapter that was read again; the revision and the error for those who wait for it if that failed."""
         entries = self.registry.entries(revision)
         if not entries or revision in self.host:
-            return None
+            return []
         try:
-            adapter = _result(future, entries[0].path)
+            adapter = _result(future, entries[-1].path)
             if adapter.revision != revision:
-                text = f"its files in {entries[0].path} have changed since it was loaded (revision {revision}, now {adapter.revision})"
-                raise RequestError(f"adapter {entries[0].name!r}: {text}; load it again with load_inplace=true", 400)
+                text = f"its files in {adapter.path} have changed since it was loaded (revision {revision}, now {adapter.revision})"
+                raise RequestError(f"adapter {entries[-1].name!r}: {text}; load it again with load_inplace=true", 400)
         except RequestError as error:
             self.slots.wanted.pop(revision, None)
-            return RequestError(error.message, 500, "model", "adapter_unreadable")
+            return [(revision, RequestError(error.message, 500, "model", "adapter_unreadable"))]
         self._keep(adapter, self._make_room())
-        return None
+        return []
 
     # ---- host memory ------------------------------------------------------------------------------------------------
     def _keep(self, adapter: PackedAdapter, has_room: bool) -> None:
@@ -260,8 +264,7 @@ class LoRAManager:
 
     def _make_room(self) -> bool:
         """Whether host memory has room for one more adapter, after what may go for it has gone, pinned ones only if no other may."""
-        going = self.host.make_room(lambda adapter: adapter.revision not in self.slots.pinned and self._may_go(adapter))
-        going = self.host.make_room(self._may_go) if going is None else going
+        going = self.host.make_room(self._may_go, lambda adapter: adapter.revision in self.slots.pinned)
         for adapter in going or ():
             self.slots.absent.add(adapter.revision)
             self._loader.discard(adapter.image)

@@ -53,8 +53,8 @@ class LoRARegistry:
         """Those of one revision, loaded ones first."""
         return sorted(self._of.get(revision, ()), key=lambda entry: entry.leaving)
 
-    def check(self, name: str, adapter: PackedAdapter, pinned: bool, in_place: bool = False) -> None:
-        """RequestError for what `add` may not register."""
+    def check(self, name: str, adapter: PackedAdapter, pinned: bool, in_place: bool = False) -> AdapterEntry | None:
+        """What the name stands for; RequestError for what `add` may not register."""
         old = self.loaded.get(name)
         if old is not None and old.revision != adapter.revision and not in_place:
             raise RequestError(
@@ -62,20 +62,19 @@ class LoRARegistry:
                 f"load_inplace=true to replace it by revision {adapter.revision}, or unload it first, or load {adapter.path or 'the tensors'} by another name",
                 400, "name", "adapter_already_loaded",
             )  # fmt: skip
-        if not (pinned or (old is not None and old.pinned)):
-            return
-        pins = {entry.revision for entry in self.loaded.values() if entry.pinned and entry is not old} | {adapter.revision}
-        if len(pins) >= self.num_slots:
-            most = f"at most {self.num_slots - 1} of {self.num_slots} adapter slots (--max-loras-per-batch) may be pinned"
-            raise RequestError(f"{most}, so that the others can be served", 400, "pinned")
+        if pinned or (old is not None and old.pinned):
+            pins = {entry.revision for entry in self.loaded.values() if entry.pinned and entry is not old} | {adapter.revision}
+            if len(pins) >= self.num_slots:
+                most = f"at most {self.num_slots - 1} of {self.num_slots} adapter slots (--max-loras-per-batch) may be pinned"
+                raise RequestError(f"{most}, so that the others can be served", 400, "pinned")
+        return old
 
     def add(self, name: str, adapter: PackedAdapter, pinned: bool, in_place: bool = False) -> tuple[AdapterEntry, bool, AdapterEntry | None]:
         """Register a name; its entry, whether it was loaded with equal content already, and the entry that it replaces. Refusals change nothing.
 
         The caller forgets the replaced entry (`forget`) once it is not in use.
         """
-        self.check(name, adapter, pinned, in_place)
-        old = self.loaded.get(name)
+        old = self.check(name, adapter, pinned, in_place)
         pinned = pinned or (old is not None and old.pinned)  # a name stays pinned until it is unloaded
         if old is not None and old.revision == adapter.revision:
             old.pinned, old.path = pinned, adapter.path or old.path  # where it was found last

@@ -202,6 +202,19 @@ def test_a_failed_read_answers_those_who_wait(tmp_path: Path, damage: str, text:
         check_core(engine.core)
 
 
+@pytest.mark.parametrize("names", [("copy", "x"), ("x", "copy")])
+def test_a_revision_is_read_from_whichever_of_its_names_still_has_it(tmp_path: Path, names: tuple[str, str]) -> None:
+    with cold_engine() as engine:
+        for name in names:
+            engine.load_lora_adapter(name, str(own_copy(6, tmp_path / name)))
+        engine.load_lora_adapter("y", str(other_adapter_path(4)))  # host memory keeps this one
+        edit_adapter(tmp_path / "x", lambda tensors, config: config.update(lora_alpha=3))
+        assert states(engine)["copy"] == "disk"
+        answers = engine.generate(input_ids=[PROMPT] * 2, sampling_params=GREEDY, lora_path=list(names))
+        assert [answer["output_ids"] for answer in answers] == [expected(6)] * 2
+        check_core(engine.core)
+
+
 def test_a_load_that_is_refused_sends_nobody_to_disk(cold: Engine) -> None:
     before = states(cold)
     assert "host" in before.values()

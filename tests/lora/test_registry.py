@@ -109,16 +109,25 @@ def test_pinning_a_loaded_adapter() -> None:
 
 
 def test_host_memory_gives_up_the_least_recently_used() -> None:
-    cache = HostCache(2)
+    cache, pinned = HostCache(2), set[str]()
+
+    def make_room(may_go: bool = True, of: HostCache = cache) -> list[str] | None:
+        gone = of.make_room(lambda adapter: may_go, lambda adapter: adapter.revision in pinned)
+        return None if gone is None else [adapter.revision for adapter in gone]
+
     for revision in ("r1", "r2"):
-        assert cache.make_room(lambda adapter: True) == []
+        assert make_room() == []
         cache.add(packed(revision))
     cache.use("r1")
-    gone = cache.make_room(lambda adapter: True)
-    assert gone is not None and [adapter.revision for adapter in gone] == ["r2"] and "r2" not in cache
+    assert make_room() == ["r2"] and "r2" not in cache
     cache.add(packed("r3"))
-    assert cache.make_room(lambda adapter: False) is None and len(cache) == 2
-    assert HostCache().make_room(lambda adapter: False) == []
+    assert make_room(may_go=False) is None and len(cache) == 2
+    assert make_room(may_go=False, of=HostCache()) == []
+    pinned.add("r1")
+    assert make_room() == ["r3"]
+    pinned.add("r4")
+    cache.add(packed("r4"))
+    assert make_room() == ["r1"]
 
 
 # ---- slots ----------------------------------------------------------------------------------------------------------
