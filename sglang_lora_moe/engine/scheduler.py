@@ -218,7 +218,7 @@ class Scheduler:
             request.extend_keys(page_size, shareable // page_size)
             keys = request.page_keys[: shareable // page_size]
             matched = cache.match(keys)
-            pending = sum(key in self._pending_keys for key in keys[len(matched) :])
+            pending = len(self._pending_keys.intersection(keys[len(matched) :]))
             if 2 * pending * page_size > len(request.tokens) - len(matched) * page_size:
                 return "prefix"
         fresh = -(-len(request.tokens) // page_size) - len(matched)
