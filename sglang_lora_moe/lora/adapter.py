@@ -88,8 +88,8 @@ def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: Adapter
             parts = [experts.get(part.name) for part in target.of_files()]
             if any(part is not None for part in parts):
                 modules[target.name] = join_shared(target, *parts)
-    if rules.dtype is torch.float16:
-        _check_float16(source, modules)
+    if rules.dtype is not torch.float32:
+        _check_range(source, modules)
     if unmatched := sorted({*config.rank_pattern, *config.alpha_pattern} - config.matched):
         source.warn(f"{config.path.name}: no module of the file has its rank or alpha from the patterns {', '.join(unmatched)}")
     targets = [name for name in (*config.target_modules, *config.target_parameters) if not any(f".{name}." in f".{module}." for module in config.modules)]
@@ -254,9 +254,10 @@ def _read_pair(source: AdapterSource, target: PairTarget, pair: _Pair) -> Linear
     return (EmbeddingLoRA if isinstance(target, EmbeddingTarget) else LinearLoRA)(a, b, source.config.scaling(rank, name))
 
 
-def _check_float16(source: AdapterSource, modules: Mapping[str, ModuleLoRA]) -> None:
-    """bfloat16 and float32 weights may exceed float16's range."""
+def _check_range(source: AdapterSource, modules: Mapping[str, ModuleLoRA]) -> None:
+    """Weights may exceed the range they are served in, and kernels multiply them by the zeros of other adapters' rows: infinity would make these NaN."""
     for name, module in modules.items():
         for tensor in module.tensors():
-            if not torch.isfinite(tensor).all():
-                raise source.error(name, "weights within float16 (65504)", "larger ones", "Serve with --dtype bfloat16.")
+            if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                hint = "Serve with --dtype bfloat16." if tensor.dtype is torch.float16 else "The training run diverged; use another step."
+                raise source.error(name, f"weights within {str(tensor.dtype)[6:]} ({torch.finfo(tensor.dtype).max:g})", "larger ones", hint)

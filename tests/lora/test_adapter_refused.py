@@ -404,3 +404,18 @@ def test_too_large_for_float16(tmp_path: Path) -> None:
     directory = edit(write(tmp_path, LINEAR), enlarge)
     assert read(directory)
     refused(directory, "self_attn.q_proj", "float16", "--dtype bfloat16", dtype=torch.float16)
+
+
+def test_too_large_for_bfloat16(tmp_path: Path) -> None:
+    """Weights that float32 holds and bfloat16 rounds to infinity, which in a tile that adapters share is NaN for all of them."""
+
+    def enlarge(value: float) -> Path:
+        def change(tensors: Tensors) -> None:
+            tensors[f"{Q}.lora_B.weight"][1, 1] = value
+
+        return edit(write(tmp_path / f"{value:g}", LINEAR), change)
+
+    largest = read(enlarge(3.39e38), dtype=torch.bfloat16)
+    assert all(tensor.isfinite().all() for module in largest.modules.values() for tensor in module.tensors())
+    assert read(enlarge(3.4e38))
+    refused(enlarge(-3.4e38), "self_attn.q_proj", "bfloat16 (3.38953e+38)", dtype=torch.bfloat16)
