@@ -380,7 +380,7 @@ constexpr uint64_t kKeep = 0, kStream = 1;
 inline void copy_box(void* target, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, uint64_t) {
   const TensorMap m = *map;
   uint8_t* out = (uint8_t*)target;
-  std::memset(out, 0xCD, (size_t)m.box[0] * m.box[1] * m.box[2] * 2);
+  emu::poison(out, (size_t)m.box[0] * m.box[1] * m.box[2] * 2);
   emu::barriers.at(barrier).copies.push_back([=] {
     for (int line = 0; line < m.box[1] * m.box[2]; line++)
       for (int i = 0; i < m.box[0]; i++) {
@@ -481,7 +481,7 @@ void wgmma_wait() {
 }
 inline void copy_bulk(void* target, const void* source, int bytes, Barrier* barrier) {
   if (((uintptr_t)target | (uintptr_t)source | (uintptr_t)bytes) % 16 != 0) emu::fail("copy_bulk: an address or a size is not a multiple of 16");
-  std::memset(target, 0xCD, (size_t)bytes);
+  emu::poison(target, (size_t)bytes);
   emu::barriers.at(barrier).copies.push_back([=] { std::memcpy(target, source, (size_t)bytes); });
 }
 // The value at (row, k) of a swizzled matrix in shared memory.

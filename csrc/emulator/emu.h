@@ -1,13 +1,14 @@
 // Host twin of prims.cuh: runs a kernel on a CPU, one block at a time, one fiber per thread.
 //
 // Meant to fail loudly where a GPU fails rarely:
-//   * shared memory is poisoned (0xCD) at the start of each block and allocated at its exact size, so AddressSanitizer sees overruns;
+//   * shared memory is poisoned at the start of each block, with NaN of every type, and allocated at its exact size, so AddressSanitizer sees overruns;
 //   * cp.async poisons its target when issued and copies only at the wait that completes its group, so a missing wait shows;
 //   * warps run one by one as far as they can, in forward, reverse or shuffled order (emu::order_seed), so a missing barrier shows
 //     as a wrong result;
 //   * a barrier or collective that some thread never reaches, or different collectives in one warp, stop the program with a sentence.
 // Not modelled: the memory model between blocks (they run one after another, those of a cluster in turns), bank conflicts.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -77,6 +78,12 @@ inline uint64_t order_seed = 0;  // 0 forward, 1 reverse, else the seed of a shu
   std::abort();
 }
 
+constexpr uint16_t kPoison = 0x7fff;  // NaN in 16 bits and, twice, in 32; as an integer far beyond all that is there
+
+inline void poison(void* memory, size_t bytes) {  // whole values of 16 bits
+  std::fill_n((uint16_t*)memory, bytes / 2, kPoison);
+}
+
 inline Thread& self() { return block.thread[block.current]; }
 
 inline void wait_for(const unsigned& generation) {
@@ -127,7 +134,7 @@ inline bool advance(int index) {
 inline void begin_block(unsigned index, size_t shared_bytes) {
   block.index = {index, 0, 0};
   block.shared.reset(new uint8_t[shared_bytes]);
-  std::memset(block.shared.get(), 0xCD, shared_bytes);
+  poison(block.shared.get(), shared_bytes);
   block.arrived = block.observed = 0;
   block.left = block.thread.size();
   for (Warp& warp : block.warp) warp.arrived = 0;
@@ -201,6 +208,7 @@ inline float from_bf16(uint16_t bits) {
   return value;
 }
 inline uint16_t to_bf16(float value) {  // round to nearest even
+  if (std::isnan(value)) return 0x7fff;  // whatever its bits are, which rounding might make a number
   uint32_t word;
   std::memcpy(&word, &value, 4);
   return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
@@ -344,7 +352,7 @@ inline int lowest_bit(uint32_t word) { return __builtin_ffs((int)word) - 1; }
 
 inline void cp16(void* target, const void* source, bool predicate) {
   if ((uintptr_t)target % 16 != 0 || (predicate && (uintptr_t)source % 16 != 0)) emu::fail("cp16: an address is not a multiple of 16");
-  std::memset(target, 0xCD, 16);
+  emu::poison(target, 16);
   emu::self().open.push_back({target, predicate ? source : nullptr});
 }
 inline void cp_commit() {

@@ -18,7 +18,7 @@ int main() {
   const auto q = read<uint16_t>((int64_t)c.m * c.heads * 128);
   const auto keys = read<uint16_t>((int64_t)c.cache_rows * c.kv_heads * 128), values = read<uint16_t>(keys.size());
   const auto table = read<int32_t>((int64_t)c.requests * c.max_pages), starts = read<int32_t>(c.requests + 1), lens = read<int32_t>(c.requests);
-  std::vector<uint16_t> out(q.size(), 0xCDCD);
+  std::vector<uint16_t> out(q.size(), emu::kPoison);
   std::vector<uint32_t> tickets(2, 0);
   const PrefillAttention a = {q.data(), keys.data(), values.data(), table.data(), starts.data(), lens.data(), tickets.data(), out.data(), c.scale, c.m, c.heads, c.kv_heads,
                               c.requests, c.max_pages, c.page_size, c.is_bf16, c.blocks, 0, c.cache_rows};

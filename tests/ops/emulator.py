@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+POISON = 0x7FFF  # what memory of 16-bit values holds that no kernel has written: NaN, emu::kPoison of csrc/emulator
+
 
 def answer(driver: Path, head: bytes, *tensors: torch.Tensor | None) -> bytearray:
     """What `driver` writes for `head` and the values of the tensors that are there. Fails with what its sanitizers say."""

@@ -64,7 +64,7 @@ int run_gemm(const Case& c) {
                                   scaling.data(), lora_tiles.data(), c.slots, 2};
   const std::vector<int32_t> counts = {0, c.tiles, c.lora_tiles, 0};
   const MarlinMoePlan plan = {c.config, c.sms, 0};
-  std::vector<uint16_t> out((int64_t)c.out_rows * c.out_columns, 0xCDCD);
+  std::vector<uint16_t> out((int64_t)c.out_rows * c.out_columns, emu::kPoison);
   std::vector<float> partials(marlin_moe_partials(plan), NAN);
   std::vector<uint32_t> arrivals(marlin_moe_counters(plan), 0);
   MarlinMoeGemm arguments = {x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr,
@@ -80,7 +80,7 @@ int run_gemm(const Case& c) {
     for (int32_t i = 0; i < c.tiles; i++)
       if (tiles[3 * i + 2] >> 16 != arguments.behind) return 4;
     const std::vector<uint16_t> first = out;
-    std::fill(out.begin(), out.end(), 0xCDCD);
+    std::fill(out.begin(), out.end(), emu::kPoison);
     error = error ? error : marlin_moe_gemm(&arguments, plan, nullptr);
     if (out != first) return 5;
   }
@@ -88,7 +88,7 @@ int run_gemm(const Case& c) {
     const uint32_t told = 1;
     arguments.told = &told, arguments.early = 2;
     const std::vector<uint16_t> first = out;
-    std::fill(out.begin(), out.end(), 0xCDCD);
+    std::fill(out.begin(), out.end(), emu::kPoison);
     error = error ? error : marlin_moe_gemm(&arguments, plan, nullptr);
     if (out != first) return 6;
   }

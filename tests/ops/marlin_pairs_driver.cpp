@@ -49,7 +49,7 @@ int main() {
   const auto starts = read<int32_t>(linear ? linear + 1 : 0);
   const int64_t first = linear ? 0 : pairs * c.width * 8, second = linear ? (int64_t)c.parts * c.tokens * linear * c.s_width : pairs * c.parts * c.next_width;
   auto s = read<float>(c.down ? second : first), other_s = read<float>(c.down ? first : second);
-  std::vector<uint16_t> out(c.down ? (int64_t)c.tokens * c.rows : pairs * c.rows / 2, 0xCDCD);
+  std::vector<uint16_t> out(c.down ? (int64_t)c.tokens * c.rows : pairs * c.rows / 2, emu::kPoison);
   const MarlinMoePairs arguments = {
       x.data(), packed.data(), scales.data(), c.has_zeros ? zeros.data() : nullptr, c.has_bias ? bias.data() : nullptr, ids.data(), c.down ? weights.data() : nullptr, out.data(),
       c.has_slots ? token_slots.data() : nullptr, a.with(rank.data(), split.data(), scaling.data()), b.with(rank.data(), linear ? nullptr : split.data(), scaling.data()),

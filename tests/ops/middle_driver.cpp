@@ -24,7 +24,7 @@ int main() {
   const auto offset = read<int64_t>(c.entries);
   const auto rank = read<int32_t>(c.entries);
   const auto scaling = read<float>(c.entries);
-  std::vector<uint16_t> out((int64_t)c.m * c.n, 0xCDCD);
+  std::vector<uint16_t> out((int64_t)c.m * c.n, emu::kPoison);
   MiddleLinear a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), s.data(), slots.data(), pool.data(),
                     offset.data(), rank.data(), scaling.data(), {}, c.part_stride, c.parts, c.width, c.num_slots, c.max_rank,
                     c.m, c.n, c.k, c.is_bf16, c.tokens, c.rows, c.splits, 0};

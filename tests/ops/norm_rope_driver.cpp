@@ -38,14 +38,14 @@ int main() {
   const AddedRows added = {s.data(), c.has_scale ? row_scale.data() : nullptr, order.data(), slots.data(), pool.data(), offset.data(),
                            rank.data(), scaling.data(), c.part_stride, c.parts, c.splits, c.width, c.entries - (c.parts - 1) * c.part_stride};
   if (c.rotates) {
-    std::vector<uint16_t> q((int64_t)c.m * c.heads * 128, 0xCDCD), keys((int64_t)c.rows * c.kv_heads * 128, 0xCDCD), values(keys);
+    std::vector<uint16_t> q((int64_t)c.m * c.heads * 128, emu::kPoison), keys((int64_t)c.rows * c.kv_heads * 128, emu::kPoison), values(keys);
     const RotateRows a = {x.data(), q.data(), keys.data(), values.data(), kv_slots.data(), positions.data(), cos.data(), sin.data(),
                           c.has_norm ? q_weight.data() : nullptr, c.has_norm ? k_weight.data() : nullptr, c.eps, c.table_stride, c.m, c.heads, c.kv_heads, c.is_bf16, 0, kMultiprocessors, added};
     const int error = rotate_rows(&a, nullptr);
     write(q), write(keys), write(values);
     return error;
   }
-  std::vector<uint16_t> out(wide, 0xCDCD);
+  std::vector<uint16_t> out(wide, emu::kPoison);
   const NormRows a = {x.data(), residual.data(), weight.data(), out.data(), c.eps, c.m, c.columns, c.is_bf16, 0, added};
   const int error = norm_rows(&a, nullptr);
   write(residual), write(out);

@@ -29,7 +29,7 @@ int main() {
   const auto next_scaling = read<uint32_t>(next);
   const auto next_b_offset = read<int64_t>(next), next_b_stride = read<int64_t>(next);
   std::vector<int64_t> next_records(c.has_next ? 5 * c.tiles : 0, -1);
-  std::vector<uint16_t> s((int64_t)c.pairs * c.width, 0xCDCD);
+  std::vector<uint16_t> s((int64_t)c.pairs * c.width, emu::kPoison);
   std::vector<int64_t> records(5 * c.tiles, -1);
   std::vector<int32_t> ranges(c.has_ranges ? 2 * c.base_tiles : 0, -1);
   const MoeLoraShrink a = {x.data(), pool.data(), offset.data(), stride.data(), rank.data(), split.data(), scaling.data(), b_offset.data(), b_stride.data(), tiles.data(),

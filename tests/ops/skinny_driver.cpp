@@ -28,7 +28,7 @@ int main() {
   const auto rank = read<int32_t>(c.entries);
   const auto scaling = read<float>(c.entries);
   const auto starts = read<int32_t>(low ? c.parts + 1 : 0);
-  std::vector<uint16_t> out((int64_t)c.m * c.n, 0xCDCD);
+  std::vector<uint16_t> out((int64_t)c.m * c.n, emu::kPoison);
   const int32_t used = low ? (c.k + 1023) / 1024 * c.m * c.parts * c.width : 0, half = (used + 3) / 4 * 4;
   std::vector<uint32_t> sums(2 * half, 0xffffffff);
   uint32_t launches = (uint32_t)(c.order_seed & 1) << 16;  // either half begins
@@ -38,7 +38,7 @@ int main() {
   int error = skinny_linear(&a, nullptr);
   if (low) {
     const std::vector<uint16_t> first = out;
-    std::fill(out.begin(), out.end(), 0xCDCD);
+    std::fill(out.begin(), out.end(), emu::kPoison);
     error |= skinny_linear(&a, nullptr);
     if (first != out) emu::fail("two launches differ");
     if (launches != (uint32_t)((c.order_seed & 1) + 2) << 16) emu::fail("launches are not counted");

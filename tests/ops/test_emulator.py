@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.moe_cases import generator
+from tests.ops import emulator
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 DRIVER = Path(__file__).parent / "emulator_cases.cu"
@@ -39,7 +40,7 @@ def test_async_copies_arrive_at_their_wait(run_case: Run) -> None:
 def test_a_missing_wait_shows(run_case: Run) -> None:
     data = torch.arange(256, dtype=torch.int32)
     found = result(run_case("copy_without_wait", data, 1024), torch.int32)
-    poison = 0xCDCDCDCD - 2**32
+    poison = emulator.POISON * 0x10001
     assert (found[:120] == poison).all(), "data was visible before its wait"  # the last lane of the barrier runs on to its own wait first
 
 

@@ -68,7 +68,7 @@ def emulate(driver: Path) -> emulator.Operators:
             if tensor is not None:
                 new = torch.frombuffer(written, dtype=tensor.dtype, offset=where, count=tensor.numel()).view(tensor.shape)
                 where += tensor.numel() * tensor.element_size()
-                tensor.copy_(torch.where(new.view(torch.int16) == 0xCDCD - 65536, out, new) if tensor is out else new)
+                tensor.copy_(torch.where(new.view(torch.int16) == emulator.POISON, out, new) if tensor is out else new)
 
     return {"marlin_moe_pairs": run}
 

@@ -51,13 +51,11 @@ def emulate(driver: Path) -> emulator.Operators:
         inputs += (next_offset, next_stride, next_rank, next_scaling, next_b_offset, next_b_stride)
         written = emulator.answer(driver, struct.pack("17ixxxxq", *map(int, fields), pool.numel()), *inputs)
         where = 0
-        for out, poison in ((s, 0xCD), (records, 0xFF), (ranges, 0xFF), (next_records, 0xFF)):
-            size = 0 if out is None else out.numel() * out.element_size()
-            if size:
+        for out, poison in ((s.view(torch.int16), emulator.POISON), (records, -1), (ranges, -1), (next_records, -1)):
+            if out is not None:
                 new = torch.frombuffer(written, dtype=out.dtype, offset=where, count=out.numel()).view(out.shape)
-                untouched = torch.frombuffer(bytearray([poison] * size), dtype=out.dtype).view(out.shape)
-                out.copy_(torch.where(new == untouched, out, new))
-            where += size
+                out.copy_(torch.where(new == poison, out, new))
+                where += out.numel() * out.element_size()
 
     return {"moe_lora_shrink": run}
 

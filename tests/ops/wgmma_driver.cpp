@@ -31,8 +31,8 @@ int main() {
   const auto next_records = read<int64_t>(c.next_width ? 5 * (int64_t)c.records : 0);
   const int columns = c.tokens == 72 ? 64 : 128;
   std::vector<float> parts((int64_t)(c.n + columns - 1) / columns * c.pairs * c.next_width, std::nanf(""));
-  std::vector<uint16_t> next_s((int64_t)c.pairs * c.next_s_width, 0xCDCD);
-  std::vector<uint16_t> out((int64_t)c.pairs * c.n, 0xCDCD);
+  std::vector<uint16_t> next_s((int64_t)c.pairs * c.next_s_width, emu::kPoison);
+  std::vector<uint16_t> out((int64_t)c.pairs * c.n, emu::kPoison);
   MoeWgmmaGemm a = {x.data(), w.data(), c.has_bias ? bias.data() : nullptr, out.data(), tiles.data(), counts.data(), sorted.data(), c.has_addend ? s.data() : nullptr,
                     pool.data(), records.data(), ranges.data(), {next_pool.data(), next_records.data(), c.next_width ? parts.data() : nullptr, next_s.data(), c.next_width, c.next_s_width},
                     c.s_width, c.max_rank, c.experts, c.n, c.k, c.pairs, c.top_k, c.halves, c.is_bf16, c.halves == 2,
