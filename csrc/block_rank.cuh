@@ -14,7 +14,6 @@ constexpr int kRowsAtOnce = 8;  // of a column that one lane scans; the rows of 
 
 HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 HOST_DEVICE int larger(int a, int b) { return a > b ? a : b; }
-HOST_DEVICE int ceil_div(int value, int by) { return (value + by - 1) / by; }
 HOST_DEVICE int power_of_two(int least) {
   int power = 1;
   while (power < least) power *= 2;

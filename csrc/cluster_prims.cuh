@@ -55,3 +55,5 @@ int launch_clusters_together(const Launch& how, unsigned, void (*kernel)(Params.
 }
 
 #endif
+
+HOST_DEVICE int pitch_of(int rows) { return rows + (40 - rows % 32) % 32; }  // floats of a token's sums: eight more than a multiple of 32 keep the banks apart

@@ -558,3 +558,7 @@ void multiply_transposed(float (&d)[72], const uint32_t (&a)[4], uint64_t b, boo
 }
 
 #endif
+
+DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
+// Sixteen bytes of a row of 64 columns in shared memory, apart in banks from those of other rows.
+DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }

@@ -13,8 +13,6 @@ constexpr int kReport = 1 << 16;  // of a tile's rows, whose own number is small
 constexpr int kNoGroups = 30;
 constexpr float kNoLimit = 1e38f;  // of an activation, this or more
 
-HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
 // ---- Shapes of tiles -------------------------------------------------------------------------------------------------
 
 // T activation type; BITS of a weight; whether there are zero points.

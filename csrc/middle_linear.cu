@@ -35,9 +35,6 @@ struct Slot {  // of this block's tokens
   float scaling;
 };
 
-HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
-HOST_DEVICE int pitch_of(int rows) { return rows + (40 - rows % 32) % 32; }  // floats of a token's sums: eight more than a multiple of 32 keep the banks apart
-
 struct Layout {
   int x_bytes, stage_bytes, stages, barriers, list, slots, total;
   int tiles, shift;   // of tokens; of splits
@@ -49,7 +46,7 @@ inline Layout layout_of(const MiddleLinear& a) {
   Layout l;
   l.x_bytes = a.tokens * 128, l.stage_bytes = l.x_bytes + a.rows * 128;
   const int adapters = a.tokens < a.num_slots ? a.tokens : a.num_slots;
-  const int sixteens = divide_up(adapters * divide_up(a.max_rank, 16), a.splits) + 1;
+  const int sixteens = ceil_div(adapters * ceil_div(a.max_rank, 16), a.splits) + 1;
   const int barriers = (4 * kMostStages + 2) * (int)sizeof(Barrier), fixed = barriers + sixteens * (int)sizeof(Sixteen) + a.num_slots * (int)sizeof(Slot);
   l.stages = (kMostShared - fixed) / l.stage_bytes;
   l.stages = l.stages > kMostStages ? kMostStages : l.stages;
@@ -60,10 +57,10 @@ inline Layout layout_of(const MiddleLinear& a) {
   const int sums = a.tokens * pitch_of(a.rows) * 4, reach = l.barriers - l.stage_bytes + kTokens * 128;  // tokens are read as 128 rows
   if (l.total < sums) l.total = sums;
   if (l.total < reach) l.total = reach;
-  l.tiles = divide_up(a.m, a.tokens);
+  l.tiles = ceil_div(a.m, a.tokens);
   l.shift = a.splits == 8 ? 3 : a.splits / 2;
   l.first_tile[0] = 0;
-  for (int p = 0; p < kMostParts; p++) l.first_tile[p + 1] = l.first_tile[p] + (p < a.parts ? divide_up(a.starts[p + 1] - a.starts[p], a.rows) : 0);
+  for (int p = 0; p < kMostParts; p++) l.first_tile[p + 1] = l.first_tile[p] + (p < a.parts ? ceil_div(a.starts[p + 1] - a.starts[p], a.rows) : 0);
   l.pieces = make_divider(a.rows / 8);
   return l;
 }
@@ -89,9 +86,6 @@ DEVICE Shared carve(uint8_t* memory, const Layout& l) {
   return {memory,           barriers,           barriers + kMostStages, barriers + 2 * kMostStages, barriers + 3 * kMostStages, barriers + 4 * kMostStages,
           (int32_t*)(barriers + 4 * kMostStages + 1), (Sixteen*)(memory + l.list), (Slot*)(memory + l.slots)};
 }
-
-DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
-DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
 
 struct Place {  // in the ring
   int stage = 0, phase = 0;
@@ -139,7 +133,7 @@ DEVICE void list_sixteens(const MiddleLinear& a, const Layout& l, const Shared& 
     const int rank = real ? a.rank[entry] : 0;
     const int64_t place = real ? a.offset[entry] : 0;
     const float scaling = real ? a.scaling[entry] : 0.f;
-    const int mine = real && shared.slots[slot].rank ? divide_up(rank, 16) : 0;
+    const int mine = real && shared.slots[slot].rank ? ceil_div(rank, 16) : 0;
     int sum = mine;
 #pragma unroll
     for (int delta = 1; delta < 32; delta *= 2) {

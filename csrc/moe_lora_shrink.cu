@@ -17,14 +17,12 @@ namespace {
 
 constexpr int kRecord = 5, kNotes = 8;  // notes: more than items that a ring holds parts of
 
-HOST_DEVICE constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 // An item's most rows of x and of A, columns of a chunk, chunks in the ring.
 template <int ROWS, int LOW, int K, int STAGES, int THREADS>
 struct Ring {
   static constexpr int kRows = ROWS, kLow = LOW, kK = K, kStages = STAGES, kThreads = THREADS;
   static constexpr int kPieces = K / 8, kAtOnce = kThreads / kPieces;  // rows that all threads fetch a piece each of
-  static constexpr int kPasses = divide_up(ROWS, kAtOnce), kLowPasses = divide_up(LOW, kAtOnce), kOfWarp = 32 / kPieces;  // kOfWarp: rows in a pass
+  static constexpr int kPasses = ceil_div(ROWS, kAtOnce), kLowPasses = ceil_div(LOW, kAtOnce), kOfWarp = 32 / kPieces;  // kOfWarp: rows in a pass
   static constexpr int kStageBytes = (ROWS + LOW) * K * 2;
   static constexpr int kSharedBytes = STAGES * kStageBytes + kNotes * 32 + kPasses * kAtOnce * 4, kFit = 227 * 1024 / (kSharedBytes + 1024);
   static constexpr int kResident = kFit * kThreads > 640 ? 640 / kThreads : kFit;  // more would leave too few registers
@@ -44,7 +42,7 @@ struct Shape : Ring<ROWS, LOW, K, STAGES, 32 * WN * WK> {
 template <int ROWS, int LOW, int STAGES>
 struct WideShape : Ring<ROWS, LOW, 64, STAGES, 256> {
   static constexpr bool kWgmma = true;
-  static constexpr int kParts = 128 / LOW, kPart = divide_up(ROWS, 16 * kParts) * 16;  // of the rows
+  static constexpr int kParts = 128 / LOW, kPart = ceil_div(ROWS, 16 * kParts) * 16;  // of the rows
   static constexpr int kSlice = ROWS < 64 ? ROWS : 64, kPitch = LOW * 2 + 16;         // rows that leave at once, bytes of one
   static_assert(kPart <= 144 && kSlice * kPitch <= WideShape::kStageBytes);
 };
@@ -288,7 +286,7 @@ struct WideMultiplier {
   DEVICE void chunk(int stage, const Note& note) {
     uint8_t* const x = ring + stage * S::kStageBytes;
     const int rows = (int)shuffle((uint32_t)note.rows, 0) - row0();
-    switch (divide_up(rows < S::kPart ? rows : S::kPart, 16)) {
+    switch (ceil_div(rows < S::kPart ? rows : S::kPart, 16)) {
 #define CASE(SIXTEENS) \
   case SIXTEENS: products<SIXTEENS>(x + row0() * 128, x + (S::kRows + low0()) * 128); break;
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9)
@@ -299,7 +297,7 @@ struct WideMultiplier {
   DEVICE void finish(const MoeLoraShrink& a, int stage, const Note& note) {
     uint8_t* const out = ring + stage * S::kStageBytes;
     const int lane = lane_index(), warp = warp_index() & 3;
-    const int wide = (note.rank | a.max_rank | a.width) % 8 == 0 ? 8 : 1, pieces = divide_up(note.low, wide);  // columns that are written at once
+    const int wide = (note.rank | a.max_rank | a.width) % 8 == 0 ? 8 : 1, pieces = ceil_div(note.low, wide);  // columns that are written at once
 #pragma unroll
     for (int c = 0; c < S::kRows; c += S::kSlice) {
       if (c >= note.rows) break;
@@ -405,7 +403,7 @@ KERNEL void __launch_bounds__(S::kThreads, S::kResident) shrink(const MoeLoraShr
 
 template <class T, class S>
 int run(const MoeLoraShrink& a, int32_t tiles, int32_t multiprocessors, void* stream) {
-  const int low_blocks = divide_up(a.width, S::kLow), per_tile = low_blocks * divide_up(a.lora_block, S::kRows);
+  const int low_blocks = ceil_div(a.width, S::kLow), per_tile = low_blocks * ceil_div(a.lora_block, S::kRows);
   const Walk by = {make_divider(a.top_k), make_divider(per_tile), make_divider(low_blocks), tiles * per_tile};
   const int resident = multiprocessors * S::kResident;
   const unsigned blocks = (unsigned)(by.most < resident ? (by.most < 1 ? 1 : by.most) : resident);  // one also where there is no tile: whoever follows relies on its wait

@@ -81,9 +81,6 @@ template <class F>
 DEVICE uint8_t* low_piece_of(uint8_t* rows, int row, int piece) {  // as many columns as a tile has
   return rows + row * F::kRows + ((piece ^ (row & 7)) << 4);
 }
-DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
-DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
-DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // ---- fetching --------------------------------------------------------------------------------------------------------------------------
 
@@ -177,12 +174,12 @@ struct Addend {
       const int stop = live ? mine_start + mine_rows : 0, last_stop = (int)shuffle_up((uint32_t)stop, 1);
       const uint32_t last_place = shuffle_up(mine_place, 1);
       const bool same = lane_index() > 0 && last_stop > 0 && last_place == mine_place;  // one run with the LoRA tile before
-      const uint32_t units = live ? (uint32_t)divide_up(mine_rank, 16) : 0;
+      const uint32_t units = live ? (uint32_t)ceil_div(mine_rank, 16) : 0;
       before += (int)warp_sum(mine_start < middle && !same ? units : 0);
       behind += (int)warp_sum(stop > middle && !(same && last_stop > middle) ? units : 0);
       if (end - first > 32) continue;
       if (first != from) ask(from, end);
-      return divide_up(before > behind ? before : behind, each);
+      return ceil_div(before > behind ? before : behind, each);
     }
   }
   // Where no run has more than sixteen ranks, of whole pieces, a ballot finds them, and each warp takes its own: bits of the lanes that hold the first of one.
@@ -255,7 +252,7 @@ template <class F>
 DEVICE void fetch_addend(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note) {
   constexpr int kEach = kK / 16 / F::kHalves;
   int stages = 0;  // the blocks of a cluster keep step
-  if (F::kCluster == 2) stages = u.stages(note.start + (cluster_rank() == 0 ? divide_up(note.rows, 8) * 8 : 0), kEach);
+  if (F::kCluster == 2) stages = u.stages(note.start + (cluster_rank() == 0 ? ceil_div(note.rows, 8) * 8 : 0), kEach);
   if (u.plain(note)) {
     const int runs = count_bits(u.starts);
     for (int from = 0; from == 0 || !note.last; from += kEach) {
@@ -276,7 +273,7 @@ DEVICE void fetch_addend(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note n
     uint8_t* const stage = f.begin();
     bool aligned = true;
     for (note.products = 0; note.products < kEach && u.any;) {
-      const int left = divide_up(u.rank - u.r0, 16), room = u.s_aligned() ? kEach - note.products : 1, count = left >= 3 && room >= 4 ? 4 : left >= 2 && room >= 2 ? 2 : 1;
+      const int left = ceil_div(u.rank - u.r0, 16), room = u.s_aligned() ? kEach - note.products : 1, count = left >= 3 && room >= 4 ? 4 : left >= 2 && room >= 2 ? 2 : 1;
       aligned = aligned && u.s_aligned();
       if (!u.s_aligned()) fetch_columns<F, 1, false>(a, u, stage, note.products, note);
       else if (count == 1) fetch_columns<F, 1>(a, u, stage, note.products, note);
@@ -328,7 +325,7 @@ DEVICE void fetch_low(Fetcher<F>& f, const MoeWgmmaGemm& a, Addend& u, Note note
   do {
     uint8_t* const stage = f.begin();
     note.products = 0;
-    for (int unit = 0, units; u.any && unit + (units = divide_up(u.rank, 16)) <= kLowUnits; unit += units, u.load(note)) {
+    for (int unit = 0, units; u.any && unit + (units = ceil_div(u.rank, 16)) <= kLowUnits; unit += units, u.load(note)) {
       if (thread_index() == 0) ((LowRun*)(stage + F::kWeightBytes))[note.products] = {u.low, u.high, unit, units};
       const uint16_t* source = (const uint16_t*)a.next.pool + (int64_t)(uint32_t)u.split * 8 + (int64_t)row0 * a.n + note.n0 + piece * 8;
       for (int row = row0; row < units * 16; row += kOfAll, source += kOfAll * a.n) cp16(low_piece_of<F>(stage, unit * 16 + row, piece), source, inside && row < u.rank);
@@ -359,7 +356,7 @@ template <class F>
 DEVICE Note part_of(const MoeWgmmaGemm& a, const Place& place, int (&rows)[F::kPasses]) {
   Note note = {place.expert, place.start, place.rows, place.n0, 0, 0, -1};
   if (F::kCluster == 2) {  // each block has half of the rows, the first the odd ones
-    const int share = divide_up(note.rows, 16) * 8;
+    const int share = ceil_div(note.rows, 16) * 8;
     if (cluster_rank() == 0) note.rows = note.rows < share ? note.rows : share;
     else note.start += share, note.rows = note.rows > share ? note.rows - share : 0;
   }
@@ -443,7 +440,7 @@ DEVICE void fetch(const MoeWgmmaGemm& a, const TensorMap& map, Divider top_k, co
   Fetcher<F> f{a, shared};
   bool waits = true;  // for the kernel before, which made s
   if (!a.s && a.gather) wait_for_previous_kernel(), allow_next_kernel(), waits = false;
-  const int column_blocks = divide_up(a.n, F::kRows / F::kHalves), tiles = a.counts[1];
+  const int column_blocks = ceil_div(a.n, F::kRows / F::kHalves), tiles = a.counts[1];
   const int total = tiles * column_blocks;
   int rows[F::kPasses], next_rows[F::kPasses], asked = 0, range[2] = {0, 0};  // steps asked for early; the LoRA tiles of the next tile
   Walk walk{a, shared.taken, (int)blockIdx.x / F::kCluster};

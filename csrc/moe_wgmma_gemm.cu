@@ -246,7 +246,7 @@ template <class F>
 DEVICE void add_parts(const MoeWgmmaGemm& a, const OpenTile& open, int columns) {
   constexpr int kParts = 6, kAdders = 32 * F::kWarps;
   const int start = open.start, rows = open.rows, from = open.first, to = open.end, tile = open.tile;
-  const int parts = divide_up(columns, F::kRows / 2), fours = a.next.width / 4, thread = thread_index_here() - kFetchers, lane = thread & 31;
+  const int parts = ceil_div(columns, F::kRows / 2), fours = a.next.width / 4, thread = thread_index_here() - kFetchers, lane = thread & 31;
   const int64_t apart = (int64_t)a.pairs * a.next.width;
   for (int first = from; first < to; first += 32) {  // lane l has LoRA tile first + l
     int64_t record[3] = {};
@@ -309,7 +309,7 @@ DEVICE int multiply_and_store(const MoeWgmmaGemm& a, Multiplier<F>& m, int steps
     if (F::kHalves == 1 && a.scatter && token < (packed & 255)) row[i] = a.sorted_pairs[row[i]];
   }
   const bool addend = a.s != nullptr;
-  switch (divide_up(packed & 255, 8)) {
+  switch (ceil_div(packed & 255, 8)) {
 #define CASE(NT) \
   case NT: if constexpr (8 * NT <= F::kTokens) multiply_tile<T, NT>(d, m, steps, addend); break;
     CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16) CASE(17) CASE(18)
@@ -322,7 +322,7 @@ DEVICE int multiply_and_store(const MoeWgmmaGemm& a, Multiplier<F>& m, int steps
 template <class T, class F>
 DEVICE void multiply(const MoeWgmmaGemm& a, const Shared<F>& shared) {
   Multiplier<F> m{shared, uniform(warp_index() / 4) - 1};
-  const int steps = divide_up(a.k, kK);
+  const int steps = ceil_div(a.k, kK);
   if constexpr (F::kHalves == 1 && F::kCluster == 1) {
     if (a.next.s) add_share<F>(a);
   }

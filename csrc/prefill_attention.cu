@@ -36,7 +36,6 @@ struct Shared {
   }
 };
 
-DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
 HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 // ---- fetching --------------------------------------------------------------------------------------------------------------------------

@@ -141,6 +141,8 @@ inline bool can_overlap() {
 #include "emulator/emu.h"
 #endif
 
+HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
 DEVICE int thread_index() { return (int)threadIdx.x; }
 DEVICE int lane_index() { return (int)(threadIdx.x & 31); }
 DEVICE int warp_index() { return (int)(threadIdx.x >> 5); }

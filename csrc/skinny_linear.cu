@@ -49,8 +49,6 @@ struct Eight {  // rows of a cut of A, eight or sixteen, for at most eight token
   int32_t first, tokens;  // in the order of slots
 };
 
-HOST_DEVICE int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 HOST_DEVICE constexpr int rows_of(int places) { return places == 4 ? 16 : 8; }  // of A at once
 
 // Where things lie in shared memory. A block reads 64 rows of tokens from any chunk of `x`, also where fewer are there: what follows is garbage to it.
@@ -69,31 +67,29 @@ struct Layout {
 
 constexpr int kGroups = 64;  // most groups of chunks of w
 
-HOST_DEVICE int pitch_of(int rows) { return rows + (40 - rows % 32) % 32; }  // floats of a token's sums: eight more than a multiple of 32 keep the banks apart
-
-HOST_DEVICE int cuts_of(const SkinnyLinear& a) { return divide_up(a.k, kCut); }
+HOST_DEVICE int cuts_of(const SkinnyLinear& a) { return ceil_div(a.k, kCut); }
 
 inline Layout layout_of(const SkinnyLinear& a) {
   Layout l;
-  l.chunks = divide_up(divide_up(a.k, kK), a.splits);
-  l.x_bytes = divide_up(a.m, 8) * 8 * 128;
-  const int w_bytes = divide_up(l.chunks, a.group) * a.group * a.rows * 128;
-  const int adapters = a.m < a.num_slots ? a.m : a.num_slots, blocks = divide_up(a.n, a.rows) * a.splits;
-  l.sixteens = divide_up(adapters * a.parts * divide_up(a.max_rank, 16), a.splits) + a.parts;
-  l.places = divide_up(a.m, 32) * divide_up(divide_up(a.max_rank, 16), a.splits);
+  l.chunks = ceil_div(ceil_div(a.k, kK), a.splits);
+  l.x_bytes = ceil_div(a.m, 8) * 8 * 128;
+  const int w_bytes = ceil_div(l.chunks, a.group) * a.group * a.rows * 128;
+  const int adapters = a.m < a.num_slots ? a.m : a.num_slots, blocks = ceil_div(a.n, a.rows) * a.splits;
+  l.sixteens = ceil_div(adapters * a.parts * ceil_div(a.max_rank, 16), a.splits) + a.parts;
+  l.places = ceil_div(a.m, 32) * ceil_div(ceil_div(a.max_rank, 16), a.splits);
   l.places = l.places == 1 ? 1 : a.max_rank > kTallBeyond ? 4 : 2;
   l.high = rows_of(l.places);
-  l.eights = divide_up((adapters + (a.m - adapters) / 8) * a.parts * divide_up(a.max_rank, l.high) * cuts_of(a), blocks);
+  l.eights = ceil_div((adapters + (a.m - adapters) / 8) * a.parts * ceil_div(a.max_rank, l.high) * cuts_of(a), blocks);
   const int sum_bytes = a.s ? 2 * kEightSums * (l.high / 8) * 4 : 0;
   const int list_bytes = a.s ? l.sixteens * (int)sizeof(Sixteen) + l.eights * (int)sizeof(Eight) + kMostParts * a.num_slots * 4 + 32 + sum_bytes : 0;
   const int barriers = (kGroups + 2 * kStages + 2) * (int)sizeof(Barrier);
   l.low_bytes = l.x_bytes + a.rows * 128;
-  l.lows = a.s ? divide_up(divide_up(adapters * divide_up(a.max_rank, 16), a.splits), kSixteens) : 0;
+  l.lows = a.s ? ceil_div(ceil_div(adapters * ceil_div(a.max_rank, 16), a.splits), kSixteens) : 0;
   l.lows = l.lows > kMostLows ? kMostLows : l.lows;
   const auto stages = [&] { return (kMostShared - w_bytes - l.lows * l.low_bytes - list_bytes - barriers) / (l.x_bytes * a.group); };
   while (l.lows > 1 && stages() < 2) l.lows--;
   l.stages = stages();
-  const int groups = divide_up(l.chunks, a.group);
+  const int groups = ceil_div(l.chunks, a.group);
   l.stages = l.stages < 2 ? 2 : l.stages > kStages ? kStages : l.stages;  // one is given back when the products of the next are under way
   l.stages = l.stages > groups ? groups : l.stages;
   l.w = l.stages * l.x_bytes * a.group;
@@ -101,7 +97,7 @@ inline Layout layout_of(const SkinnyLinear& a) {
   l.barriers = l.low + l.lows * l.low_bytes;
   l.eight_sums = l.barriers + barriers;
   l.list = l.eight_sums + sum_bytes;
-  l.later = divide_up(l.sixteens, kSixteens) - l.lows;
+  l.later = ceil_div(l.sixteens, kSixteens) - l.lows;
   l.later = l.later < 0 ? 0 : l.later > w_bytes / l.low_bytes ? w_bytes / l.low_bytes : l.later;
   l.total = l.eight_sums + list_bytes;
   l.shift = a.splits == 8 ? 3 : a.splits / 2;
@@ -147,9 +143,6 @@ struct Part {  // of this block in the work
   int n0;             // first row of w
   int first, chunks;  // columns of w, in chunks
 };
-
-DEVICE uint8_t* piece_of(uint8_t* rows, int row, int piece) { return rows + row * 128 + ((piece ^ (row & 7)) << 4); }
-DEVICE int uniform(int value) { return (int)shuffle((uint32_t)value, 0); }  // tells the compiler that a warp agrees: wgmma may not stand where it could not
 
 // ---- weights and tokens ----------------------------------------------------------------------------------------------------------------
 
@@ -219,7 +212,7 @@ template <int HIGH>
 DEVICE int count_pieces(const SkinnyLinear& a, const Known& k, int run, int cuts) {
   const int tokens = run & 0xffff;
   if (tokens == 0) return 0;
-  return divide_up(k.rank, HIGH) * cuts * divide_up(tokens, 8) << kSixteenBits | (k.from < a.rows && k.to > 0 ? divide_up(k.rank, 16) : 0);
+  return ceil_div(k.rank, HIGH) * cuts * ceil_div(tokens, 8) << kSixteenBits | (k.from < a.rows && k.to > 0 ? ceil_div(k.rank, 16) : 0);
 }
 
 // The first sixteen of a part that is this block's: the parts that a block has rows of begin with different blocks, so that a token's are shared evenly.
@@ -228,9 +221,9 @@ DEVICE int first_of(const SkinnyLinear& a, const Part& part, int p) { return (pa
 // Lists those of a lane's slot that are this block's: of eights and, of this part, sixteens so many come before. `place`: of the part's first sixteen.
 template <int HIGH>
 DEVICE void list_slot(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, const Known& k, int p, int slot, int run, int before, int place) {
-  const int cuts = l.cuts.by, eights = divide_up(k.rank, HIGH), first = run >> 16, tokens = run & 0xffff;
+  const int cuts = l.cuts.by, eights = ceil_div(k.rank, HIGH), first = run >> 16, tokens = run & 0xffff;
   if (tokens == 0) return;
-  const int eight = before >> kSixteenBits, end = eight + eights * cuts * divide_up(tokens, 8);
+  const int eight = before >> kSixteenBits, end = eight + eights * cuts * ceil_div(tokens, 8);
 #pragma unroll 1
   for (int mine = (int)blockIdx.x, turn = 0; mine < end; mine += l.blocks, turn++) {
     if (mine < eight) continue;
@@ -709,7 +702,7 @@ int describe_chunks(TensorMap* map, const void* base, const SkinnyLinear& a, int
 
 template <class T, int MOST, int PLACES>
 int launch_form(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
-  const Launch how = {(unsigned)(divide_up(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
+  const Launch how = {(unsigned)(ceil_div(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
   return a.splits > 1 ? launch_clusters_together(how, (unsigned)a.splits, linear<T, true, MOST, PLACES>, a, w, x, l) : launch_together(how, linear<T, false, MOST, PLACES>, a, w, x, l);
 }
 
