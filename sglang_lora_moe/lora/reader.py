@@ -48,9 +48,7 @@ class AdapterReader:
             _child.ensure()
 
     def read(self, path: str) -> PackedAdapter:
-        if self._beside:
-            return _child.read(self._pickled, self.layout.dtype, path)
-        return self.layout.pack(read_adapter(path, self.rules))
+        return _child.read(self._pickled, self.layout.dtype, path) if self._beside else self.layout.pack(read_adapter(path, self.rules))
 
     def read_tensors(self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> PackedAdapter:
         """The adapter `name` whose files' content a program holds."""

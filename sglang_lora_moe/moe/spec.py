@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +37,14 @@ class MoESpec:
     has_bias: bool = False
     swiglu_alpha: float | None = None
     swiglu_limit: float | None = None
-    router_weight_on: Literal["output", "input"] = "output"  # "input" (Llama 4, K = 1 only): x is scaled before gate_up, combine uses weight 1
+    router_weight_on: str = "output"  # "input" (Llama 4, K = 1 only): x is scaled before gate_up, combine uses weight 1
 
     def __post_init__(self) -> None:
         known = GATED_ACTIVATIONS if self.gated else tuple(ACTIVATIONS)
         if self.activation not in known:
             raise ValueError(f"experts with the {'' if self.gated else 'un'}gated activation {self.activation!r} are not supported; known: {', '.join(known)}")
+        if self.router_weight_on not in ("output", "input"):
+            raise ValueError(f"router_weight_on must be 'output' or 'input', got {self.router_weight_on!r}")
         if self.router_weight_on == "input" and self.top_k != 1:
             raise ValueError(f"a router weight on the expert's input needs top_k 1, got top_k {self.top_k}: one x cannot carry several weights")
         if not 1 <= self.top_k <= self.num_experts:

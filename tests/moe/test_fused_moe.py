@@ -87,6 +87,7 @@ def test_shape_errors_name_expected_and_actual() -> None:
         ({"activation": "swish"}, "'swish' are not supported; known: silu, gelu"),
         ({"activation": "relu2"}, "gated activation 'relu2'"),
         ({"router_weight_on": "input"}, "needs top_k 1, got top_k 2"),
+        ({"router_weight_on": "both"}, "must be 'output' or 'input', got 'both'"),
         ({"top_k": 9}, r"top_k must be in 1..num_experts \(8\), got 9"),
         ({"activation": "gelu", "swiglu_limit": 7.0}, "belong to the gated silu"),
     ],
