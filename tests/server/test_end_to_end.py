@@ -133,7 +133,8 @@ def wrong_shape(tensors: dict[str, Any], config: dict[str, Any]) -> None:
     tensors[name] = tensors[name][:, :-3]
 
 
-def test_new_weights_in_place_while_a_request_runs(server: Server, files: tuple[Path, Path]) -> None:
+def still_runs_after_a_load_in_place(server: Server, files: tuple[Path, Path]) -> bool:
+    """A request of `policy`, which gets new weights meanwhile, and one after that; whether the first still ran then."""
     load = {"lora_name": "policy", "lora_path": str(files[1] / "c")}
     assert server.post("/load_lora_adapter", **load).json()["already_loaded"] is False
     long = {"text": PROMPT, "lora_path": "policy", "sampling_params": {"temperature": 0, "max_new_tokens": 200, "ignore_eos": True}}
@@ -141,18 +142,24 @@ def test_new_weights_in_place_while_a_request_runs(server: Server, files: tuple[
     answers: list[Any] = []
     running = threading.Thread(target=lambda: answers.append(server.generate(**long)["output_ids"]))
     running.start()
-    wait_for(lambda: server.stats()["running"])
+    wait_for(lambda: server.stats()["running"] or answers)
     other = load | {"lora_path": str(files[1] / "b")}
     refused = server.post("/load_lora_adapter", **other)
     assert refused.status_code == 400 and "load_inplace=true" in refused.json()["error_message"]
     loaded = server.post("/v1/load_lora_adapter", **other, load_inplace=True)
     assert loaded.status_code == 200 and loaded.json()["loaded_adapters"]["policy"] == str(files[1] / "b"), loaded.text
-    assert server.stats()["adapters_unloading"] == ["policy"], "the request has ended too early for this test"
+    unloading = server.stats()["adapters_unloading"]
     result = server.generate(**long | {"sampling_params": {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}})
     running.join()
     assert answers == [old] and result["output_ids"] == new[:20] != old[:20]
     wait_for(lambda: not server.stats()["adapters_unloading"])
     assert server.post("/unload_lora_adapter", lora_name="policy").status_code == 200
+    return bool(unloading == ["policy"])
+
+
+def test_new_weights_in_place_while_a_request_runs(server: Server, files: tuple[Path, Path]) -> None:
+    tries = (still_runs_after_a_load_in_place(server, files) for _ in range(10))  # a busy machine can hold this process up until the request has ended
+    assert any(tries), "each request had ended before the load"
 
 
 def not_finite(tensors: dict[str, Any], config: dict[str, Any]) -> None:
