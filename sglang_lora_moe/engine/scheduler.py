@@ -210,15 +210,15 @@ class Scheduler:
     def _try_start(self, request: Request) -> str | None:
         """Make a waiting request running, or say what it has to wait for: "pages", "slot", "loading" (of its adapter) or "prefix"."""
         cache, page_size = self.cache, self.cache.page_size
-        shareable = len(request.tokens) - 1  # the last token must be computed, for its logits
-        if request.prompt_logit_start is not None:
-            shareable = min(shareable, request.prompt_logit_start)
+        last = len(request.tokens) - 1  # must be computed, for its logits
+        shareable = (last if request.prompt_logit_start is None else min(last, request.prompt_logit_start)) // page_size
         matched: list[int] = []
         if cache.enabled:
-            request.extend_keys(page_size, shareable // page_size)
-            keys = request.page_keys[: shareable // page_size]
-            matched = cache.match(keys)
-            pending = len(self._pending_keys.intersection(keys[len(matched) :]))
+            keys = request.page_keys
+            while len(keys) < shareable and (not keys or keys[-1] in self._pending_keys or cache.match(keys[-1:])):  # behind a new page all are new
+                request.extend_keys(page_size, len(keys) + 1)
+            matched = cache.match(keys[:shareable])
+            pending = len(self._pending_keys.intersection(keys[len(matched) : shareable]))
             if 2 * pending * page_size > len(request.tokens) - len(matched) * page_size:
                 return "prefix"
         fresh = -(-len(request.tokens) // page_size) - len(matched)
@@ -236,6 +236,7 @@ class Scheduler:
         request.num_computed = len(matched) * page_size
         request.num_committed = len(matched)
         if cache.enabled:
+            request.extend_keys(page_size, shareable)
             self._pending_keys.update(request.page_keys[len(matched) :])
         if request.first_scheduled:
             request.first_scheduled, request.num_cached = False, request.num_computed
@@ -269,9 +270,8 @@ class Scheduler:
             request.extend_keys(self.cache.page_size, full)
             for index in range(request.num_committed, full):
                 self.cache.insert(request.page_keys[index], request.pages[index])
-                if request.page_keys[index] in self._pending_keys:
-                    self._pending_keys.discard(request.page_keys[index])
-                    self._dirty = True
+                self._dirty |= request.page_keys[index] in self._pending_keys
+                self._pending_keys.discard(request.page_keys[index])
         request.num_committed = full
 
     def _output(self, request: Request, token: int, position: int) -> TokenOutput:

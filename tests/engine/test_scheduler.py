@@ -131,6 +131,21 @@ def test_equal_prompts_submitted_together_are_computed_once() -> None:
     h.check_outputs()
 
 
+def test_waiting_prompts_are_hashed_up_to_their_first_new_page() -> None:
+    """A queue of long prompts is looked through between two steps of everybody."""
+    h = Harness(prefill_budget=256, num_pages=40)
+    running = h.submit("running", prompt_of(100), 4, ignore_eos=True)
+    new = h.submit("new", prompt_of(100, 1), 4, ignore_eos=True)
+    shares = h.submit("shares", prompt_of(100)[:40] + prompt_of(60, 2), 4, ignore_eos=True)
+    h.step()
+    assert running.running and not new.running and not shares.running
+    assert len(new.page_keys) == 1
+    assert len(shares.page_keys) == 11 and shares.page_keys[:10] == running.page_keys[:10]  # ten pages of four tokens, about to be computed or known
+    h.run()
+    assert shares.num_cached == 40
+    h.check_outputs()
+
+
 def test_whole_prompt_cached_still_computes_the_last_token() -> None:
     h = Harness()
     for rid in ("a", "b"):
