@@ -107,6 +107,16 @@ def test_plans_fit_their_tiles() -> None:
                 assert hopper or max(plan.gate_up, plan.down) < EVERYWHERE
 
 
+@pytest.mark.parametrize(
+    ("spec", "last"),
+    [(MoESpec(128, 8, 2048, 768), 320), (MoESpec(32, 4, 2880, 2880), 160), (MoESpec(256, 8, 7168, 256), 736), (MoESpec(8, 2, 4096, 14336), 96)],
+)
+def test_wgmma_begins_where_it_measured_faster(spec: MoESpec, last: int) -> None:
+    """By rows of an expert; elsewhere than on Hopper tiles of 32 rows go on to 24."""
+    assert choose_plan(spec, last, True).gate_up == choose_plan(spec, 24 * spec.num_experts // spec.top_k, False).gate_up == 2
+    assert choose_plan(spec, last + 1, True).gate_up == EVERYWHERE
+
+
 # ---- the GPU: eager, two runs, and from a captured graph --------------------------------------------------------------
 
 

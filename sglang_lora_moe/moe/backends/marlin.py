@@ -23,6 +23,7 @@ from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.quantization.base import QuantMethod
 
 FEW_LORA_ROWS = 24  # of an adapter and expert on average, up to which tiles of 32 leave room for all shrinks at once: 4 us of 270 at 1,024 tokens
+MMA_ROWS = ((16, 24), (128, 20), (1 << 30, 23))  # by most experts: mean rows of one up to which Hopper, too, takes tiles of 32 by mma.sync: measured
 MAX_PAIR_TOKENS = 4  # up to here two tokens rarely meet in an expert, and a sort costs more than reading it twice
 
 
@@ -55,10 +56,8 @@ def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
     if fuses_activation(spec) and spec.top_k <= MOST_CHOSEN and (tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts)):
         # per pair where two pairs rarely meet in an expert, whose weights would be read twice
         return MarlinPlan(1, 1, by_pair=True)
-    if rows <= 12:
-        return MarlinPlan(1, 1)
-    if rows <= 24:
-        return MarlinPlan(2, 2)
+    if rows <= (next(most for experts, most in MMA_ROWS if spec.num_experts <= experts) if hopper else 24):
+        return MarlinPlan(1, 1) if rows <= 12 else MarlinPlan(2, 2)
     if hopper:
         return MarlinPlan(4, 4, lora_block=32 if rows <= 48 else 64)
     return MarlinPlan(3, 3, lora_block=32 if rows <= 64 else 64)
