@@ -42,7 +42,7 @@ inline void share_with_cluster() { sync_cluster(); }
 inline void arrive_having_read(float) { arrive_at_cluster(); }
 inline void load_floats_beside(float (&r)[4], const float* p, int own, int rank) {
   if (own == rank) return (void)std::memcpy(r, p, 16);
-  const uint8_t* shared = emu::cluster[emu::block.index.x - (unsigned)own + (unsigned)rank].shared.get();
+  const uint8_t* shared = emu::cluster[(emu::block.index.x - (unsigned)own) % emu::cluster.size() + (unsigned)rank].shared.get();
   if (shared == nullptr) emu::fail("a read of the shared memory of a block that has ended");
   std::memcpy(r, shared + ((const uint8_t*)p - emu::block.shared.get()), 16);
 }

@@ -5,7 +5,7 @@ Nothing is gathered and no list of the host is read, so a captured graph replays
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,14 +32,14 @@ class TritonAttention:
         """Whether the step's attention ends in a merge of splits, which can also start what adapters add to the next linear."""
         return self.ctx.num_tokens == self.ctx.num_requests and num_splits(self.ctx.num_requests, layer.spec.kv.num_heads) > 1
 
-    def attend(self, q: torch.Tensor, layer: PagedAttention, sinks: torch.Tensor | None, low: LinearAddend | None = None) -> torch.Tensor:
-        """q [T, Hq, Dk] -> [T, Hq, value_dim]; rows of padding tokens are undefined. `low`, if `merges`: its s is filled."""
+    def attend(self, q: torch.Tensor, layer: PagedAttention, sinks: torch.Tensor | None, low: LinearAddend | None = None, apart: bool = False) -> Any:
+        """q [T, Hq, Dk] -> [T, Hq, value_dim]; rows of padding tokens are undefined. `low`, if `merges`: its s is filled. `apart`: of `paged_attention`."""
         ctx, spec, requests = self.ctx, layer.spec, self.ctx.num_requests
         decode = ctx.num_tokens == requests  # every request has one token
         return paged_attention(
             q.contiguous(), layer.k_cache, layer.v_cache, ctx.page_table[:requests], ctx.query_starts[: requests + 1], ctx.seq_lens[:requests],
             page_size=ctx.page_size, scale=spec.scaling, decode=decode, window=spec.window, sinks=sinks,
-            scratch=self._decode_scratch(layer) if decode else None, low=low, tickets=self._tickets,
+            scratch=self._decode_scratch(layer) if decode else None, low=low, tickets=self._tickets, apart=apart,
         )  # fmt: skip
 
     def _decode_scratch(self, layer: PagedAttention) -> torch.Tensor:

@@ -9,16 +9,7 @@ from sglang_lora_moe.lora.dense import DenseDelta, Part
 from sglang_lora_moe.lora.stacks import EmbeddingStacks
 from sglang_lora_moe.moe.workspace import Workspace
 from sglang_lora_moe.ops import middle_linear
-from sglang_lora_moe.ops.lora_linear import (
-    COUNTS,
-    ROWS_MAX,
-    LinearAddend,
-    PartTables,
-    embedding_delta,
-    linear_expand,
-    linear_shrink,
-    shrink_splits,
-)
+from sglang_lora_moe.ops.lora_linear import COUNTS, ROWS_MAX, LinearAddend, PartTables, embedding_delta, linear_expand, linear_shrink, shrink_splits
 from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_halves, half_for
 
 

@@ -21,7 +21,7 @@ from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.layers.topk import Router
 from sglang_lora_moe.models.overrides.mla import AbsorbedMLA
 from sglang_lora_moe.ops import skinny_linear
-from sglang_lora_moe.ops.latent_attention import latent_queries, latent_values
+from sglang_lora_moe.ops.latent_attention import latent_queries, latent_values, values_merge
 from sglang_lora_moe.ops.lora_linear import ROWS_MAX, linear_expand
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
@@ -89,13 +89,11 @@ class FusedDecoder:
 
     def _input_norm(self, layer: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """x and residual [T, H] -> (norm of their sum, the sum, what the norm has begun for the adapters of the qkv linear or None)."""
-        qkv = layer.self_attn.qkv
-        alone = _whole(qkv, x) is not None
-        low = None if alone else _plan(qkv, x.shape[0])
+        low = _plan(layer.self_attn.qkv, x)
         if low is not None:
             return *rms_norm_shrink(x, *_norm(layer.input_layernorm), residual, low), low
         normed = rms_norm(x, *_norm(layer.input_layernorm), residual)
-        return normed, x if residual is None else residual, None if alone else _begin(qkv, normed)
+        return normed, x if residual is None else residual, _begin(layer.self_attn.qkv, normed)
 
     def _attention(self, attention: Attention, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
         """x [T, H] -> ([T, H], what the next kernel has yet to add to it or None). `low`: of `_input_norm`."""
@@ -110,16 +108,15 @@ class FusedDecoder:
             num_heads=paged.spec.num_heads, q_weight=q_weight, k_weight=k_weight, eps=eps, addend=low,
         )  # fmt: skip
         paged.calls += 1
-        o_proj, alone = attention.o_proj, _whole(attention.o_proj, q.flatten(1)) is not None  # attention's output is as large and as wide
-        o_low = _plan(o_proj, t, paged.spec.num_heads) if backend.merges(paged) and not alone and t <= ROWS_MAX else None
-        out = backend.attend(q, paged, attention.sinks, o_low).flatten(1)
-        if o_low is None and not alone:
-            o_low = _begin(o_proj, out)
-        return _multiply(o_proj, out, o_low)
+        o_proj, q_rows = attention.o_proj, q.flatten(1)  # attention's output is as large and as wide
+        low = _plan(o_proj, q_rows, paged.spec.num_heads) if backend.merges(paged) and t <= ROWS_MAX else None
+        out = backend.attend(q, paged, attention.sinks, low).flatten(1)
+        return _multiply(o_proj, out, _begin(o_proj, out) if low is None else low)
 
     def _latent_attention(self, attention: AbsorbedMLA, x: torch.Tensor, low: Any) -> tuple[torch.Tensor, Any]:
         """As `_attention`, over latents."""
         ctx, paged, o_proj, t = self.ctx, attention.paged, attention.o_proj, x.shape[0]
+        backend: Any = paged.backend
         qkv, low = _multiply(attention.qkv, x, low)
         if low is not None:
             qkv = linear_expand(qkv, low)
@@ -132,8 +129,9 @@ class FusedDecoder:
             heads=paged.spec.num_heads, nope_dim=attention.nope_dim, interleaved=attention.interleaved,
         )  # fmt: skip
         paged.calls += 1
-        out = latent_values(paged.backend.attend(queries, paged, None), attention.kv_b_proj.weight, attention.v_dim)
-        return _multiply(o_proj, out, None if _whole(o_proj, out) is not None else _begin(o_proj, out))
+        weight, v_dim = attention.kv_b_proj.weight, attention.v_dim
+        out = latent_values(backend.attend(queries, paged, None, apart=values_merge(weight, v_dim, t)), weight, v_dim)
+        return _multiply(o_proj, out, _begin(o_proj, out))
 
     def _post_norm(self, layer: Any, x: torch.Tensor, residual: torch.Tensor, addend: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """(norm of their sum [T, H], the sum, the router's logits of that norm where one kernel makes both, else None)."""
@@ -180,14 +178,14 @@ def _without_adapters(linear: Any) -> Any:
     return linear.base if hasattr(linear, "base") and not (linear.ctx.lora_active and linear.used) else linear
 
 
-def _plan(linear: Any, tokens: int, splits: int | None = None) -> Any:
-    """What the kernels around a linear share to do the work of its adapters; None where there is none, or they cannot."""
-    return linear.plan(tokens, splits) if hasattr(linear, "plan") else None
+def _plan(linear: Any, x: torch.Tensor, splits: int | None = None) -> Any:
+    """What the kernels around a linear of x [T, in] share to do the work of its adapters; None where there is none, they cannot, or `_whole` does."""
+    return linear.plan(x.shape[0], splits) if hasattr(linear, "plan") and _whole(linear, x) is None else None
 
 
 def _begin(linear: Any, x: torch.Tensor) -> Any:
     """As `_plan`, with only the kernel after the linear."""
-    return linear.begin(x) if hasattr(linear, "begin") else None
+    return linear.begin(x) if hasattr(linear, "begin") and _whole(linear, x) is None else None
 
 
 def _whole(linear: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Any, tuple[int, int, int]] | None:

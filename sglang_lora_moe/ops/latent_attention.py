@@ -1,7 +1,7 @@
 """What lies between the linears of absorbed latent attention (`models/overrides/mla.py`), around `paged_attention` over the latents.
 
     latent_queries   queries[t, h] = [W_UK(h)^T qn[t, h], rope(qr[t, h])];   cache[kv_slots[t]] = [norm(c[t]), rope(kr[t])]
-    latent_values    values[t, h] = W_UV(h) out[t, h]
+    latent_values    values[t, h] = W_UV(h) out[t, h];   on Hopper of what the splits of few tokens found, which are merged on the way
 
 W_UK(h) [dn, r] and W_UV(h) [dv, r] are the rows of kv_b_proj of head h; q holds qn and qr of a head side by side, a latent c and kr.
 Rotated columns are stored in halves, also where the model has them in pairs: queries and keys alike, so products do not change.
@@ -11,8 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops import build, launch
+from sglang_lora_moe.ops.library import define
 from sglang_lora_moe.ops.low_rank import pdl_wait
+from sglang_lora_moe.ops.paged_attention import Attended
+
+define("latent_values(Tensor parts, Tensor lse, Tensor w, Tensor(a!) out, bool overlap) -> ()")
 
 
 @triton.jit
@@ -113,8 +117,20 @@ def _values_kernel(
     tl.store(out_ptr + (tokens * HEADS + head) * V + n[None, :], out, mask=(tokens < M) & (n < V)[None, :])
 
 
-def latent_values(x: torch.Tensor, kv_b: torch.Tensor, v_dim: int) -> torch.Tensor:
-    """x [M, heads, r], kv_b [heads * (dn + dv), r] -> [M, heads * dv]."""
+def values_merge(kv_b: torch.Tensor, v_dim: int, tokens: int) -> bool:
+    """Whether `latent_values` merges splits itself (csrc/latent_values.cu): up to 16 tokens mostly faster than a merge before it, beyond slower."""
+    fits = kv_b.dtype.itemsize == 2 and v_dim in (16, 32, 64, 128, 256) and kv_b.shape[1] in range(32, 513, 32)
+    return tokens <= 16 and fits and launch.has_wgmma(kv_b.device)
+
+
+def latent_values(x: Attended, kv_b: torch.Tensor, v_dim: int) -> torch.Tensor:
+    """x [M, heads, r] or, where the kernel of `values_merge` takes them, its splits, kv_b [heads * (dn + dv), r] -> [M, heads * dv]."""
+    if isinstance(x, tuple):
+        if kv_b.is_cuda:
+            build.load()
+        out = kv_b.new_empty(x[1].shape[0], x[1].shape[1] * v_dim)
+        torch.ops.sglang_lora_moe.latent_values(*x, kv_b, out, True)
+        return out
     m, heads, rank = x.shape
     launch.expect("latent_values: x", x, (m, heads, kv_b.shape[1]), kv_b.dtype, kv_b.device)
     out, bm = x.new_empty(m, heads * v_dim), _block(m)
@@ -128,4 +144,4 @@ def latent_values(x: torch.Tensor, kv_b: torch.Tensor, v_dim: int) -> torch.Tens
 
 def _block(tokens: int) -> int:
     """Tokens of a program."""
-    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    return max(16, min(64, triton.next_power_of_2(tokens)))

@@ -25,6 +25,7 @@ from sglang_lora_moe.ops.library import define
 from sglang_lora_moe.ops.lora_linear import NO_LINEAR_ADDEND, LinearAddend, matrix_of
 from sglang_lora_moe.ops.low_rank import pdl_early, pdl_wait
 
+Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # [M, Hq, Dv], or float32 [M, Hq, splits, Dv] and their log-sum-exps [M, Hq, splits]
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
 MIN_SPLIT_KEYS, MIN_LATENT_KEYS = 128, 64
@@ -206,7 +207,8 @@ def _merge_kernel(
 ):  # fmt: skip
     """out[row] = sum over splits of softmax(lse)[split] * partial[row, split], in split order. Row = (token, head).
 
-    With SHRINK also s[head, token] = A[:, columns of the head] out[row], one head's share of A x of the linear that reads out next.
+    With SHRINK also s[head, token] = A[:, columns of the head] out[row], one head's share of A x of the linear that reads out next: program (row, j)
+    has the j-th block of ranks, so that all of A is asked for at once.
     """
     pdl_early(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -216,7 +218,7 @@ def _merge_kernel(
         slot = tl.load(slots_ptr + token)
         rank = tl.load(rank_ptr + slot, mask=slot >= 0, other=0)
         a_ptr = matrix_of(pool_ptr, offset_ptr, tl.maximum(slot, 0)) + head * DV + dims[None, :]
-        rr = tl.arange(0, RANK_BLOCK)
+        rr = tl.program_id(1) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)
         a = tl.load(a_ptr + rr.to(tl.int64)[:, None] * (HQ * DV), mask=(rr < rank)[:, None] & (dims < DV)[None, :], other=0.0)
     pdl_wait(PDL)
     lse = tl.load(lse_ptr + row * SPLITS + splits)
@@ -225,13 +227,10 @@ def _merge_kernel(
     total = tl.sum(weight, axis=0)
     parts = tl.load(partial_ptr + (row * SPLITS + splits)[:, None] * DV + dims[None, :], mask=(dims[None, :] < DV) & (lse[:, None] > float("-inf")), other=0.0)
     out = (tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * DV + dims, out, mask=dims < DV)
+    tl.store(out_ptr + row * DV + dims, out, mask=(dims < DV) & (tl.program_id(1) == 0) if SHRINK else dims < DV)
     if SHRINK:
-        for r0 in tl.range(0, rank, RANK_BLOCK, num_stages=1):
-            if r0 > 0:
-                a = tl.load(a_ptr + (r0 + rr).to(tl.int64)[:, None] * (HQ * DV), mask=(r0 + rr < rank)[:, None] & (dims < DV)[None, :], other=0.0)
-            low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
-            tl.store(s_ptr + head * split_stride + token * s_stride + r0 + rr, low, mask=r0 + rr < rank)
+        low = tl.sum(a.to(tl.float32) * out.to(tl.float32)[None, :], axis=1)
+        tl.store(s_ptr + head * split_stride + token * s_stride + rr, low, mask=rr < rank)
 
 
 def paged_attention(
@@ -248,24 +247,24 @@ def paged_attention(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
-    out: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     low: LinearAddend | None = None,
     tickets: torch.Tensor | None = None,
-) -> torch.Tensor:  # budget: the arguments of attention
+    apart: bool = False,
+) -> Attended:  # budget: the arguments of attention
     """Return out [M, Hq, Dv] in q's dtype. `decode` = every request has one query token (keys are then split over programs).
 
     `scratch` (float32, at least `scratch_elements(...)`) is for decode and is allocated if needed and not given. Requests whose
     seq_len is 0 (padding) get zeros or, with sinks, undefined rows. `low` (decode with several splits): its s float32 [Hq, M, 1, width]
     is filled with each head's share of A out. `tickets` (int32 [2], zeros, of one stream): without them `in_cuda`'s kernel is not
-    taken. Raises ValueError for shapes that do not fit together.
+    taken. `apart`: several splits are not merged, log-sum-exps are in powers of two. Raises ValueError for shapes that do not fit together.
     """
     (m, hq, d), (hkv, dv), requests = q.shape, (k_cache.shape[1], v_cache.shape[2]), seq_lens.shape[0]
     if hq % hkv or k_cache.shape[2] != d:
         raise ValueError(f"paged_attention: q is {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}: heads must divide and the last dims agree")
     if q.stride(2) != 1 or q.stride(1) != d or k_cache.stride(2) != 1 or v_cache.stride(2) != 1:
         raise ValueError("paged_attention: the last dimension of q, k_cache and v_cache must be contiguous, and q's heads packed")
-    out = q.new_empty(m, hq, dv) if out is None else out
+    out = q.new_empty(m, hq, dv)
     if not decode and (window, sinks, softcap) == (None, None, None) and tickets is not None and in_cuda(q, k_cache, v_cache, page_size):
         build.load()
         blocks = launch.multiprocessors(q.device)
@@ -277,7 +276,7 @@ def paged_attention(
     partial = lse = out
     if splits > 1:
         scratch = q.new_empty(m * hq * splits * (dv + 1), dtype=torch.float32) if scratch is None else scratch
-        partial, lse = scratch[: m * hq * splits * dv], scratch[m * hq * splits * dv :]
+        partial, lse = scratch[: m * hq * splits * (dv + 1)].split([m * hq * splits * dv, m * hq * splits])
     latent = dv < d and v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride()
     own = d - dv if latent else d  # columns of a key that are no value
     _attention_kernel[(requests if decode else m // block_q + requests, programs, splits)](
@@ -290,19 +289,21 @@ def paged_attention(
         REQUESTS_PAD=1 if decode else max(256 * latent, triton.next_power_of_2(requests)),  # what one warp finds alone costs latents up to 700 bytes of stack
         DECODE=decode, STAGES=stages, LATENT=latent, num_warps=warps, **launch.options(q.device),
     )  # fmt: skip
-    assert low is None or splits > 1, "only the merge of splits fills s"
+    assert low is None or (splits > 1 and not apart), "only the merge of splits fills s"
     if splits > 1:
-        _merge(partial, lse, out, splits, low)
+        return (partial.view(m, hq, splits, dv), lse.view(m, hq, splits)) if apart else _merge(partial, lse, out, splits, low)
     return out
 
 
-def _merge(partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, splits: int, low: LinearAddend | None) -> None:
-    """What the programs of one request and KV head found, weighed by `lse` and added up."""
-    (m, hq, dv), extra = out.shape, NO_LINEAR_ADDEND if low is None else low.shrink_args()
-    _merge_kernel[(m * hq,)](
+def _merge(partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, splits: int, low: LinearAddend | None) -> torch.Tensor:
+    """out = what the programs of one request and KV head found, weighed by `lse` and added up."""
+    (m, hq, dv), (width, extra) = out.shape, (1, NO_LINEAR_ADDEND) if low is None else (low.s.shape[3], low.shrink_args())
+    rank_block = min(32, max(16, triton.next_power_of_2(width)))
+    _merge_kernel[(m * hq, triton.cdiv(width, rank_block))](
         partial, lse, out, *extra, HQ=hq, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, SHRINK=low is not None,
-        RANK_BLOCK=16 if low is None else low.rank_block, num_warps=2, **launch.options(out.device),
+        RANK_BLOCK=rank_block, num_warps=rank_block // 8, **launch.options(out.device),
     )  # fmt: skip
+    return out
 
 
 def in_cuda(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_size: int) -> bool:

@@ -103,22 +103,15 @@ def norm_row(x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, scale_ptr, eps, 
     tl.store(out_ptr + row + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    addend: LinearAddend | None = None,
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, addend: LinearAddend | None = None) -> torch.Tensor:
     """The norm of x [M, H] (or of residual + x, which is written back to residual; with an addend x may be too). Only x alone may have gaps between rows."""
     if addend is not None and residual is not None:
         if (addend.grouped or x.shape[0] >= NARROW_MIN) and norm_rope.norms(x, addend):
             _check(x, residual)
-            return norm_rope.norm_rows(x, residual, weight, torch.empty_like(x) if out is None else out, eps, addend)
+            return norm_rope.norm_rows(x, residual, weight, torch.empty_like(x), eps, addend)
         if addend.grouped or x.shape[0] > ADD_ROWS_MAX:
             x, addend = linear_expand(x, addend), None
-    return _launch(x, weight, eps, residual, residual, out, addend, None)
+    return _launch(x, weight, eps, residual, residual, addend, None)
 
 
 def rms_norm_shrink(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, low: LinearAddend) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +120,7 @@ def rms_norm_shrink(x: torch.Tensor, weight: torch.Tensor, eps: float, residual:
     One launch, in which several programs norm the same token, each for other rows of A.
     """
     total = x if residual is None else torch.empty_like(x)
-    return _launch(x, weight, eps, residual, total, None, None, low), total
+    return _launch(x, weight, eps, residual, total, None, low), total
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -142,13 +135,12 @@ def _launch(
     eps: float,
     residual: torch.Tensor | None,
     total: torch.Tensor | None,
-    out: torch.Tensor | None,
     addend: LinearAddend | None,
     low: LinearAddend | None,
 ) -> torch.Tensor:
     _check(x, residual)
     h = x.shape[-1]
-    out = x.new_empty(x.shape) if out is None else out
+    out = x.new_empty(x.shape)
     block, extra, jobs, splits, rank_block, rank_blocks = triton.next_power_of_2(h), (*NO_LINEAR_ADDEND, 0, 1), 1, 1, 16, 1
     options: dict[str, int] = {}
     if addend is not None:

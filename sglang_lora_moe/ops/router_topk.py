@@ -80,9 +80,10 @@ def normed_logits(x: torch.Tensor, gain: torch.Tensor, eps: float, residual: tor
 
 
 def beside_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether `normed_logits` takes these, which float16 has not the range for, and its programs run at once: then it is faster than both apart."""
+    """Whether `normed_logits` takes these, which float16 has not the range for, and its programs run at once: then it is no slower than both apart."""
     programs = triton.cdiv(x.shape[0], BLOCK_M) * triton.cdiv(weight.shape[0], BLOCK_E) * triton.cdiv(x.shape[1], SPLIT)
-    return bias is None and x.shape[0] <= FEW_TOKENS and programs <= MOST_PROGRAMS and weight.dtype == x.dtype != torch.float16
+    few = x.shape[0] <= (FEW_TOKENS if weight.dtype == x.dtype else BLOCK_M)  # with float32 weights a block of tokens takes three products
+    return bias is None and few and programs <= MOST_PROGRAMS and x.dtype != torch.float16
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import merged_reference_model, write_adapter
 from tests.books import check_core
 from tests.engine.models import ADAPTERS, adapter_path, make_engine, model_path, other_adapter_path, reference_greedy
+from tests.models.test_against_transformers import OTHERS
 from tests.quantized_checkpoints import GENUINE, genuine, write_reference
 from tests.tiny_models import make_tiny_model
 
@@ -55,6 +56,18 @@ def test_swaps_between_replays_equal_solo_runs() -> None:
     found = ids(engine.generate(input_ids=[prompt for prompt, _ in work], lora_path=[name for _, name in work], sampling_params=GREEDY))
     assert found == [solo[tuple(prompt), name] for prompt, name in work]
     check_core(engine.core)
+
+
+@pytest.mark.parametrize("arch", ["glm4_moe", "granitemoe"])
+def test_graphs_of_the_forward_of_transformers(arch: str, tmp_path: Path) -> None:
+    """Decode in padded graphs behind a longer step, whose wanted rows of logits lie beyond these graphs' tokens."""
+    path = make_tiny_model(arch, tmp_path, **OTHERS[arch])
+    plain, engine = (engine_on("cuda", path, disable_cuda_graph=disabled, chunked_prefill_size=200) for disabled in (True, False))
+    assert engine.core.runner.graphs is not None and not engine.core.runner.model.is_split
+    prompts = [[1, *range(20, 20 + n)] for n in (4, 15, 2, 71, 10)]
+    params = [{"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True} for count in (1, 6, 1, 5, 6)]  # three of them in graphs of four
+    want, got = (ids(e.generate(input_ids=prompts, sampling_params=params)) for e in (plain, engine))
+    assert got == want
 
 
 def test_steps_that_wait_for_each_other_give_the_same() -> None:
@@ -188,5 +201,4 @@ def test_launches_per_layer(arch: str, lora: bool, tmp_path: Path) -> None:
             names[layers, size] = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     counts = {size: (len(names[4, size]) - len(names[2, size])) / 2 for size in (1, 12)}
     print(f"launches of a layer of {arch}, {'with' if lora else 'without'} adapters: {counts}\n  " + "\n  ".join(name[:60] for name in names[4, 12][:40]))
-    most = 18 if arch == "deepseek_v3" and lora else 16  # with adapters at 12 tokens two more than wanted
-    assert all(0 < count <= most for count in counts.values()), counts
+    assert all(0 < count <= 16 for count in counts.values()), counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.served import ServedModel
 from tests.models.driver import Driver, Sequence, make_context
 from tests.models.test_against_transformers import OTHERS, load_stock, random_tokens, stock_logits
+from tests.ops import emulator
 from tests.tiny_models import make_tiny_model
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +56,24 @@ def test_logits_equal_stock(case: str, tmp_path: Path) -> None:
     for logits, reference in zip(got, expected, strict=True):
         out = torch.cat(logits)
         torch.testing.assert_close(out, reference[: out.shape[0]], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v2"])
+def test_values_of_splits(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one kernel merges the splits of decode and multiplies by W_UV, here its formulas: steps of one request and of two."""
+    steps = []
+
+    def values(parts: torch.Tensor, lse: torch.Tensor, w: torch.Tensor, out: torch.Tensor, overlap: bool) -> None:
+        share = torch.softmax(lse * math.log(2), 2)[..., None]
+        x = torch.where(share > 0, parts * share, 0).sum(2)
+        rows = out.shape[1] // x.shape[1]
+        out.copy_(torch.einsum("thr,hvr->thv", x, w.view(x.shape[1], -1, w.shape[1])[:, -rows:]).flatten(1))
+        steps.append(lse.shape[0])
+
+    with contextmanager(emulator.implemented)({"latent_values": values}):
+        monkeypatch.setattr("sglang_lora_moe.models.decoder.values_merge", lambda kv_b, v_dim, tokens: True)
+        test_logits_equal_stock(case, tmp_path)
+    assert set(steps) == {1, 2}
 
 
 def test_only_wanted_logits_are_computed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from sglang_lora_moe.ops.lora_linear import ROWS_MAX, LinearAddend, PartTables, 
 from sglang_lora_moe.ops.paged_attention import paged_attention
 from sglang_lora_moe.ops.qk_norm_rope import qk_norm_rope
 from sglang_lora_moe.ops.rms_norm import rms_norm, rms_norm_shrink
-from sglang_lora_moe.ops.router_topk import FEW_TOKENS, normed_logits, router_logits, router_topk
+from sglang_lora_moe.ops.router_topk import FEW_TOKENS, beside_norm, normed_logits, router_logits, router_topk
 
 H, HQ, HKV, D, META = 2048, 32, 4, 128, torch.device("meta")
 STEPS = ((1, 1), (16, 16), (64, 64), (256, 256), (2048, 1), (2048, 256))  # (tokens, requests)
@@ -30,12 +30,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device=META)
 
 
-def addend(names: tuple[str, ...], tokens: int, splits: int) -> LinearAddend:
+def addend(names: tuple[str, ...], tokens: int, splits: int, rank: int = 16) -> LinearAddend:
     rows = {"q": HQ * D, "k": HKV * D, "v": HKV * D, "o": H}
-    pool = LoRAMemoryPool([LinearTarget(name, HQ * D if name == "o" else H, rows[name]) for name in names], 2, 16, torch.bfloat16, META)
+    pool = LoRAMemoryPool([LinearTarget(name, HQ * D if name == "o" else H, rows[name]) for name in names], 2, rank, torch.bfloat16, META)
     tables = PartTables([(pool.stacks_for(name), 0, rows[name]) for name in names])  # type: ignore[misc]
     ids = empty(tokens, dtype=torch.int32)
-    return LinearAddend(empty(splits, tokens, len(names), 16, dtype=torch.float32), tables, ids, ids, ids)
+    return LinearAddend(empty(splits, tokens, len(names), rank, dtype=torch.float32), tables, ids, ids, ids)
 
 
 def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
@@ -56,6 +56,8 @@ def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
     starts = empty(requests + 1, dtype=torch.int32)
     args = {"page_size": 16, "scale": D**-0.5, "decode": decode, "low": None if many else o}
     out = paged_attention(q, k_cache, v_cache, pages, starts, lens, **args)
+    if not many:  # the merge by programs of 32 ranks
+        paged_attention(q, k_cache, v_cache, pages, starts, lens, **args | {"low": addend(("o",), tokens, HQ, 64)})
     if many:
         linear_shrink(out.flatten(1), o)
         linear_expand(x, o)
@@ -64,7 +66,10 @@ def layer(tokens: int, requests: int, cache: torch.dtype) -> None:
         router_topk(router_logits(x, empty(128, H), None), RouterSpec(128, 8))
         router_topk(normed_logits(x, empty(H), 1e-6, x, empty(128, H))[2], RouterSpec(128, 8))
         grouped = RouterSpec(256, 8, "sigmoid", True, True, 8, 4, 2, True, 1e-20, 2.5, 1)
-        router_topk(router_logits(x, empty(256, H, dtype=torch.float32), None), grouped, empty(256, dtype=torch.float32))
+        wide = empty(256, H, dtype=torch.float32)
+        router_topk(router_logits(x, wide, None), grouped, empty(256, dtype=torch.float32))
+        if beside_norm(x, wide, None):
+            router_topk(normed_logits(x, empty(H), 1e-6, x, wide)[2], grouped, empty(256, dtype=torch.float32))
 
 
 def latents(tokens: int, requests: int, cache: torch.dtype, heads: int = 16) -> None:

@@ -6,8 +6,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+HOPPER_OR_EMULATED = pytest.mark.skipif(GPU and torch.cuda.get_device_capability() != (9, 0), reason="the kernel is sm_90's")
 POISON = 0x7FFF  # what memory of 16-bit values holds that no kernel has written: NaN, emu::kPoison of csrc/emulator
 
 

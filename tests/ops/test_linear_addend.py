@@ -14,6 +14,7 @@ from sglang_lora_moe.lora.targets import LinearTarget
 from sglang_lora_moe.lora.triton_dense import TritonDense
 from sglang_lora_moe.lora.weights import LinearLoRA
 from sglang_lora_moe.ops import middle_linear, qk_norm_rope, rms_norm
+from sglang_lora_moe.ops.paged_attention import paged_attention
 from tests.references import order_slots, ref_linear, relative_error
 from tests.slots import write_slot
 
@@ -26,13 +27,13 @@ FAMILIES = ["rows", "tiles", "grouped", "launches"]
 
 
 class Case:
-    """Adapters of ranks 16, 5 and 24 over q, k, v (one on k and v alone) and o; tokens of all slots and of none."""
+    """Adapters of three ranks over q, k, v (one on k and v alone) and o; tokens of all slots and of none."""
 
-    def __init__(self, dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, int, int] = (16, 5, 24)) -> None:
         torch.manual_seed(0)
         self.dtype = dtype
-        pool = LoRAMemoryPool([LinearTarget(name, H, rows) for name, rows in QKV] + [LinearTarget("o", HQ * D, H)], 4, 32, dtype, DEVICE)
-        for slot, rank, names in ((0, 16, "qkvo"), (1, 5, "qkvo"), (3, 24, "kvo")):
+        pool = LoRAMemoryPool([LinearTarget(name, H, rows) for name, rows in QKV] + [LinearTarget("o", HQ * D, H)], 4, max(32, *ranks), dtype, DEVICE)
+        for slot, rank, names in zip((0, 1, 3), ranks, ("qkvo", "qkvo", "kvo"), strict=True):
             targets = [target for target in pool.layout.targets.values() if target.name in names]
             modules = {t.name: LinearLoRA(self.noise(rank, t.in_features), self.noise(t.out_features, rank), 0.5 + slot) for t in targets}
             write_slot(pool, slot, modules)
@@ -103,3 +104,21 @@ def test_after_o(dtype: torch.dtype, family: str, splits: int, monkeypatch: pyte
     got = rms_norm.rms_norm((x.float() @ weight.float().T).to(dtype), norm, 1e-5, total, addend=case.dense.begin(x, case.o))
     assert relative_error(total, want_total) < BOUNDS[dtype] and relative_error(got, want) < BOUNDS[dtype]
     assert relative_error(residual + (x.float() @ weight.float().T).to(dtype), want_total) > 0.05, "the adapters do nothing"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_before_o(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merge of decode's splits leaves each head's share of A x, of more ranks than one program has."""
+    case, page, pages = Case(dtype, "rows", monkeypatch, (16, 72, 40)), 8, 20
+    q, residual, norm, weight = case.noise(TOKENS, HQ, D), case.noise(TOKENS, H), case.noise(H) + 1, case.noise(H, HQ * D)
+    k, v = (case.noise(TOKENS * pages * page, HKV, D) for _ in range(2))
+    table = torch.arange(TOKENS * pages, dtype=torch.int32, device=DEVICE).view(TOKENS, pages)
+    starts, lens = torch.arange(TOKENS + 1, dtype=torch.int32, device=DEVICE), torch.arange(TOKENS, dtype=torch.int32, device=DEVICE) * 4 + 1
+    low = case.dense.plan(case.o, TOKENS, HQ)
+    assert low is not None and low.s.shape[3] > 2 * 32
+    args = {"page_size": page, "scale": D**-0.5, "decode": True}
+    x = paged_attention(q, k, v, table, starts, lens, **args, low=low).flatten(1)
+    assert relative_error(x, paged_attention(q, k, v, table, starts, lens, **args).flatten(1)) < BOUNDS[dtype]
+    want = rms_norm.rms_norm(case.linear(x, weight, case.o), norm, 1e-5, residual.clone())
+    got = rms_norm.rms_norm((x.float() @ weight.float().T).to(dtype), norm, 1e-5, residual.clone(), addend=low)
+    assert relative_error(got, want) < BOUNDS[dtype]

@@ -94,7 +94,7 @@ def served(path: Path, backend: str) -> ServedModel:
     return model
 
 
-@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_whole_model(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_tiny_model(arch, tmp_path, num_key_value_heads=1)
     found = []

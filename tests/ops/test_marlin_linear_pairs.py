@@ -20,8 +20,9 @@ from sglang_lora_moe.ops.marlin_moe_pairs import can_add, marlin_linear_pairs
 from sglang_lora_moe.quantization.wna16 import dequantize
 from tests.moe_cases import Noise, generator
 from tests.ops import ahead, emulator
+from tests.ops.emulator import DEVICE
 from tests.ops.test_marlin_linear import make_weight
-from tests.ops.test_skinny_linear import DEVICE, make_addend
+from tests.ops.test_skinny_linear import make_addend
 from tests.references import ref_linear, relative_error
 
 DRIVER = Path(__file__).parent / "marlin_pairs_driver.cpp"

@@ -15,11 +15,12 @@ from sglang_lora_moe.ops.lora_linear import COUNTS, LinearAddend, linear_shrink,
 from sglang_lora_moe.ops.middle_linear import TOKENS, _shape_of, middle_linear, shape_for
 from tests.moe_cases import Noise, generator
 from tests.ops import emulator
-from tests.ops.test_skinny_linear import DEVICE, GPU, HOPPER, make_addend
+from tests.ops.emulator import DEVICE, GPU
+from tests.ops.test_skinny_linear import make_addend
 from tests.references import ref_linear, relative_error
 
 DRIVER = Path(__file__).parent / "middle_driver.cpp"
-pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
+pytestmark = emulator.HOPPER_OR_EMULATED
 
 
 def emulate(driver: Path) -> emulator.Operators:

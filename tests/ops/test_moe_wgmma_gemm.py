@@ -20,15 +20,14 @@ from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
 from tests.moe.test_triton import check, check_on_gpu
 from tests.moe_cases import LAYOUTS, POPULARITIES, full_grid, generator, make_case, make_topk_ids
 from tests.ops import emulator
+from tests.ops.emulator import GPU
 from tests.references import assert_near
 
 DRIVER = Path(__file__).parent / "wgmma_driver.cpp"
 SMALL = {"experts": 5, "top_k": 2, "hidden": 72, "inter": 136}
-GPU = torch.cuda.is_available()
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 FORMS = [(144, 1), (32, 1), (72, 1), *([(144, 2)] if GPU else [])]  # tokens of a block's tile, blocks of a cluster
 SOME_ROWS = (144, 1, 136)  # and rows of a tile, if fewer
-pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
+pytestmark = emulator.HOPPER_OR_EMULATED
 
 
 def tile(group: int, tokens: int, cluster: int, rows: int = 0) -> WgmmaTile:

@@ -12,14 +12,12 @@ pytest.importorskip("triton")
 
 from sglang_lora_moe.ops.paged_attention import in_cuda, paged_attention
 from tests.ops import emulator
+from tests.ops.emulator import DEVICE, GPU
 from tests.ops.test_paged_attention import reference
 from tests.references import relative_error
 
 DRIVER = Path(__file__).parent / "attention_driver.cpp"
-GPU = torch.cuda.is_available()
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = "cuda" if GPU else "cpu"
-pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
+pytestmark = emulator.HOPPER_OR_EMULATED
 CASES = {  # heads, KV heads, page, query tokens and all tokens of each request
     "group 8": (8, 1, 16, [40, 1], [40, 300]),
     "group 4, context": (8, 2, 16, [5, 33, 2], [261, 33, 130]),

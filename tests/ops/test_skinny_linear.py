@@ -18,14 +18,12 @@ from sglang_lora_moe.ops.lora_linear import LinearAddend, PartTables
 from sglang_lora_moe.ops.skinny_linear import MOST_TOKENS, empty_halves, half_for, shape_for, shape_of, skinny_linear
 from tests.moe_cases import Noise, generator, make_token_slots
 from tests.ops import emulator
+from tests.ops.emulator import DEVICE, GPU
 from tests.references import ref_linear, relative_error
 from tests.slots import write_slot
 
 DRIVER = Path(__file__).parent / "skinny_driver.cpp"
-GPU = torch.cuda.is_available()
-HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = "cuda" if GPU else "cpu"
-pytestmark = pytest.mark.skipif(GPU and not HOPPER, reason="wgmma is sm_90's")
+pytestmark = emulator.HOPPER_OR_EMULATED
 SPLITS = [1, 2, 4, 8] if GPU else [1, 2]
 
 
