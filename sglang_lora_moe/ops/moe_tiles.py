@@ -157,8 +157,8 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, Sequence[LayerTiles | No
         (224, 319, [_wgmma(1, 1, stream=True)]),
         (320, 767, [_wgmma(1, 1)]),
         (768, 1088, [_wgmma(8, 2)]),
-        # n tiles of an expert, which walk together
-        *((544 * n - 543, 544 * n, [_wgmma(2, 2) if 3 < n < 7 else _wgmma(n, 1, rows=136), _wgmma(n, 1, rows=136)]) for n in range(3, 9)),
+        # n tiles of an expert, which walk together; without adapters Triton's, 64 x 256 a warpgroup, take less power, which is the limit from n = 7 on
+        *((544 * n - 543, 544 * n, [None if n > 6 else _wgmma(2, 2) if n > 3 else _wgmma(n, 1, rows=136), _wgmma(n, 1, rows=136)]) for n in range(3, 9)),
     ],
     (256, 7168, 256): [
         (288, 703, [_SHORT]),
