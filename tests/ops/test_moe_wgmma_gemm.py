@@ -14,6 +14,7 @@ import torch
 from sglang_lora_moe.moe.backends import triton_lora
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import fused_moe_lora, moe_wgmma_gemm
+from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
 from sglang_lora_moe.ops.moe_lora_align import moe_lora_align_block_size
 from sglang_lora_moe.ops.moe_tiles import LayerTiles
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
@@ -128,6 +129,14 @@ def test_many_rows(device: torch.device, form: tuple[int, ...]) -> None:
     spec = MoESpec(6, 1, 264, 136, has_bias=True, swiglu_alpha=1.702, swiglu_limit=1.5)
     common: dict[str, Any] = {"spec": spec, "m": 400, "dtype": torch.float16, "device": device}
     check(make_case(**common, ranks=(16, 8), active=2, popularity="zipf", routing="zipf"), tiles(form))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 45, 400])
+def test_gpu_down_by_triton(m: int) -> None:
+    """Behind a gate_up by wgmma of as many rows a tile."""
+    mixed = LayerTiles(tile(1, 144, 1, 128), GemmTile(128, 128, 64, 4, 3, 2, 1, True), lora_block=64)
+    check(make_case(**SMALL, m=m, dtype=torch.bfloat16, device="cuda", popularity="none", routing="zipf"), mixed, lora=False)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
