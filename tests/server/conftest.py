@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -54,6 +55,15 @@ def http_server(engine: FakeEngine) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def send_raw(url: str, path: str, body: dict[str, Any]) -> socket.socket:
+    """A connection on which the request was sent and nothing read."""
+    host, port = url.removeprefix("http://").split(":")
+    payload = json.dumps(body).encode()
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(payload)) + payload)
+    return connection
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

@@ -8,12 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from tests.adapter_files import write_adapter
+from tests.server.conftest import wait_for
 from tests.tiny_models import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,14 @@ class Server:
         response = self.post("/generate", **({"sampling_params": {"temperature": 0, "max_new_tokens": 12}} | body))
         assert response.status_code == 200, response.text
         return response.json()
+
+    def start(self, **body: Any) -> tuple[threading.Thread, list[httpx.Response]]:
+        """A request in a thread and where its answer comes: it runs now, or has ended already where this process was held up."""
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(self.post("/generate", **body)))
+        thread.start()
+        wait_for(lambda: self.stats()["running"] or answers)
+        return thread, answers
 
     def stats(self) -> dict[str, Any]:
         return dict(self.get("/server_info")["stats"])

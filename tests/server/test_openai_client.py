@@ -10,8 +10,9 @@ import pytest
 from openai import OpenAI
 
 from sglang_lora_moe.core import RequestError
+from sglang_lora_moe.engine.front import GenerateRequest
 from sglang_lora_moe.server.openai_protocol import ChatRequest, CompletionRequest
-from tests.server.conftest import http_server
+from tests.server.conftest import http_server, wait_for
 from tests.server.fake_engine import FakeEngine
 
 HI: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
@@ -84,12 +85,13 @@ def test_completion_stream(api: OpenAI) -> None:
 
 
 def test_leaving_a_stream_aborts_it(api: OpenAI, engine: FakeEngine) -> None:
-    engine.delay = 0.002
+    engine.aborted.clear()
+    engine.delay = 0.05  # of each of 500 tokens
     with api.completions.create(model="base", prompt="hello", max_tokens=500, stream=True) as stream:
         next(iter(stream))
+    wait_for(lambda: engine.aborted)
     engine.delay = 0.0
     assert api.completions.create(model="base", prompt="hello", max_tokens=1, temperature=0).choices[0].text == "h"
-    assert engine.aborted
 
 
 def test_logprobs(api: OpenAI) -> None:
@@ -143,9 +145,14 @@ def test_error_in_mid_stream_is_raised(api: OpenAI, engine: FakeEngine) -> None:
         list(stream)
 
 
-def test_a_full_queue_is_retried_by_the_client(api: OpenAI, engine: FakeEngine) -> None:
-    import threading
+def test_a_full_queue_is_retried_by_the_client(api: OpenAI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    admit, asked = engine._admit, []
 
-    engine.refusal = RequestError("the queue is full", 503, retry_after=1)
-    threading.Timer(0.3, lambda: setattr(engine, "refusal", None)).start()
+    def full_at_first(request: GenerateRequest) -> list[int]:
+        asked.append(request)
+        engine.refusal = RequestError("the queue is full", 503, retry_after=1) if len(asked) == 1 else None
+        return admit(request)
+
+    monkeypatch.setattr(engine, "_admit", full_at_first)
     assert api.with_options(max_retries=2).completions.create(model="base", prompt="hello", max_tokens=1, temperature=0).choices[0].text == "h"
+    assert len(asked) == 2

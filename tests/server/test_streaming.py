@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 from collections.abc import AsyncGenerator
-from typing import Any
 
 import httpx
 import pytest
 
 from sglang_lora_moe.server.streaming import merge
-from tests.server.conftest import http_server, wait_for
+from tests.server.conftest import http_server, send_raw, wait_for
 from tests.server.fake_engine import FakeEngine
 
+PAUSE = 0.05  # before each token, so that 500 of them take 25 seconds, whoever is held up meanwhile
 SLOW = {"prompt": "hello", "max_tokens": 500, "temperature": 0}
 
 
-def send_raw(url: str, path: str, body: dict[str, Any]) -> socket.socket:
-    """A connection on which the request was sent and nothing read."""
-    host, port = url.removeprefix("http://").split(":")
-    payload = json.dumps(body).encode()
-    connection = socket.create_connection((host, int(port)))
-    connection.sendall(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(payload)) + payload)
-    return connection
-
-
-@pytest.mark.parametrize("delay", [0.01, 30.0], ids=["in mid-stream", "before the first token"])
+@pytest.mark.parametrize("delay", [PAUSE, 30.0], ids=["in mid-stream", "before the first token"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_disconnect_aborts(stream: bool, delay: float) -> None:
     engine = FakeEngine(delay=delay)
@@ -42,7 +31,7 @@ def test_disconnect_aborts(stream: bool, delay: float) -> None:
 
 
 def test_disconnect_aborts_every_request_of_a_batch() -> None:
-    engine = FakeEngine(delay=0.01)
+    engine = FakeEngine(delay=PAUSE)
     with http_server(engine) as url:
         connection = send_raw(url, "/generate", {"text": ["hello", "ab", "c"], "sampling_params": {"max_new_tokens": 500}, "stream": True})
         wait_for(lambda: len(engine.running) == 3)
@@ -53,7 +42,7 @@ def test_disconnect_aborts_every_request_of_a_batch() -> None:
 
 
 def test_closing_the_client_stream_aborts_and_the_server_goes_on() -> None:
-    engine = FakeEngine(delay=0.002)
+    engine = FakeEngine(delay=PAUSE)
     with http_server(engine) as url, httpx.Client(base_url=url) as client:
         with client.stream("POST", "/v1/completions", json=SLOW | {"stream": True}) as response:
             assert next(response.iter_lines()).startswith("data: ")
