@@ -290,7 +290,13 @@ def test_continuous_batching_pays(engine: Engine) -> None:
         return count * 40 / (time.perf_counter() - begin)
 
     rate(2)
-    assert max(rate(32) for _ in range(3)) >= 4 * max(rate(1) for _ in range(3))
+    together, alone = [rate(32), rate(32)], [rate(1), rate(1)]
+    for _ in range(10):  # again where other programs took the machine
+        together.append(rate(32))
+        alone.append(rate(1))
+        if max(together) >= 4 * max(alone):
+            return
+    raise AssertionError(f"tokens per second: {together} together, {alone} alone")
 
 
 BLOCKED = """

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +41,7 @@ from tests.engine.models import adapter_path, model_path, other_adapter_path, re
 T = TypeVar("T")
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_new_tokens=480, ignore_eos=True)
+MANY = 32  # samples of LONG, which run for seconds: longer than anybody is held up
 
 
 def config(**fields: Any) -> Config:
@@ -116,8 +119,10 @@ def test_answers_equal_transformers(session: Session) -> None:
 def test_a_long_prompt_stops_nobody(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that take the tokenizer long are tokenized beside the event loop, and refused there if they are too long."""
 
+    enough = threading.Event()
+
     def encode(text: str) -> list[int]:
-        time.sleep(0.5)
+        assert enough.wait(50), "the event loop waits for the tokenizer"
         return [1] * len(text)
 
     async def turns_meanwhile() -> int:
@@ -126,6 +131,8 @@ def test_a_long_prompt_stops_nobody(session: Session, monkeypatch: pytest.Monkey
         while not refused.done():
             await asyncio.sleep(0.001)
             turns += 1
+            if turns > 5:
+                enough.set()
         with pytest.raises(RequestError, match="the prompt has 600 tokens; .* exceeds the 512 ") as error:
             refused.result()
         assert error.value.code == "context_length_exceeded"
@@ -145,7 +152,8 @@ def test_facts_of_the_model(session: Session) -> None:
 
 
 def test_control(session: Session) -> None:
-    async def work() -> None:
+    async def unload_waits() -> bool:
+        """For a running request; False if that ended before the engine heard of the unload."""
         engine = session.engine
         loaded = await engine.load_adapter("new", str(other_adapter_path(0)))
         assert not loaded["already_loaded"] and (await engine.load_adapter("new", str(other_adapter_path(0))))["already_loaded"]
@@ -153,19 +161,19 @@ def test_control(session: Session) -> None:
             await engine.load_adapter("new", str(other_adapter_path(1)))
         assert (error.value.status, error.value.param) == (400, "name")
         assert {record["name"] for record in await engine.adapters()} == {"r8", "r4", "new"}
-        running = asyncio.create_task(session.collect(adapter="new", sampling=LONG))
-        while (await engine.stats())["running"] == 0:
-            await asyncio.sleep(0.001)
-        unload = asyncio.create_task(engine.unload_adapter("new"))
-        await asyncio.sleep(0)  # it sends its message
+        running = engine.generate(GenerateRequest(input_ids=[1, 5, 9], sampling=LONG, adapter="new", stream=True))
+        await anext(running)
+        calls = (engine.unload_adapter("new"), session.collect(adapter="new"), engine.stats())  # the engine hears of them in this order, before its next step
+        unload, late, stats = [asyncio.create_task(call) for call in calls]
         with pytest.raises(RequestError) as error:
-            await session.collect(adapter="new")
-        assert error.value.status == 404 and "r4, r8" in error.value.message and not unload.done()
-        assert (await running)[-1].finish_reason == "length"
+            await late
+        assert error.value.status == 404 and "r4, r8" in error.value.message
+        assert [chunk async for chunk in running][-1].finish_reason == "length"
         assert (await unload)["freed_bytes"] > 0
         assert (await engine.flush_cache())["flushed_pages"] > 0
+        return (await stats)["adapters_unloading"] == ["new"]
 
-    session.run(work())
+    assert any(session.run(unload_waits()) for _ in range(10)), "each request had ended before the unload"
 
 
 def test_values_without_an_encoding_are_refused(session: Session) -> None:
@@ -186,11 +194,13 @@ def test_refusals_come_before_the_first_chunk(session: Session) -> None:
 
 def test_closing_the_iterator_aborts(session: Session) -> None:
     async def work() -> None:
-        stream = session.engine.generate(GenerateRequest(input_ids=[1, 5], sampling=LONG, n=3, stream=True))
+        before = Counter((await session.engine.stats())["finished"])
+        stream = session.engine.generate(GenerateRequest(input_ids=[1, 5], sampling=LONG, n=MANY, stream=True))
         await stream.__anext__()
         await stream.aclose()
         stats = await session.settled()
-        assert stats["finished"]["abort"] >= 3 and stats["kv_pages_used"] == 0
+        ends = Counter(stats["finished"]) - before
+        assert ends.total() == MANY and ends["abort"] > MANY // 2 and stats["kv_pages_used"] == 0
 
     session.run(work())
 
@@ -210,17 +220,18 @@ def test_cancelled_tasks_abort(session: Session) -> None:
 @pytest.mark.parametrize("rid", ["mine", ""])
 def test_abort_by_id(session: Session, rid: str) -> None:
     async def work() -> None:
-        task = asyncio.create_task(session.collect(sampling=LONG, rid="mine", n=2))
+        task = asyncio.create_task(session.collect(sampling=LONG, rid="mine", n=MANY))
         while (await session.engine.stats())["running"] == 0:
             await asyncio.sleep(0.001)
         await session.engine.abort("another")
         await session.engine.abort(rid)
         await session.engine.abort(rid)
         chunks = await task
-        assert [chunk.finish_reason for chunk in chunks] == ["abort", "abort"]
+        ends = Counter(chunk.finish_reason for chunk in chunks if chunk.completion_tokens < LONG.max_new_tokens)
+        assert len(chunks) == MANY and set(ends) == {"abort"} and ends["abort"] > MANY // 2
+        stream = session.engine.generate(GenerateRequest(input_ids=[1], sampling=LONG, rid="mine", n=MANY, stream=True))
+        await stream.__anext__()
         with pytest.raises(RequestError, match="running already"):
-            stream = session.engine.generate(GenerateRequest(input_ids=[1], sampling=LONG, rid="mine", stream=True))
-            await stream.__anext__()
             await session.collect(rid="mine")
         await stream.aclose()
         await session.settled()
@@ -230,13 +241,17 @@ def test_abort_by_id(session: Session, rid: str) -> None:
 
 @pytest.mark.parametrize("rid", ["long", ""])
 def test_abort_of_what_is_being_tokenized(session: Session, monkeypatch: pytest.MonkeyPatch, rid: str) -> None:
-    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: time.sleep(0.3) or [1, 5, 9])
+    aborting = threading.Event()
+    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: [1, 5, 9] if aborting.wait(50) else [])
 
     async def work() -> None:
         stream = session.engine.generate(GenerateRequest(prompt="a", sampling=LONG, rid="long", n=2), in_thread=True)
         task = asyncio.create_task(anext(stream))
-        await asyncio.sleep(0.01)
-        await session.engine.abort(rid)
+        await asyncio.sleep(0)  # it has begun
+        abort = asyncio.create_task(session.engine.abort(rid))
+        await asyncio.sleep(0)
+        aborting.set()
+        await abort
         chunks = [await task, *[chunk async for chunk in stream]]
         assert [(chunk.finish_reason, chunk.completion_tokens < 480) for chunk in chunks] == [("abort", True)] * 2
         await session.settled()
@@ -246,17 +261,19 @@ def test_abort_of_what_is_being_tokenized(session: Session, monkeypatch: pytest.
 
 def test_a_crash_fails_everything_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session()
-    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: time.sleep(1) or [1, 5, 9])
+    crashed = threading.Event()
+    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: [1, 5, 9] if crashed.wait(50) else [])
 
     async def work() -> None:
         tokenized = asyncio.create_task(anext(session.engine.generate(GenerateRequest(prompt="a"), in_thread=True)))
-        stream = session.engine.generate(GenerateRequest(input_ids=[1, 5], sampling=LONG, stream=True))
+        stream = session.engine.generate(GenerateRequest(input_ids=[1, 5], sampling=LONG, n=MANY, stream=True))
         await stream.__anext__()
         os.kill(session.engine.child.process.pid, signal.SIGKILL)
         with pytest.raises(RequestError, match="ended with status -9") as error:
             async for _ in stream:
                 pass
         assert error.value.status == 500 and not session.engine.healthy
+        crashed.set()
         for call in (tokenized, session.engine.stats(), session.collect()):
             with pytest.raises(RequestError) as error:
                 await call

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ def submit(rid: str, adapter: str | None, count: int = 10) -> Submit:
     return Submit(rid, [1, 5, 9], SamplingParams(temperature=0.0, max_new_tokens=count, ignore_eos=True), adapter)
 
 
-def drive(engine: Engine, messages: list[Any], steps: int = 10_000) -> list[EngineMessage]:
+def drive(engine: Engine, messages: list[Any], steps: float = math.inf) -> list[EngineMessage]:
     """Send messages, then step until nothing is left to do or `steps` are over."""
     said = [answer for message in messages for answer in engine.core.handle(message)]
+    end = time.monotonic() + 60
     while steps and (engine.core.has_work or engine.core.is_loading):
+        assert time.monotonic() < end, f"no end: {engine.core.stats()}"
         said += engine.core.step()
         check_core(engine.core)
         steps -= 1
