@@ -227,6 +227,10 @@ class Soak:
         self.take(self.core.step())
         check_core(self.core)
 
+    @property
+    def is_enough(self) -> bool:
+        return len(self.asked) > 100 and self.aborts > 10 and self.reloads > 3 and self.core.stats()["retractions"] > 0
+
     def check_answers(self) -> None:
         """Every finished answer is its solo run."""
         solo: dict[tuple[int | None, int], list[int]] = {}
@@ -248,14 +252,16 @@ def test_soak(most_loaded: int | None) -> None:
     limits: dict[str, Any] = {"max_loras_per_batch": 2, "max_loaded_loras": most_loaded, "max_total_tokens": 200, "max_running_requests": 12}
     with make_engine(adapters=(), max_lora_rank=16, **limits) as engine:
         soak = Soak(engine)
-        for _ in range(150):
+        for rounds in range(1500):
+            if rounds >= 150 and soak.is_enough:  # requests end while an adapter is read: the slower that is, the fewer are there at a time
+                break
             soak.round()
         while engine.core.has_work:
             soak.take(engine.core.step())
         check_core(engine.core)
         stats = engine.core.stats()
-        assert stats["kv_pages_used"] == 0 and stats["slots_running"] == 0 and stats["adapters_unloading"] == [] and stats["retractions"] > 0
-        assert len(soak.ended) == len(soak.asked) > 100 and soak.aborts > 10 and soak.reloads > 3, (len(soak.asked), soak.aborts, soak.reloads)
+        assert stats["kv_pages_used"] == 0 and stats["slots_running"] == 0 and stats["adapters_unloading"] == []
+        assert len(soak.ended) == len(soak.asked) and soak.is_enough, (len(soak.asked), soak.aborts, soak.reloads, stats["retractions"])
         for name in list(soak.seeds):
             engine.unload_lora_adapter(name)
         assert engine.core.stats()["slots_used"] == 0
