@@ -65,7 +65,7 @@ def test_loads() -> None:
 
 def run(url: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_serving.py"), "--base-url", url, "--vocab-size", "90", "--disable-tqdm", *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}, timeout=300)
 
 
 def test_against_the_demo(tmp_path: Path) -> None:

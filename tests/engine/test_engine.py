@@ -320,5 +320,5 @@ def test_engine_needs_no_server_library() -> None:
     from tests.engine.models import adapter_path
 
     command = [sys.executable, "-c", BLOCKED, str(model_path()), str(adapter_path("r8"))]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.stdout == "served\n", done.stderr[-3000:]

@@ -56,7 +56,7 @@ class Session:
         self.engine = self.run(AsyncEngine.start(config(**fields)))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 60))
+        return self.loop.run_until_complete(asyncio.wait_for(work, 180))
 
     def close(self) -> None:
         self.run(self.engine.shutdown())
@@ -326,7 +326,7 @@ def test_the_child_ends_with_its_parent() -> None:
     assert is_running(child)
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while is_running(child):
         assert time.monotonic() < deadline, "the engine process outlived its parent"
         time.sleep(0.02)

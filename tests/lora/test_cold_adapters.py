@@ -279,7 +279,7 @@ def test_new_weights_in_place_while_requests_run() -> None:
         said += engine.core.step()
         for fill in engine.core.lora._fills.values():
             fill.done.result()
-        said += drive(engine, lambda now: reply(now, "l") is not None)
+        said += drive(engine, lambda now: reply(said + now, "l") is not None)
         assert not any(isinstance(message, TokenOutput) and message.finish_reason for message in said)
         assert engine.core.stats()["adapters_unloading"] == ["a0"]  # the old weights, which two requests still use
         said += send(engine, submit("new", "a0", 30)) + drive(engine)

@@ -55,7 +55,7 @@ class Served:
         """Exit status, further output, errors."""
         if number is not None:
             self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=120)
         return self.process.returncode, out, err
 
     def post(self, answers: list[Any], **body: Any) -> threading.Thread:
