@@ -59,7 +59,7 @@ class EngineProcess:
         try:
             await asyncio.wait([frame, end], return_when=asyncio.FIRST_COMPLETED)
             if not frame.done():  # the reply of a failed start may come just after the end
-                await asyncio.wait([frame], timeout=0.5)
+                await asyncio.wait([frame], timeout=30 if self.process.returncode == 2 else 0.5)  # 2: it has sent one
             if not frame.done():
                 raise RuntimeError(f"the engine process ended with status {self.process.returncode} while starting; its log says why")
             self._folder.cleanup()  # they are connected, and whoever is killed cleans up nothing
