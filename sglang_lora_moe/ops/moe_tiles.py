@@ -140,7 +140,7 @@ def _wgmma(group: int, cluster: int, lora_block: int = 64, stream: bool = False,
 
 
 _SHORT = _wgmma(1, 1, 16, True, 32)
-_HALF = LayerTiles(WgmmaTile(1, 1, True, rows=128), GemmTile(128, 128, 64, 4, 3, 2, 1, True), 64)  # down, of long rows, by two programs a multiprocessor
+_DOWN_BY_TRITON = LayerTiles(WgmmaTile(1, 1, True, rows=128), GemmTile(128, 128, 64, 4, 3, 2, 1, True), 64)
 # (E, H, I of this rank) -> (from so many tokens, to so many, tiles as above), None = the table above, against which they were measured: at 192 to 768, 1,536,
 # 2,048 and 8,192 (Qwen3), 96 to 512, 1,536, 2,048, 3,072, 3,584 (Mixtral), 256 to 768 (DeepSeek), 128 to 640 (gpt-oss), 1,024 and 4,096 tokens; with adapters
 # of rank 16 (1 and 4), 32 and 64 (1, 4, 16).
@@ -155,8 +155,8 @@ _WGMMA: dict[tuple[int, int, int], list[tuple[int, int, Sequence[LayerTiles | No
     ],
     (8, 4096, 14336): [
         (96, 191, [_wgmma(1, 1, 16, True, 72)]),
-        (192, 223, [_HALF, _wgmma(1, 1, 16, True, 72)]),
-        (224, 319, [_HALF, _wgmma(1, 1, stream=True)]),
+        (192, 223, [_DOWN_BY_TRITON, _wgmma(1, 1, 16, True, 72)]),
+        (224, 319, [_DOWN_BY_TRITON, _wgmma(1, 1, stream=True)]),
         (320, 767, [_wgmma(1, 1)]),
         (768, 1088, [_wgmma(8, 2)]),
         # n tiles of an expert, which walk together; without adapters Triton's, 64 x 256 a warpgroup, take less power, which is the limit from n = 7 on
