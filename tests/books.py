@@ -79,7 +79,8 @@ def check_manager(lora: LoRAManager) -> None:
     assert {revision for revision in known if revision not in lora.host} == lora.slots.absent, "absent revisions differ from host memory"
     assert set(lora.host._adapters) <= known, "host memory holds what is not loaded"
     assert lora.host.limit is None or len(lora.host) <= lora.host.limit, f"{len(lora.host)} adapters in host memory, at most {lora.host.limit} may be"
-    assert lora.slots.pinned == {entry.revision for entry in lora.registry.loaded.values() if entry.pinned}, "pinned slots differ from pinned names"
+    pinned = {entry.revision for entry in lora.registry.loaded.values() if entry.pinned}
+    assert all(map(lora.slots.stays, pinned)) and len(pinned) < max(lora.slots.num_slots, 1), f"pinned: {pinned}"
     for entry in all_entries(lora):
         assert entry.fills == sum(fill.entry is entry for fill in lora._fills.values()), f"{entry.name}: {entry.fills} fills"
 

@@ -247,10 +247,10 @@ class Scheduler:
         return None
 
     def _drain(self, slots: SlotTable, overdue: list[str]) -> None:
-        """Drain one slot for each overdue revision, that of the adapter closest to finished first; stop for those who left."""
+        """Drain one slot for each overdue revision, that of the adapter closest to finished first; not for those who left, nor a slot that is kept by now."""
         if slots.draining:
             waiting = {request.revision for request in self.waiting}
-            for slot in [slot for slot, revision in slots.draining.items() if revision not in waiting]:
+            for slot in [slot for slot, revision in slots.draining.items() if revision not in waiting or slots.is_kept(slot)]:
                 del slots.draining[slot]
                 self._dirty = True
         for revision in overdue if not slots.filling else ():  # while a copy is under way, an empty slot would wait for the next one

@@ -66,6 +66,7 @@ class LoRAManager:
         self.slots = SlotTable(pool.num_slots, policy)
         self.registry = LoRARegistry(pool.num_slots)
         self.host = HostCache(max_loaded)
+        self.slots.stays = self._keeps_slot
         self.replies: list[Reply] = []
         self.reader, self._thread = reader, ThreadPoolExecutor(1, "adapter-reader")
         self._loader = SlotLoader(pool.device)
@@ -105,7 +106,6 @@ class LoRAManager:
         for target in adapter.targets & self._unused.keys():
             self._unused.pop(target).used = True
             self._ctx.lora_layout += 1  # graphs captured without this layer's adapters are captured again
-        self.slots.pinned = self.registry.pinned_revisions()
         if self.slots.slot_of(entry.revision) is None and entry.revision in self.host and (self.slots.free or entry.pinned):
             self.slots.reserve(entry.revision)
             self.start_fills()
@@ -119,10 +119,8 @@ class LoRAManager:
         pending = [load for load in self._loads if load.message.name == message.name]
         if pending:
             pending[-1].unloads.append(message)
-            return
-        entry = self.registry.begin_unload(message.name, message.rid)
-        self.slots.pinned = self.registry.pinned_revisions()
-        self._forget_if_over(entry)
+        else:
+            self._forget_if_over(self.registry.begin_unload(message.name, message.rid))
 
     def release(self, entry: AdapterEntry) -> None:
         """One user less."""
@@ -264,11 +262,15 @@ class LoRAManager:
 
     def _make_room(self) -> bool:
         """Whether host memory has room for one more adapter, after what may go for it has gone, pinned ones only if no other may."""
-        going = self.host.make_room(self._may_go, lambda adapter: adapter.revision in self.slots.pinned)
+        going = self.host.make_room(self._may_go, lambda adapter: self._keeps_slot(adapter.revision))
         for adapter in going or ():
             self.slots.absent.add(adapter.revision)
             self._loader.discard(adapter.image)
         return going is not None
+
+    def _keeps_slot(self, revision: str) -> bool:
+        """Whether no other adapter may have its slot: it is pinned, or has left its name and host memory, and its files may be others by now."""
+        return any(revision not in self.host if entry.leaving else entry.pinned for entry in self.registry.entries(revision))
 
     def _state(self, revision: str) -> str:
         """Where the weights are: "resident" in a slot, "loading" into one or from files, in "host" memory, or only on "disk"."""
@@ -277,11 +279,9 @@ class LoRAManager:
         return "loading" if self.slots.is_coming(revision) else "host" if revision in self.host else "disk"
 
     def _forget_if_over(self, entry: AdapterEntry) -> None:
-        if entry.leaving and not entry.in_use:
-            self._forget(entry)
-
-    def _forget(self, entry: AdapterEntry) -> None:
-        """End an entry that has left and is not in use; its weights go with the last name of its revision."""
+        """End an entry that has left, once it is not in use; its weights go with the last name of its revision."""
+        if not entry.leaving or entry.in_use:
+            return
         host = device = 0
         if self.registry.forget(entry):
             adapter, slot = self.host.drop(entry.revision), self.slots.drop(entry.revision)

@@ -101,9 +101,6 @@ class LoRARegistry:
             self._of[entry.revision] = others
         return not others
 
-    def pinned_revisions(self) -> set[str]:
-        return {entry.revision for entry in self.loaded.values() if entry.pinned}
-
     def _leave(self, entry: AdapterEntry) -> None:
         del self.loaded[entry.name]
         entry.leaving = True

@@ -6,6 +6,7 @@ slot takes no new requests, so that it becomes idle for an adapter that has wait
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 
 class SlotTable:
@@ -15,7 +16,7 @@ class SlotTable:
         self.num_slots, self.policy = num_slots, policy
         self.revision_of: list[str | None] = [None] * num_slots
         self.users = [0] * num_slots  # running requests of each slot
-        self.pinned: set[str] = set()  # revisions; at most num_slots - 1, which the registry checks
+        self.stays: Callable[[str], bool] = lambda revision: False  # whether a revision keeps its slot, such as a pinned one
         self.draining: dict[int, str] = {}  # slot -> the revision it is drained for
         self.absent: set[str] = set()  # revisions whose weights are not in host memory, so that no slot can be filled with them
         self._slot_of: dict[str, int] = {}  # in the order in which they got their slots
@@ -97,13 +98,17 @@ class SlotTable:
             self.free.append(slot)
         return slot
 
+    def is_kept(self, slot: int) -> bool:
+        """No other adapter may have the slot."""
+        return (revision := self.revision_of[slot]) is not None and self.stays(revision)
+
     def drainable(self) -> list[int]:
         """Slots in use that could be drained for another adapter."""
-        return [slot for slot, users in enumerate(self.users) if users > 0 and slot not in self.draining and self.revision_of[slot] not in self.pinned]
+        return [slot for slot, users in enumerate(self.users) if users > 0 and slot not in self.draining and not self.is_kept(slot)]
 
     def _evict(self) -> int | None:
         order = self._idle if self.policy == "lru" else self._slot_of.values()
-        slot = next((slot for slot in order if slot in self._idle and self.revision_of[slot] not in self.pinned), None)
+        slot = next((slot for slot in order if slot in self._idle and not self.is_kept(slot)), None)
         if slot is None:
             return None
         revision = self.revision_of[slot]

@@ -296,10 +296,28 @@ def test_nothing_is_drained_while_a_copy_is_under_way(monkeypatch: pytest.Monkey
     h.check_outputs()
 
 
+def test_draining_stops_where_the_adapter_is_pinned_meanwhile() -> None:
+    """Its requests would otherwise wait for one that waits for its slot, as long as the others are never idle."""
+    h = Harness(num_slots=2, num_pages=513, max_running=30, patience=3)
+    assert h.slots is not None
+    h.submit("long", prompt_of(4), 200, "L", ignore_eos=True)
+    h.submit("pinned", prompt_of(4), 20, "P", ignore_eos=True)
+    h.step()
+    h.submit("new", prompt_of(4), 2, "N", ignore_eos=True)
+    while not h.slots.draining:
+        h.step()
+    assert h.slots.draining == {h.slots.slot_of("P"): "N"}
+    h.slots.stays = {"P"}.__contains__
+    h.submit("late", prompt_of(4, 1), 2, "P", ignore_eos=True)
+    h.run()
+    assert h.finished_at["late"] < h.finished_at["long"] < h.finished_at["new"] and h.slots.slot_of("P") is not None
+    h.check_outputs()
+
+
 def test_drain_picks_the_adapter_closest_to_finished_and_never_a_pinned_one() -> None:
     h = Harness(num_slots=3, num_pages=513, max_running=30, patience=3)
     assert h.slots is not None
-    h.slots.pinned.add("P")
+    h.slots.stays = {"P"}.__contains__
     h.submit("p", prompt_of(4), 5, "P", ignore_eos=True)
     h.submit("long", prompt_of(4), 200, "L", ignore_eos=True)
     h.submit("short", prompt_of(4), 60, "S", ignore_eos=True)

@@ -291,6 +291,24 @@ def test_new_weights_in_place_while_requests_run() -> None:
         check_core(engine.core)
 
 
+def test_a_replaced_adapter_keeps_its_slot_for_a_request_that_is_retracted(tmp_path: Path) -> None:
+    """Nothing could bring it back: it has left host memory for the new weights, and its files are theirs by now."""
+    path = own_copy(0, tmp_path / "x")
+    with cold_engine(count=0, max_total_tokens=72) as engine:
+        engine.load_lora_adapter("x", str(path))
+        said = send(engine, submit("base", None, 40), submit("old", "x", 30)) + drive(engine, lambda now: len(ids_of(now, "old")) > 3)
+        shutil.copytree(other_adapter_path(1), path, dirs_exist_ok=True)
+        said += send(engine, LoadAdapter("l", "x", str(path), load_inplace=True))
+        assert engine.core.lora is not None
+        engine.core.lora._loads[0].adapter.result()
+        said += engine.core.step() + send(engine, submit("new", "x"))
+        assert reply(said, "l") is not None and len(ids_of(said, "old")) < 10
+        said += drive(engine)
+        assert engine.core.stats()["retractions"] > 0
+        assert (ids_of(said, "base"), ids_of(said, "old"), ids_of(said, "new")) == (expected(None, 40), expected(0, 30), expected(1))
+        check_core(engine.core)
+
+
 def test_the_prefix_cache_never_mixes_revisions_of_a_name() -> None:
     with cold_engine(limit=8, slots=2, count=1) as engine:
 
