@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_lora_moe.core import Abort, EngineMessage, LogprobOptions, Reply, RequestError, SamplingParams, Submit, TokenLogprob, TokenOutput
-from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
+from sglang_lora_moe.engine.detokenizer import CONTEXT, Detokenizer, StopStrings, make_decode, silent_ids
 from sglang_lora_moe.engine.seeds import derive_seed
 from sglang_lora_moe.engine.tokenizer import encode
 from sglang_lora_moe.engine.validate import check_ids, check_request, is_int, refuse, too_long
@@ -80,9 +80,8 @@ class Failure:
 class _Sample:
     """One sample on its way from ids to text."""
 
-    def __init__(self, request: GenerateRequest, index: int, decode: Any) -> None:
-        self.request, self.index = request, index
-        self.detokenizer = Detokenizer(decode) if decode is not None else None
+    def __init__(self, request: GenerateRequest, index: int, detokenizer: Detokenizer | None) -> None:
+        self.request, self.index, self.detokenizer = request, index, detokenizer
         self.stops = StopStrings(request.stop)
         self.waits = not request.stream and not request.stop  # text is needed at the end only
         self.unread: list[int] = []  # ids that the detokenizer has not seen
@@ -112,13 +111,13 @@ class _Sample:
         return chunk
 
     def _read(self, last: bool) -> None:
-        """Turn unread ids into text, up to a stop string, of which there is none within the first `min_new_tokens`."""
+        """Turn unread ids into text, up to a stop string, of which none ends before the last of `min_new_tokens`."""
         chunk, detokenizer = self.pending, self.detokenizer
         if detokenizer is None:
             return
         text = detokenizer.push(self.unread, last)
         self.unread = []
-        said, stop = self.stops.push(text) if self.completion_tokens >= self.request.sampling.min_new_tokens else (text, None)
+        said, stop = self.stops.push(text, may_end=self.completion_tokens >= self.request.sampling.min_new_tokens)
         if stop is not None:
             chunk.finish_reason, chunk.matched_stop = "stop", stop
             said += stop if self.request.no_stop_trim else ""
@@ -136,8 +135,9 @@ class Front:
         # A chat model often ends with another id than its config's
         self._more_eos: list[Any] = [eos] if is_int(eos) and eos not in eos_ids else []
         self._decode = {skip: make_decode(tokenizer, skip) for skip in (True, False)} if tokenizer is not None else {}
+        self._silent = {True: silent_ids(tokenizer), False: frozenset[int]()}  # by skip_special_tokens, as above
         self._samples: dict[str, _Sample] = {}  # by the id that the engine knows, which is never used twice
-        self._requests: dict[str, list[str]] = {}  # request -> ids of its samples that have not ended
+        self._requests: dict[str, list[str]] = {}  # request -> ids of its samples that have not ended; until `forget`
         self._serial = 0
 
     def submit(self, request: GenerateRequest, ids: list[int] | None = None) -> list[Submit]:
@@ -157,11 +157,12 @@ class Front:
         sampling = request.sampling
         if self._more_eos and not sampling.ignore_eos:
             sampling = replace(sampling, stop_token_ids=[*sampling.stop_token_ids, *self._more_eos])
-        messages = []
+        messages, decode = [], self._decode.get(request.skip_special_tokens)
         for index in range(request.n):
             self._serial += 1
             name = f"{_SAMPLE}{self._serial}"
-            self._samples[name] = _Sample(request, index, self._decode.get(request.skip_special_tokens))
+            detokenizer = Detokenizer(decode, ids[-CONTEXT:], self._silent[request.skip_special_tokens]) if decode is not None else None
+            self._samples[name] = _Sample(request, index, detokenizer)
             own = sampling if sampling.seed is None or index == 0 else replace(sampling, seed=derive_seed(sampling.seed, index))
             messages.append(Submit(name, ids, own, request.adapter, request.logprobs))
         self._requests[request.rid] = [message.rid for message in messages]
@@ -184,19 +185,19 @@ class Front:
         rid = sample.request.rid
         if isinstance(message, Reply):
             error = RequestError(message.error or "refused", message.status, message.param, message.code, message.retry_after)
-            return [Failure(rid, error), *self.forget(rid)]
+            return [Failure(rid, error), *self.aborts(rid)]
         try:
             return list(self._on_output(message, sample))
         except Exception as error:  # of the tokenizer's: the other requests go on
             logger.exception("request %s: its tokens cannot be made text", rid)
-            return [Failure(rid, RequestError(f"the tokenizer failed: {type(error).__name__}: {error}", 500)), *self.forget(rid)]
+            return [Failure(rid, RequestError(f"the tokenizer failed: {type(error).__name__}: {error}", 500)), *self.aborts(rid)]
 
     def aborts(self, rid: str) -> list[Abort]:
         """Messages that end a request ("" = all); its last chunks will say so."""
         return [Abort(name) for name in self._requests.get(rid, [])] if rid else [Abort("")]
 
     def forget(self, rid: str) -> list[Abort]:
-        """End a request of which nobody wants to hear any more."""
+        """End a request of which nobody wants to hear any more. To be called for every one: until then its id is taken."""
         names = self._requests.pop(rid, [])
         for name in names:
             del self._samples[name]
@@ -209,10 +210,7 @@ class Front:
         yield chunk
         if chunk.finish_reason is not None:
             del self._samples[output.rid]
-            names = self._requests[sample.request.rid]
-            names.remove(output.rid)
-            if not names:
-                del self._requests[sample.request.rid]
+            self._requests[sample.request.rid].remove(output.rid)
             if output.finish_reason is None:  # a stop string: the engine goes on until it is told
                 yield Abort(output.rid, "stop")
 

@@ -72,7 +72,7 @@ def encode_from_engine(messages: list[EngineMessage]) -> bytes:
 
 def decode_from_engine(frame: bytes) -> list[EngineMessage]:
     decoded = _engine_decoder.decode(frame)
-    return [*decoded.outputs, *decoded.replies]
+    return [*decoded.replies, *decoded.outputs]  # a request that is refused says nothing before
 
 
 # ---- the child ------------------------------------------------------------------------------------------------------

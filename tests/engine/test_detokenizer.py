@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode
+from sglang_lora_moe.engine.detokenizer import Detokenizer, StopStrings, make_decode, silent_ids
 from tests.tiny_models import make_tokenizer
 
 TEXTS = [
@@ -30,6 +30,19 @@ def byte_level_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+def sentencepiece_tokenizer(*words: str) -> Any:
+    """A tokenizer of whole words that encodes and decodes as Llama's and Mixtral's do."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<s>": 0, **{f"▁{word}": i for i, word in enumerate(words, 1)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, "<s>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", clean_up_tokenization_spaces=False)
 
 
 class SpaceStripping:
@@ -83,16 +96,35 @@ def test_spaces_survive_a_moving_window() -> None:
         assert "".join([detokenizer.push([i]) for i in ids] + [detokenizer.push([], last=True)]) == tokenizer.decode(ids)
 
 
-def test_the_window_stays_short() -> None:
+@pytest.mark.parametrize("kind", ["text", "silent", "no text"])
+def test_the_window_stays_short(kind: str) -> None:
+    """Of text, of special tokens that the text leaves out, and of bytes that are no character: otherwise each token costs more than the one before."""
     lengths = []
 
     def decode(ids: list[int]) -> str:
         lengths.append(len(ids))
-        return "x" * len(ids)
+        return "".join("\ufffd" if kind == "no text" and token_id == 1 else "x" for token_id in ids)
 
-    detokenizer = Detokenizer(decode)
-    assert sum(len(detokenizer.push([1])) for _ in range(1000)) == 1000
-    assert max(lengths) <= 26 and len(lengths) < 1100
+    detokenizer = Detokenizer(decode, [5, 6], silent=frozenset({1}) if kind == "silent" else frozenset())
+    said = sum(len(detokenizer.push([1])) for _ in range(1000))
+    assert said + len(detokenizer.push([], last=True)) == (0 if kind == "silent" else 1000) and said in (0, 997, 1000)
+    assert max(lengths) <= 27 and len(lengths) < 1100
+
+
+def test_special_tokens_are_silent() -> None:
+    tokenizer = make_tokenizer()
+    silent = silent_ids(tokenizer)
+    assert {1, 2} <= silent and 75 not in silent and not silent_ids(None)
+    detokenizer = Detokenizer(make_decode(tokenizer), silent=silent)
+    assert "".join(detokenizer.push([i]) for i in [1, 75, *[2] * 50, 76]) == make_decode(tokenizer)([75, 76])
+    assert len(detokenizer._ids) == 2
+
+
+def test_a_prompt_that_ends_inside_a_character() -> None:
+    tokenizer = byte_level_tokenizer()
+    ids = tokenizer.encode("so é!")
+    detokenizer = Detokenizer(make_decode(tokenizer), ids[:-2])
+    assert [detokenizer.push([i]) for i in ids[-2:]] == ["é", "!"]
 
 
 def test_special_tokens_are_left_out() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from sglang_lora_moe.core import Abort, LogprobOptions, Reply, RequestError, SamplingParams, Submit, TokenLogprob, TokenOutput
 from sglang_lora_moe.engine.front import Chunk, Failure, Front, GenerateRequest
-from tests.engine.test_detokenizer import byte_level_tokenizer
+from tests.engine.test_detokenizer import byte_level_tokenizer, sentencepiece_tokenizer
 from tests.tiny_models import EOS_ID, VOCAB_SIZE, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -40,7 +40,7 @@ def test_one_request() -> None:
     events = feed(f, submit.rid, "hello", "length")
     (chunk,) = events  # not streamed: one chunk
     assert (chunk.rid, chunk.index, chunk.text, chunk.finish_reason, chunk.completion_tokens, chunk.prompt_tokens) == ("r", 0, "hello", "length", 5, 3)
-    assert chunk.token_ids == ids_of("hello") and not f._requests
+    assert chunk.token_ids == ids_of("hello") and not f._samples and f.forget("r") == [] and not f._requests
 
 
 def test_streaming_gives_deltas() -> None:
@@ -79,7 +79,7 @@ def test_stop_string_trims_and_aborts(stream: bool) -> None:
     assert isinstance(events[-1], Abort) and events[-1].rid == submit.rid
     assert (events[-2].finish_reason, events[-2].matched_stop, events[-2].completion_tokens) == ("stop", "END", 11)
     assert f.on_message(TokenOutput(submit.rid, [], 3, finish_reason="abort")) == []  # the engine's answer to the abort
-    assert not f._requests
+    assert not f._samples
 
 
 @pytest.mark.parametrize(("skip", "untrimmed", "text"), [(True, False, "ok"), (True, True, "ok"), (False, False, "ok"), (False, True, "ok<eos>")])
@@ -126,7 +126,8 @@ def test_refusal_ends_all_samples() -> None:
     failure, *aborts = f.on_message(Reply(submits[1].rid, error="queue full", status=503, retry_after=2))
     assert isinstance(failure, Failure) and (failure.rid, failure.error.status, failure.error.retry_after) == ("r", 503, 2)
     assert aborts == [Abort(submit.rid) for submit in submits]
-    assert f.on_message(TokenOutput(submits[0].rid, [4], 3)) == [] and not f._requests
+    assert f.on_message(TokenOutput(submits[0].rid, [4], 3)) == []
+    assert f.forget("r") == aborts and not f._requests and not f._samples  # again, which the engine takes: some may have begun between
 
 
 class Picky:
@@ -163,9 +164,13 @@ def test_aborts_and_forget() -> None:
     assert f.forget("r") == [] == f.aborts("r") and f.aborts("") == [Abort("")]
 
 
-def test_an_id_may_be_used_again_at_once() -> None:
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_id_may_be_used_again_when_its_reader_has_gone(ended: bool) -> None:
+    """Not before: what the reader has not taken yet, and its end, would be the new request's."""
     f = front()
     (old,) = f.submit(GenerateRequest(prompt="hi", rid="r"))
+    if ended:
+        feed(f, old.rid, "a", "length")
     with pytest.raises(RequestError, match="'r' is running already"):
         f.submit(GenerateRequest(prompt="hi", rid="r"))
     f.forget("r")
@@ -299,3 +304,23 @@ def test_stop_strings_wait_for_the_fewest_tokens() -> None:
     assert text_of(feed(f, submit.rid, "hello all")) == "hel"  # the second l is token 4
     (submit,) = f.submit(GenerateRequest(prompt="x", stop=["l"], sampling=SamplingParams(min_new_tokens=5)))
     assert text_of(feed(f, submit.rid, "hello all")) == "hello a"
+
+
+@pytest.mark.parametrize("fewest, text", [(0, "ab"), (3, "ab"), (4, "abX"), (5, "abXY"), (7, "abXYcd")])
+def test_a_stop_string_may_begin_before_the_fewest_tokens(fewest: int, text: str) -> None:
+    """What was said of it before stays."""
+    f = front()
+    (submit,) = f.submit(GenerateRequest(prompt="x", stop=["XY", "cde"], sampling=SamplingParams(min_new_tokens=fewest), stream=True))
+    events = feed(f, submit.rid, "abXYcdef", "length")
+    assert text_of(events) == text and [event.matched_stop for event in events if isinstance(event, Chunk)][-1] == ("cde" if fewest > 4 else "XY")
+
+
+def test_text_goes_on_where_the_prompt_ends() -> None:
+    """Such tokenizers drop the space at the beginning of a text, which the beginning of an answer is not."""
+    tokenizer = sentencepiece_tokenizer("the", "capital", "is", "Paris", "!")
+    f = Front(tokenizer, len(tokenizer), [0], 1000)
+    for stream in (False, True):
+        (submit,) = f.submit(GenerateRequest(prompt="the capital is", stream=stream))
+        answer = tokenizer.encode("Paris Paris", add_special_tokens=False)
+        events = [e for i, token in enumerate(answer) for e in f.on_message(TokenOutput(submit.rid, [token], 3, finish_reason="length" if i else None))]
+        assert text_of(events) == " Paris Paris"
