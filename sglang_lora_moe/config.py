@@ -155,7 +155,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if f.type is bool:
             parser.add_argument(name, action="store_true", default=f.default, help=meta["help"])
         elif f.type == list[str]:
-            parser.add_argument(name, nargs="*", default=[], metavar="ADAPTER" if f.name == "lora_paths" else "NAME", help=meta["help"])
+            parser.add_argument(name, nargs="*", action="extend", default=[], metavar="ADAPTER" if f.name == "lora_paths" else "NAME", help=meta["help"])
         else:
             kind = (*get_args(f.type), f.type)[0]  # int of `int | None`
             shown = "" if f.default in (None, "") else f" (default: {f.default})"

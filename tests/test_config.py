@@ -27,6 +27,7 @@ def test_flags_of_sglang() -> None:
     assert config.lora_specs() == [("a", "/adapters/a", False), ("b", "/adapters/x", False), ("c", "/adapters/y", True)]
     assert (config.max_lora_rank, config.max_loras_per_batch, config.max_loaded_loras) == (32, 4, 16)
     assert (config.lora_target_modules, config.lora_eviction_policy, config.lora_backend) == (["q_proj", "experts"], "fifo", "triton")
+    assert parse_config([*MODEL, "--lora-paths", "a=/a", "--lora-paths", "b=/b"]).lora_paths == ["a=/a", "b=/b"] and not parse_config(MODEL).lora_paths
     assert parse_config([*MODEL, "--lora-paths", "/adapters/a"]).enable_lora and not parse_config(MODEL).enable_lora
 
 

@@ -16,7 +16,7 @@ from sglang_lora_moe.server.service import Service
 
 def create_app(engine: AsyncEngine) -> FastAPI:
     """An application that serves `engine`. Apps share nothing, so a test may make as many as it likes."""
-    app = FastAPI(title="sglang_lora_moe", version=__version__, strict_content_type=False)
+    app = FastAPI(title="sglang_lora_moe", version=__version__)
     service = Service(engine)
     for routes in (openai_routes, native_routes, adapter_routes, control_routes):
         app.include_router(routes(service))

@@ -30,7 +30,7 @@ class AuthMiddleware:
             await error_response(error)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
-        path = scope["path"].rstrip("/") or "/"
+        path = scope["path"].rstrip("/\n") or "/"  # routes are patterns, whose end matches before a last newline too
         if path in OPEN_PATHS:
             return None
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class ChatRenderer:
             variables["reasoning_effort"] = request.reasoning_effort
         text = self._template if isinstance(self._template, str) else "".join((self._template or {}).values())
         for name in variables:
-            if name not in text or name in self._taken:
+            if name in self._taken or not re.search(rf"\b{re.escape(name)}\b", text):
                 param = "reasoning_effort" if name == "reasoning_effort" else f"chat_template_kwargs.{name}"
                 raise RequestError(f"{param}: the chat template of this model does not read it, or not from here", param=param, code="unsupported_parameter")
         return variables

@@ -116,6 +116,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
     ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
     ("/v1/chat/completions", {"chat_template_kwargs": {"surprise": 1}}, "chat_template_kwargs.surprise"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"mess": 1}}, "chat_template_kwargs.mess"),
     ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
     ("/v1/chat/completions", {"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
     ("/v1/completions", {"suffix": "x"}, "suffix"),
@@ -162,6 +163,14 @@ def test_missing_field(client: TestClient, path: str) -> None:
 def test_malformed_body(client: TestClient, path: str, body: str | bytes) -> None:
     error = error_of(client.post(path, content=body, headers={"content-type": "application/json"}))
     assert error["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}])
+def test_a_body_that_any_web_page_may_send(client: TestClient, engine: FakeEngine, path: str, headers: dict[str, str]) -> None:
+    """Browsers ask first only where a page wants to send JSON as JSON."""
+    error = error_of(client.post(path, content=json.dumps(BODIES[path]), headers={"origin": "https://a.page", **headers}))
+    assert error["code"] == "invalid_json" and "Content-Type: application/json" in error["message"] and engine.requests == [] and engine.loaded == {}
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -321,7 +330,8 @@ def test_a_template_variable_that_is_not_unicode(client_of: Any, tmp_path: Any) 
     template.write_text("{{ tone }}: {{ messages[0]['content'] }}")
     client = client_of(FakeEngine(chat_template=str(template)))
     assert client.post("/v1/chat/completions", json=CHAT | {"chat_template_kwargs": {"tone": "calm"}}).status_code == 200
-    error = error_of(client.post("/v1/chat/completions", content=json.dumps(CHAT | {"chat_template_kwargs": {"tone": "\ud800"}})))
+    body = json.dumps(CHAT | {"chat_template_kwargs": {"tone": "\ud800"}})
+    error = error_of(client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"}))
     assert error["param"] == "messages" and "not valid Unicode" in error["message"]
 
 
