@@ -218,8 +218,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: object) -> tuple[torch.Tensor, None]:
         """hidden_states [1, T, H], position_embeddings cos and sin [1, T, R or R/2] -> ([1, T, H], None)."""
-        out = self.attend(self.qkv(hidden_states[0]), *self.tables(position_embeddings))
-        return self.o_proj(out.flatten(1))[None], None
+        return self.o_proj(self.attend(self.qkv(hidden_states[0]), *self.tables(position_embeddings)).flatten(1))[None], None
 
     def tables(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R/2]."""

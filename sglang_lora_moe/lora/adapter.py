@@ -70,8 +70,7 @@ def read_adapter(path: str | Path, rules: AdapterRules) -> AdapterWeights:
 
 def read_tensors(name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], rules: AdapterRules) -> AdapterWeights:
     """As `read_adapter`, for the content of both files in memory: `tensors` under PEFT's names, `config` as in adapter_config.json."""
-    file = AdapterMemory(name, tensors)
-    return _read("", file, parse_config(Path(f"config_dict of {name}"), dict(config)), rules)
+    return _read("", AdapterMemory(name, tensors), parse_config(Path(f"config_dict of {name}"), dict(config)), rules)
 
 
 def _read(path: str, file: AdapterTensors, config: AdapterConfig, rules: AdapterRules) -> AdapterWeights:

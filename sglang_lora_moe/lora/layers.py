@@ -44,8 +44,7 @@ class LinearWithLoRA(nn.Module):
         """x [..., in] -> [..., sum(rows)]; the leading dims hold the step's tokens (or logit rows) in order."""
         y = self.base.forward(x)
         if self.ctx.lora_active and self.used:
-            flat = x.reshape(-1, x.shape[-1])
-            self.delta.add_linear(y.view(-1, y.shape[-1]), flat, self.parts, self.base.slot_source)
+            self.delta.add_linear(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.parts, self.base.slot_source)
         return y
 
     def plan(self, tokens: int, splits: int | None = None) -> Any:

@@ -91,8 +91,7 @@ class _Child:
             self._end()
         if self._connection is None:
             ours, theirs = Pipe()
-            root = str(Path(__file__).parents[2])
-            path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+            path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
             command = [sys.executable, "-c", f"from sglang_lora_moe.lora.reader import run_child; run_child({theirs.fileno()})"]
             # its own session: a Ctrl-C in the terminal ends the parent, and the pipe's end then ends the child
             self._process = subprocess.Popen(

@@ -113,8 +113,7 @@ class WeightFormats:
         tensors = self._pending.setdefault(name, {})
         tensors[suffix] = opened.get_tensor(key)
         if tensors.keys() == self._tensors[name]:
-            scheme = self._file_scheme(name, place.removesuffix(".weight"))
-            places[place].put_quantized(name, tensors, piece, scheme)
+            places[place].put_quantized(name, tensors, piece, self._file_scheme(name, place.removesuffix(".weight")))
             if not isinstance(places[place], QuantizedPlace):
                 self._dequantized.append(name)
             del self._pending[name]

@@ -101,8 +101,7 @@ def _has_projections(module: nn.Module) -> bool:
 
 def is_standard(module: nn.Module) -> bool:
     """Whether the whole attention module can be replaced by `layers.attention.Attention`."""
-    known = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-    extra = {name for name, _ in module.named_children()} - known
+    extra = {name for name, _ in module.named_children()} - {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
     clipped = getattr(getattr(module, "config", None), "clip_qkv", None) is not None
     return type(module).__name__ in STANDARD_ATTENTION and _has_projections(module) and not extra and not clipped
 

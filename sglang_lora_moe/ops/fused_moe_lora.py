@@ -258,7 +258,7 @@ class ShrinkTile:
 
 def shrink_tile(pairs: int, lora_block: int, by_pair: bool, width: int, cols: int, short: bool = False) -> ShrinkTile:
     """Per pair the columns are split where programs are too few to fill the GPU; grouped, groups alone fill it. `short`: few pairs, beside the GEMM."""
-    rows = max(16, launch.next_power_of_2(width))
+    rows = max(16, triton.next_power_of_2(width))
     if by_pair:
         wide = cols > 1024 and rows <= 32  # 0.4 us less; at rank 64 2.4 more
         return ShrinkTile(16, min(32, rows), 512 if wide else 256, 8 if wide else 4, 3, split=max(1, min(4, 256 // max(pairs, 1), cols // 512)))
@@ -336,7 +336,7 @@ def _launch_scatter_shrink(rows: torch.Tensor, s: torch.Tensor, a: Stack, b: Sta
     align = routing.alignment
     _shrink_scatter_kernel[(align.lora_tiles.shape[0],)](
         rows, s, align.lora_tiles, align.counts, align.sorted_pairs, routing.told, a.pool, a.offset, a.expert_stride, a.rank, b.scaling,
-        a.dim, a.shrink_width, ALIGN=16 // rows.element_size(), BM=tile.m, BR=16, BK=max(16, launch.next_power_of_2(a.dim)),
+        a.dim, a.shrink_width, ALIGN=16 // rows.element_size(), BM=tile.m, BR=16, BK=max(16, triton.next_power_of_2(a.dim)),
         PRECISION=launch.dot_precision(rows.dtype), num_warps=4, **launch.options(rows.device),
     )  # fmt: skip
 

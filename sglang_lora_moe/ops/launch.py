@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 import torch
-import triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTERPRETED_PROGRAMS = 3  # persistent grids in the interpreter: few, but more than one
@@ -32,8 +31,7 @@ def has_wgmma(device: torch.device) -> bool:
 
 def options(device: torch.device) -> dict[str, bool]:
     """Programmatic dependent launch where there is a Hopper or newer GPU: kernels start before the one before has ended."""
-    pdl = device.type == "cuda" and _properties(device.index)[1] >= 90
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if device.type == "cuda" and has_tma(device) else {"PDL": False}
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -51,7 +49,3 @@ def expect(what: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch
 def expect_float(what: str, dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"{what}: expected one of {', '.join(str(d) for d in DTYPES)}, got {dtype}")
-
-
-def next_power_of_2(value: int) -> int:
-    return triton.next_power_of_2(value)

@@ -74,7 +74,7 @@ def moe_activation(gate_up: torch.Tensor, spec: MoESpec, routing: Routing, out: 
     pairs, n = out.shape
     launch.expect("moe_activation: gate_up", gate_up, (pairs, spec.w13_rows), out.dtype, out.device)
     by_pair = routing.rows == "pair"
-    block = min(1024, launch.next_power_of_2(n))
+    block = min(1024, triton.next_power_of_2(n))
     _activation_kernel[(pairs, triton.cdiv(n, block))](
         gate_up, out, routing.topk_ids, None if by_pair else routing.sorted_pairs,
         n, spec.num_experts,

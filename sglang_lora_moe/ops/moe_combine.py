@@ -70,7 +70,7 @@ def moe_combine(
     """
     tokens, n = out.shape
     top_k = topk_ids.shape[1]
-    k_block = launch.next_power_of_2(top_k)
+    k_block = triton.next_power_of_2(top_k)
     launch.expect("moe_combine: down", down, (tokens * top_k, n), out.dtype, out.device)
     launch.expect("moe_combine: topk_weights", topk_weights, (tokens, top_k), torch.float32, out.device)
     most = 256 if tokens <= 128 else 1024  # enough programs to fill the GPU for few tokens, long rows for many
@@ -78,7 +78,7 @@ def moe_combine(
     if addend is not None and summed is None:
         launch.expect("moe_combine: s", addend.s, (1, tokens * top_k, addend.b.shrink_width), out.dtype, out.device)
         most, added = 32 if k_block <= 8 else 16, addend.token_args(topk_ids, topk_weights, num_experts)
-    block = min(most, launch.next_power_of_2(n))
+    block = min(most, triton.next_power_of_2(n))
     _combine_kernel[(tokens, triton.cdiv(n, block))](
         down, out, topk_ids, topk_weights, summed, added, n, num_experts,
         TOP_K=top_k, K_BLOCK=k_block, RANK_BLOCK=16, ALIGN=16 // out.element_size(), BN=block,

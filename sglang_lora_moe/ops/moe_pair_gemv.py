@@ -205,11 +205,11 @@ def pair_down(
     launch.expect("pair_down: w", w, (w.shape[0], n, k), act.dtype, act.device)
     launch.expect("pair_down: act", act, (topk_ids.numel(), k), act.dtype, act.device)
     options: dict[str, int] = dict(launch.options(act.device))
-    if addend is not None and addend.pair_options()["RANK_BLOCK"] * launch.next_power_of_2(topk_ids.shape[1]) * tile.n > MOST_OF_B:
+    if addend is not None and addend.pair_options()["RANK_BLOCK"] * triton.next_power_of_2(topk_ids.shape[1]) * tile.n > MOST_OF_B:
         options["maxnreg"] = 128
     _pair_down_kernel[(tokens, triton.cdiv(n, tile.n))](
         act, w, bias, out, topk_ids, topk_weights, *(NO_PAIR_ARGS if addend is None else addend.pair_args()), n, k, num_pairs, w.shape[0],
-        TOP_K=topk_ids.shape[1], K_BLOCK=launch.next_power_of_2(topk_ids.shape[1]), **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()),
+        TOP_K=topk_ids.shape[1], K_BLOCK=triton.next_power_of_2(topk_ids.shape[1]), **(NO_PAIR_OPTIONS if addend is None else addend.pair_options()),
         EVEN=n % tile.n == 0 and k % tile.k == 0,
         BN=tile.n, BK=tile.k, STAGES=tile.stages, num_warps=tile.warps, **options,
     )  # fmt: skip
