@@ -247,9 +247,9 @@ class Scheduler:
         return None
 
     def _drain(self, slots: SlotTable, overdue: list[str]) -> None:
-        """Drain one slot for each overdue revision, that of the adapter closest to finished first; not for those who left, nor a slot that is kept by now."""
+        """Drain one slot for each overdue revision, that of the adapter closest to finished first; stop where nobody needs it, or the slot is kept by now."""
         if slots.draining:
-            waiting = {request.revision for request in self.waiting}
+            waiting = {request.revision for request in self.waiting if request.revision and slots.slot_of(request.revision) is None}
             for slot in [slot for slot, revision in slots.draining.items() if revision not in waiting or slots.is_kept(slot)]:
                 del slots.draining[slot]
                 self._dirty = True

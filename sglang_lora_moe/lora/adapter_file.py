@@ -8,6 +8,9 @@ import hashlib
 import io
 import json
 import math
+import os
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -102,13 +106,18 @@ class AdapterFile(AdapterTensors):
 
 def _read_header(path: Path, file: io.BufferedReader) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
     """(metadata, entries, place of the first byte behind the header)."""
-    try:
-        with safe_open(path, framework="pt") as checked:  # refuses what is not whole and exact; the weights are not read through its map
-            metadata = checked.metadata() or {}
-    except SafetensorError as error:
-        found = f"expected a whole one, found {path.stat().st_size} bytes: {error}"
-        raise AdapterError(f"{path}: truncated or not a safetensors file: {found}. Copy or download it again.") from error
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
+    head, size = file.read(8), os.fstat(file.fileno()).st_size
+    length = int.from_bytes(head, "little")
+    text = file.read(min(length, size, MAX_HEADER))
+    with tempfile.TemporaryFile(buffering=0) as copy:  # as large, and empty behind the header: safe_open maps what it checks
+        copy.write(head + text)
+        copy.truncate(size)
+        try:
+            with safe_open(f"/proc/self/fd/{copy.fileno()}" if sys.platform == "linux" else path, framework="pt") as checked:
+                metadata = checked.metadata() or {}
+        except SafetensorError as error:
+            found = f"expected a whole one, found {size} bytes: {error}"
+            raise AdapterError(f"{path}: truncated or not a safetensors file: {found}. Copy or download it again.") from error
+    header = json.loads(text)
     header.pop("__metadata__", None)
     return metadata, {name: TensorEntry(item["dtype"], tuple(item["shape"]), *item["data_offsets"]) for name, item in header.items()}, 8 + length

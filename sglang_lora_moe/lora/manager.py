@@ -1,9 +1,8 @@
 """Adapters of one model: reads them, keeps them in host memory, and puts into slots what the next steps need.
 
-An adapter is on its way from files (`AdapterReader`, in a process of its own) through host memory (`HostCache`) to a slot
-of the device pool (`SlotLoader`, in a thread of its own). Nothing here waits for any of it: `poll`, once a step, takes in
-what has arrived. Which revision has which slot is the `SlotTable`'s, with which the scheduler decides; `start_fills` begins
-the copies that it has asked for. Answers to load and unload requests collect in `replies`.
+An adapter is on its way from files (`AdapterReader`, in a process of its own) through host memory (`HostCache`) to a slot of the device pool (`SlotLoader`, in
+a thread of its own). Nothing here waits for any of it: `poll`, once a step, takes in what has arrived. Which revision has which slot is the `SlotTable`'s, with
+which the scheduler decides; `start_fills` begins the copies that it has asked for. Answers to load and unload requests collect in `replies`.
 """
 
 import contextlib
@@ -228,14 +227,16 @@ class LoRAManager:
         entries = self.registry.entries(revision)
         if not entries or revision in self.host:
             return []
+        left = all(entry.leaving for entry in entries)
         try:
             adapter = _result(future, entries[-1].path)
             if adapter.revision != revision:
                 text = f"its files in {adapter.path} have changed since it was loaded (revision {revision}, now {adapter.revision})"
-                raise RequestError(f"adapter {entries[-1].name!r}: {text}; load it again with load_inplace=true", 400)
+                way_out = "it was replaced before this request could begin: send it again" if left else "load it again with load_inplace=true"
+                raise RequestError(f"adapter {entries[-1].name!r}: {text}; {way_out}", 400)
         except RequestError as error:
             self.slots.wanted.pop(revision, None)
-            return [(revision, RequestError(error.message, 500, "model", "adapter_unreadable"))]
+            return [(revision, RequestError(error.message, 503 if left else 500, "model", "adapter_unreadable"))]
         self._keep(adapter, self._make_room())
         return []
 

@@ -1,9 +1,8 @@
 """Reads adapters from their files in a process of its own, so that no step waits for the interpreter while one is read.
 
-An adapter may have tens of thousands of tensors, and checking them is Python. The child reads, checks and packs; the packed
-image comes back as anonymous shared memory, the rest as a pickle, over a pipe. One child serves all engines of a
-process; it is started when it is first needed, and again if it has died. Where the system has no anonymous shared memory
-(not Linux) adapters are read in the calling thread.
+An adapter may have tens of thousands of tensors, and checking them is Python. The child reads, checks and packs; the packed image comes back as anonymous
+shared memory, the rest as a pickle, over a pipe. One child serves all engines of a process; it is started when it is first needed, and again if it has died.
+Where the system has no anonymous shared memory (not Linux) adapters are read in the calling thread.
 """
 
 import os
@@ -48,6 +47,7 @@ class AdapterReader:
             _child.ensure()
 
     def read(self, path: str) -> PackedAdapter:
+        path = os.path.abspath(path)  # the child keeps the folder in which it was started
         return _child.read(self._pickled, self.layout.dtype, path) if self._beside else self.layout.pack(read_adapter(path, self.rules))
 
     def read_tensors(self, name: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> PackedAdapter:
@@ -79,7 +79,8 @@ class _Child:
                 fd = recv_handle(connection)
             except (EOFError, ConnectionError) as error:
                 status = self._end()
-                raise RuntimeError(f"the reader ended with status {status} while it read {path} (-9: out of memory, or after {PATIENCE:g} s)") from error
+                hint = f" (out of memory, or after {PATIENCE:g} s)" if status == -9 else ""
+                raise RuntimeError(f"the reader ended with status {status}{hint} while it read {path}") from error
         packed, elements = answer
         try:
             return replace(packed, image=_map(fd, elements, dtype))

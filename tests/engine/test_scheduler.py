@@ -314,6 +314,28 @@ def test_draining_stops_where_the_adapter_is_pinned_meanwhile() -> None:
     h.check_outputs()
 
 
+def test_a_slot_is_not_kept_empty_for_an_adapter_that_got_another_one() -> None:
+    """Z ends by itself before Y, whose slot is being drained for X; then X has a slot, and always somebody who waits."""
+    h = Harness(num_slots=2, num_pages=513, max_running=4, patience=3)
+    assert h.slots is not None
+    prompt = next(p for p in ([o % 50, o // 50, 7, 9] for o in range(2500)) if 14 < len(expected_output(p, "Z", 200)) < 22)
+    h.submit("y", prompt_of(4), 60, "Y", ignore_eos=True)
+    h.submit("z", prompt, 200, "Z")
+    for _ in range(2):
+        h.step()
+    h.submit("x", prompt_of(4, 2), 20, "X", ignore_eos=True)
+    while not h.slots.draining:
+        h.step()
+    h.submit("late", prompt_of(4, 3), 5, "Y", ignore_eos=True)
+    for i in range(60):
+        while sum(request.revision == "X" for request in h.scheduler.waiting) < 6:
+            h.submit(f"x{i}-{len(h.scheduler.waiting)}", prompt_of(4, i), 10, "X", ignore_eos=True)
+        h.step()
+    assert "late" in h.finished and h.slots.slot_of("X") is not None
+    h.run()
+    h.check_outputs()
+
+
 def test_drain_picks_the_adapter_closest_to_finished_and_never_a_pinned_one() -> None:
     h = Harness(num_slots=3, num_pages=513, max_running=30, patience=3)
     assert h.slots is not None

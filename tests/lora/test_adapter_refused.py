@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sglang_lora_moe.lora import adapter_file
 from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter
 from sglang_lora_moe.lora.adapter_file import AdapterError
 from sglang_lora_moe.lora.targets import EmbeddingTarget, ExpertTarget, LinearTarget, Target
@@ -93,6 +95,23 @@ def test_pickle(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({}, tmp_path / "adapter_model.bin")
     refused(tmp_path, "adapter_model.bin", "pickle", "can run code", "safe_serialization=True")
+
+
+def test_a_file_that_is_cut_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a trainer that writes it anew: an error, where a map of the file itself would end the process."""
+    path, check = write(tmp_path, LINEAR) / "adapter_model.safetensors", adapter_file.safe_open
+
+    def cut(*arguments: Any, **options: Any) -> Any:
+        os.truncate(path, 10)
+        return check(*arguments, **options)
+
+    monkeypatch.setattr(adapter_file, "safe_open", cut)
+    with path.open("rb") as file:
+        opened = adapter_file.AdapterFile(path, file)
+        assert opened.entries.keys() == LINEAR.keys()
+        file.seek(1 << 20)  # away from what is in the buffer
+        with pytest.raises(AdapterError, match="the file was changed while it was read"):
+            opened.read(f"{Q}.lora_A.weight")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 60, -1], ids=str)

@@ -291,6 +291,25 @@ def test_new_weights_in_place_while_requests_run() -> None:
         check_core(engine.core)
 
 
+def test_a_request_whose_adapter_was_replaced_on_disk_may_be_sent_again(cold: Engine, reading: Gate, tmp_path: Path) -> None:
+    """It had not begun, and nothing has the old weights any more: 503, which clients send again."""
+    path = own_copy(6, tmp_path / "x")
+    reading.open.set()
+    cold.load_lora_adapter("x", str(path))
+    cold.load_lora_adapter("y", str(other_adapter_path(4)))  # host memory keeps this one
+    reading.open.clear()
+    said = send(cold, submit("first", "a1"), submit("old", "x")) + cold.core.step()
+    assert states(cold)["x"] == states(cold)["a1"] == "loading"
+    shutil.copytree(other_adapter_path(5), path, dirs_exist_ok=True)
+    said += send(cold, LoadAdapter("l", "x", str(path), load_inplace=True))
+    reading.open.set()
+    said += drive(cold)
+    refused, loaded = reply(said, "old"), reply(said, "l")
+    assert loaded is not None and loaded.error is None and refused is not None and refused.status == 503 and "send it again" in (refused.error or "")
+    said += send(cold, submit("again", "x")) + drive(cold)
+    assert ids_of(said, "again") == expected(5) and ids_of(said, "first") == expected(1)
+
+
 def test_a_replaced_adapter_keeps_its_slot_for_a_request_that_is_retracted(tmp_path: Path) -> None:
     """Nothing could bring it back: it has left host memory for the new weights, and its files are theirs by now."""
     path = own_copy(0, tmp_path / "x")
@@ -435,7 +454,7 @@ def test_the_child_reads_the_same_and_is_replaced_when_it_dies(cold: Engine, mon
     connection: Any = reader_module._child._connection
     send = connection.send_bytes
     monkeypatch.setattr(connection, "send_bytes", lambda question: (send(question), os.kill(child.pid, signal.SIGKILL)))
-    with pytest.raises(RuntimeError, match="ended with status -9 while it read"):
+    with pytest.raises(RuntimeError, match=r"ended with status -9 \(out of memory.* while it read"):
         reader.read(str(other_adapter_path(1)))
     assert torch.equal(reader.read(str(other_adapter_path(1))).image, here.image)
 
@@ -450,6 +469,18 @@ def test_an_adapter_that_takes_for_ever_is_given_up(cold: Engine, tmp_path: Path
         cold.load_lora_adapter("x", str(endless))
     monkeypatch.undo()
     cold.load_lora_adapter("x", str(other_adapter_path(1)))
+
+
+def test_a_path_means_the_folder_of_the_program(cold: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that in which the child was started."""
+    for folder, seed in (("one", 5), ("two", 6)):
+        own_copy(seed, tmp_path / folder / "x")
+    found = []
+    for folder in ("one", "two"):
+        monkeypatch.chdir(tmp_path / folder)
+        found.append(cold.load_lora_adapter(folder, "x")["path"])
+        assert cold.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path=folder)["output_ids"] == expected(5 + len(found) - 1)
+    assert found == [str(tmp_path / folder / "x") for folder in ("one", "two")]
 
 
 def test_target_modules(tmp_path: Path) -> None:
