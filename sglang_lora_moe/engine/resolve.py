@@ -12,6 +12,7 @@ import torch
 
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.lora.adapter_config import read_config
+from sglang_lora_moe.models.recognise import positions_of
 from sglang_lora_moe.ops.moe_lora_align import MAX_SLOTS
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def _checkpoint_dtype(model: dict[str, Any]) -> str:
 
 
 def _context_length(config: Config, model: dict[str, Any]) -> int:
-    limit = model.get("max_position_embeddings")
+    limit = positions_of(model)
     if config.context_length is None:
         return int(limit) if limit else DEFAULT_CONTEXT
     if limit and config.context_length > int(limit):

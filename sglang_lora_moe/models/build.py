@@ -67,6 +67,8 @@ def build_model(
     _materialise(hf, device)
     hf.tie_weights()
     model = ServedModel(hf, ctx, dtype, device, list(swap.attention.values()))
+    for place, rotary in [(place, rotary) for place, rotary in hf.named_modules() if recognise.needs_table(rotary)]:
+        swap.replace(place, _RotaryTable(rotary, model.max_model_len, device))
     model.moe_runner_backend = "+".join(sorted(swap.moe_backends)) or moe_runner_backend  # a model without experts decides nothing
     model.unquantized_bytes = unquantized_bytes
     model.refused_adapter_modules = swap.refused_adapter_modules
@@ -135,7 +137,10 @@ def _build_on_meta(path: Path, dtype: torch.dtype) -> Any:
 
 def _weight_formats(hf: Any, path: Path | None) -> WeightFormats:
     """What of the model (on meta) is quantized, by its configuration and the files in `path` (None = no files)."""
-    quantization = getattr(hf.config, "quantization_config", None) or getattr(hf.config.get_text_config(), "quantization_config", None)
+    configs = (hf.config, hf.config.get_text_config())
+    quantization, older = (next((vars(c)[name] for c in configs if vars(c).get(name)), None) for name in ("quantization_config", "compression_config"))
+    if not quantization and older:  # as compressed-tensors once wrote it
+        quantization = {"quant_method": "compressed-tensors", **older}
     if not quantization:
         return WeightFormats(None, None, lambda key: (key, None))
     config = parse_quantization_config(quantization if isinstance(quantization, dict) else quantization.to_dict())
@@ -170,14 +175,14 @@ class _Swap:
             inside_latent = isinstance(self.hf.get_submodule(path.rpartition(".")[0]), AbsorbedMLA) if path else True
             if type(module) is nn.Linear and not inside_latent:
                 source = "logits" if module is head else "tokens"
-                self._replace(path, self.formats.make_linear({path: module}, device=self.device, slot_source=source))
+                self.replace(path, self.formats.make_linear({path: module}, device=self.device, slot_source=source))
             elif type(module) is nn.Embedding:
                 vocab, hidden = module.weight.shape
-                self._replace(path, Embedding(path, vocab, hidden, dtype=module.weight.dtype, device=self.device))
+                self.replace(path, Embedding(path, vocab, hidden, dtype=module.weight.dtype, device=self.device))
             elif type(module).__name__ in recognise.RMS_NORMS:
-                self._replace(path, RMSNorm(module.weight, float(module.variance_epsilon)))
+                self.replace(path, RMSNorm(module.weight, float(module.variance_epsilon)))
 
-    def _replace(self, path: str, module: nn.Module) -> None:
+    def replace(self, path: str, module: nn.Module) -> None:
         parent, _, leaf = path.rpartition(".")
         setattr(self.hf.get_submodule(parent), leaf, module)
 
@@ -189,10 +194,10 @@ class _Swap:
         spec = (recognise.latent_attention_spec if latent else recognise.attention_spec)(module, self.config)
         paged = self.attention[path] = PagedAttention(self.ctx, spec, self._backend)
         if latent:
-            self._replace(path, self._make_latent(path, module, paged))
+            self.replace(path, self._make_latent(path, module, paged))
             self.refused_adapter_modules["kv_b_proj"] = KV_B_REASON
         elif recognise.is_standard(module):
-            self._replace(path, self._make_attention(path, module, paged))
+            self.replace(path, self._make_attention(path, module, paged))
         else:
             module.paged_attention = paged  # its own forward stays and calls `_paged_attention`
 
@@ -223,10 +228,10 @@ class _Swap:
             spec = replace(spec, num_experts=spec.num_experts + shared.parts, top_k=spec.top_k + shared.parts)
         experts = FusedMoE(path, spec, method, self.ctx, self._workspace, runner, dtype=self.dtype, device=self.device)
         experts.interleaved_gate_up, experts.is_transposed, experts.shared = not module.is_concatenated, bool(module.is_transposed), shared
-        self._replace(path, experts)
+        self.replace(path, experts)
         self._swap_router(block, shared)
         if shared is not None:
-            self._replace(block, MoEBlock(self.hf.get_submodule(block).gate, experts))
+            self.replace(block, MoEBlock(self.hf.get_submodule(block).gate, experts))
 
     def _method(self, path: str, scheme: ExpertsScheme | None) -> tuple[QuantMethod, MoeRunner]:
         """How the experts at `path` are stored, and what runs them; one of each per scheme."""
@@ -247,7 +252,7 @@ class _Swap:
             spec = recognise.router_spec(module)
             if spec is not None:
                 inner = f"{path}.wg" if hasattr(module, "wg") else path  # HunYuan's weight lies one module further in
-                self._replace(path, self._make_router(inner, self.hf.get_submodule(inner), spec, shared))
+                self.replace(path, self._make_router(inner, self.hf.get_submodule(inner), spec, shared))
                 continue
             kind = type(module).__name__
             if getattr(module, "weight", None) is not None and ("Router" in kind or "Gate" in kind):
@@ -288,6 +293,17 @@ def _materialise(hf: Any, device: torch.device) -> None:
         if computed:
             with torch.device(device):
                 hf._init_weights(module)
+
+
+class _RotaryTable(nn.Module):
+    """cos and sin of all positions, in place of a module of transformers' that looks at the step's on the host or computes on the CPU, as no graph may."""
+
+    def __init__(self, rotary: nn.Module, positions: int, device: torch.device) -> None:
+        super().__init__()
+        self.cos, self.sin = (table[0] for table in rotary(torch.empty(0, device=device), torch.arange(positions, device=device)[None]))
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cos[position_ids].to(x.dtype), self.sin[position_ids].to(x.dtype)
 
 
 def _set_tensor(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ that hides tokens in a way not handled here or experts that do not declare their
 """
 
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -82,17 +83,26 @@ def find_experts(hf: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def check_rotary(hf: nn.Module, max_model_len: int) -> int:
-    """Refuse rotations that depend on other requests of the batch; return the context length that is served exactly."""
-    for path, module in hf.named_modules():
+def exact_length(hf: nn.Module, max_model_len: int) -> int:
+    """The context length that is served exactly: beyond it some rotations depend on the longest request of the batch."""
+    for module in hf.modules():
         rope_type = getattr(module, "rope_type", None)
-        for kind in rope_type.values() if isinstance(rope_type, dict) else [rope_type]:
-            if kind == "dynamic":
-                raise UnsupportedModelError(f"{path} ({type(module).__name__}) uses dynamic rope scaling, which changes with the longest request of a batch")
-            if kind == "longrope":  # factors switch for the whole batch at this length; below it they are fixed
-                config: Any = module.config
-                max_model_len = min(max_model_len, int(config.rope_parameters.get("original_max_position_embeddings") or max_model_len))
+        if "longrope" in (rope_type.values() if isinstance(rope_type, dict) else [rope_type]):  # factors switch for the whole batch at this length
+            config: Any = module.config
+            max_model_len = min(max_model_len, int(config.rope_parameters.get("original_max_position_embeddings") or max_model_len))
     return max_model_len
+
+
+def positions_of(config: dict[str, Any]) -> int | None:
+    """How many positions a model has by its config.json: with YaRN, what its factor makes of those that it was trained with."""
+    limit, rope = config.get("max_position_embeddings"), config.get("rope_parameters") or config.get("rope_scaling") or {}
+    trained = rope.get("original_max_position_embeddings") if rope.get("rope_type", rope.get("type")) == "yarn" else None
+    return max(int(limit), int(trained * rope["factor"])) if limit and trained else limit
+
+
+def needs_table(module: nn.Module) -> bool:
+    """Whether a rotation looks at the step's positions on the host, or computes there."""
+    return getattr(module, "rope_type", None) in ("longrope", "dynamic") or type(module).__name__ == "PhimoeRotaryEmbedding"
 
 
 def _has_projections(module: nn.Module) -> bool:
@@ -132,7 +142,8 @@ def _window(module: Any, config: Any) -> int | None:
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
         return int(config.sliding_window) if layer_types[module.layer_idx] == "sliding_attention" else None
-    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(config, "sliding_window", None)
+    masks = hasattr(sys.modules[type(module).__module__], "create_sliding_window_causal_mask")  # else transformers' model ignores the config's
+    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(config, "sliding_window", None) if masks else None
     return int(window) if window else None
 
 
@@ -174,15 +185,9 @@ def moe_spec(path: str, module: Any, config: Any) -> MoESpec:
     if activation not in _ACTIVATIONS:
         raise UnsupportedModelError(f"{path} is a {type(module).__name__} with activation {activation}, which is not supported")
     return MoESpec(
-        num_experts=num_experts,
-        top_k=_top_k(config),
-        hidden_size=hidden,
-        intermediate_size=rows // 2 if module.has_gate else rows,
-        activation=_ACTIVATIONS[activation],
-        gated=bool(module.has_gate),
-        has_bias=bool(module.has_bias),
-        **clamped,
-    )
+        num_experts=num_experts, top_k=_top_k(config), hidden_size=hidden, intermediate_size=rows // 2 if module.has_gate else rows,
+        activation=_ACTIVATIONS[activation], gated=bool(module.has_gate), has_bias=bool(module.has_bias), **clamped,
+    )  # fmt: skip
 
 
 def shared_expert(path: str, block: Any, spec: MoESpec) -> SharedExpert | None:

@@ -20,7 +20,7 @@ class ServedModel:
         self.hf, self.ctx, self.dtype, self.device = hf, ctx, dtype, device
         self.config = hf.config.get_text_config()
         self.vocab_size = int(self.config.vocab_size)
-        self.max_model_len = recognise.check_rotary(hf, int(self.config.max_position_embeddings))
+        self.max_model_len = recognise.exact_length(hf, recognise.positions_of(self.config.to_dict()) or int(self.config.max_position_embeddings))
         self.eos_token_ids: list[int] = []
         self.refused_adapter_modules: dict[str, str] = {}  # suffix of a module name -> why no adapter may be on it
         self.unquantized_bytes = 0  # that all parameters would take unquantized
@@ -49,11 +49,9 @@ class ServedModel:
         else:
             self._begin_step()
             output = self.hf(
-                input_ids=ctx.input_ids[: ctx.num_tokens].unsqueeze(0),
-                position_ids=ctx.positions[: ctx.num_tokens].unsqueeze(0),
-                use_cache=False,
+                input_ids=ctx.input_ids[: ctx.num_tokens].unsqueeze(0), position_ids=ctx.positions[: ctx.num_tokens].unsqueeze(0), use_cache=False,
                 logits_to_keep=ctx.logit_rows[: ctx.num_logits],
-            )
+            )  # fmt: skip
             logits = output.logits[0]
         if not self._checked:
             self._check_attention_ran()

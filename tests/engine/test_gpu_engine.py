@@ -17,7 +17,7 @@ from sglang_lora_moe.engine.engine import Engine
 from tests.adapter_files import merged_reference_model, write_adapter
 from tests.books import check_core
 from tests.engine.models import ADAPTERS, adapter_path, make_engine, model_path, other_adapter_path, reference_greedy
-from tests.models.test_against_transformers import OTHERS
+from tests.models.test_against_transformers import OTHERS, ROTATIONS
 from tests.quantized_checkpoints import GENUINE, genuine, write_reference
 from tests.tiny_models import make_tiny_model
 
@@ -58,12 +58,13 @@ def test_swaps_between_replays_equal_solo_runs() -> None:
     check_core(engine.core)
 
 
-@pytest.mark.parametrize("arch", ["glm4_moe", "granitemoe"])
-def test_graphs_of_the_forward_of_transformers(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["glm4_moe", "granitemoe", "phimoe", *ROTATIONS])
+def test_graphs_of_the_forward_of_transformers(case: str, tmp_path: Path) -> None:
     """Decode in padded graphs behind a longer step, whose wanted rows of logits lie beyond these graphs' tokens."""
-    path = make_tiny_model(arch, tmp_path, **OTHERS[arch])
+    arch, fields = ROTATIONS.get(case) or (case, OTHERS[case])
+    path = make_tiny_model(arch, tmp_path, **fields | {"max_position_embeddings": 256})
     plain, engine = (engine_on("cuda", path, disable_cuda_graph=disabled, chunked_prefill_size=200) for disabled in (True, False))
-    assert engine.core.runner.graphs is not None and not engine.core.runner.model.is_split
+    assert engine.core.runner.graphs is not None and engine.core.runner.model.is_split == (arch == "qwen3")
     prompts = [[1, *range(20, 20 + n)] for n in (4, 15, 2, 71, 10)]
     params = [{"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True} for count in (1, 6, 1, 5, 6)]  # three of them in graphs of four
     want, got = (ids(e.generate(input_ids=prompts, sampling_params=params)) for e in (plain, engine))

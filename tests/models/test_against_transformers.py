@@ -36,6 +36,16 @@ OTHERS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 96, "attention_bias": True, "tie_word_embeddings": True},
     "qwen2": {"intermediate_size": 96, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
 }
+_SHORT_AND_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.5, 2.0, 2.5] * 2, "long_factor": [4.0] * 8}
+ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # that look at the positions of a step, or compute on the CPU
+    "phimoe-longrope": ("phimoe", OTHERS["phimoe"] | {
+        "rope_parameters": _SHORT_AND_LONG | {"original_max_position_embeddings": 64, "short_mscale": 1.2, "long_mscale": 1.4},
+    }),
+    "hunyuan-alpha": ("hunyuan_v1_moe", OTHERS["hunyuan_v1_moe"] | {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+    }),
+    "qwen3-dynamic": ("qwen3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, "max_position_embeddings": 32}),
+}  # fmt: skip
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe-dense-layer-tied": ("qwen3_moe", {"mlp_only_layers": [0], "tie_word_embeddings": True, "attention_bias": True}),
     "qwen3_moe-window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5, "norm_topk_prob": False}),
@@ -43,7 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-direct-q": ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "attention_bias": True, "norm_topk_prob": False}),
     "qwen3-yarn": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}}),
 }
-CASES = {name: (name, {}) for name in CONFIGS} | {name: (name, fields) for name, fields in OTHERS.items()} | VARIANTS
+CASES = {name: (name, {}) for name in CONFIGS} | {name: (name, fields) for name, fields in OTHERS.items()} | VARIANTS | ROTATIONS
 
 
 def load_stock(path: Path) -> Any:
@@ -88,6 +98,14 @@ def test_logits_equal_stock(case: str, tmp_path: Path) -> None:
         out = torch.cat(logits)
         torch.testing.assert_close(out, reference[: out.shape[0]], rtol=0, atol=TOLERANCE)
         assert out.std() > 0.3, "the test model is too flat to show errors"
+
+
+@pytest.mark.parametrize("arch", ["olmoe", "deepseek_v3", "granitemoe", "llama"])
+def test_a_window_of_the_config_that_the_model_ignores(arch: str, tmp_path: Path) -> None:
+    """As configurations hold that were made of another architecture's."""
+    path, tokens = make_tiny_model(arch, tmp_path, **OTHERS.get(arch, {}), sliding_window=6, use_sliding_window=False), random_tokens(0, 30)
+    found = Driver(build(path)).run(Sequence(tokens), 30)
+    torch.testing.assert_close(found, stock_logits(load_stock(path), tokens), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("arch", ["qwen3_moe", "gpt_oss", "deepseek_v3"])

@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "unknown attention": ("gpt2", {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 128}, "GPT2Attention"),
     "own attention table": ("gptj", {"n_layer": 1, "n_head": 2, "n_embd": 32, "rotary_dim": 8, "vocab_size": 128}, "gptj"),
     "softcapping": ("gemma2", _SMALL | {"head_dim": 16}, "softcapping"),
-    "dynamic rope": ("qwen3", _SMALL | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
     "encoder": ("t5", {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 32, "vocab_size": 128}, "'t5'"),
 }
 
@@ -85,6 +84,18 @@ def test_longrope_is_served_up_to_the_length_where_factors_are_fixed(tmp_path: P
         assert engine.model_info["max_model_len"] == 64 and "--context-length 512: up to 64 tokens are served" in caplog.text
     with pytest.raises(ValueError, match="--context-length 65: up to 64 tokens are served"):
         Engine(**options, context_length=65)
+
+
+def test_yarn_is_served_up_to_what_it_makes_of_the_trained_positions(tmp_path: Path) -> None:
+    """As model cards add it to a config.json whose max_position_embeddings stays."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    build_dummy(tmp_path, "llama", _SMALL | {"rope_parameters": rope, "max_position_embeddings": 80})
+    options: dict[str, Any] = {"model_path": str(tmp_path), "load_format": "dummy", "max_total_tokens": 1024}
+    with Engine(**options, context_length=256) as engine:
+        assert engine.model_info["max_model_len"] == 256
+        assert len(engine.generate(input_ids=list(range(3, 103)), sampling_params={"max_new_tokens": 3, "ignore_eos": True})["output_ids"]) == 3
+    with pytest.raises(ValueError, match="--context-length 257 exceeds the model's 256 positions"):
+        Engine(**options, context_length=257)
 
 
 def test_not_a_model_directory(tmp_path: Path) -> None:

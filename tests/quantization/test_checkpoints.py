@@ -80,6 +80,15 @@ def test_logits_equal_transformers_on_the_dequantized_weights(name: str, tmp_pat
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
+def test_the_name_that_compressed_tensors_once_gave_its_configuration(tmp_path: Path) -> None:
+    path, tokens = make("packed-int8-zeros", tmp_path), random_tokens(0, 20)
+    expected = stock_logits(load_stock(write_reference(path, tmp_path / "reference")), tokens)
+    config = json.loads((path / "config.json").read_text())
+    config["compression_config"] = {name: value for name, value in config.pop("quantization_config").items() if name != "quant_method"}
+    (path / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(logits_of(build(path), tokens), expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("quantized", ["both", "experts", "shared_expert", "by channel"])
 def test_a_shared_expert_is_one_of_the_experts_where_it_is_quantized_as_they_are(quantized: str, tmp_path: Path) -> None:
     only = {"experts": r".*\.experts\..*_proj\.weight", "shared_expert": r".*shared_expert\..*_proj\.weight"}.get(quantized, r".*expert.*_proj\.weight")
