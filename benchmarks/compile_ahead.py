@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from sglang_lora_moe.ops import launch
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -52,7 +52,7 @@ class _FakeDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps one target a device: each family is one of its own
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -81,6 +81,7 @@ def compiling(arch: int = 90, *, multiprocessors: int = 132, inspect: bool = Fal
         mock.patch.object(launch, "has_tma", lambda device: hopper),
         mock.patch.object(launch, "has_wgmma", lambda device: arch == 90),
         mock.patch.object(launch, "multiprocessors", lambda device: multiprocessors),
+        mock.patch.object(launch, "shared_memory", lambda device: SHARED_LIMIT[arch]),
         mock.patch.object(driver, "_active", _FakeDriver(arch)),
     ):
         yield found

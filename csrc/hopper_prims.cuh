@@ -100,7 +100,7 @@ DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensorma
 // A cluster of two blocks: the same box to the same place in both, counting on the same barrier of each.
 DEVICE int cluster_rank() {
   uint32_t rank = 0;
-#if SM90
+#if __CUDA_ARCH__ >= 900
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
   return (int)rank;

@@ -20,7 +20,6 @@ constexpr int kMaxOneBlockPairs = 1024;   // a thread each
 constexpr int kMaxBlocks = 128;           // of (1) and (2), as long as none gets more than:
 constexpr int kMaxPairsPerBlock = 8191;   // so that the counts of eight blocks add up in 16 bits
 constexpr size_t kSharedBytes = 99 * 1024;  // what every GPU from sm_80 on grants a block
-constexpr int kClusterBlocks = 16;        // what a Hopper GPU grants, if asked for more than eight
 constexpr int kSlotBits = 9;              // a key is expert << 9 | slot + 1, with slot + 1 <= 256
 constexpr int kTokenBits = 10;            // of a token of one block
 constexpr uint32_t kSlotMask = (1u << kSlotBits) - 1;
@@ -587,7 +586,7 @@ int launch_groups(Problem p, const MoeLoraAlignPlan& plan, void* stream) {
   Cut cut = cut_pairs(p, plan);
   p.clustered = p.pairs <= plan.cluster_pairs && can_overlap();  // which says Hopper or newer
   if (p.clustered) {
-    cut.blocks = smaller(kClusterBlocks, power_of_two(cut.blocks));
+    cut.blocks = smaller(most_of_cluster(), power_of_two(cut.blocks));
     cut.pairs_per_block = ceil_div(p.pairs, cut.blocks);
   }
   if (cut.pairs_per_block > 1024 || (SLOTS && p.a.experts * groups > most_bins)) return kDoesNotFit;

@@ -131,11 +131,15 @@ int launch(const Launch& how, void (*kernel)(Params...), Args... args) {
   return (int)cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Whether kernels may be launched with overlap on the current device.
-inline bool can_overlap() {
+// The current device's family: 8 = Ampere and Ada, 9 = Hopper, 10 and more = Blackwell. 0 if it cannot be told.
+inline int device_family() {
   int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess ? major : 0;
 }
+// Whether kernels may be launched with overlap on the current device.
+inline bool can_overlap() { return device_family() >= 9; }
+// Blocks of the largest cluster: data-centre GPUs grant 16 if asked, sm_120 no more than every GPU with clusters.
+inline int most_of_cluster() { return device_family() == 9 || device_family() == 10 ? 16 : 8; }
 
 #else
 #include "emulator/emu.h"

@@ -134,7 +134,8 @@ def latent_values(x: Attended, kv_b: torch.Tensor, v_dim: int) -> torch.Tensor:
     m, heads, rank = x.shape
     launch.expect("latent_values: x", x, (m, heads, kv_b.shape[1]), kv_b.dtype, kv_b.device)
     out, bm = x.new_empty(m, heads * v_dim), _block(m)
-    bn = max(16, min(32 if triton.cdiv(m, bm) * heads <= 64 else 128, triton.next_power_of_2(v_dim)))  # fewer columns where programs are few
+    narrow = triton.cdiv(m, bm) * heads <= 64 or launch.shared_memory(x.device) < 2 * (128 + bm) * rank  # where programs are few, or w does not fit
+    bn = max(16, min(32 if narrow else 128, triton.next_power_of_2(v_dim)))
     _values_kernel[(triton.cdiv(m, bm), heads, triton.cdiv(v_dim, bn))](
         x, kv_b, out, m, HEADS=heads, N=kv_b.shape[0] // heads - v_dim, V=v_dim, R=rank, R_PAD=max(16, triton.next_power_of_2(rank)),
         BM=bm, BN=bn, PRECISION=launch.dot_precision(x.dtype), num_warps=4, **launch.options(x.device),

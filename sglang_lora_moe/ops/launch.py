@@ -5,18 +5,24 @@ from functools import lru_cache
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTERPRETED_BYTES = 227 * 1024
 _INTERPRETED_PROGRAMS = 3  # persistent grids in the interpreter: few, but more than one
 
 
 @lru_cache(maxsize=16)
-def _properties(index: int | None) -> tuple[int, int]:
-    """(multiprocessors, compute capability * 10) of a CUDA device."""
+def _properties(index: int | None) -> tuple[int, int, int]:
+    """(multiprocessors, compute capability * 10, most bytes of shared memory of a block) of a CUDA device."""
     found = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return found.multi_processor_count, found.major * 10 + found.minor
+    return found.multi_processor_count, found.major * 10 + found.minor, getattr(found, "shared_memory_per_block_optin")  # noqa: B009  (torch's stub lacks it)
 
 
 def multiprocessors(device: torch.device) -> int:
     return _properties(device.index)[0] if device.type == "cuda" else _INTERPRETED_PROGRAMS
+
+
+def shared_memory(device: torch.device) -> int:
+    """Most bytes of a block: 163 KB on sm_80, 227 on sm_90 and sm_100, 99 on other GPUs."""
+    return _properties(device.index)[2] if device.type == "cuda" else _INTERPRETED_BYTES
 
 
 def has_tma(device: torch.device) -> bool:

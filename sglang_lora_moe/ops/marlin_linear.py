@@ -2,10 +2,9 @@
 
     y = x W^T + b        W[o, i] = (q - z) * s, rounded once to the activation dtype
 
-One expert's tiles are known without looking at the tokens, so that there is nothing to align: token blocks in order. From
-`DEQUANTIZE_FROM` tokens on, the weight is written out in 16 bit by a kernel of its own and multiplied by the library, whose
-GEMM is then faster by more than that costs (measured by `benchmarks/bench_marlin_linear.py`). Both read the same layout and
-multiply by the same values.
+One expert's tiles are known without looking at the tokens, so that there is nothing to align: token blocks in order. From `DEQUANTIZE_FROM` tokens on, the
+weight is written out in 16 bit by a kernel of its own and multiplied by the library, whose GEMM is then faster by more than that costs (measured by
+`benchmarks/bench_marlin_linear.py`). Both read the same layout and multiply by the same values.
 """
 
 from functools import lru_cache
@@ -19,7 +18,7 @@ from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.lora_linear import LinearAddend
 from sglang_lora_moe.ops.low_rank import pdl_wait
 from sglang_lora_moe.ops.marlin_moe import DTYPES, GROUP_SIZES, SHAPES, GemmScratch, MarlinWeight, marlin_moe_gemm, marlin_moe_repack
-from sglang_lora_moe.ops.marlin_moe_pairs import can_add, marlin_linear_pairs
+from sglang_lora_moe.ops.marlin_moe_pairs import MEMORY, can_add, marlin_linear_pairs
 from sglang_lora_moe.ops.moe_lora_align import Alignment
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
 
@@ -67,7 +66,8 @@ def marlin_linear(
 
 
 def _as_pairs(tokens: int, weight: MarlinWeight) -> bool:
-    return 0 < tokens <= PAIR_TOKENS and weight.rows % 16 == 0 and weight.rows * weight.k <= SMALL_WEIGHT
+    fits = weight.rows % 16 == 0 and weight.rows * weight.k <= SMALL_WEIGHT and launch.shared_memory(weight.packed.device) >= MEMORY
+    return 0 < tokens <= PAIR_TOKENS and fits
 
 
 def adds(x: torch.Tensor, weight: MarlinWeight, addend: LinearAddend) -> bool:
@@ -81,7 +81,8 @@ def choose_config(tokens: int, weight: MarlinWeight) -> int:
         return -1
     if tokens > 8:
         return _smallest(128, 16)
-    return _smallest(32, 8) if weight.rows * weight.k <= SMALL_WEIGHT else _smallest(128, 8)
+    fits = weight.bits == 4 or launch.shared_memory(weight.packed.device) >= MEMORY
+    return _smallest(32, 8) if fits and weight.rows * weight.k <= SMALL_WEIGHT else _smallest(128, 8)
 
 
 @lru_cache(maxsize=8)

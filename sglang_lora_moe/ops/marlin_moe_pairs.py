@@ -37,6 +37,7 @@ define(
 
 MOST_SHRINKS, SHARES = 16, 8  # blocks that share a pair's A x and wait for each other; shares of A's columns
 MOST_CHOSEN = 32  # experts of a token
+MEMORY = 113 * 1024  # bytes of shared memory that a block may want, kBeside of csrc/marlin_moe_pairs_lora.cuh: more than GPUs but sm_80, 90 and 100 have
 MOST_UNITS, RESIDENT = 16, 2  # units of a block of gate_up; blocks that a multiprocessor holds
 FEW_RANKS, AT_ONCE = 16, 2048  # no more ranks than these gain by warps of their own only where A has so few columns, as in csrc/marlin_moe_pairs_lora.cuh
 

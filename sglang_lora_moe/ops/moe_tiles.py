@@ -1,13 +1,13 @@
 """Launch shapes of the expert GEMMs: a small measured table, and rules for every other shape.
 
-`LayerTiles` says how one layer runs at one number of tokens. The table's rows were measured on an H200 with
-`python -m benchmarks.bench_moe_lora --sweep`, whole layers, once without and once with four adapters of rank 16; the rules
-extend them by the mean rows of an expert. A second table says where the wgmma kernel of Hopper takes over. Nothing is tuned at
-run time.
+`LayerTiles` says how one layer runs at one number of tokens. The table's rows were measured on an H200 with `python -m benchmarks.bench_moe_lora --sweep`,
+whole layers, once without and once with four adapters of rank 16; the rules extend them by the mean rows of an expert. A second table says where the wgmma
+kernel of Hopper takes over. Nothing is tuned at run time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops.marlin_moe import fuses_activation
@@ -17,6 +17,8 @@ from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
 
 LOW_RANK = 16  # up to which adapters have tiles of their own where that measured faster
 MAX_PAIR_TOKENS = 4  # more tokens than this meet in experts too often, and every meeting reads the expert once more
+MEASURED_MEMORY = 163 * 1024  # bytes of shared memory in which all of these tiles fit
+_BESIDE_STAGES = 1024  # bytes of shared memory beside the stages but one that are there at once
 _LORA_BLOCK = {16: 16, 32: 16, 64: 32, 128: 64}  # rows of a LoRA tile by those of a base tile
 
 
@@ -67,6 +69,18 @@ def _by_rule(spec: MoESpec, tokens: int, lora: bool) -> LayerTiles:
         return LayerTiles(GemmTile(64, 128, 64, 8, 4, 0), GemmTile(64, 128, 64, 4, 3, 0), lora_block=32)
     group = 1 if spec.num_experts > 64 or rows <= 96 else 8  # few experts: their row tiles share w in L2 only if they walk together
     return LayerTiles(GemmTile(128, 128, 64, 8, 4, 1, group, tail=True), GemmTile(128, 128, 64, 4, 3, 2, group, tail=True), lora_block=64)
+
+
+def fitting(tiles: LayerTiles, gated: bool, shared: int) -> LayerTiles:
+    """`tiles` of 16-bit weights with as many of their stages as `shared` bytes of a block hold."""
+
+    def fit(tile: Any, halves: int) -> Any:
+        if isinstance(tile, WgmmaTile):
+            return tile
+        stage = 2 * ((tile.m if isinstance(tile, GemmTile) else 1) + halves * tile.n) * tile.k
+        return replace(tile, stages=min(tile.stages, (shared - _BESIDE_STAGES) // stage + 1))
+
+    return replace(tiles, gate_up=fit(tiles.gate_up, 1 + gated), down=fit(tiles.down, 1))
 
 
 def choose_integer_tiles(spec: MoESpec, tokens: int, itemsize: int) -> LayerTiles:

@@ -2,10 +2,9 @@
 
     out[t, h] = sum over j <= pos(t) of softmax_j(scale * q[t, h] . k[j, g(h)]) v[j, g(h)]
 
-with grouped heads (g(h) = h // (Hq / Hkv)), an optional sliding window (j > pos(t) - window), optional sinks (one more
-logit per head that takes probability but has no value) and an optional logit cap c * tanh(s / c). Softmax is the
-streaming form of Milakov & Gimelshein 2018; decode splits the keys of a request over programs and merges the partial
-results by their log-sum-exp (flash decoding), always in the same order, so that two runs are bit-equal.
+with grouped heads (g(h) = h // (Hq / Hkv)), an optional sliding window (j > pos(t) - window), optional sinks (one more logit per head that takes probability
+but has no value) and an optional logit cap c * tanh(s / c). Softmax is the streaming form of Milakov & Gimelshein 2018; decode splits the keys of a request
+over programs and merges the partial results by their log-sum-exp (flash decoding), always in the same order, so that two runs are bit-equal.
 
 The cache may be narrower than q (float8 e4m3): keys and values are widened as they are read.
 
@@ -336,7 +335,7 @@ def _block_shape(group: int, d: int, decode: int, itemsize: int, hopper: bool) -
         group_pad = min(group_pad, rows)  # heads of a program
         return rows // group_pad, group_pad, keys, warps, stages
     if decode:
-        return max(1, 16 // group_pad), group_pad, 64, 4, 2 if itemsize > 2 else 3
-    if itemsize > 2:
+        return max(1, 16 // group_pad), group_pad, 64 if d <= 128 else 32, 4, 2 if itemsize > 2 else 3
+    if itemsize > 2 or d > 128:
         return max(1, 64 // group_pad), group_pad, 32, 4, 2
     return max(1, 128 // group_pad), group_pad, 64, 8, 3

@@ -88,7 +88,21 @@ def latents(tokens: int, requests: int, cache: torch.dtype, heads: int = 16) -> 
     latent_values(found, kv_b, dim)
 
 
+def wide_heads(tokens: int, requests: int, dim: int = 256) -> None:
+    """Attention of 8 heads of 256 columns over 2 of keys."""
+    cache, ints = empty(4096, 2, dim), empty(requests + 1, dtype=torch.int32)
+    pages = empty(requests, 64, dtype=torch.int32)
+    paged_attention(empty(tokens, 8, dim), cache, cache, pages, ints, ints[1:], page_size=16, scale=0.1, decode=tokens == requests)
+
+
 def main() -> None:
+    for arch in (80, 89, 90):
+        for tokens, requests in ((16, 16), (2048, 1)):
+            with compiling(arch, inspect=True) as found:
+                wide_heads(tokens, requests)
+                latents(tokens, requests, torch.bfloat16)
+            for kernel in found:
+                print(json.dumps({"arch": arch, "tokens": tokens, "cache": str(torch.bfloat16), **asdict(kernel)}))
     for tokens, requests in STEPS:
         for cache in (torch.bfloat16, torch.float8_e4m3fn):
             with compiling(90, inspect=True) as found:
@@ -99,7 +113,7 @@ def main() -> None:
                 if requests < tokens:
                     latents(tokens, 5, cache)
             for kernel in found:
-                print(json.dumps({"tokens": tokens, "cache": str(cache), **asdict(kernel)}))
+                print(json.dumps({"arch": 90, "tokens": tokens, "cache": str(cache), **asdict(kernel)}))
     sys.stdout.flush()
 
 

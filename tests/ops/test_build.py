@@ -71,6 +71,16 @@ def test_kernels_compile_without_spills(nvcc: Path, arch: str, source: str) -> N
     assert all(found == ("0", "0", "0") for found in spills), f"{source} for sm_{arch}:\n{report}"
 
 
+def test_blocks_know_their_rank_on_every_family_that_has_clusters(nvcc: Path, tmp_path: Path) -> None:
+    """It must be read, not taken for 0, where a norm's blocks share a row: not on Hopper alone."""
+    command = build.compile_command(nvcc, build.find_cxx(), build.sources_folder() / "norm_rope.cu", tmp_path / "out.ptx", ["100"])
+    ptx = {"-c": "-ptx", "-gencode=arch=compute_100,code=sm_100": "-arch=compute_100"}
+    subprocess.run([ptx.get(part, part) for part in command], check=True, capture_output=True)
+    kernels = (tmp_path / "out.ptx").read_text().split(".entry")[1:]
+    waiting = [kernel for kernel in kernels if "barrier.cluster.wait" in kernel]
+    assert waiting and all("%cluster_ctarank" in kernel for kernel in waiting)
+
+
 def test_sources_ask_for_no_family_beyond_hopper() -> None:
     """So that the PTX of sm_100 and sm_120 is the same, and code for both is compiled from one."""
     asked = [re.findall(r"__CUDA_ARCH__\b(?! (?:>=|<) 900\b|\))", p.read_text()) for p in build.sources_folder().glob("*.[ch]*")]

@@ -11,6 +11,9 @@ from torch import nn
 
 pytest.importorskip("triton")
 
+from sglang_lora_moe.moe.backends.marlin import choose_plan
+from sglang_lora_moe.moe.spec import MoESpec
+from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops import marlin_linear as op
 from sglang_lora_moe.ops.marlin_moe import DTYPES, EVERYWHERE, SHAPES, MarlinWeight
 from sglang_lora_moe.quantization.linear import QuantizedLinear
@@ -38,6 +41,17 @@ def test_dequantized_weights_are_exact(device: str, bits: int, group: int, zeros
         weight = make_weight(rows, k, bits, group, zeros, dtype, device)
         found = op.dequantize_linear(op.repack_linear(weight))
         assert torch.equal(found.view(torch.int16), dequantize(weight, dtype).view(torch.int16)), f"{rows} x {k}"
+
+
+def test_gpus_of_less_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have 99 KB for a block: no kernels of single pairs, and of 8-bit weights no tiles of 32 rows."""
+    weights = {bits: MarlinWeight(torch.empty(0), torch.empty(0), None, None, 64, 64, bits, 128, 1) for bits in (4, 8)}
+    assert all(op._as_pairs(1, weight) and SHAPES[op.choose_config(2, weight)].block_rows == 32 for weight in weights.values())
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 99 * 1024)
+    assert not any(op._as_pairs(1, weight) for weight in weights.values())
+    assert [SHAPES[op.choose_config(2, weights[bits])].block_rows for bits in (4, 8)] == [32, 128]
+    spec = MoESpec(128, 8, 2048, 768)
+    assert choose_plan(spec, 1, False).by_pair and not choose_plan(spec, 1, False, pairs=False).by_pair
 
 
 def test_shapes_of_tiles() -> None:

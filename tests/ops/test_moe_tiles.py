@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import moe_tiles
 from sglang_lora_moe.ops.moe_grouped_gemm import GemmTile
-from sglang_lora_moe.ops.moe_tiles import LOW_RANK, LayerTiles, choose_tiles
+from sglang_lora_moe.ops.moe_tiles import LOW_RANK, MEASURED_MEMORY, LayerTiles, choose_tiles, fitting
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
 
 SIZES = [1, 4, 5, 16, 64, 128, 192, 256, 352, 512, 768, 1024, 1536, 2048, 4096, 8192]
@@ -43,3 +44,18 @@ def test_ranks_choose_where_adapters_of_low_rank_have_tiles_of_their_own() -> No
 def test_only_hopper_runs_wgmma() -> None:
     found = [choose_tiles(QWEN, tokens, 2, rank).gate_up for tokens in SIZES for rank in (0, 16, 64)]
     assert not any(isinstance(tile, WgmmaTile) for tile in found)
+
+
+@pytest.mark.parametrize("shape", [*moe_tiles._MEASURED, (64, 2048, 1408)], ids=str)
+def test_gpus_of_less_shared_memory_have_fewer_stages(shape: tuple[int, int, int]) -> None:
+    """What the stages take is what the compile gates find; where all fit, nothing changes."""
+    spec = MoESpec(shape[0], 4, *shape[1:])
+    for tokens in SIZES:
+        for rank in (0, 16, 64):
+            tiles = choose_tiles(spec, tokens, 2, rank)
+            assert fitting(tiles, True, MEASURED_MEMORY) == tiles
+            small = fitting(tiles, True, 99 * 1024)
+            for was, tile, halves in ((tiles.gate_up, small.gate_up, 2), (tiles.down, small.down, 1)):
+                assert not isinstance(tile, WgmmaTile) and not isinstance(was, WgmmaTile) and 2 <= tile.stages <= was.stages
+                assert replace(tile, stages=was.stages) == was
+                assert 2 * (tile.stages - 1) * ((tile.m if isinstance(tile, GemmTile) else 1) + halves * tile.n) * tile.k <= 98 * 1024

@@ -42,10 +42,13 @@ CASES = {
     "softcap": {"heads": (4, 2), "d": 16, "softcap": 5.0},
     "latent": {"heads": (6, 1), "d": 40, "dv": 32},
     "latent_shares": {"heads": (20, 1), "d": 272, "dv": 256},
+    "wide": {"heads": (4, 2), "d": 136},
 }
 REAL = {  # Qwen3-30B-A3B, gpt-oss-20b and DeepSeek-V3's latents
     "qwen3": {"heads": (32, 4), "d": 128},
     "gpt_oss": {"heads": (64, 8), "d": 64, "window": 128, "sinks": True},
+    "wide_192": {"heads": (16, 2), "d": 192},
+    "wide_256": {"heads": (8, 4), "d": 256},
     "deepseek": {"heads": (16, 1), "d": 576, "dv": 512},
     "deepseek_128": {"heads": (128, 1), "d": 576, "dv": 512},
 }

@@ -1,8 +1,7 @@
 """The MoE backend for int4 and int8 experts on NVIDIA GPUs from sm_80 on: the two GEMMs in CUDA (`ops/marlin_moe.py`).
 
-Everything around them is the triton backend's: its alignment, activation, combine and shrinks. A gated activation is part of
-the first GEMM, adapters of both; down scatters to pair order. Up to `MAX_PAIR_TOKENS` tokens nothing is sorted, and two kernels
-of their own (`ops/marlin_moe_pairs.py`) are the whole layer.
+Everything around them is the triton backend's: its alignment, activation, combine and shrinks. A gated activation is part of the first GEMM, adapters of both;
+down scatters to pair order. Up to `MAX_PAIR_TOKENS` tokens nothing is sorted, and two kernels of their own (`ops/marlin_moe_pairs.py`) are the whole layer.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from sglang_lora_moe.moe.spec import MoESpec
 from sglang_lora_moe.ops import launch
 from sglang_lora_moe.ops.low_rank import LowRank
 from sglang_lora_moe.ops.marlin_moe import EVERYWHERE, SHAPES, UNIT, GemmScratch, MarlinWeight, fuses_activation, marlin_moe_gemm, marlin_moe_repack
-from sglang_lora_moe.ops.marlin_moe_pairs import MOST_CHOSEN, PairAdapters, marlin_moe_pairs
+from sglang_lora_moe.ops.marlin_moe_pairs import MEMORY, MOST_CHOSEN, PairAdapters, marlin_moe_pairs
 from sglang_lora_moe.ops.moe_activation import moe_activation
 from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.quantization.base import QuantMethod
@@ -49,11 +48,13 @@ class MarlinQuantInfo:
 
 
 @lru_cache(maxsize=64)
-def choose_plan(spec: MoESpec, tokens: int, hopper: bool) -> MarlinPlan:
-    """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma."""
-    pairs = tokens * spec.top_k
-    rows = pairs / spec.num_experts
-    if fuses_activation(spec) and spec.top_k <= MOST_CHOSEN and (tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * pairs <= spec.num_experts)):
+def choose_plan(spec: MoESpec, tokens: int, hopper: bool, pairs: bool = True) -> MarlinPlan:
+    """By the mean rows of an expert: a tile should hold most experts' rows, so that their weights are read once. `hopper`: sm_90, has wgmma.
+
+    `pairs`: the kernels of single pairs fit the GPU's shared memory.
+    """
+    rows = tokens * spec.top_k / spec.num_experts
+    if pairs and fuses_activation(spec) and spec.top_k <= MOST_CHOSEN and (tokens == 1 or (tokens <= MAX_PAIR_TOKENS and 2 * rows <= 1)):
         # per pair where two pairs rarely meet in an expert, whose weights would be read twice
         return MarlinPlan(1, 1, by_pair=True)
     if rows <= (next(most for experts, most in MMA_ROWS if spec.num_experts <= experts) if hopper else 24):
@@ -143,4 +144,5 @@ class MarlinRunnerCore(MoeRunnerCore):
         )  # fmt: skip
 
     def _plan(self, inp: RunnerInput) -> MarlinPlan:
-        return self.plan or choose_plan(inp.spec, inp.x.shape[0], launch.has_wgmma(inp.x.device))
+        device = inp.x.device
+        return self.plan or choose_plan(inp.spec, inp.x.shape[0], launch.has_wgmma(device), launch.shared_memory(device) >= MEMORY)

@@ -1,9 +1,8 @@
 """The MoE backend in Triton, for NVIDIA GPUs from sm_80 on: 16-bit (and float32) and int4 and int8 weights as stored.
 
-Two families by number of tokens (`ops/moe_tiles.py`): *per pair*, where nothing is sorted and every pair reads its own
-expert, and *grouped*, over the tiles of one alignment. In both the activation and the low-rank addend are part of the
-gate_up kernel's epilogue; down takes its addend before its store, and per pair also sums over k. On sm_90 grouped GEMMs of
-many tokens are a CUDA kernel of the same contract (`ops/moe_wgmma_gemm.py`).
+Two families by number of tokens (`ops/moe_tiles.py`): *per pair*, where nothing is sorted and every pair reads its own expert, and *grouped*, over the tiles of
+one alignment. In both the activation and the low-rank addend are part of the gate_up kernel's epilogue; down takes its addend before its store, and per pair
+also sums over k. On sm_90 grouped GEMMs of many tokens are a CUDA kernel of the same contract (`ops/moe_wgmma_gemm.py`).
 """
 
 from typing import Any
@@ -20,7 +19,7 @@ from sglang_lora_moe.ops.moe_combine import moe_combine
 from sglang_lora_moe.ops.moe_grouped_gemm import grouped_gemm
 from sglang_lora_moe.ops.moe_lora_align import MAX_TOLD_PAIRS
 from sglang_lora_moe.ops.moe_pair_gemv import GemvTile, pair_down, pair_gate_up
-from sglang_lora_moe.ops.moe_tiles import LayerTiles, choose_integer_tiles, choose_tiles
+from sglang_lora_moe.ops.moe_tiles import MEASURED_MEMORY, LayerTiles, choose_integer_tiles, choose_tiles, fitting
 from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile, wgmma_gemm
 from sglang_lora_moe.quantization.base import QuantMethod, TritonQuantInfo
 from sglang_lora_moe.quantization.wna16 import WNA16Weight
@@ -93,7 +92,8 @@ class TritonRunnerCore(MoeRunnerCore):
     def _tiles(self, inp: RunnerInput) -> LayerTiles:
         if self.integers:
             return self.tiles or choose_integer_tiles(inp.spec, inp.x.shape[0], inp.x.element_size())
-        return self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.max_rank, launch.has_wgmma(inp.x.device))
+        tiles = self.tiles or choose_tiles(inp.spec, inp.x.shape[0], inp.x.element_size(), inp.max_rank, launch.has_wgmma(inp.x.device))
+        return tiles if launch.shared_memory(inp.x.device) >= MEASURED_MEMORY else fitting(tiles, inp.spec.gated, launch.shared_memory(inp.x.device))
 
 
 def _plain(weight: torch.Tensor | WNA16Weight) -> torch.Tensor:
