@@ -80,23 +80,12 @@ def build_engine(config: Config) -> tuple[EngineCore, Config, dict[str, Any]]:
 
 def _make_model(config: Config) -> ServedModel:
     assert config.context_length is not None
-    ctx = StepContext(
-        config.chunked_prefill_size + config.max_running_requests,  # every running request may decode beside a full chunk
-        config.max_running_requests,
-        -(-config.context_length // config.page_size),
-        config.page_size,
-        config.device,
-    )
+    tokens = config.chunked_prefill_size + config.max_running_requests  # every running request may decode beside a full chunk
+    ctx = StepContext(tokens, config.max_running_requests, -(-config.context_length // config.page_size), config.page_size, config.device)
     return build_model(
-        config.model_path,
-        ctx=ctx,
-        dtype=getattr(torch, config.dtype),
-        device=config.device,
-        load_format=config.load_format,
-        moe_runner_backend=config.moe_runner_backend,
-        attention_backend=config.attention_backend,
-        seed=config.random_seed,
-    )
+        config.model_path, ctx=ctx, dtype=getattr(torch, config.dtype), device=config.device, load_format=config.load_format,
+        moe_runner_backend=config.moe_runner_backend, attention_backend=config.attention_backend, seed=config.random_seed,
+    )  # fmt: skip
 
 
 def _measure_weights(config: Config, model: ServedModel) -> dict[str, int]:

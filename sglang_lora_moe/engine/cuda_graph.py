@@ -1,9 +1,8 @@
 """Steps as CUDA graphs, so that a step costs its kernels and not its launches.
 
-A graph is captured for each padded size of a ladder and each of two families: "base", whose kernels are those of a
-server without adapters, and "lora". Which one runs is decided on the host. Graphs read the static buffers of the
-`StepContext`, the KV cache, the adapter pool and its tables: none of these moves, so adapters come and go between replays.
-A step that is smaller than its graph is filled up with padding, which reads no expert and writes to the dump page.
+A graph is captured for each padded size of a ladder and each of two families: "base", whose kernels are those of a server without adapters, and "lora". Which
+one runs is decided on the host. Graphs read the static buffers of the `StepContext`, the KV cache, the adapter pool and its tables: none of these moves, so
+adapters come and go between replays. A step that is smaller than its graph is filled up with padding, which reads no expert and writes to the dump page.
 
 Decode steps (one token of each request) are graphs from tokens to samples. Other steps of up to some 2,500 tokens, whose
 launches take longer than their kernels, are graphs up to the last norm: which rows need logits, and how many, varies.

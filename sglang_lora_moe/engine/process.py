@@ -2,9 +2,8 @@
 
     AsyncEngine (event loop: text)  --- ZeroMQ PAIR over ipc, msgpack frames --->  engine process (steps: tensors)
 
-A frame to the engine is a list of [type, message]; a frame from it holds the outputs and replies of one step. When the child
-ends unasked, `healthy` is False and whatever waits for it fails. How it is started and ended is in `engine/child.py`. This is the
-only file that knows an encoding.
+A frame to the engine is a list of [type, message]; a frame from it holds the outputs and replies of one step. When the child ends unasked, `healthy` is False
+and whatever waits for it fails. How it is started and ended is in `engine/child.py`. This is the only file that knows an encoding.
 """
 
 import asyncio

@@ -11,9 +11,8 @@ PENDING = -1  # stands in `tokens` for a token that the device is about to sampl
 class Request:
     """One sample being generated. `tokens` = prompt + output; the first `num_computed` of them are in the KV cache.
 
-    A request is *waiting* (no pages, no slot) or *running* (it holds pages for all its tokens, and a slot if it has an
-    adapter); a running request whose tokens are not all but one computed is in prefill. Retraction makes a running request
-    wait again; its tokens stay, and are computed anew as if they were a prompt.
+    A request is *waiting* (no pages, no slot) or *running* (it holds pages for all its tokens, and a slot if it has an adapter); a running request whose tokens
+    are not all but one computed is in prefill. Retraction makes a running request wait again; its tokens stay, and are computed anew as if they were a prompt.
     """
 
     def __init__(self, rid: str, input_ids: list[int], sampling: SamplingParams, *, eos_ids: frozenset[int] = frozenset(), seed: int = 0) -> None:

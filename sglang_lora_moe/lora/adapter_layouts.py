@@ -1,8 +1,7 @@
 """Expert adapters in every known file layout -> `ExpertLoRA`. Names and shapes decide; nothing is declared by a flag.
 
-A layout comes down to *pieces*: tensors of one projection (gate, up, gate_up or down) that hold A or B of one expert, of all, or
-one matrix for all. All shapes, ranks and pairs are checked from the file's header before any weight is read; then each
-tensor is read once and copied to its place.
+A layout comes down to *pieces*: tensors of one projection (gate, up, gate_up or down) that hold A or B of one expert, of all, or one matrix for all. All
+shapes, ranks and pairs are checked from the file's header before any weight is read; then each tensor is read once and copied to its place.
 
     per expert, 2D          experts.{e}.gate_proj.lora_A [R, in], lora_B [out, R]; w1, w3, w2 = gate, up, down; experts may be missing
     native 3D               experts.gate_up_proj.lora_A [E, R or 2R, in], lora_B [E, out, R]; also gate_proj, up_proj, w1, ...

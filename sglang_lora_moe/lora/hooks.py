@@ -52,8 +52,7 @@ def build_lora_hooks(stacks: ExpertStacks, ops: ExpertLoRAOps) -> LoRAHooks:
     if hasattr(ops, "addend"):
         addend = ops.addend
         return LoRAHooks(
-            lambda inp, routing: addend(inp, inp.x, stacks, routing, "tokens"),
-            lambda inp, act, routing: addend(inp, act, stacks, routing, "pairs"),
+            lambda inp, routing: addend(inp, inp.x, stacks, routing, "tokens"), lambda inp, act, routing: addend(inp, act, stacks, routing, "pairs")
         )
     separate: SeparateOps = ops
     return LoRAHooks(

@@ -1,8 +1,7 @@
 """Wrappers that add adapters to linears and the embedding, and their way into a model.
 
-A step without an active adapter runs exactly the wrapped layer's code.
-Nothing is defined or looked up per step that could be made when the wrapper is built; the step's slots come from the
-shared `StepContext`.
+A step without an active adapter runs exactly the wrapped layer's code. Nothing is defined or looked up per step that could be made when the wrapper is built;
+the step's slots come from the shared `StepContext`.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """The adapters' weights on the device: one flat pool, a fixed region per slot, and the tables that kernels address it by.
 
-A region holds any adapter up to `max_rank` on every target, as `PackedAdapter` describes it. The tables of all stacks are
-single [stacks, S] tensors, so that a slot is switched by a few copies: weights first (`slot_loader.py`), table column last.
-Nothing moves after construction; captured graphs stay valid.
+A region holds any adapter up to `max_rank` on every target, as `PackedAdapter` describes it. The tables of all stacks are single [stacks, S] tensors, so that a
+slot is switched by a few copies: weights first (`slot_loader.py`), table column last. Nothing moves after construction; captured graphs stay valid.
 """
 
 from collections.abc import Iterator, Sequence

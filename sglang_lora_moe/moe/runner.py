@@ -35,9 +35,8 @@ class LoRAHooks:
     """Built once per layer by `lora/hooks.py`, called with the layer's input and the intermediates of `MoeRunnerCore`.
 
     `pre_gate_up(inp, routing)` and `pre_down(inp, act, routing)` come before the GEMMs. What they return goes, as `s`, to the `post_*` hooks:
-    `post_gate_up(inp, gate_up, s, routing)` returns the activation [P, I], `post_down(inp, down, s, routing)` the layer's output [M, H].
-    Without `post_*` hooks it is a low-rank addend in the backend's own form: the core then adds it before its store, and activates
-    and combines as it does without adapters.
+    `post_gate_up(inp, gate_up, s, routing)` returns the activation [P, I], `post_down(inp, down, s, routing)` the layer's output [M, H]. Without `post_*` hooks
+    it is a low-rank addend in the backend's own form: the core then adds it before its store, and activates and combines as it does without adapters.
     """
 
     pre_gate_up: Callable[[RunnerInput, Routing], Any]

@@ -1,9 +1,8 @@
 """Builds csrc/ into one shared library of CUDA operators, once for each content of the sources, and loads it.
 
-nvcc compiles the `.cu` files and g++ the binding; no build system, no torch extension machinery. The library is kept in the
-user's cache folder under a hash of sources and flags, or lies in an installed wheel that was built with a compiler at hand
-(`build_ahead_of_time`, called by setup.py, which loads this file alone: it imports nothing of the package).
-Nothing here runs on a machine without a GPU unless a test asks for it.
+nvcc compiles the `.cu` files and g++ the binding; no build system, no torch extension machinery. The library is kept in the user's cache folder under a hash of
+sources and flags, or lies in an installed wheel that was built with a compiler at hand (`build_ahead_of_time`, called by setup.py, which loads this file alone:
+it imports nothing of the package). Nothing here runs on a machine without a GPU unless a test asks for it.
 """
 
 import concurrent.futures

@@ -3,9 +3,8 @@
     shrink   s[split, row, :] = scaling * A(slot, e) x[row] over one split of x's columns; summed by whoever reads it
     expand   y[row] += B(slot, e) s[row], in place, float32 add, one rounding
 
-`fused_moe_lora` is both. The MoE pipeline uses the shrink alone: its GEMMs, activation and combine add B s themselves.
-Weights are found through the tables of `lora/stacks.py`, at each adapter's own rank. Rows of pairs without an adapter
-cost nothing: per pair their programs return at once, grouped they have no tile.
+`fused_moe_lora` is both. The MoE pipeline uses the shrink alone: its GEMMs, activation and combine add B s themselves. Weights are found through the tables of
+`lora/stacks.py`, at each adapter's own rank. Rows of pairs without an adapter cost nothing: per pair their programs return at once, grouped they have no tile.
 """
 
 from dataclasses import dataclass

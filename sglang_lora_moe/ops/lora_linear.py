@@ -4,10 +4,9 @@
     expand   y += scaling * B s, all parts in one launch
     embedding   y[m] += scaling * B A[:, id], one launch
 
-Programs own tiles: blocks of tokens taken in the order of their slots (`slot_order`), so that a block has few distinct slots;
-it goes over those. Around a linear neither launch may be needed: the kernel that makes x also fills s, and the kernel that reads
-y adds B s (`LinearAddend`). For up to ROWS_MAX tokens those kernels own single tokens. Rows of slot -1 and slots of rank 0 cost a
-table read. Nothing is padded to the largest rank.
+Programs own tiles: blocks of tokens taken in the order of their slots (`slot_order`), so that a block has few distinct slots; it goes over those. Around a
+linear neither launch may be needed: the kernel that makes x also fills s, and the kernel that reads y adds B s (`LinearAddend`). For up to ROWS_MAX tokens
+those kernels own single tokens. Rows of slot -1 and slots of rank 0 cost a table read. Nothing is padded to the largest rank.
 """
 
 from __future__ import annotations

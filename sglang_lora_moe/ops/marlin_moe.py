@@ -201,15 +201,14 @@ def marlin_moe_gemm(
 ) -> torch.Tensor:  # budget: the tensors of one grouped product and its launch
     """x [M, k] with `gather`, else [P, k] in routing order -> out, which it returns: [P, rows], or [P, rows / 2] with an activation.
 
-    out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens. Rows of pairs
-    without an expert are not written.
-    `addend`: of a shrink over the same alignment; B s is added before the activation. With A it is found by slot, for tiles of 32
-    tokens, or without records, where the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16.
-    With `overlap` the kernel starts beside the end of the one before it; `early`: what that one may have
-    written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone. `told`, with 2 and without an addend: a word, 1 once x is complete.
-    By wgmma, `report`: count beside the rows of each base tile, in its upper 16 bits, the tiles of rows that are stored (more than four stages
-    of k); `behind`: the GEMM before this one, which made x, reports so often, and only that is waited for. An addend with a `following`, of
-    up to 16 ranks: with `activation` and `report` s of the second product is made too, and reported as one more; without one it takes no report.
+    out lies in routing order, with `scatter` in pair order. The alignment's base block is SHAPES[config].block_tokens. Rows of pairs without an expert are not
+    written. `addend`: of a shrink over the same alignment; B s is added before the activation. With A it is found by slot, for tiles of 32 tokens, or without
+    records, where the kernel computes s itself: without `gather`, tiles of 16 tokens, LoRA tiles of up to 16. With `overlap` the kernel starts beside the end
+    of the one before it; `early`: what that one may have written, 0 anything, 1 x alone (the alignment is older), 2 the addend alone. `told`, with 2 and
+    without an addend: a word, 1 once x is complete. By wgmma, `report`: count beside the rows of each base tile, in its upper 16 bits, the tiles of rows that
+    are stored (more than four stages of k); `behind`: the GEMM before this one, which made x, reports so often, and only that is waited for. An addend with a
+    `following`, of up to 16 ranks: with `activation` and `report` s of the second product is made too, and reported as one more; without one it takes no
+    report.
     """
     torch.ops.sglang_lora_moe.marlin_moe_gemm(
         x, weight.packed, weight.scales, weight.zeros, weight.bias,

@@ -2,10 +2,9 @@
 
     out[row] = f(a[row] @ w[e]^T + bias[e] + low-rank addend)      e = the expert of the row's tile, accumulated in float32
 
-a is either gathered (row of x = token of the pair) or read in sorted order; out lies in sorted order, or scattered to pair
-order for the combine. f is the activation over (gate, up) halves of w, or nothing. w has 16 (or 32) bits, or 4 or 8 and is
-dequantized on its way into the product. A persistent grid walks the tiles of `moe_lora_align_block_size`; nothing is sized by
-experts times slots, and no row outside a tile is written.
+a is either gathered (row of x = token of the pair) or read in sorted order; out lies in sorted order, or scattered to pair order for the combine. f is the
+activation over (gate, up) halves of w, or nothing. w has 16 (or 32) bits, or 4 or 8 and is dequantized on its way into the product. A persistent grid walks the
+tiles of `moe_lora_align_block_size`; nothing is sized by experts times slots, and no row outside a tile is written.
 """
 
 from dataclasses import dataclass

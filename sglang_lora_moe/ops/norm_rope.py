@@ -3,9 +3,8 @@
     rotate_rows   q, k, v of qkv + scaling * B s; norm and rotation of q and k; k and v to the cache       as ops/qk_norm_rope.py
     norm_rows     residual += x + scaling * B s; out = norm(residual)                                       as ops/rms_norm.py
 
-Tensor cores add B s to the very registers that norm and rotation work on (csrc/norm_rope.cu), where Triton moves every tile through shared
-memory between the two layouts. 16-bit types, heads of 128 columns and a Hopper GPU, rows of up to `most_columns`; others stay with Triton:
-`rotates` and `norms`.
+Tensor cores add B s to the very registers that norm and rotation work on (csrc/norm_rope.cu), where Triton moves every tile through shared memory between the
+two layouts. 16-bit types, heads of 128 columns and a Hopper GPU, rows of up to `most_columns`; others stay with Triton: `rotates` and `norms`.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """`quantization_config` of config.json: which module is quantized and how, by the rules of the tool that wrote it.
 
-Formats: compressed-tensors (pack-quantized), GPTQ and AWQ. Only wNa16 is served, integer weights of 4 or 8 bits with
-16-bit activations; everything else is refused by name. A module may be known by several names (in the checkpoint, and
-in transformers' model): a rule holds for it if it matches one of them.
+Formats: compressed-tensors (pack-quantized), GPTQ and AWQ. Only wNa16 is served, integer weights of 4 or 8 bits with 16-bit activations; everything else is
+refused by name. A module may be known by several names (in the checkpoint, and in transformers' model): a rule holds for it if it matches one of them.
 """
 
 import re

@@ -2,10 +2,9 @@
 
     w[o, i] = (q[o, i] - z[o, g(i)]) * s[o, g(i)]        g(i) = i // group_size
 
-Canonical: codes q packed along the input dimension, low bits first, into int32 words `packed [.., O, I * bits / 32]`;
-`scales [.., O, I / group_size]` in the checkpoint's 16-bit dtype; `zeros` uint8 of the scales' shape, or None for
-symmetric weights, whose zero is 2^(bits - 1). This is compressed-tensors' pack-quantized layout; GPTQ (packed along the
-input, transposed, stored zeros minus one in its first version) and AWQ (packed along the output in an interleaved
+Canonical: codes q packed along the input dimension, low bits first, into int32 words `packed [.., O, I * bits / 32]`; `scales [.., O, I / group_size]` in the
+checkpoint's 16-bit dtype; `zeros` uint8 of the scales' shape, or None for symmetric weights, whose zero is 2^(bits - 1). This is compressed-tensors'
+pack-quantized layout; GPTQ (packed along the input, transposed, stored zeros minus one in its first version) and AWQ (packed along the output in an interleaved
 order) are converted to it when read. Leading dimensions (experts) pass through.
 
 Sources: compressed-tensors `pack_to_int32`; AutoGPTQ `qlinear_cuda`; AutoAWQ `WQLinear_GEMM`.

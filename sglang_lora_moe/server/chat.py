@@ -45,13 +45,9 @@ class ChatRenderer:
         continues, variables = request.continue_final_message, self._variables(request)
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._template if isinstance(self._template, str) else None,
-                add_generation_prompt=request.add_generation_prompt and not continues,
-                continue_final_message=continues,
-                tokenize=False,
-                **variables,
-            )
+                messages, chat_template=self._template if isinstance(self._template, str) else None,
+                add_generation_prompt=request.add_generation_prompt and not continues, continue_final_message=continues, tokenize=False, **variables,
+            )  # fmt: skip
         except Exception as error:  # whatever a template does with what was sent
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages", code="invalid_value") from error
         return encode(self._tokenizer, text, self._capacity, "messages", add_special_tokens=False)

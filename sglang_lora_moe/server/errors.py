@@ -1,7 +1,6 @@
 """Every error leaves the server as OpenAI's object {"error": {message, type, param, code}} with the right status.
 
-`RequestError` carries its own status; what pydantic, routing or a bug raise is translated here. Nothing else in the
-server builds an error body.
+`RequestError` carries its own status; what pydantic, routing or a bug raise is translated here. Nothing else in the server builds an error body.
 """
 
 import logging

@@ -36,11 +36,8 @@ class ResponseFormat(ABC):
         completion = sum(sample.completion_tokens for samples in self.samples for sample in samples)
         cached = sum(samples[0].cached_tokens for samples in self.samples)
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+            "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached},
+        }  # fmt: skip
 
 
 @dataclass(slots=True)

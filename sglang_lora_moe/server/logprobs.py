@@ -95,11 +95,9 @@ class CompletionLogprobs:
                 self._offset += len(self._decoder.decode(raw(entry.token_id)))
                 self._begun = True
         return {
-            "tokens": [self._tokens.text(e.token_id) for e in entries],
-            "token_logprobs": [finite(e.logprob) for e in entries],
-            "top_logprobs": [self._top(e) for e in entries] if self._wants_top else None,
-            "text_offset": offsets,
-        }
+            "tokens": [self._tokens.text(e.token_id) for e in entries], "token_logprobs": [finite(e.logprob) for e in entries],
+            "top_logprobs": [self._top(e) for e in entries] if self._wants_top else None, "text_offset": offsets,
+        }  # fmt: skip
 
     def _top(self, entry: TokenLogprob) -> dict[str, float | None] | None:
         """Alternatives by text, the chosen token always among them (OpenAI gives it beside the best `logprobs`)."""

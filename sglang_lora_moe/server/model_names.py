@@ -1,8 +1,7 @@
 """What `model` (or `lora_path`) of a request means: the base model, or one adapter on it.
 
-Names are the served name of the base, the name of an adapter, or "base:adapter" (an empty adapter
-is the base). The engine owns the adapters; this keeps the last list it gave, so that the usual request needs no
-question to the engine. A name that has gone meanwhile is refused by the engine itself.
+Names are the served name of the base, the name of an adapter, or "base:adapter" (an empty adapter is the base). The engine owns the adapters; this keeps the
+last list it gave, so that the usual request needs no question to the engine. A name that has gone meanwhile is refused by the engine itself.
 """
 
 import time

@@ -56,12 +56,9 @@ class ChatFormat(OpenAIFormat):
 
     def choice(self, index: int, sample: Chunk) -> dict[str, Any]:
         return {
-            "index": index,
-            "message": {"role": "assistant", "content": sample.text, "refusal": None},
-            "logprobs": self._logprobs(sample.logprobs),
-            "finish_reason": sample.finish_reason,
-            "matched_stop": sample.matched_stop,
-        }
+            "index": index, "message": {"role": "assistant", "content": sample.text, "refusal": None}, "logprobs": self._logprobs(sample.logprobs),
+            "finish_reason": sample.finish_reason, "matched_stop": sample.matched_stop,
+        }  # fmt: skip
 
     def events(self, prompt: int, chunk: Chunk) -> Iterable[dict[str, Any]]:
         self.add(prompt, chunk)

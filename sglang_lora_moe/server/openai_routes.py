@@ -51,14 +51,9 @@ async def chat_job(service: Service, body: ChatRequest) -> Job:
         limit = max(service.engine.model_info["max_model_len"] - len(ids), 1)
     rid = body.rid or f"chatcmpl-{new_id()}"
     generate = GenerateRequest(
-        input_ids=ids,
-        sampling=body.engine_params(limit, body.min_tokens),
-        **body.text_options(),
-        adapter=adapter,
-        logprobs=LogprobOptions(top=body.top_logprobs or 0) if body.logprobs else None,
-        stream=body.stream,
-        rid=rid,
-    )
+        input_ids=ids, sampling=body.engine_params(limit, body.min_tokens), **body.text_options(), adapter=adapter,
+        logprobs=LogprobOptions(top=body.top_logprobs or 0) if body.logprobs else None, stream=body.stream, rid=rid,
+    )  # fmt: skip
     return Job(rid, [generate], ChatFormat(body, rid, service.names.base, service.tokens), body.stream, _CHAT_FIELDS)
 
 
@@ -70,15 +65,11 @@ async def completion_job(service: Service, body: CompletionRequest) -> Job:
     limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     requests = [
         GenerateRequest(
-            prompt=prompt if isinstance(prompt, str) else None,
-            input_ids=None if isinstance(prompt, str) else prompt,
-            sampling=body.engine_params(limit, body.min_tokens),
-            **body.text_options(),
-            adapter=await service.names.choose(body.model, paths[i]),
-            logprobs=None if body.logprobs is None else LogprobOptions(body.logprobs, 0 if body.echo else None),
-            stream=body.stream,
+            prompt=prompt if isinstance(prompt, str) else None, input_ids=None if isinstance(prompt, str) else prompt,
+            sampling=body.engine_params(limit, body.min_tokens), **body.text_options(), adapter=await service.names.choose(body.model, paths[i]),
+            logprobs=None if body.logprobs is None else LogprobOptions(body.logprobs, 0 if body.echo else None), stream=body.stream,
             rid=rid if len(prompts) == 1 else f"{rid}-{i}",
         )
         for i, prompt in enumerate(prompts)
-    ]
+    ]  # fmt: skip
     return Job(rid, requests, CompletionFormat(body, rid, service.names.base, service.tokens, prompts), body.stream, _COMPLETION_FIELDS)

@@ -59,14 +59,9 @@ async def run_server(engine: AsyncEngine, listener: socket.socket) -> int:
     """Serve `engine` on `listener` until a signal (0) or the end of the engine (1)."""
     config = engine.config
     settings = uvicorn.Config(
-        create_app(engine),
-        log_config=None,
-        log_level=config.log_level,
-        access_log=config.log_level in ("debug", "info"),
-        ws="none",
-        lifespan="off",
+        create_app(engine), log_config=None, log_level=config.log_level, access_log=config.log_level in ("debug", "info"), ws="none", lifespan="off",
         timeout_graceful_shutdown=int(FINISH_SECONDS + ABORT_SECONDS),
-    )
+    )  # fmt: skip
     server = _Server(settings)
     watcher = asyncio.ensure_future(_watch(server, engine))
     adapters = ", ".join(f"{record['name']} (rank {record['rank']})" for record in await engine.adapters())

@@ -1,7 +1,6 @@
 """Asynchronous plumbing: watch the client while working, merge the streams of a batch, send server-sent events.
 
-Whatever ends early (client gone, error, shutdown) closes the source iterators,
-which is how the engine learns that a request is over.
+Whatever ends early (client gone, error, shutdown) closes the source iterators, which is how the engine learns that a request is over.
 """
 
 import asyncio

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from sglang_lora_moe.lora.hooks import ExpertLoRAOps
 
 # name, also of its module here -> (its core there, the module of its LoRA functions); imported when asked for: not every machine has Triton
-BACKENDS = {
-    "marlin": ("MarlinRunnerCore", "marlin_lora"),
-    "triton": ("TritonRunnerCore", "triton_lora"),
-    "torch_native": ("TorchNativeCore", "torch_lora"),
-}
+BACKENDS = {"marlin": ("MarlinRunnerCore", "marlin_lora"), "triton": ("TritonRunnerCore", "triton_lora"), "torch_native": ("TorchNativeCore", "torch_lora")}
 # Without a GPU, Triton kernels run in its interpreter, for tests.
 _ON_CPU = ("torch_native", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch_native",)
 
