@@ -39,7 +39,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 _SHORT_AND_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.5, 2.0, 2.5] * 2, "long_factor": [4.0] * 8}
 ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # that look at the positions of a step, or compute on the CPU
     "phimoe-longrope": ("phimoe", OTHERS["phimoe"] | {
-        "rope_parameters": _SHORT_AND_LONG | {"original_max_position_embeddings": 64, "short_mscale": 1.2, "long_mscale": 1.4},
+        "rope_parameters": _SHORT_AND_LONG | {"original_max_position_embeddings": 128, "short_mscale": 1.2, "long_mscale": 1.4},
     }),
     "hunyuan-alpha": ("hunyuan_v1_moe", OTHERS["hunyuan_v1_moe"] | {
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
