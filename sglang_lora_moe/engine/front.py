@@ -28,6 +28,7 @@ class GenerateRequest:
 
     prompt: str | None = None
     input_ids: list[int] | None = None
+    add_special_tokens: bool = True  # to the prompt; a chat template writes them itself
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: list[str] = field(default_factory=list)
     n: int = 1
@@ -228,7 +229,7 @@ class Front:
             raise refuse("prompt", "a text", request.prompt)
         if self.tokenizer is None:
             raise RequestError("prompt: this engine has no tokenizer; give input_ids", param="prompt")
-        return encode(self.tokenizer, request.prompt, self.capacity, "prompt")
+        return encode(self.tokenizer, request.prompt, self.capacity, "prompt", add_special_tokens=request.add_special_tokens)
 
 
 # ---- SGLang's result object, the same in-process and over HTTP --------------------------------------------------------

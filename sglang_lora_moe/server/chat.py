@@ -1,14 +1,11 @@
-"""Messages to token ids, through the chat template of the tokenizer or of --chat-template."""
+"""Messages to a prompt, through the chat template of the tokenizer or of --chat-template."""
 
-import asyncio
 import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 from sglang_lora_moe.core import RequestError
-from sglang_lora_moe.engine.front import LONG_TEXT
-from sglang_lora_moe.engine.tokenizer import encode
 from sglang_lora_moe.server.openai_protocol import ChatRequest
 
 
@@ -23,19 +20,15 @@ def read_template(path: str | None) -> str | None:
 
 
 class ChatRenderer:
-    """Renders and tokenizes. Templates write the special tokens themselves."""
+    """Templates write the special tokens themselves."""
 
-    def __init__(self, tokenizer: Any, template: str | None, capacity: int) -> None:
-        self._tokenizer, self._capacity = tokenizer, capacity
+    def __init__(self, tokenizer: Any, template: str | None) -> None:
+        self._tokenizer = tokenizer
         self._template = template if template is not None else getattr(tokenizer, "chat_template", None)
         self._taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} if tokenizer is not None else set()
 
-    async def render(self, request: ChatRequest) -> list[int]:
-        """The token ids of the conversation, ready for the answer; RequestError 400 if the template cannot."""
-        is_long = sum(len(str(message.content)) for message in request.messages) > LONG_TEXT
-        return await asyncio.to_thread(self._render, request) if is_long else self._render(request)
-
-    def _render(self, request: ChatRequest) -> list[int]:
+    def render(self, request: ChatRequest) -> str:
+        """The text of the conversation, ready for the answer; RequestError 400 if the template cannot."""
         if self._tokenizer is None:
             raise RequestError("messages: this model has no tokenizer; send token ids to /v1/completions or /generate", param="messages", code="no_tokenizer")
         if self._template is None:
@@ -44,13 +37,12 @@ class ChatRenderer:
         messages = [message.plain(f"messages.{i}") for i, message in enumerate(request.messages)]
         continues, variables = request.continue_final_message, self._variables(request)
         try:
-            text = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 messages, chat_template=self._template if isinstance(self._template, str) else None,
                 add_generation_prompt=request.add_generation_prompt and not continues, continue_final_message=continues, tokenize=False, **variables,
             )  # fmt: skip
         except Exception as error:  # whatever a template does with what was sent
             raise RequestError(f"messages: the chat template refuses them: {error}", param="messages", code="invalid_value") from error
-        return encode(self._tokenizer, text, self._capacity, "messages", add_special_tokens=False)
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
         """The template's own variables; one that the template does not read is refused."""

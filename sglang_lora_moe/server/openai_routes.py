@@ -45,13 +45,12 @@ def openai_routes(service: Service) -> APIRouter:
 async def chat_job(service: Service, body: ChatRequest) -> Job:
     """One engine request of `n` samples over the rendered conversation; RequestError for an unknown model or a template that refuses."""
     adapter = await service.names.choose(body.model, body.lora_path)
-    ids = await service.chat.render(body)
     limit = same_value(max_tokens=body.max_tokens, max_completion_tokens=body.max_completion_tokens)
     if limit is None:
-        limit = max(service.engine.model_info["max_model_len"] - len(ids), 1)
+        limit = service.engine.model_info["max_model_len"]  # less what the prompt takes, which the engine sees to
     rid = body.rid or f"chatcmpl-{new_id()}"
     generate = GenerateRequest(
-        input_ids=ids, sampling=body.engine_params(limit, body.min_tokens), **body.text_options(), adapter=adapter,
+        prompt=service.chat.render(body), add_special_tokens=False, sampling=body.engine_params(limit, body.min_tokens), **body.text_options(), adapter=adapter,
         logprobs=LogprobOptions(top=body.top_logprobs or 0) if body.logprobs else None, stream=body.stream, rid=rid,
     )  # fmt: skip
     return Job(rid, [generate], ChatFormat(body, rid, service.names.base, service.tokens), body.stream, _CHAT_FIELDS)

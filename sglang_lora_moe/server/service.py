@@ -26,7 +26,7 @@ class Service:
         self.names = ModelNames(engine)
         self.metrics = Metrics(self.names.base)
         self.tokens = TokenText(engine.tokenizer)
-        self.chat = ChatRenderer(engine.tokenizer, read_template(engine.config.chat_template), engine.model_info["max_model_len"])
+        self.chat = ChatRenderer(engine.tokenizer, read_template(engine.config.chat_template))
         self.max_samples = engine.config.max_queued_requests + engine.config.max_running_requests  # that can ever wait and run together
         self._jobs: dict[str, list[str]] = {}  # running job -> the ids of its requests
 

@@ -135,7 +135,7 @@ class Picky:
 
     eos_token_id = EOS_ID
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return ids_of(text)
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -278,7 +278,7 @@ def test_a_text_far_too_long_is_refused_by_its_beginning() -> None:
     class Watched:
         decode = staticmethod(TOKENIZER.decode)
 
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
             seen.append(len(text))
             return ids_of(text)
 

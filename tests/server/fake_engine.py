@@ -13,6 +13,7 @@ from typing import Any
 from sglang_lora_moe.config import Config
 from sglang_lora_moe.core import RequestError, TokenLogprob
 from sglang_lora_moe.engine.front import Chunk, GenerateRequest
+from sglang_lora_moe.engine.tokenizer import encode
 from tests.tiny_models import EOS_ID, VOCAB_SIZE, make_tokenizer
 
 FIRST_CHARACTER, LAST_CHARACTER = 3, 97  # ids of ' ' and '~'
@@ -37,6 +38,7 @@ class FakeEngine:
         self.break_after: int | None = None  # a bug after so many tokens
         self.loaded: dict[str, dict[str, Any]] = {}
         self.requests: list[GenerateRequest] = []
+        self.prompts: list[list[int]] = []  # of these, as token ids
         self.running: dict[str, GenerateRequest] = {}
         self.aborted: list[str] = []  # by closed iterators
         self.abort_calls: list[str] = []
@@ -73,8 +75,10 @@ class FakeEngine:
     def _admit(self, request: GenerateRequest) -> list[int]:
         if self.refusal is not None:
             raise RequestError(self.refusal.message, self.refusal.status, self.refusal.param, self.refusal.code, self.refusal.retry_after)
-        ids = request.input_ids if request.input_ids is not None else self.tokenizer(request.prompt).input_ids
-        limit = self.max_model_len
+        ids, limit = request.input_ids, self.max_model_len
+        if ids is None:
+            ids = encode(self.tokenizer, request.prompt or "", limit, "prompt", add_special_tokens=request.add_special_tokens)
+        self.prompts.append(ids)
         if len(ids) >= limit:
             raise RequestError(f"the prompt has {len(ids)} tokens, the model takes {limit}", param="input_ids", code="context_length_exceeded")
         if request.adapter is not None and request.adapter not in self.loaded:

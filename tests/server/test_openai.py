@@ -46,7 +46,7 @@ def test_completion(client: TestClient) -> None:
 def test_default_lengths(client: TestClient, engine: FakeEngine) -> None:
     client.post("/v1/completions", json={"prompt": "x"})
     client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}], "stop": "i"})
-    assert [request.sampling.max_new_tokens for request in engine.requests] == [16, 512 - 4]  # OpenAI's 16; a chat fills the context
+    assert [request.sampling.max_new_tokens for request in engine.requests] == [16, 512]  # OpenAI's 16; a chat fills the context, as the scheduler has it
 
 
 def test_sampling_fields_reach_the_engine(client: TestClient, engine: FakeEngine) -> None:
@@ -139,7 +139,7 @@ def test_chat(client: TestClient, engine: FakeEngine) -> None:
     assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
     message = {"role": "assistant", "content": "hi>h", "refusal": None}
     assert answer["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length", "matched_stop": None}]
-    assert engine.requests[0].input_ids == [1, 75, 76, 33]  # the template's own <bos>, once, and its '>'
+    assert engine.prompts == [[1, 75, 76, 33]]  # the template's own <bos>, once, and its '>'
 
 
 def test_chat_content_parts_and_history(client: TestClient, engine: FakeEngine) -> None:
@@ -170,7 +170,15 @@ def test_chat_stream(client: TestClient) -> None:
 def test_chat_continues_the_final_message(client: TestClient, engine: FakeEngine) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     chat(client, messages=messages, continue_final_message=True)
-    assert engine.requests[0].input_ids is not None and len(engine.requests[0].input_ids) == 1 + 3  # no generation prompt
+    assert len(engine.prompts[0]) == 1 + 3  # no generation prompt
+
+
+@pytest.mark.parametrize("length", [20, 20_001])
+def test_a_long_conversation_is_tokenized_beside_the_event_loop(client_of: Any, length: int) -> None:
+    """By the engine's front, which knows the request meanwhile, so that it can be aborted."""
+    engine = FakeEngine(max_model_len=30_000)
+    answer = chat(client_of(engine), messages=[{"role": "user", "content": "a" * length}], max_tokens=2)
+    assert answer["usage"]["prompt_tokens"] == len(engine.prompts[0]) > length and engine.in_thread == (length > 20_000)
 
 
 def test_models(client: TestClient, engine: FakeEngine) -> None:
