@@ -85,6 +85,8 @@ def _packed_scheme(place: str, group: dict[str, Any], default_format: Any) -> WN
         if group.get(field):
             _refuse(f"{place}.{field}", group[field], "quantized activations are not supported; use a weight-only scheme such as W4A16")
     strategy, group_size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None and isinstance(group_size, int):  # as the tool reads it
+        strategy = "group" if group_size > 0 else "channel"
     if strategy not in ("group", "channel"):
         _refuse(f"{place}.weights.strategy", strategy, "scales must be per group or per channel")
     if weights.get("actorder") in ("group", "dynamic", True):

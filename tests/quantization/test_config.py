@@ -46,6 +46,12 @@ def test_compressed_tensors_targets_and_exceptions() -> None:
     assert bits_of(only_experts, PROJ) == 4 and bits_of(only_experts, "model.layers.0.self_attn.q_proj") is None
 
 
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_a_strategy_that_the_group_size_says(group_size: int) -> None:
+    config = parse(PACKED, config_groups={"a": group(["Linear"], group_size=group_size, strategy=None)})  # type: ignore[arg-type]
+    assert config.scheme_for(PROJ) == WNA16Scheme(4, group_size, True, "compressed-tensors")
+
+
 def test_compressed_tensors_channel_and_zero_points() -> None:
     config = parse(PACKED, config_groups={"a": group(["Linear"], bits=8, group_size=None, strategy="channel", symmetric=False, actorder="weight")})  # type: ignore[arg-type]
     assert config.scheme_for(PROJ) == WNA16Scheme(8, -1, False, "compressed-tensors")
