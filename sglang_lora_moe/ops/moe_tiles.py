@@ -18,6 +18,7 @@ from sglang_lora_moe.ops.moe_wgmma_gemm import WgmmaTile
 LOW_RANK = 16  # up to which adapters have tiles of their own where that measured faster
 MAX_PAIR_TOKENS = 4  # more tokens than this meet in experts too often, and every meeting reads the expert once more
 MEASURED_MEMORY = 163 * 1024  # bytes of shared memory in which all of these tiles fit
+_SUMS = 64  # registers of a thread for them: with 128 mma.sync's kernels spill
 _BESIDE_STAGES = 1024  # bytes of shared memory beside the stages but one that are there at once
 _LORA_BLOCK = {16: 16, 32: 16, 64: 32, 128: 64}  # rows of a LoRA tile by those of a base tile
 
@@ -72,11 +73,13 @@ def _by_rule(spec: MoESpec, tokens: int, lora: bool) -> LayerTiles:
 
 
 def fitting(tiles: LayerTiles, gated: bool, shared: int) -> LayerTiles:
-    """`tiles` of 16-bit weights with as many of their stages as `shared` bytes of a block hold."""
+    """`tiles` of 16-bit weights for GPUs with `shared` bytes a block: with as many stages as fit, and sums that leave registers for operands."""
 
     def fit(tile: Any, halves: int) -> Any:
         if isinstance(tile, WgmmaTile):
             return tile
+        while isinstance(tile, GemmTile) and tile.m * halves * tile.n > _SUMS * 32 * tile.warps:
+            tile = replace(tile, n=tile.n // 2)
         stage = 2 * ((tile.m if isinstance(tile, GemmTile) else 1) + halves * tile.n) * tile.k
         return replace(tile, stages=min(tile.stages, (shared - _BESIDE_STAGES) // stage + 1))
 
