@@ -121,7 +121,7 @@ def test_a_long_prompt_stops_nobody(session: Session, monkeypatch: pytest.Monkey
 
     enough = threading.Event()
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
         assert enough.wait(50), "the event loop waits for the tokenizer"
         return [1] * len(text)
 
@@ -242,7 +242,7 @@ def test_abort_by_id(session: Session, rid: str) -> None:
 @pytest.mark.parametrize("rid", ["long", ""])
 def test_abort_of_what_is_being_tokenized(session: Session, monkeypatch: pytest.MonkeyPatch, rid: str) -> None:
     aborting = threading.Event()
-    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: [1, 5, 9] if aborting.wait(50) else [])
+    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text, **options: [1, 5, 9] if aborting.wait(50) else [])
 
     async def work() -> None:
         stream = session.engine.generate(GenerateRequest(prompt="a", sampling=LONG, rid="long", n=2), in_thread=True)
@@ -262,7 +262,7 @@ def test_abort_of_what_is_being_tokenized(session: Session, monkeypatch: pytest.
 def test_a_crash_fails_everything_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session()
     crashed = threading.Event()
-    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text: [1, 5, 9] if crashed.wait(50) else [])
+    monkeypatch.setattr(session.engine._front.tokenizer, "encode", lambda text, **options: [1, 5, 9] if crashed.wait(50) else [])
 
     async def work() -> None:
         tokenized = asyncio.create_task(anext(session.engine.generate(GenerateRequest(prompt="a"), in_thread=True)))
