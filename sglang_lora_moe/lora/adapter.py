@@ -233,7 +233,7 @@ class _Names:
 # ---- linears and embeddings -------------------------------------------------------------------------------------------
 def _read_pair(source: AdapterSource, target: PairTarget, pair: _Pair) -> LinearLoRA:
     """A [R, in] and B [out, R] of a linear, or A [R, V] and B [H, R] of an embedding."""
-    (key, module), *others = pair.values()
+    (key, name), *others = pair.values()
     if not others:
         raise missing_half(source, key)
     (a_key, _), (b_key, _), inputs, outputs = pair["A"], pair["B"], target.in_features, target.out_features
@@ -245,9 +245,6 @@ def _read_pair(source: AdapterSource, target: PairTarget, pair: _Pair) -> Linear
     rank = a_shape[0]
     if b_shape[1] != rank:
         raise source.error(b_key, f"[{outputs}, {rank}], as {a_key} has rank {rank}", list(b_shape))
-    # PEFT looks patterns up under the parameter's name where it targeted the parameter instead of the module (routers)
-    parameter = f"{module}.weight"
-    name = parameter if any(f".{parameter}".endswith(f".{item}") for item in source.config.target_parameters) else module
     source.check_rank(a_key, rank, name)
     a, b = (source.file.read(key).to(source.dtype) for key in (a_key, b_key))
     return (EmbeddingLoRA if isinstance(target, EmbeddingTarget) else LinearLoRA)(a, b, source.config.scaling(rank, name))

@@ -74,7 +74,9 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def _lookup(self, patterns: dict[str, Any], name: str, default: Any) -> Any:
-        """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot."""
+        """PEFT's rule: the first pattern that matches the whole name, or a part of it that follows a dot. A targeted parameter goes by its own name."""
+        if any(f".{name}.weight".endswith(f".{parameter}") for parameter in self.target_parameters):
+            name = f"{name}.weight"
         pattern = next((pattern for pattern in patterns if self._matches(pattern, name)), None)
         self.matched.add(pattern)
         self.modules.add(name)

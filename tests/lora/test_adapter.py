@@ -22,7 +22,7 @@ from sglang_lora_moe.lora.targets import ExpertTarget, Target, choose_targets
 from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.served import ServedModel
-from tests.adapter_files import HAND_LAYOUTS, PEFT_LAYOUTS, edit_adapter, merged_reference_model, write_adapter
+from tests.adapter_files import HAND_LAYOUTS, PEFT_LAYOUTS, edit_adapter, merged_reference_model, randomise_lora, write_adapter
 from tests.tiny_models import make_tiny_model
 
 TOKENS = torch.randint(3, 98, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -210,6 +210,24 @@ def write_files(directory: Path, tensors: dict[str, Tensor], config: dict[str, A
     save_file(tensors, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
+
+
+def test_patterns_of_targeted_parameters(models: Any, tmp_path: Path) -> None:
+    """PEFT looks a parameter up under its own name, not under its module's: routers, and shared experts, which are experts here."""
+    from peft import LoraConfig, get_peft_model
+
+    path, model = models("qwen2_moe")
+    names = [f"shared_expert.{leaf}.weight" for leaf in ("gate_proj", "up_proj", "down_proj")]
+    patterns: dict[str, Any] = {"rank_pattern": {"down_proj": 3, "up_proj.weight": 2}, "alpha_pattern": {"gate_proj": 50, "down_proj.weight": 7}}
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=10, target_modules=[], target_parameters=names, **patterns),
+    )
+    randomise_lora(adapted, torch.Generator().manual_seed(0), 0.5)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    weights = read(model, tmp_path / "adapter")
+    check(path, tmp_path / "adapter", weights)
+    assert weights.warnings == ["adapter_config.json: no module of the file has its rank or alpha from the patterns down_proj, gate_proj"]
 
 
 def test_flattened_under_a_parameters_name(models: Any, tmp_path: Path) -> None:
