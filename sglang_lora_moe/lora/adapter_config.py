@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sglang_lora_moe.lora.adapter_file import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 PATTERN_SECONDS = 5  # for one name; the re module has no limit, and a pattern may need years
+_compile = lru_cache(1 << 16)(regex.compile)  # regex keeps 500 itself; EVA and PEFT's conversions to LoRA write a pattern for each module
 
 # Fields that turn the file into something else than y += scaling * B A x, when set, and what to do about it
 _REFUSED = {
@@ -84,7 +86,7 @@ class AdapterConfig:
 
     def _matches(self, pattern: str, name: str) -> bool:
         try:
-            return regex.match(rf"(.*\.)?({pattern})$", name, timeout=PATTERN_SECONDS) is not None
+            return _compile(rf"(.*\.)?({pattern})$").match(name, timeout=PATTERN_SECONDS) is not None
         except TimeoutError:
             found = f"found {pattern!r}, which takes over {PATTERN_SECONDS} s for {name}"
             raise AdapterError(f"{self.path}: rank_pattern, alpha_pattern: expected patterns that match at once, {found}") from None
@@ -115,8 +117,6 @@ def parse_config(path: Path, raw: object) -> AdapterConfig:
     _refuse_other_methods(path, raw)
     get = _Fields(path, raw)
     layout = raw.get("lora_B_layout") or "rank_major"
-    if layout not in B_LAYOUTS:
-        raise AdapterError(f"{path}: lora_B_layout: expected one of {', '.join(B_LAYOUTS)}, found {layout!r}")
     return AdapterConfig(
         path=path,
         r=get.rank("r", raw.get("r")),
@@ -127,7 +127,7 @@ def parse_config(path: Path, raw: object) -> AdapterConfig:
         target_modules=get.names("target_modules") if not isinstance(raw.get("target_modules"), str) else (),
         target_parameters=get.names("target_parameters"),
         peft_version=_version(raw.get("peft_version")),
-        lora_b_layout=layout,
+        lora_b_layout=get.expect(layout in B_LAYOUTS, "lora_B_layout", f"one of {', '.join(B_LAYOUTS)}", layout),
         base_model=raw["base_model_name_or_path"] if isinstance(raw.get("base_model_name_or_path"), str) else None,
         warnings=_warnings(raw),
     )
@@ -203,7 +203,7 @@ class _Fields:
         value = self.raw.get(name) or {}
         for pattern in self.expect(isinstance(value, dict), name, "an object of pattern -> number", value):
             try:
-                regex.compile(rf"(.*\.)?({pattern})$")
+                _compile(rf"(.*\.)?({pattern})$")
             except regex.error as error:
                 self.expect(False, name, "regular expressions as keys", f"{pattern!r} ({error})")
             check(f"{name}[{pattern!r}]", value[pattern])

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sglang_lora_moe.layers.step import StepContext
+from sglang_lora_moe.lora import adapter_config
 from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter
-from sglang_lora_moe.lora.targets import ExpertTarget, Target, choose_targets
+from sglang_lora_moe.lora.targets import ExpertTarget, LinearTarget, Target, choose_targets
 from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.served import ServedModel
@@ -228,6 +229,17 @@ def test_patterns_of_targeted_parameters(models: Any, tmp_path: Path) -> None:
     weights = read(model, tmp_path / "adapter")
     check(path, tmp_path / "adapter", weights)
     assert weights.warnings == ["adapter_config.json: no module of the file has its rank or alpha from the patterns down_proj, gate_proj"]
+
+
+def test_a_pattern_for_each_module(tmp_path: Path) -> None:
+    """As EVA writes them: patterns are compiled once, however many there are. Compiled for each name, 700 took two minutes."""
+    names = [f"many.layers.{i}.self_attn.q_proj" for i in range(600)]
+    targets: dict[str, Target] = {name: LinearTarget(name, 4, 4) for name in names}
+    tensors = {f"base_model.model.{name}.lora_{half}.weight": torch.ones(2, 4) if half == "A" else torch.ones(4, 2) for name in names for half in "AB"}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": dict.fromkeys(names, 2), "alpha_pattern": {names[-1]: 7}}
+    before = adapter_config._compile.cache_info().misses
+    weights = read_adapter(write_files(tmp_path, tensors, config), AdapterRules(targets, str, 8, torch.float32))
+    assert adapter_config._compile.cache_info().misses - before == 600 and weights.modules[names[-1]].scaling == 3.5  # type: ignore[union-attr]
 
 
 def test_flattened_under_a_parameters_name(models: Any, tmp_path: Path) -> None:
