@@ -23,7 +23,7 @@ from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, LinearLo
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _PREFIX = "base_model.model."
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.default)?(?:\.weight)?")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.default|\.[^.]+(?=\.weight))?(?:\.weight)?")
 _EXPERTS = re.compile(r"(?P<experts>.+\.(?:experts|shared_experts?))(?:\.(?P<rest>.+))?")
 # Tensors beside A and B: what the end of their name says that they are
 _OTHER_TENSORS = {
@@ -154,8 +154,7 @@ class _Names:
 
     def _add(self, key: str, module: str, half: str, embedding: bool) -> bool:
         """File one LoRA tensor under its target; False if the model has no such module."""
-        expert_key = self._expert_key(key, module, half)
-        if expert_key is not None:
+        if (expert_key := self._expert_key(key, module, half)) is not None:
             name, entry = expert_key
             place: tuple[object, ...] = (name, *entry[2:])
             self.experts.setdefault(name, []).append(entry)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from sglang_lora_moe.layers.step import StepContext
 from sglang_lora_moe.lora import adapter_config
 from sglang_lora_moe.lora.adapter import AdapterRules, read_adapter
+from sglang_lora_moe.lora.adapter_file import AdapterError
 from sglang_lora_moe.lora.targets import ExpertTarget, LinearTarget, Target, choose_targets
 from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLoRA, LinearLoRA
 from sglang_lora_moe.models.build import build_model
@@ -213,21 +214,25 @@ def write_files(directory: Path, tensors: dict[str, Tensor], config: dict[str, A
     return directory
 
 
-def test_patterns_of_targeted_parameters(models: Any, tmp_path: Path) -> None:
-    """PEFT looks a parameter up under its own name, not under its module's: routers, and shared experts, which are experts here."""
+def write_parameters(path: Path, directory: Path, names: list[str], **settings: Any) -> Path:
+    """PEFT's adapter of rank 4 on parameters that no layout of `adapter_files` lists."""
     from peft import LoraConfig, get_peft_model
 
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=10, target_modules=[], target_parameters=names, **settings))
+    randomise_lora(adapted, torch.Generator().manual_seed(0), 0.5)
+    adapted.save_pretrained(str(directory))
+    return directory
+
+
+def test_patterns_of_targeted_parameters(models: Any, tmp_path: Path) -> None:
+    """PEFT looks a parameter up under its own name, not under its module's: routers, and shared experts, which are experts here."""
     path, model = models("qwen2_moe")
     names = [f"shared_expert.{leaf}.weight" for leaf in ("gate_proj", "up_proj", "down_proj")]
     patterns: dict[str, Any] = {"rank_pattern": {"down_proj": 3, "up_proj.weight": 2}, "alpha_pattern": {"gate_proj": 50, "down_proj.weight": 7}}
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=10, target_modules=[], target_parameters=names, **patterns),
-    )
-    randomise_lora(adapted, torch.Generator().manual_seed(0), 0.5)
-    adapted.save_pretrained(str(tmp_path / "adapter"))
-    weights = read(model, tmp_path / "adapter")
-    check(path, tmp_path / "adapter", weights)
+    adapter = write_parameters(path, tmp_path, names, **patterns)
+    weights = read(model, adapter)
+    check(path, adapter, weights)
     assert weights.warnings == ["adapter_config.json: no module of the file has its rank or alpha from the patterns down_proj, gate_proj"]
 
 
@@ -387,6 +392,24 @@ def test_names_of_a_state_dict(models: Any, tmp_path: Path) -> None:
         assert weights.modules.keys() == expected.modules.keys()
         for name, lora in weights.modules.items():
             assert all(torch.equal(a, b) for a, b in zip(lora.tensors(), expected.modules[name].tensors(), strict=True))
+
+
+def test_a_state_dict_of_an_adapter_with_a_name(models: Any, tmp_path: Path) -> None:
+    """As trainers of several adapters, such as policy and reference, save it; two of them in one file are refused."""
+    path, model = models("qwen3_moe")
+    adapter = write_adapter("experts_and_attention", path, tmp_path / "adapter", rank=4)
+    expected = read(model, adapter)
+
+    def rename(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(".weight", ".actor-1.weight")] = tensors.pop(key)
+
+    weights = read(model, edit_adapter(adapter, rename))
+    for name, lora in weights.modules.items():
+        assert all(torch.equal(a, b) for a, b in zip(lora.tensors(), expected.modules[name].tensors(), strict=True))
+    edit_adapter(adapter, lambda tensors, config: tensors.update({key.replace("actor-1", "reference"): tensor.clone() for key, tensor in tensors.items()}))
+    with pytest.raises(AdapterError, match=r"expected one lora_A of this kind .* found also .*actor-1\.weight"):
+        read(model, adapter)
 
 
 def test_lora_root_allows_inside(models: Any, tmp_path: Path) -> None:
