@@ -173,7 +173,7 @@ class _Names:
         return True
 
     def _expert_key(self, key: str, module: str, half: str) -> tuple[str, ExpertKey] | None:
-        match = _EXPERTS.fullmatch(module)
+        match = _EXPERTS.fullmatch(module) or _EXPERTS.fullmatch(self.rename(module))  # Granite's were linears with a weight for all experts
         name = self._resolve(match["experts"]) if match else None
         if match is None or name is None or not isinstance(self.targets[name], ExpertTarget):
             return None

@@ -25,6 +25,7 @@ from sglang_lora_moe.lora.weights import AdapterWeights, EmbeddingLoRA, ExpertLo
 from sglang_lora_moe.models.build import build_model
 from sglang_lora_moe.models.served import ServedModel
 from tests.adapter_files import HAND_LAYOUTS, PEFT_LAYOUTS, edit_adapter, merged_reference_model, randomise_lora, write_adapter
+from tests.models.test_against_transformers import OTHERS
 from tests.tiny_models import make_tiny_model
 
 TOKENS = torch.randint(3, 98, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -410,6 +411,26 @@ def test_a_state_dict_of_an_adapter_with_a_name(models: Any, tmp_path: Path) -> 
     edit_adapter(adapter, lambda tensors, config: tensors.update({key.replace("actor-1", "reference"): tensor.clone() for key, tensor in tensors.items()}))
     with pytest.raises(AdapterError, match=r"expected one lora_A of this kind .* found also .*actor-1\.weight"):
         read(model, adapter)
+
+
+def test_granite_of_transformers_4(models: Any, tmp_path: Path) -> None:
+    """Its experts were modules `input_linear` and `output_linear` with one weight [E, out, in] each."""
+    path, model = models("granitemoe", **OTHERS["granitemoe"])
+    adapter = write_parameters(path, tmp_path, ["experts.gate_up_proj", "experts.down_proj"])
+    check(path, adapter, read(model, adapter))
+    expected = read(model, adapter)
+
+    def rename(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        for key in list(tensors):
+            new = key.replace("experts.base_layer", "input_linear") if "base_layer" in key else key.replace("experts", "output_linear")
+            tensors[new] = tensors.pop(key)
+        config["target_parameters"] = ["input_linear.weight", "output_linear.weight"]
+        config["rank_pattern"] = {"input_linear.weight": 4, "output_linear": 9}
+
+    weights = read(model, edit_adapter(adapter, rename))
+    assert weights.modules.keys() == expected.modules.keys()
+    for name, lora in weights.modules.items():
+        assert all(torch.equal(a, b) for a, b in zip(lora.tensors(), expected.modules[name].tensors(), strict=True))
 
 
 def test_lora_root_allows_inside(models: Any, tmp_path: Path) -> None:
