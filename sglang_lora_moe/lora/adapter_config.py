@@ -164,6 +164,8 @@ def _warnings(raw: dict[str, Any]) -> tuple[str, ...]:
         found.append(f"{CONFIG_FILE}: lora_alpha is 0, so that the adapter changes nothing but where an alpha_pattern says otherwise")
     if raw.get("fan_in_fan_out"):
         found.append(f"{CONFIG_FILE}: fan_in_fan_out is set, which has no effect on linear layers")
+    if raw.get("target_parameters") and not raw.get("lora_B_layout") and "unsloth" in str(raw.get("auto_mapping")):
+        found.append(f"{CONFIG_FILE}: Unsloth without lora_B_layout: lora_B of experts was read rank_major; one of before 2026-09 needs grouped_by_expert")
     return tuple(found)
 
 

@@ -330,6 +330,17 @@ def test_warnings(models: Any, tmp_path: Path) -> None:
     assert all(part in text for part in parts), text
 
 
+def test_experts_of_unsloth(models: Any, tmp_path: Path) -> None:
+    """Its files have had two orders of lora_B's columns, and only newer ones say which."""
+    path, model = models("qwen3_moe")
+    adapter = write_adapter("target_parameters_3d", path, tmp_path / "adapter", rank=4)
+    edit_adapter(adapter, lambda tensors, config: config.update(auto_mapping={"base_model_class": "Qwen3MoeForCausalLM", "unsloth_fixed": True}))
+    (warning,) = read(model, adapter).warnings
+    assert "lora_B of experts was read rank_major" in warning and "grouped_by_expert" in warning
+    edit_adapter(adapter, lambda tensors, config: config.update(lora_B_layout="rank_major"))
+    assert not read(model, adapter).warnings
+
+
 def test_what_has_no_effect_is_said(models: Any, tmp_path: Path) -> None:
     """Experts that the file leaves out, once for all layers, and pairs of which a half was never trained."""
     path, model = models("qwen3_moe")
