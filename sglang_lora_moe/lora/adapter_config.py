@@ -15,7 +15,7 @@ from sglang_lora_moe.lora.adapter_file import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 PATTERN_SECONDS = 5  # for one name; the re module has no limit, and a pattern may need years
-_compile = lru_cache(1 << 16)(regex.compile)  # regex keeps 500 itself; EVA and PEFT's conversions to LoRA write a pattern for each module
+_compile = lru_cache(1 << 16)(regex.compile)  # of one file: EVA and PEFT's conversions to LoRA write a pattern for each module, and regex keeps 500
 
 # Fields that turn the file into something else than y += scaling * B A x, when set, and what to do about it
 _REFUSED = {
@@ -115,6 +115,7 @@ def parse_config(path: Path, raw: object) -> AdapterConfig:
     if not isinstance(raw, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     _refuse_other_methods(path, raw)
+    _compile.cache_clear()
     get = _Fields(path, raw)
     layout = raw.get("lora_B_layout") or "rank_major"
     return AdapterConfig(
@@ -165,7 +166,7 @@ def _warnings(raw: dict[str, Any]) -> tuple[str, ...]:
     if raw.get("fan_in_fan_out"):
         found.append(f"{CONFIG_FILE}: fan_in_fan_out is set, which has no effect on linear layers")
     if raw.get("target_parameters") and not raw.get("lora_B_layout") and "unsloth" in str(raw.get("auto_mapping")):
-        found.append(f"{CONFIG_FILE}: Unsloth without lora_B_layout: lora_B of experts was read rank_major; one of before 2026-09 needs grouped_by_expert")
+        found.append(f"{CONFIG_FILE}: Unsloth without lora_B_layout: lora_B of experts was read rank_major; say grouped_by_expert there if it was packed so")
     return tuple(found)
 
 
