@@ -181,9 +181,9 @@ class LoRAManager:
         except RequestError as error:
             logger.warning("adapter %s: %s", message.name, error)
             self.replies.append(Reply.refusal(message.rid, error))
-        for unload in load.unloads:
+        for unload in load.unloads:  # before a later load of the name, which `unload` would wait for
             try:
-                self.unload(unload)
+                self._forget_if_over(self.registry.begin_unload(unload.name, unload.rid))
             except RequestError as error:
                 self.replies.append(Reply.refusal(unload.rid, error))
 

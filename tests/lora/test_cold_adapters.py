@@ -265,6 +265,16 @@ def test_unload_of_a_name_that_is_being_loaded_comes_after_the_load(cold: Engine
     assert again is not None and again.status == 404 and "new" not in states(cold)
 
 
+def test_an_unload_between_two_loads_is_done_between_them(cold: Engine, reading: Gate) -> None:
+    first, second = (LoadAdapter(rid, "new", str(other_adapter_path(seed))) for rid, seed in (("l", 5), ("l2", 6)))
+    said = send(cold, first, UnloadAdapter("u", "new"), second)
+    reading.open.set()
+    said += drive(cold)
+    answers = [message for message in said if isinstance(message, Reply)]
+    assert [(answer.rid, answer.error) for answer in answers] == [("l", None), ("u", None), ("l2", None)]
+    assert answers[0].data["revision"] == answers[1].data["revision"] != answers[2].data["revision"] and "new" in states(cold)
+
+
 # ---- new weights under a name ---------------------------------------------------------------------------------------
 def test_new_weights_in_place_while_requests_run() -> None:
     with cold_engine(limit=8, slots=2, count=1) as engine:
