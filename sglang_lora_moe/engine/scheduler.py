@@ -27,6 +27,7 @@ from sglang_lora_moe.engine.validate import too_long
 from sglang_lora_moe.lora.slots import SlotTable
 
 RESCAN_STEPS = 16  # a queue in which nothing could be admitted is looked at again this often, or when something is released
+MOST_PASSED_OVER = 32  # for pages or a prefix in one look at the queue: it takes time for each page that they share, of everybody's step
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,8 @@ class Scheduler:
 
     def _grow_decoding(self) -> None:
         """Give every running request a page for its next token, retracting the youngest ones if there are too few."""
-        index, page_size = 0, self.cache.page_size
-        while index < len(self.running):
-            request = self.running[index]
+        page_size = self.cache.page_size
+        for request in self.running:  # which only ever loses its last one meanwhile
             if len(request.tokens) > len(request.pages) * page_size:
                 while not self.cache.available and self.running[-1] is not request:
                     self._retract(self.running[-1])
@@ -175,24 +175,25 @@ class Scheduler:
                     self._retract(request)
                     return
                 request.pages.extend(self.cache.allocate(1))
-            index += 1
 
     def _admit(self, take: Callable[[Request], bool]) -> None:
         """Admit waiting requests until a budget is used up."""
         if not (self._dirty or self._pass % RESCAN_STEPS == 0):
             return
-        admitted = False
         no_slot: dict[str, bool] = {}  # revision -> someone waiting for it is overdue
-        self._dirty = False
+        loading: set[str | None] = set()
+        self._dirty, looks = False, MOST_PASSED_OVER
         for request in self.waiting:
-            if len(self.running) >= self.limits.max_running:
+            if not looks or len(self.running) >= self.limits.max_running:
                 break
-            reason = "slot" if request.revision in no_slot else self._try_start(request)
+            reason = "slot" if request.revision in no_slot else "loading" if request.revision in loading else self._try_start(request)
+            looks -= reason in ("pages", "prefix")
             if reason is None:
-                admitted = True
                 if not take(request):
                     break
-            elif reason not in ("prefix", "loading"):
+            elif reason == "loading":
+                loading.add(request.revision)
+            elif reason != "prefix":
                 if request.blocked_since < 0:
                     request.blocked_since = self._pass
                 overdue = self._pass - request.blocked_since >= self.limits.patience
@@ -201,8 +202,7 @@ class Scheduler:
                     no_slot[request.revision] = no_slot.get(request.revision, False) or overdue
                 elif overdue:
                     break
-        if admitted:
-            self._dirty = True
+        if self._dirty:  # some are running now
             self.waiting = [request for request in self.waiting if not request.running]
         if self.slots is not None:
             self._drain(self.slots, [revision for revision, overdue in no_slot.items() if overdue])
@@ -242,7 +242,7 @@ class Scheduler:
             request.first_scheduled, request.num_cached = False, request.num_computed
             self.totals["prompt_tokens"] += request.prompt_len
             self.totals["cached_tokens"] += request.num_cached
-        request.running, request.blocked_since = True, -1
+        request.running, request.blocked_since, self._dirty = True, -1, True
         insort(self.running, request, key=lambda r: r.order)
         return None
 

@@ -146,6 +146,30 @@ def test_waiting_prompts_are_hashed_up_to_their_first_new_page() -> None:
     h.check_outputs()
 
 
+@pytest.mark.parametrize("waits_for", ["pages", "prefix", "loading"])
+def test_a_step_looks_at_few_of_those_who_wait(waits_for: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at each takes time for all pages that it shares with others: with thousands of them every step would wait for it."""
+    h = Harness(num_pages=40 if waits_for == "pages" else 400, num_slots=1, prefill_budget=64, max_running=400)
+    if waits_for == "loading":
+        monkeypatch.setattr(h, "fill_slots", lambda: None)
+    looks: list[str | None] = []
+    try_start = h.scheduler._try_start
+    monkeypatch.setattr(h.scheduler, "_try_start", lambda request: looks.append(try_start(request)) or looks[-1])
+    for i in range(200):
+        h.submit(f"r{i}", [*prompt_of(100), *prompt_of(8, i)], 4, "A" if waits_for == "loading" else None, ignore_eos=True)
+    seen: set[str | None] = set()
+    for _ in range(6):
+        h.step()
+        assert len(looks) <= 33 + sum(found is None for found in looks), f"{len(looks)} requests were looked at in one step"
+        seen.update(looks)
+        looks.clear()
+    assert waits_for in seen
+    monkeypatch.undo()
+    h.run()
+    assert len(h.finished) == 200
+    h.check_outputs()
+
+
 def test_whole_prompt_cached_still_computes_the_last_token() -> None:
     h = Harness()
     for rid in ("a", "b"):
