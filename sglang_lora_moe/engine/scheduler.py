@@ -101,9 +101,9 @@ class Scheduler:
             count = len(request.tokens) - request.num_computed
             if count > 1 or request.num_output == 0:  # not decoding
                 count = min(count, budget)
-                if request.prompt_logit_start is not None:
-                    count = min(count, logit_budget)
-                    logit_budget -= count
+                if (start := request.prompt_logit_start) is not None:
+                    count = min(count, max(start - request.num_computed, 0) + logit_budget)
+                    logit_budget -= max(request.num_computed + count - max(start, request.num_computed), 0)
                 budget -= count
             if count:
                 requests.append(request)

@@ -223,6 +223,15 @@ def test_rows_of_prompts_with_logits_are_budgeted() -> None:
     assert max(h.runner.steps) == 6 and sum(h.runner.steps) == 40
 
 
+@pytest.mark.parametrize("start, steps", [(90, 4), (99, 3), (100, 3), (200, 3)])
+def test_rows_before_those_with_logits_are_not_budgeted(start: int, steps: int) -> None:
+    h = Harness(prefill_budget=40, prompt_logit_rows=6)
+    h.submit("a", prompt_of(100), 1).logprobs = LogprobOptions(prompt_start=start)
+    h.run()
+    assert sum(h.runner.steps) == 100 and len(h.runner.steps) == steps, h.runner.steps
+    assert [-value.logprob for (values,) in h.prompt_logprobs.values() for value in values if value.logprob] == list(range(start, 100))
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_more_adapters_than_slots_all_make_progress(slots: int) -> None:
     """Steady arrivals for the resident adapters must not keep the others out."""
