@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from sglang_lora_moe.server.auth import ADMIN_PATHS, OPEN_PATHS
 from tests.server.fake_engine import FakeEngine
 
+OPEN_PATHS = ("/health", "/health_generate")
+ADMIN_PATHS = ("/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/flush_cache", "/abort_request")
 USER_PATHS = ("/v1/models", "/v1/completions", "/generate", "/metrics", "/server_info", "/docs", "/nowhere")
 
 
@@ -43,6 +44,14 @@ def test_keys(client_of: Any, api_key: str | None, admin_key: str | None, given:
             assert reached <= admin_ok and (reached or form not in (path, f"{path}%0A") or not admin_ok), form
     for path in OPEN_PATHS:
         assert client.get(path).status_code == 200
+
+
+def test_every_endpoint_but_health_needs_a_key(client_of: Any) -> None:
+    client = client_of(FakeEngine(api_key="u"))
+    routers = [getattr(route, "original_router", client.app) for route in client.app.routes]  # FastAPI keeps those that it includes whole
+    paths = {route.path for router in routers for route in router.routes if hasattr(route, "path")}
+    assert paths > {*OPEN_PATHS, *ADMIN_PATHS, "/v1/chat/completions", "/generate", "/metrics", "/docs"}
+    assert {path for path in paths if status(client, path, None) != 401} == set(OPEN_PATHS)
 
 
 def test_refusal_is_openais_error_object(client_of: Any) -> None:
