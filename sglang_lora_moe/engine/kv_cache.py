@@ -101,7 +101,7 @@ class PrefixCache:
     def insert(self, key: bytes, page: int) -> None:
         """Make the content of a full, held page known. A second page of equal content stays private to its request."""
         assert self.pool.refs[page] > 0, f"page {page} inserted while nobody holds it"
-        if self.enabled and key not in self._page_of and page not in self._key_of:
+        if self.enabled and key not in self._page_of:
             self._page_of[key], self._key_of[page] = page, key
 
     def release(self, pages: Sequence[int]) -> None:

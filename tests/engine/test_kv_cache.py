@@ -20,6 +20,7 @@ def test_keys_depend_on_the_whole_prefix_and_on_the_revision() -> None:
     assert not set(base) & set(other)
     assert chain([9, 1, 2, 3, 4, 5, 6, 7], 4)[1] != base[1]
     assert chain(list(range(8)), 4) == base
+    assert page_key(base[0], [1, 2]) != page_key(base[0], [2, 1]) and len(base[0]) == 32  # bytes: nobody finds two prompts of one key
     assert root_key("b" * 70 + "1") != root_key("b" * 70 + "2")
 
 
