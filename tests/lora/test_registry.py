@@ -101,6 +101,17 @@ def test_limits() -> None:
         LoRARegistry(1).add("a", packed("r1"), True)
 
 
+def test_pins_are_counted_by_revision() -> None:
+    registry = LoRARegistry(2)
+    registry.add("other", packed("r0"), False)
+    for name in "ab":  # names of one revision share its slot
+        registry.add(name, packed("r1"), True)
+    with pytest.raises(RequestError, match="may be pinned"):
+        registry.add("a", packed("r2"), False, in_place=True)  # the pin is the name's: b keeps the other slot
+    registry.begin_unload("b", "u")
+    assert registry.add("a", packed("r2"), True, in_place=True)[0].pinned, "the pin of what is replaced does not count"
+
+
 def test_pinning_a_loaded_adapter() -> None:
     registry = LoRARegistry(3)
     entry, _, _ = registry.add("a", packed("r1"), False)
