@@ -46,10 +46,12 @@ def test_unknown_name_lists_the_loaded_ones() -> None:
 
 def test_a_revision_goes_with_its_last_name() -> None:
     registry = LoRARegistry(4)
-    registry.add("a", packed("r1"), False)
+    first, _, _ = registry.add("a", packed("r1"), False)
     second, known, _ = registry.add("b", packed("r1"), False)
-    assert not known and len(registry.entries("r1")) == 2
-    assert registry.forget(registry.begin_unload("a", "u")) is False  # b still needs it
+    assert not known and registry.entries("r1") == [first, second]
+    registry.begin_unload("a", "u")
+    assert registry.entries("r1") == [second, first], "files of what is loaded are the first to be tried"
+    assert registry.forget(first) is False  # b still needs it
     assert registry.entries("r1") == [second]
     assert registry.forget(registry.begin_unload("b", "u")) is True
 
