@@ -44,6 +44,17 @@ def test_compressed_tensors_targets_and_exceptions() -> None:
     assert bits_of(config, "model.layers.1.block_sparse_moe.gate", "model.layers.1.mlp.gate") is None, "any of a module's names counts"
     only_experts = parse(PACKED, config_groups={"a": group([r"re:.*experts.*"])})
     assert bits_of(only_experts, PROJ) == 4 and bits_of(only_experts, "model.layers.0.self_attn.q_proj") is None
+    assert bits_of(parse(PACKED, ignore=["re:.*mlp"]), PROJ) is None, "a pattern is matched against the beginning of a name"
+    both = parse(PACKED, config_groups={"a": group([r"re:.*proj"]), "b": group([r"re:.*gate"], bits=8)})
+    assert bits_of(both, PROJ) == 8, "patterns are tried in the order of their text"
+
+
+def test_fields_that_are_not_given() -> None:
+    weights = {"num_bits": 4, "strategy": "channel"}
+    assert parse(PACKED, config_groups={"a": {"targets": ["Linear"], "weights": weights}}, format="pack-quantized").scheme_for(PROJ) == WNA16Scheme(
+        4, -1, True, "compressed-tensors"
+    )
+    assert parse({"quant_method": "gptq", "bits": 4}).scheme_for(PROJ) == WNA16Scheme(4, -1, True, "gptq")
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
@@ -90,6 +101,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two bits": (PACKED | {"config_groups": {"g": group(["Linear"], bits=2)}}, r"num_bits is 2: weights of 4 and 8 bits"),
     "no group size": (PACKED | {"config_groups": {"g": group(["Linear"], group_size=None)}}, r"group_size is None"),  # type: ignore[arg-type]
     "act order": (PACKED | {"config_groups": {"g": group(["Linear"], actorder="group")}}, r"actorder is 'group': .* use actorder \"weight\""),
+    "act order in old files": (PACKED | {"config_groups": {"g": group(["Linear"], actorder=True)}}, "actorder is True"),
     "preset": (PACKED | {"config_groups": {"W4A16": ["Linear"]}}, r"config_groups\.W4A16 is \['Linear'\]"),
     "groups in a list": (PACKED | {"config_groups": [group(["Linear"])]}, r"config_groups is \[.*: it must be an object"),
     "rules in a list": (GPTQ | {"dynamic": ["-:.*o_proj"]}, r"dynamic is \['-:\.\*o_proj'\]: it must be an object"),
