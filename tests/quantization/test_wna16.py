@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, QuantizationError, WNA16Scheme, dequantize, pack, read_weight, unpack
+from sglang_lora_moe.quantization.wna16 import AWQ_ORDER, QuantizationError, WNA16Scheme, dequantize, pack, read_weight, split_row, unpack
 from tests.quantize import quantize
 from tests.quantized_checkpoints import ones_of
 
@@ -42,11 +42,12 @@ def test_pack_is_the_inverse_of_unpack(bits: int) -> None:
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), CASES)
 def test_compressed_tensors(bits: int, group: int, symmetric: bool) -> None:
-    codes, scales, zeros = codes_scales_zeros(bits, group, symmetric)
+    rows = OUT - 3  # so that the last words of zero points are not full
+    codes, scales, zeros = (tensor[:rows] for tensor in codes_scales_zeros(bits, group, symmetric))
     tensors = {"weight_packed": pack(codes, bits), "weight_scale": scales}
     if not symmetric:
         tensors["weight_zero_point"] = pack(zeros.t().contiguous(), bits).t().contiguous()
-    weight = read_weight("layer", tensors, (OUT, IN), WNA16Scheme(bits, -1 if group == IN else group, symmetric, "compressed-tensors"))
+    weight = read_weight("layer", tensors, (rows, IN), WNA16Scheme(bits, -1 if group == IN else group, symmetric, "compressed-tensors"))
     assert torch.equal(dequantize(weight, torch.float32), expected(codes, scales, zeros, group))
 
 
@@ -104,6 +105,8 @@ def test_refusals_name_the_tensor_and_the_way_out() -> None:
     refusal(r"do not divide into groups of 96.*requantize", group_size=96)
     refusal(r"weight_packed: expected \(64, 32\) of torch.int32, found \(64, 16\)", weight_packed=torch.zeros(64, 16, dtype=torch.int32))
     refusal(r"g_idx permutes input columns.*desc_act=False", weight_g_idx=torch.randperm(IN) // 64)
+    with pytest.raises(QuantizationError, match="x: 36 input features do not divide into groups of 36 and words of 8; requantize"):
+        split_row("x", 36, WNA16Scheme(4, -1, True, "gptq"))
 
 
 def test_gptq_symmetric_with_odd_zeros_is_refused() -> None:
