@@ -71,6 +71,20 @@ def test_float32_weights_from_bfloat16_logits() -> None:
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(1), torch.ones(M))
     assert (weights.bfloat16().float() != weights).any(), "weights must not have been rounded to the model's dtype"
+    router = Router(Linear((("gate", 8),), 64, dtype=torch.float32, device="cpu"), RouterSpec(8, 2, float32_logits=True))
+    assert router(torch.randn(M, 64).bfloat16())[0].dtype == torch.float32
+
+
+def test_weights_of_experts_that_are_all_refused_are_no_nan() -> None:
+    logits = torch.full((1, 4), -200.0)  # sigmoid 0
+    assert select_experts(logits, RouterSpec(4, 2, score="sigmoid", renormalise=True, epsilon=1e-20))[0].tolist() == [[0.0, 0.0]]
+
+
+def test_shared_experts_come_last() -> None:
+    logits = torch.tensor([[1.0, 2, 3, 0]])
+    weights, ids = select_experts(logits, RouterSpec(3, 1, shared=2))
+    assert ids.tolist() == [[2, 3, 4]] and weights[0, 1:].tolist() == [0.5, 0.5], "logit 3 is the gate of both parts"
+    assert select_experts(logits[:, :3], RouterSpec(3, 1, shared=2))[0][0, 1:].tolist() == [1.0, 1.0]
 
 
 def test_groups_limit_the_choice() -> None:
@@ -91,3 +105,5 @@ def test_wrong_specs_are_refused() -> None:
         RouterSpec(8, 2, score="tanh")
     with pytest.raises(ValueError, match="8 experts do not fit 3 groups"):
         RouterSpec(8, 2, num_groups=3)
+    with pytest.raises(ValueError, match="2 groups of which 3 are chosen"):
+        RouterSpec(8, 2, num_groups=2, topk_groups=3)

@@ -90,6 +90,7 @@ def test_shape_errors_name_expected_and_actual() -> None:
         ({"router_weight_on": "both"}, "must be 'output' or 'input', got 'both'"),
         ({"top_k": 9}, r"top_k must be in 1..num_experts \(8\), got 9"),
         ({"activation": "gelu", "swiglu_limit": 7.0}, "belong to the gated silu"),
+        ({"swiglu_alpha": 1.7}, "come together"),
     ],
 )
 def test_spec_refuses_what_it_cannot_mean(change: dict[str, Any], sentence: str) -> None:
