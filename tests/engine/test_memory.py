@@ -86,6 +86,17 @@ def test_a_model_that_is_too_large(h200: None) -> None:
         gpu_budget().note("weights", 240 * GIB)
 
 
+@pytest.mark.parametrize(
+    "slots, given, way", [(1, ["a=/a"], "Use a smaller"), (2, ["a=/a"], "Set --max-loras-per-batch 1."), (1, None, "Set --max-lora-rank 48.")]
+)
+def test_only_ways_out_that_are_possible_are_suggested(h200: None, slots: int, given: list[str] | None, way: str) -> None:
+    budget = gpu_budget(max_loras_per_batch=slots, lora_paths=given)
+    budget.note("weights", 57 * GIB)
+    with pytest.raises(ValueError, match=re.escape(f"needed: weights 57.00 GiB + adapters 75.00 GiB ({slots} slots")) as error:
+        budget.plan_adapters(layout_of(75 / slots))
+    assert f" left. {way}" in str(error.value) or f" each). {way}" in str(error.value)
+
+
 def test_no_room_for_the_kv_cache(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = gpu_budget(chunked_prefill_size=8192, max_loras_per_batch=8)
     budget.note("weights", 57 * GIB)

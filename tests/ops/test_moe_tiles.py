@@ -35,6 +35,16 @@ def test_tables_are_in_order_and_name_what_is_compiled(shape: tuple[int, int, in
             assert (tile.tokens, tile.cluster) in [(144, 1), (144, 2), (72, 1), (32, 1)] and tile.rows <= tile.tokens * tile.cluster, tile
 
 
+def test_a_row_of_a_table_holds_for_its_last_number_of_tokens_too() -> None:
+    for shape, measured in moe_tiles._MEASURED.items():
+        spec = MoESpec(shape[0], 2, *shape[1:])
+        assert all(choose_tiles(spec, most, 2, 0) is tiles[0] for most, tiles in measured)
+        for least, most, tiles in moe_tiles._WGMMA[shape]:
+            assert tiles[0] is None or choose_tiles(spec, least, 2, 0, wgmma=True) is choose_tiles(spec, most, 2, 0, wgmma=True) is tiles[0]
+    plain = MoESpec(24, 4, 512, 256)  # of no table: by pair while pairs are no more than half of the experts
+    assert [isinstance(choose_tiles(plain, tokens, 2, 0).gate_up, GemvTile) for tokens in (3, 4)] == [True, False]
+
+
 def test_ranks_choose_where_adapters_of_low_rank_have_tiles_of_their_own() -> None:
     low, high = layers(QWEN, LOW_RANK), layers(QWEN, LOW_RANK + 1)
     assert low != high and low == layers(QWEN, 1) and high == layers(QWEN, 256)
