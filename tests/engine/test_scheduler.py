@@ -47,6 +47,15 @@ def test_prefill_is_first_come_first_served() -> None:
     assert max(h.runner.steps) == 8
 
 
+def test_admission_goes_on_in_the_next_step() -> None:
+    h = Harness(prefill_budget=4)
+    for i in range(3):
+        h.submit(f"r{i}", prompt_of(4, i), 20, ignore_eos=True)
+    for _ in range(3):
+        h.step()
+    assert len(h.scheduler.running) == 3
+
+
 def test_max_running_is_respected() -> None:
     h = Harness(max_running=3)
     for i in range(9):
@@ -215,6 +224,20 @@ def test_prompt_logprobs_are_given_once_after_a_retraction() -> None:
     assert [v.logprob for v in values] == [-float(i) for i in range(1, 24)]
 
 
+def test_prompt_logprobs_are_not_given_again_after_the_first_token() -> None:
+    h = Harness(num_pages=8)
+    h.submit("old", prompt_of(4), 20, ignore_eos=True)
+    request = h.submit("lp", prompt_of(12, 1), 8, ignore_eos=True)
+    request.logprobs = LogprobOptions(prompt_start=1)
+    for _ in range(20):
+        if not h.scheduler.totals["retractions"]:
+            h.step()
+    assert request.num_output > 0 and not request.running
+    h.run()
+    assert [len(values) for values in h.prompt_logprobs["lp"]] == [11]
+    assert h.scheduler.totals["prompt_tokens"] == 16, "a prompt counts once"
+
+
 def test_rows_of_prompts_with_logits_are_budgeted() -> None:
     h = Harness(prompt_logit_rows=6)
     for rid in "ab":
@@ -230,6 +253,17 @@ def test_rows_before_those_with_logits_are_not_budgeted(start: int, steps: int) 
     h.run()
     assert sum(h.runner.steps) == 100 and len(h.runner.steps) == steps, h.runner.steps
     assert [-value.logprob for (values,) in h.prompt_logprobs.values() for value in values if value.logprob] == list(range(start, 100))
+
+
+def test_a_prompt_that_waits_for_equal_pages_stops_nobody() -> None:
+    h = Harness(prefill_budget=64, patience=1)
+    for rid, prompt in (("first", prompt_of(60)), ("same", prompt_of(60)), ("young", prompt_of(4, 1))):
+        h.submit(rid, prompt, 1)
+    h.step()
+    assert {"first", "young"} == set(h.finished) and not h.requests["same"].running
+    h.run()
+    assert h.requests["same"].num_cached == 56, "it goes on with the pages that it waited for"
+    h.check_outputs()
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -267,6 +301,7 @@ def test_a_late_adapter_gets_a_slot_although_the_resident_one_never_pauses() -> 
     h.submit("late", prompt_of(4, 99), 4, "B", ignore_eos=True)
     for i in range(4, 100):
         h.submit(f"a{i}", prompt_of(4, i), 12, "A", ignore_eos=True)
+        h.submit(f"b{i}", prompt_of(4, 200 + i), 2, "B", ignore_eos=True)  # younger ones do not hide that the adapter is overdue
         h.step()
         if "late" in h.finished:
             break
@@ -319,6 +354,7 @@ def test_nothing_is_drained_while_a_copy_is_under_way(monkeypatch: pytest.Monkey
         h.submit(f"a{i}", prompt_of(4, i), 4, "A", ignore_eos=True)
         h.step()
     assert [revision for _, revision in copies] == ["B"] and not slots.draining
+    assert "a5" in h.finished, "an adapter on its way stops nobody else, however long that takes"
     monkeypatch.undo()
     h.runner.write_slots(copies)
     slots.filled(copies[0][0])
@@ -412,6 +448,22 @@ def test_a_large_request_is_not_starved_of_pages_by_small_ones() -> None:
     assert 0 < overtook <= 8 and "large" in h.finished  # younger ones that fit go ahead as long as it is not overdue
     h.run()
     h.check_outputs()
+
+
+def test_an_abort_makes_way_for_those_behind() -> None:
+    h = Harness(num_pages=17, patience=2)
+    h.submit("old", prompt_of(4), 40, ignore_eos=True)
+    h.step()
+    h.submit("large", prompt_of(60), 2)
+    for _ in range(3):
+        h.step()
+    late = h.submit("late", prompt_of(4, 2), 4)
+    h.step()
+    assert not late.running and not h.requests["large"].running
+    h.step()
+    h.scheduler.abort("large")
+    h.step()
+    assert late.running or "late" in h.finished
 
 
 def test_abort_in_every_state() -> None:
