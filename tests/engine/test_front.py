@@ -255,6 +255,8 @@ def test_bad_sampling_values_name_their_field(name: str, value: Any) -> None:
         ("prompt", {"prompt": 5}),
         ("input_ids", {"prompt": None, "input_ids": []}),
         ("input_ids", {"prompt": None, "input_ids": [1, "2"]}),
+        ("input_ids", {"prompt": None, "input_ids": [1, VOCAB_SIZE]}),
+        ("input_ids", {"prompt": None, "input_ids": [1] * 1000}),
         ("lora_path", {"adapter": 5}),
         ("top_logprobs", {"logprobs": LogprobOptions(top=-1)}),
         ("logprob_start_len", {"logprobs": LogprobOptions(prompt_start=-1)}),

@@ -165,11 +165,13 @@ def test_penalties(repetition: float, presence: float, frequency: float) -> None
 
 def test_history_rows_are_reused() -> None:
     sampler = Sampler(V)
-    for i in range(50):
-        one = request(i, prompt=[i % V], temperature=0.0, presence_penalty=1.0, output=[3])
-        logits = torch.zeros(1, V)
-        logits[0, 5] = 0.5
-        assert sample(sampler, logits, [one])[0] == [5]
+    kept = request(99, prompt=[1], temperature=0.0, presence_penalty=1.0, output=[2, 2])
+    for i in range(20):
+        one = request(i, prompt=[i], temperature=0.0, presence_penalty=1.0, output=[i + 10])
+        sample(sampler, torch.zeros(2, V), [kept, one])
+        counts, seen = sampler._history.gather([kept, one], None)  # nothing of those whose row it was
+        assert (counts[0].nonzero().flatten().tolist(), int(counts[0, 2]), seen[0].nonzero().flatten().tolist()) == ([2], 2, [1, 2])
+        assert counts[1].nonzero().flatten().tolist() == [i + 10] and seen[1].nonzero().flatten().tolist() == [i, i + 10]
         one.finish_reason = "stop"
     assert sampler._history._counts.shape[0] == 4
 
