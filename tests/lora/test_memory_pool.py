@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sglang_lora_moe.lora import slot_loader
+from sglang_lora_moe.lora.host_views import slot_views
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.slot_loader import SlotLoader
 from sglang_lora_moe.lora.stacks import EmbeddingStacks, ExpertStacks
@@ -100,8 +101,11 @@ def test_overwrite_leaves_no_residue_and_no_trace_elsewhere() -> None:
     for slot, adapter in neighbours.items():
         write_slot(pool, slot, adapter)
     write_slot(pool, 1, make_adapter(8, "split"))
+    b13 = pool.stacks_for("experts").b13
+    assert slot_views(b13, 1).rank == 8
     small = make_adapter(2, "gate_up_only", only=("experts", "q_proj"))
     assert write_slot(pool, 1, small) == write_slot(fresh, 1, small)
+    assert slot_views(b13, 1).rank == 2, "views on the host are those of the new adapter"
     assert_holds(pool, 1, small)
     for target in TARGETS:  # the tables are those of a pool that never held the large one
         for ours, theirs in zip(vars(pool.stacks_for(target.name)).values(), vars(fresh.stacks_for(target.name)).values(), strict=True):
