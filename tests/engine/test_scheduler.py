@@ -256,7 +256,7 @@ def test_rows_before_those_with_logits_are_not_budgeted(start: int, steps: int) 
 
 
 def test_a_prompt_that_waits_for_equal_pages_stops_nobody() -> None:
-    h = Harness(prefill_budget=64, patience=1)
+    h = Harness(prefill_budget=64, patience=0)
     for rid, prompt in (("first", prompt_of(60)), ("same", prompt_of(60)), ("young", prompt_of(4, 1))):
         h.submit(rid, prompt, 1)
     h.step()
