@@ -484,75 +484,94 @@ inline void copy_bulk(void* target, const void* source, int bytes, Barrier* barr
   emu::poison(target, (size_t)bytes);
   emu::barriers.at(barrier).copies.push_back([=] { std::memcpy(target, source, (size_t)bytes); });
 }
+template <class T>
+float decoded(uint16_t bits) {
+  return T::kIsBf16 ? emu::from_bf16(bits) : emu::from_fp16(bits);
+}
 // The value at (row, k) of a swizzled matrix in shared memory.
-inline float value_at(uint64_t matrix, int row, int k, float (*decode)(uint16_t)) {
+template <class T>
+float value_at(uint64_t matrix, int row, int k) {
   uint16_t bits;
   std::memcpy(&bits, swizzled(emu::block.shared.get() + (matrix << 4) + row * 128 + k * 2), 2);
-  return decode(bits);
+  return decoded<T>(bits);
 }
-struct RegisterRows {  // of a lane's sums: the two rows of a wgmma's first operand, from the warp's registers
-  const uint32_t* a;
-  float rows[2][16];
+struct Row {  // sixteen values of it, from k = 0 on
+  float values[16];
 };
-inline RegisterRows rows_in_registers(const uint32_t (&a)[4], float (*decode)(uint16_t)) {
+template <class T>
+Row row_at(uint64_t matrix, int row) {
+  Row found;
+  for (int piece = 0; piece < 2; piece++) {
+    uint16_t bits[8];
+    std::memcpy(bits, swizzled(emu::block.shared.get() + (matrix << 4) + row * 128 + piece * 16), 16);
+    for (int e = 0; e < 8; e++) found.values[piece * 8 + e] = decoded<T>(bits[e]);
+  }
+  return found;
+}
+// The two rows of a wgmma's first operand that a lane's sums are of, from the warp's registers.
+template <class T>
+std::array<Row, 2> rows_in_registers(const uint32_t (&a)[4]) {
   struct Argument {
-    RegisterRows rows;
-    float (*decode)(uint16_t);
-  } argument{{a, {}}, decode};
+    const uint32_t* a;
+    std::array<Row, 2> rows;
+  } argument{a, {}};
   emu::collective("wgmma", &argument, [](void** lane) {
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 32; i++) {  // lane l holds rows l / 4 and that + 8, columns 2 * (l % 4) and the next, and those + 8
         const int row = i / 16, k = i % 16;
-        const uint32_t pair = ((Argument*)lane[l / 4 * 4 + k % 8 / 2])->rows.a[row + k / 8 * 2];
-        ((Argument*)lane[l])->rows.rows[row][k] = ((Argument*)lane[l])->decode((uint16_t)(pair >> 16 * (k & 1)));
+        const uint32_t pair = ((Argument*)lane[l / 4 * 4 + k % 8 / 2])->a[row + k / 8 * 2];
+        ((Argument*)lane[l])->rows[row].values[k] = decoded<T>((uint16_t)(pair >> 16 * (k & 1)));
       }
   });
   return argument.rows;
 }
-template <int NT>
-void wgmma_by_registers(float (*d)[4], const uint32_t (&a)[4], uint64_t b, float (*decode)(uint16_t)) {
-  const RegisterRows registers = rows_in_registers(a, decode);
+// A lane's sums of eights of columns, four each: its two rows times columns 2 * (lane % 4) and the next, which are rows of b. Half of all time goes here:
+// the sanitizers watch what row_at reads of shared memory.
+template <class T>
+__attribute__((no_sanitize("address", "undefined"))) void add_products(float* sums, int eights, const std::array<Row, 2>& rows, uint64_t b, int lane) {
+  for (int i = 0; i < 2 * eights; i++) {
+    const Row column = row_at<T>(b, i / 2 * 8 + lane % 4 * 2 + i % 2);
+    for (int half = 0; half < 2; half++)
+      for (int k = 0; k < 16; k++) sums[i / 2 * 4 + half * 2 + i % 2] += rows[half].values[k] * column.values[k];
+  }
+}
+template <class T, int NT>
+void wgmma_by_registers(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
+  const auto rows = rows_in_registers<T>(a);
   const int lane = lane_index();
-  emu::my_products().open.push_back([=] {
-    for (int i = 0; i < 4 * NT; i++)
-      for (int k = 0; k < 16; k++) d[i / 4][i % 4] += registers.rows[i >> 1 & 1][k] * value_at(b, i / 4 * 8 + lane % 4 * 2 + (i & 1), k, decode);
-  });
+  emu::my_products().open.push_back([=] { add_products<T>(d[0], NT, rows, b, lane); });
 }
 template <int NT>
 void wgmma_bf16(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
-  wgmma_by_registers<NT>(d, a, b, emu::from_bf16);
+  wgmma_by_registers<BFloat16, NT>(d, a, b);
 }
 template <int NT>
 void wgmma_fp16(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
-  wgmma_by_registers<NT>(d, a, b, emu::from_fp16);
+  wgmma_by_registers<Float16, NT>(d, a, b);
 }
 template <class T, int NT>
 void multiply_shared(float (&d)[72], uint64_t a, uint64_t b, bool accumulate) {
   float* sums = d;
-  const int lane = lane_index(), warp = warp_index() % 4;
+  const int lane = lane_index(), row = warp_index() % 4 * 16 + lane / 4;
   emu::my_products().open.push_back([=] {
-    const auto value = [](uint64_t matrix, int row, int k) { return value_at(matrix, row, k, T::kIsBf16 ? emu::from_bf16 : emu::from_fp16); };
-    for (int i = 0; i < 4 * NT; i++) {
-      const int row = 16 * warp + lane / 4 + (i >> 1 & 1) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
-      float sum = accumulate ? sums[i] : 0.f;
-      for (int k = 0; k < 16; k++) sum += value(a, row, k) * value(b, column, k);
-      sums[i] = sum;
-    }
+    if (!accumulate) std::fill_n(sums, 4 * NT, 0.f);
+    add_products<T>(sums, NT, {row_at<T>(a, row), row_at<T>(a, row + 8)}, b, lane);
   });
 }
 inline uint64_t wgmma_matrix_transposed(const void* p, int apart) { return wgmma_matrix(p) | (uint64_t)(apart >> 4) << 16; }
 template <class T>
 void multiply_transposed(float (&d)[72], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  const auto decode = T::kIsBf16 ? emu::from_bf16 : emu::from_fp16;
-  const RegisterRows registers = rows_in_registers(a, decode);
+  const auto rows = rows_in_registers<T>(a);
   const int lane = lane_index();
   float* const sums = d;
   emu::my_products().open.push_back([=] {
-    for (int i = 0; i < 64; i++) {
-      const int column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
-      float sum = accumulate ? sums[i] : 0.f;
-      for (int k = 0; k < 16; k++) sum += registers.rows[i >> 1 & 1][k] * value_at((b & 0xFFFF) + (b >> 16) * (uint64_t)(column / 64), k, column % 64, decode);
-      sums[i] = sum;
+    if (!accumulate) std::fill_n(sums, 64, 0.f);
+    for (int i = 0; i < 32; i++) {
+      const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      for (int k = 0; k < 16; k++) {
+        const float value = value_at<T>((b & 0xFFFF) + (b >> 16) * (uint64_t)(column / 64), k, column % 64);
+        for (int half = 0; half < 2; half++) sums[i / 2 * 4 + half * 2 + i % 2] += rows[half].values[k] * value;
+      }
     }
   });
 }

@@ -636,7 +636,7 @@ DEVICE void add_up(const SkinnyLinear& a, const Layout& l, const Shared& shared,
 constexpr int registers_of(int most, int places) { return places == 4 ? 128 : most == kTall ? 120 : 96; }
 
 // MOST: rows of w in a block. PLACES: of s that a thread waits for at once; 0: there are no adapters.
-template <class T, bool CLUSTER, int MOST, int PLACES>
+template <class T, int MOST, int PLACES>
 KERNEL void __maxnreg__(registers_of(MOST, PLACES)) linear(const SkinnyLinear a, const GRID_CONSTANT TensorMap w_map, const GRID_CONSTANT TensorMap x_map, const Layout l) {
 #if SM90  // elsewhere an empty kernel, which is never launched: ops/skinny_linear.py refuses
   SMEM_DECL;
@@ -688,10 +688,9 @@ KERNEL void __maxnreg__(registers_of(MOST, PLACES)) linear(const SkinnyLinear a,
   }
   sync_block();  // the weights are read: the sums may stand where they stood
   if (warp < kMultiplying / 32) leave_sums<MOST>(a, shared, d);
-  if constexpr (CLUSTER) share_with_cluster();
-  else sync_block();
+  share_with_cluster();
   add_up<T>(a, l, shared, part);
-  if constexpr (CLUSTER) share_with_cluster();  // others may still read these sums; this thread's reads are complete, as what it made of them is stored
+  share_with_cluster();  // others may still read these sums; this thread's reads are complete, as what it made of them is stored
 #endif
 }
 
@@ -703,7 +702,7 @@ int describe_chunks(TensorMap* map, const void* base, const SkinnyLinear& a, int
 template <class T, int MOST, int PLACES>
 int launch_form(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
   const Launch how = {(unsigned)(ceil_div(a.n, a.rows) * a.splits), kThreads, (size_t)l.total, stream, a.overlap && can_overlap()};
-  return a.splits > 1 ? launch_clusters_together(how, (unsigned)a.splits, linear<T, true, MOST, PLACES>, a, w, x, l) : launch_together(how, linear<T, false, MOST, PLACES>, a, w, x, l);
+  return launch_clusters_together(how, (unsigned)a.splits, linear<T, MOST, PLACES>, a, w, x, l);
 }
 
 template <class T, int MOST>

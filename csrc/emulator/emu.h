@@ -9,6 +9,7 @@
 // Not modelled: the memory model between blocks (they run one after another, those of a cluster in turns), bank conflicts.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -213,11 +214,16 @@ inline uint16_t to_bf16(float value) {  // round to nearest even
   std::memcpy(&word, &value, 4);
   return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
-inline float from_fp16(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  float value = exponent == 0 ? std::ldexp((float)fraction, -24) : exponent == 31 ? (fraction ? NAN : INFINITY) : std::ldexp((float)(fraction | 1024), exponent - 25);
-  return bits >> 15 ? -value : value;
-}
+inline const std::array<float, 1 << 16> fp16_values = [] {  // of all halves: to work one out takes longer than to multiply it
+  std::array<float, 1 << 16> values;
+  for (int bits = 0; bits < 1 << 16; bits++) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float value = exponent == 0 ? std::ldexp((float)fraction, -24) : exponent == 31 ? (fraction ? NAN : INFINITY) : std::ldexp((float)(fraction | 1024), exponent - 25);
+    values[bits] = bits >> 15 ? -value : value;
+  }
+  return values;
+}();
+inline float from_fp16(uint16_t bits) { return fp16_values[bits]; }
 inline uint16_t to_fp16(float value) {  // round to nearest even; overflow gives infinity
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   const float size = std::fabs(value);

@@ -24,7 +24,7 @@ from tests.slots import write_slot
 
 DRIVER = Path(__file__).parent / "skinny_driver.cpp"
 pytestmark = emulator.HOPPER_OR_EMULATED
-SPLITS = [1, 2, 4, 8] if GPU else [1, 2]
+SPLITS = [1, 2, 4, 8] if GPU else [2]
 
 
 def emulate(driver: Path) -> emulator.Operators:
