@@ -78,6 +78,10 @@ class AdapterMemory(AdapterTensors):
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         names = {dtype: short for short, dtype in DTYPES.items()}
+        for key, tensor in tensors.items():
+            if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta:
+                found = f"{type(tensor).__name__} on {getattr(tensor, 'device', 'no device')}"
+                raise AdapterError(f"tensors of {name}: {key}: expected a torch.Tensor with all values, found {found}. Of a DTensor pass full_tensor().")
         entries = {key: TensorEntry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, tensor.nbytes) for key, tensor in tensors.items()}
         super().__init__(Path(f"tensors of {name}"), {}, entries)
         self._tensors = tensors

@@ -354,6 +354,10 @@ def test_the_prefix_cache_never_mixes_revisions_of_a_name() -> None:
         assert ask() == (expected(0), 8)  # the old weights again: their pages are right again
 
 
+class Sharded(torch.Tensor):
+    """As torch's DTensor is one: no plain tensor with all values."""
+
+
 def test_weights_from_tensors() -> None:
     path = other_adapter_path(1)
     tensors, config = load_file(path / "adapter_model.safetensors"), json.loads((path / CONFIG_FILE).read_text())
@@ -369,6 +373,13 @@ def test_weights_from_tensors() -> None:
         engine.load_lora_adapter_from_tensors("t", tensors.items(), config, load_inplace=True)
         assert engine.generate(input_ids=PROMPT, sampling_params=GREEDY, lora_path="t")["output_ids"] == expected(None)
         key = next(iter(tensors))
+        for tensor, found in (
+            (tensors[key].numpy(), "ndarray on "),
+            (tensors[key].to("meta"), "Tensor on meta"),
+            (tensors[key].as_subclass(Sharded), "Sharded on cpu"),
+        ):
+            with pytest.raises(RequestError, match=f"tensors of bad: {key}: expected a torch.Tensor with all values, found {found}"):
+                engine.load_lora_adapter_from_tensors("bad", tensors | {key: tensor}, config)
         for change, text in (
             (lambda: tensors[key].fill_(torch.nan), f"tensors of bad: {key}: expected finite weights"),
             (lambda: config.update(use_dora=True), "config_dict of bad: use_dora"),
