@@ -198,9 +198,11 @@ def main() -> None:
     overrides: dict[str, Any] = {"num_hidden_layers": args.layers} if args.layers else {}
     results = timing.Results(args.out, "engine_parts", KEYS, {"prompt": 32, **overrides}, commit=args.commit)
     options = argparse.Namespace(**vars(args), eager=False, no_overlap=False, profile=False, one_engine=False)
-    few = mock.patch.multiple(
-        build, ladder=lambda most: sorted({*args.batches, 32}), prefill_ladder=lambda tokens, requests: [(256, 255), (512, 16), (2048, 16)]
-    )
+    def sizes(_tokens: int, requests: int) -> list[tuple[int, int]]:
+        return [(tokens, min(requests, most)) for tokens, most in ((256, 255), (512, 16), (2048, 16))]
+
+    few_requests = min(32, max(args.batches))
+    few = mock.patch.multiple(build, ladder=lambda most: sorted({*args.batches, few_requests}), prefill_ladder=sizes)
     with tempfile.TemporaryDirectory() as folder, few:
         bench = Bench(options, write_config(args.shape, Path(folder) / args.shape, **QUANTIZATIONS[args.weights], **overrides), args.rank, max(args.active))
     for active in args.active:
@@ -208,7 +210,7 @@ def main() -> None:
         for batch in args.batches:
             results.add(common | decode_row(bench, batch, active))
             print(timing.format_table(results.rows[-1:], COLUMNS), flush=True)
-        results.add(common | arrivals_row(bench, 32, active))
+        results.add(common | arrivals_row(bench, few_requests, active))
         print(timing.format_table(results.rows[-1:], COLUMNS), flush=True)
         for count, tokens in PREFILLS:
             results.add(common | prefill_row(bench, count, tokens, active))

@@ -115,8 +115,8 @@ def load_slot(slots_ptr, rank_ptr, split_ptr, offset_ptr, stride_ptr, token):
 
 @triton.jit
 def pdl_early(PDL: tl.constexpr):
-    """Let the kernel after this one start at once. For kernels before a linear or a norm alone: these read weights and adapters before their
-    wait, nothing that a kernel of the step writes."""
+    """Let the kernel after this one start at once. For kernels before a linear, a norm or an alignment alone: these read weights and adapters
+    before their wait, nothing that a kernel of the step writes."""
     if PDL:
         gdc_launch_dependents()
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sglang_lora_moe.ops import launch
-from sglang_lora_moe.ops.low_rank import LowRank, load_b_columns, pdl_wait
+from sglang_lora_moe.ops.low_rank import LowRank, load_b_columns, pdl_early, pdl_wait
 
 
 @triton.jit
@@ -40,6 +40,7 @@ def _combine_kernel(
     TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr, ALIGN: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, blocks of N). One load for all K rows, so that all are under way before the first is used."""
+    pdl_early(PDL)  # a norm follows, and behind it a linear, whose weights come while the experts end
     token = tl.program_id(0)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     rk = tl.arange(0, K_BLOCK)
