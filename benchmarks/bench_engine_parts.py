@@ -198,6 +198,7 @@ def main() -> None:
     overrides: dict[str, Any] = {"num_hidden_layers": args.layers} if args.layers else {}
     results = timing.Results(args.out, "engine_parts", KEYS, {"prompt": 32, **overrides}, commit=args.commit)
     options = argparse.Namespace(**vars(args), eager=False, no_overlap=False, profile=False, one_engine=False)
+
     def sizes(_tokens: int, requests: int) -> list[tuple[int, int]]:
         return [(tokens, min(requests, most)) for tokens, most in ((256, 255), (512, 16), (2048, 16))]
 
