@@ -22,6 +22,13 @@ DEVICE void arrive_having_read(float seen) {
 }
 // From the same place in the shared memory of block `rank` of the cluster, this one being `own`.
 DEVICE void load_floats_beside(float (&r)[4], const float* p, int, int rank) { load_floats_of(r, p, rank); }
+DEVICE float load_float_beside(const float* p, int, int rank) {
+  float value = 0.f;
+#if SM90
+  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.f32 %0, [remote];\n}" : "=f"(value) : "r"(shared_address(p)), "r"(rank) : "memory");
+#endif
+  return value;
+}
 DEVICE uint32_t load_count(const uint32_t* p) {
   uint32_t value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
@@ -45,6 +52,12 @@ inline void load_floats_beside(float (&r)[4], const float* p, int own, int rank)
   const uint8_t* shared = emu::cluster[(emu::block.index.x - (unsigned)own) % emu::cluster.size() + (unsigned)rank].shared.get();
   if (shared == nullptr) emu::fail("a read of the shared memory of a block that has ended");
   std::memcpy(r, shared + ((const uint8_t*)p - emu::block.shared.get()), 16);
+}
+inline float load_float_beside(const float* p, int own, int rank) {
+  if (own == rank) return *p;
+  const uint8_t* shared = emu::cluster[(emu::block.index.x - (unsigned)own) % emu::cluster.size() + (unsigned)rank].shared.get();
+  if (shared == nullptr) emu::fail("a read of the shared memory of a block that has ended");
+  return *(const float*)(shared + ((const uint8_t*)p - emu::block.shared.get()));
 }
 inline uint32_t load_count(const uint32_t* p) { return *p; }
 inline void use_here(uint32_t&) {}

@@ -10,139 +10,11 @@
 //     Until then who has what to do is on the way of everything: tables are asked for by all warps at once, first of all.
 //   * Then B s is more k of the same product: 16 columns of B of one adapter against 16 of s, zero for the tokens of others. B comes while the
 //     weights stream, what has no room beside them where they have been read; the blocks of a cluster share these columns too.
+//   * Of few tokens the kernel before makes s, in shares (given). Then no block waits for another, and B s is added where sums are added up.
 //   * Blocks leave their sums in shared memory, and each adds up and writes a share of the output, in the order of the blocks.
-#include "skinny_linear.h"
-
-#include "cluster_prims.cuh"
-
-#if !SM90
-#pragma nv_diag_suppress 177  // nothing is used where the kernel is empty
-#endif
+#include "skinny_linear_given.cuh"
 
 namespace {
-
-constexpr int kTokens = 64, kK = 64, kStages = 8;
-constexpr int kMultiplying = 256, kPreparing = 128, kThreads = kMultiplying + kPreparing + 64;
-constexpr int kSixteens = kK / 16, kMostLows = 4;  // of adapters' columns in a chunk; such chunks in shared memory
-constexpr int kFlight = 48 << 10;           // bytes of weights that a block has under way at most: more would only make all other loads wait behind them
-constexpr int kMostShared = 227 * 1024, kTooLarge = 1;  // the error is cudaErrorInvalidValue
-
-constexpr int kCut = 1024, kHeld = kCut / 128;  // columns of A that a block multiplies at once; runs of 32 columns of each of four warps
-constexpr int kTallBeyond = 16;                 // ranks beyond which it may take sixteen rows of A at once, not eight: fewer turns, x read less often
-constexpr int kShort = 80, kTall = 144;         // rows of w in a block, at most: of few, sums take few registers
-constexpr uint32_t kEmpty = 0xffffffff;         // a word of s: a NaN that no arithmetic makes
-constexpr int kEightSums = 3 * 32 * 2;          // floats that three warps hand to the first, of eight rows
-constexpr int kMostParts = 4;                   // of a linear with adapters
-constexpr uint32_t kLaunch = 1 << 16;           // what the blocks of a launch add to the count of launches, together
-constexpr int kSixteenBits = 12;                // of a word that counts sixteens, and eights above
-
-struct Sixteen {  // columns of B of one adapter's part, which one product adds
-  int64_t place;  // of B(slot, part)[0, r0] in the pool
-  int32_t slot, part, rank, r0;
-  int32_t from, to;  // rows of the part, counted from this block's first
-  float scaling;
-};
-
-struct Eight {  // rows of a cut of A, eight or sixteen, for at most eight tokens of the slot
-  int64_t place;  // of A(slot, part)[r0, 0] in the pool
-  int32_t part, rank, r0, cut;
-  int32_t first, tokens;  // in the order of slots
-};
-
-HOST_DEVICE constexpr int rows_of(int places) { return places == 4 ? 16 : 8; }  // of A at once
-
-// Where things lie in shared memory. A block reads 64 rows of tokens from any chunk of `x`, also where fewer are there: what follows is garbage to it.
-struct Layout {
-  int chunks, x_bytes, stages;        // of w in a block, at most; of a chunk of tokens; groups of such chunks
-  int lows, low_bytes;                // chunks of adapters' columns, s and behind it B, that have room beside the weights; of one
-  int later;                          // of them that come where the weights have been read
-  int high;                           // rows of A that a block multiplies at once
-  int places;                         // of s that a thread waits for at once: 1, 2 or 4, and with 4 sixteen rows of A are multiplied at once
-  int w, low, barriers, eight_sums, list, total;  // offsets
-  int sixteens, eights;               // most of a block
-  int shift;                          // of splits
-  int blocks;                         // of the grid
-  Divider pieces, cuts;               // rows / 8; of A's columns
-};
-
-constexpr int kGroups = 64;  // most groups of chunks of w
-
-HOST_DEVICE int cuts_of(const SkinnyLinear& a) { return ceil_div(a.k, kCut); }
-
-inline Layout layout_of(const SkinnyLinear& a) {
-  Layout l;
-  l.chunks = ceil_div(ceil_div(a.k, kK), a.splits);
-  l.x_bytes = ceil_div(a.m, 8) * 8 * 128;
-  const int w_bytes = ceil_div(l.chunks, a.group) * a.group * a.rows * 128;
-  const int adapters = a.m < a.num_slots ? a.m : a.num_slots, blocks = ceil_div(a.n, a.rows) * a.splits;
-  l.sixteens = ceil_div(adapters * a.parts * ceil_div(a.max_rank, 16), a.splits) + a.parts;
-  l.places = ceil_div(a.m, 32) * ceil_div(ceil_div(a.max_rank, 16), a.splits);
-  l.places = l.places == 1 ? 1 : a.max_rank > kTallBeyond ? 4 : 2;
-  l.high = rows_of(l.places);
-  l.eights = ceil_div((adapters + (a.m - adapters) / 8) * a.parts * ceil_div(a.max_rank, l.high) * cuts_of(a), blocks);
-  const int sum_bytes = a.s ? 2 * kEightSums * (l.high / 8) * 4 : 0;
-  const int list_bytes = a.s ? l.sixteens * (int)sizeof(Sixteen) + l.eights * (int)sizeof(Eight) + kMostParts * a.num_slots * 4 + 32 + sum_bytes : 0;
-  const int barriers = (kGroups + 2 * kStages + 2) * (int)sizeof(Barrier);
-  l.low_bytes = l.x_bytes + a.rows * 128;
-  l.lows = a.s ? ceil_div(ceil_div(adapters * ceil_div(a.max_rank, 16), a.splits), kSixteens) : 0;
-  l.lows = l.lows > kMostLows ? kMostLows : l.lows;
-  const auto stages = [&] { return (kMostShared - w_bytes - l.lows * l.low_bytes - list_bytes - barriers) / (l.x_bytes * a.group); };
-  while (l.lows > 1 && stages() < 2) l.lows--;
-  l.stages = stages();
-  const int groups = ceil_div(l.chunks, a.group);
-  l.stages = l.stages < 2 ? 2 : l.stages > kStages ? kStages : l.stages;  // one is given back when the products of the next are under way
-  l.stages = l.stages > groups ? groups : l.stages;
-  l.w = l.stages * l.x_bytes * a.group;
-  l.low = l.w + w_bytes;
-  l.barriers = l.low + l.lows * l.low_bytes;
-  l.eight_sums = l.barriers + barriers;
-  l.list = l.eight_sums + sum_bytes;
-  l.later = ceil_div(l.sixteens, kSixteens) - l.lows;
-  l.later = l.later < 0 ? 0 : l.later > w_bytes / l.low_bytes ? w_bytes / l.low_bytes : l.later;
-  l.total = l.eight_sums + list_bytes;
-  l.shift = a.splits == 8 ? 3 : a.splits / 2;
-  l.blocks = blocks, l.pieces = make_divider(a.rows / 8), l.cuts = make_divider(cuts_of(a));
-  const int sums = 2 * a.m * pitch_of(a.rows) * 4;
-  if (l.total < l.w + kTokens * 128) l.total = l.w + kTokens * 128;
-  if (l.total < l.w + sums) l.total = l.w + sums;
-  if (a.s && l.total < l.barriers - l.low_bytes + kTokens * 128) l.total = l.barriers - l.low_bytes + kTokens * 128;
-  return l;
-}
-
-struct Shared {
-  uint8_t *x, *w, *low;
-  Barrier *w_full, *x_full, *x_empty, *low_full, *low_empty;
-  int32_t* count;            // sixteens and eights of this block, then of each part
-  int32_t* half;             // of s: whose turn it is
-  Sixteen* sixteens;
-  Eight* eights;
-  int32_t* runs;             // [parts, num_slots]
-  float* eight_sums;         // [2, 3 warps, 32 lanes, 2 or 4]
-  float* sums;               // over w, when it has been read
-};
-
-DEVICE Shared carve(uint8_t* memory, const Layout& l) {
-  Shared s;
-  s.x = memory, s.w = memory + l.w, s.low = memory + l.low;
-  s.w_full = (Barrier*)(memory + l.barriers), s.x_full = s.w_full + kGroups, s.x_empty = s.x_full + kStages;
-  s.low_full = s.x_empty + kStages, s.low_empty = s.low_full + 1;
-  s.count = (int32_t*)(memory + l.list), s.half = s.count + 2 + kMostParts, s.sixteens = (Sixteen*)(memory + l.list + 32), s.eights = (Eight*)(s.sixteens + l.sixteens);
-  s.runs = (int32_t*)(s.eights + l.eights);
-  s.eight_sums = (float*)(memory + l.eight_sums);
-  s.sums = (float*)s.w;
-  return s;
-}
-
-// Adapters' columns: the first chunks beside the weights, others over them.
-DEVICE uint8_t* low_of(const Layout& l, const Shared& shared, int chunk) {
-  return chunk < l.lows ? shared.low + chunk * l.low_bytes : shared.w + (chunk - l.lows) * l.low_bytes;
-}
-
-struct Part {  // of this block in the work
-  int rank;           // in the cluster
-  int n0;             // first row of w
-  int first, chunks;  // columns of w, in chunks
-};
 
 // ---- weights and tokens ----------------------------------------------------------------------------------------------------------------
 
@@ -572,7 +444,7 @@ DEVICE void multiply(const SkinnyLinear& a, const Layout& l, const Shared& share
     if (++stage == l.stages) stage = 0, phase ^= 1, x = shared.x;
   }
   wgmma_wait<0>();
-  if (!a.s) return;
+  if (!a.s || a.shares) return;
   if (lane_index() == 0) barrier_arrive(shared.low_empty);
   const int most = uniform((l.lows + l.later) * kSixteens);
   for (int c = 0; c == 0 || c * most < uniform(*shared.count); c++) {
@@ -659,7 +531,7 @@ KERNEL void __maxnreg__(registers_of(MOST, PLACES)) linear(const SkinnyLinear a,
   }
   const int warp = uniform(warp_index());
   Known known = {};
-  if (PLACES > 0 && a.s && warp >= kMultiplying / 32 && warp < (kMultiplying + kPreparing) / 32) {
+  if (PLACES > 0 && PLACES != kGiven && a.s && warp >= kMultiplying / 32 && warp < (kMultiplying + kPreparing) / 32) {
     know(a, warp - kMultiplying / 32, lane_index(), known);
     know_tokens(a, part, warp - kMultiplying / 32, known);
   }
@@ -675,7 +547,9 @@ KERNEL void __maxnreg__(registers_of(MOST, PLACES)) linear(const SkinnyLinear a,
 #undef CASE
     }
   } else if (warp < (kMultiplying + kPreparing) / 32) {
-    if constexpr (PLACES > 0) {
+    if constexpr (PLACES == kGiven) {
+      prepare_given(a, l, shared, part);
+    } else if constexpr (PLACES > 0) {
       if (a.s) prepare<T, PLACES>(a, l, shared, part, known);
     }
   } else if (warp == (kMultiplying + kPreparing) / 32) {
@@ -689,7 +563,8 @@ KERNEL void __maxnreg__(registers_of(MOST, PLACES)) linear(const SkinnyLinear a,
   sync_block();  // the weights are read: the sums may stand where they stood
   if (warp < kMultiplying / 32) leave_sums<MOST>(a, shared, d);
   share_with_cluster();
-  add_up<T>(a, l, shared, part);
+  if constexpr (PLACES == kGiven) add_up_given<T>(a, l, shared, part);
+  else add_up<T>(a, l, shared, part);
   share_with_cluster();  // others may still read these sums; this thread's reads are complete, as what it made of them is stored
 #endif
 }
@@ -708,6 +583,7 @@ int launch_form(const SkinnyLinear& a, const Layout& l, const TensorMap& w, cons
 template <class T, int MOST>
 int launch_most(const SkinnyLinear& a, const Layout& l, const TensorMap& w, const TensorMap& x, void* stream) {
   if (!a.s) return launch_form<T, MOST, 0>(a, l, w, x, stream);
+  if (l.places == kGiven) return launch_form<T, MOST, kGiven>(a, l, w, x, stream);
   if (l.places == 1) return launch_form<T, MOST, 1>(a, l, w, x, stream);
   return l.places == 2 ? launch_form<T, MOST, 2>(a, l, w, x, stream) : launch_form<T, MOST, 4>(a, l, w, x, stream);
 }

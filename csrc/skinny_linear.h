@@ -12,6 +12,7 @@ struct SkinnyLinear {
   const void* bias;  // [n], or null
   void* out;         // [m, n]
   float* s;                // two halves, for shares of A x [ceil(k / 1024), m, parts, width], in turns: all bits set before the first launch;
+                           // with shares: A x [shares, m, parts, width], which the kernel before has made, and launches and half unused;
                            // null: no adapters, and the fields down to max_rank unused
   uint32_t* launches;      // with this s, so many times 2^16: each counts itself
   const int32_t* slots;    // [m], -1 = no adapter
@@ -30,6 +31,7 @@ struct SkinnyLinear {
   int32_t overlap;         // start beside the end of the kernel before
   int32_t group;           // chunks of 64 columns that come with one copy: 2 or more
   int32_t half;            // floats of half of s, a multiple of 4
+  int32_t shares;          // of a given s, or 0; with them width is a multiple of 4
 };
 
 // Bytes of shared memory that a block needs; more than the device gives: this shape cannot run.

@@ -30,11 +30,17 @@ void linear(Tensor x, Tensor w, std::optional<Tensor> bias, Tensor out, std::opt
     STD_TORCH_CHECK(slots && order && ordered && pool && a_offset && b_offset && rank && scaling && starts, kName, ": s comes with slots, tables and starts");
     a.parts = (int32_t)(starts->numel() - 1), a.width = (int32_t)width;
     STD_TORCH_CHECK(a.parts <= 4, kName, ": expected at most 4 parts, got ", a.parts);
-    const int64_t half = (s->numel() - 1) / 2;
-    STD_TORCH_CHECK(s->numel() % 2 == 1 && half % 4 == 0 && half >= ((k + 1023) / 1024) * m * a.parts * a.width, kName,
-                    ": expected s of two halves, in fours of at least ceil(k / 1024) * m * parts * width, and a count, got ", s->numel(), " elements");
-    a.s = checked<float>(kName, *s, "s", ScalarType::Float, device, 2 * half + 1), a.half = (int32_t)half;
-    a.launches = (uint32_t*)(a.s + 2 * half);
+    if (s->dim() == 4) {
+      a.shares = (int32_t)s->size(0);
+      STD_TORCH_CHECK(a.shares > 0 && a.width % 4 == 0, kName, ": expected a given s of some shares, with ranks in fours, got ", a.shares, " shares of ", a.width, " ranks");
+      a.s = checked<float>(kName, *s, "s", ScalarType::Float, device, a.shares * m * a.parts * a.width);
+    } else {
+      const int64_t half = (s->numel() - 1) / 2;
+      STD_TORCH_CHECK(s->numel() % 2 == 1 && half % 4 == 0 && half >= ((k + 1023) / 1024) * m * a.parts * a.width, kName,
+                      ": expected s of two halves, in fours of at least ceil(k / 1024) * m * parts * width, and a count, got ", s->numel(), " elements");
+      a.s = checked<float>(kName, *s, "s", ScalarType::Float, device, 2 * half + 1), a.half = (int32_t)half;
+      a.launches = (uint32_t*)(a.s + 2 * half);
+    }
     a.slots = checked<const int32_t>(kName, *slots, "slots", ScalarType::Int, device, m);
     a.order = checked<const int32_t>(kName, *order, "order", ScalarType::Int, device, m);
     a.ordered = checked<const int32_t>(kName, *ordered, "ordered", ScalarType::Int, device, m);

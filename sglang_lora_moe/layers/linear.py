@@ -75,11 +75,15 @@ class Linear(nn.Module):
 
     def adding(self, x: torch.Tensor, low: Any) -> torch.Tensor | None:
         """As `forward` for x [M, in], and what adapters add beyond `low`, which was begun; None where no kernel does both."""
-        from sglang_lora_moe.ops import middle_linear  # needs triton
+        from sglang_lora_moe.ops import middle_linear, skinny_linear  # need triton
 
         weight = self.weight_for(x.shape[0])
-        shape = None if weight is None else middle_linear.shape_for(x, weight, low)
-        return None if weight is None or shape is None else middle_linear.middle_linear(x, weight, self.bias, low, shape)
+        if weight is None:
+            return None
+        if few := skinny_linear.shape_for(x, weight, low):
+            return skinny_linear.skinny_linear(x, weight, self.bias, low, few)
+        shape = middle_linear.shape_for(x, weight, low)
+        return None if shape is None else middle_linear.middle_linear(x, weight, self.bias, low, shape)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {dict(self.parts)}, bias={self.bias is not None}"

@@ -179,8 +179,10 @@ def _without_adapters(linear: Any) -> Any:
 
 
 def _plan(linear: Any, x: torch.Tensor, splits: int | None = None) -> Any:
-    """What the kernels around a linear of x [T, in] share to do the work of its adapters; None where there is none, they cannot, or `_whole` does."""
-    return linear.plan(x.shape[0], splits) if hasattr(linear, "plan") and _whole(linear, x) is None else None
+    """What the kernels around a linear of x [T, in] share to do the work of its adapters; None where there is none, they cannot, or `_whole` does it alone."""
+    whole = _whole(linear, x)
+    able = hasattr(linear, "plan") and (whole is None or skinny_linear.takes_given(x.shape[0], *whole[2:]))
+    return linear.plan(x.shape[0], splits) if able else None
 
 
 def _begin(linear: Any, x: torch.Tensor) -> Any:

@@ -87,8 +87,8 @@ class MoeRunner:
     def run(self, inp: RunnerInput, quant_info: Any, hooks: LoRAHooks | None = None) -> torch.Tensor:
         """The layer's output [M, H] (this rank's partial sum) in x's dtype; `quant_info` is what `core.quant_info` gave for the layer."""
         core = self.core
-        if inp.spec.router_weight_on == "input":
-            inp = _weight_input(inp)
+        if inp.spec.router_weight_on == "input":  # x is scaled by the one weight, so that nothing below knows of it
+            inp = replace(inp, x=(inp.x * inp.topk_weights).to(inp.x.dtype), topk_weights=torch.ones_like(inp.topk_weights))
         routing = core.make_routing(inp)
         if hooks is None:
             return core.down_combine(inp, core.gate_up_activation(inp, routing, quant_info), routing, quant_info)
@@ -101,9 +101,3 @@ class MoeRunner:
         if hooks.post_down is not None:
             return hooks.post_down(inp, core.down(inp, act, routing, quant_info), s, routing)
         return core.down_combine(inp, act, routing, quant_info, s)
-
-
-def _weight_input(inp: RunnerInput) -> RunnerInput:
-    """Apply the one router weight to x instead of the output, so that nothing below knows of it."""
-    x = (inp.x * inp.topk_weights).to(inp.x.dtype)
-    return replace(inp, x=x, topk_weights=torch.ones_like(inp.topk_weights))

@@ -142,11 +142,6 @@ def tile_tokens(tokens: int) -> int:
     return 16 if tokens <= 512 else 64
 
 
-def tile_shares(tokens: int) -> int:
-    """Programs that share the slots of a block: several while programs are few and a block may have many slots."""
-    return 2 if tokens <= 64 else 1
-
-
 # ---- shrink ---------------------------------------------------------------------------------------------------------
 @triton.jit
 def _load_a(pool_ptr, offset_ptr, rank_ptr, entry, slot, is_part, rr, K, k, wanted):
@@ -239,7 +234,8 @@ def linear_shrink(x: torch.Tensor, low: LinearAddend, unsummed: torch.Tensor | N
     a, (splits, m, parts, width) = low.tables.a, into.shape
     launch.expect("linear_shrink: x", x, (low.slots.shape[0], a.dim), x.dtype, a.pool.device)  # a router's x may be wider than the pool
     br = max(16, min(64 // triton.next_power_of_2(parts), triton.next_power_of_2(width)))  # more of them spill
-    bm, shares, per_split = tile_tokens(m), tile_shares(m), triton.cdiv(a.dim, splits)
+    # Several programs share the slots of a block while programs are few and a block may have many slots
+    bm, shares, per_split = tile_tokens(m), 2 if m <= 64 else 1, triton.cdiv(a.dim, splits)
     once = bm == 16 and per_split <= 256
     _shrink_kernel[(triton.cdiv(m, bm), triton.cdiv(width, br) * shares, splits)](
         x, into, total, counts, low.order, low.slots_in_order, a.pool, a.offset, a.rank, m, parts, width, low.tables.stride, a.dim,

@@ -47,13 +47,9 @@ class SortedPairs:
     group_sizes: torch.Tensor  # int64 [G]
 
 
-def max_base_tiles(pairs: int, experts: int, block: int) -> int:
-    """Most tiles that `pairs` pairs over `experts` runs can need: every run may end in one partial tile."""
-    return min(pairs, pairs // block + min(experts, pairs))
-
-
-def max_lora_tiles(pairs: int, experts: int, slots: int, block: int) -> int:
-    return min(pairs, pairs // block + min(experts * slots, pairs))
+def max_tiles(pairs: int, runs: int, block: int) -> int:
+    """Most tiles that `pairs` pairs can need: every run, of an expert or of one with a slot, may end in one partial tile."""
+    return min(pairs, pairs // block + min(runs, pairs))
 
 
 def workspace_elements(pairs: int, experts: int) -> int:
@@ -100,7 +96,7 @@ def moe_lora_align_block_size(
 
 def buffer_shapes(pairs: int, experts: int, slots: int, base_block: int, lora_block: int) -> dict[str, tuple[int, ...]]:
     """Of the buffers of an `Alignment`, by name, large enough for any routing of `pairs` pairs."""
-    base, lora = max_base_tiles(pairs, experts, base_block), max_lora_tiles(pairs, experts, slots, lora_block)
+    base, lora = max_tiles(pairs, experts, base_block), max_tiles(pairs, experts * slots, lora_block)
     return {"sorted_pairs": (pairs,), "base_tiles": (base, 3), "lora_tiles": (lora, 4), "counts": (4,)}
 
 

@@ -21,6 +21,7 @@ MOST_BYTES = 160 << 10  # of weights in a block, which leaves room for tokens an
 MOST_SHARED, LISTS = 227 << 10, 12 << 10  # what a block may have, and what barriers and the lists of adapters take of it at most
 MOST_SIXTEENS = 256  # of adapters' columns in a step
 MOST_PARTS = 4  # of a linear with adapters
+MOST_GIVEN, GIVEN_HEIGHT = 256, 96  # of an s that the kernel before makes: tokens times ranks (24 and 32 of rank 16 were slower so); rows of w in a block
 
 define(
     "skinny_linear(Tensor x, Tensor w, Tensor? bias, Tensor(a!) out, Tensor(b!)? s, Tensor? slots, Tensor? order, Tensor? ordered, Tensor? pool, "
@@ -44,19 +45,25 @@ def shape_of(rows: int, columns: int, multiprocessors: int, tokens: int = MOST_T
 
 
 def skinny_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, addend: LinearAddend | None, shape: tuple[int, int, int]) -> torch.Tensor:
-    """x [M, K], w [N, K] -> [M, N] by the kernel, in the given shape. `addend`: whose adapters; its s: `empty_halves`."""
+    """x [M, K], w [N, K] -> [M, N] by the kernel, in the given shape. `addend`: whose adapters; its s: `empty_halves`, or made by the kernel before."""
     if x.is_cuda:
         build.load()
     low: tuple = (None,) * 10 + (0,) * 3
     if addend is not None:
         tables, a, b = addend.tables, addend.tables.a, addend.tables.b
-        if x.is_cuda and -(-w.shape[0] // shape[0]) * shape[1] > launch.multiprocessors(x.device):
+        if x.is_cuda and addend.s.dim() == 1 and -(-w.shape[0] // shape[0]) * shape[1] > launch.multiprocessors(x.device):
             raise ValueError(f"skinny_linear: with adapters blocks wait for each other, and w {tuple(w.shape)} in shape {shape} has more than run at once")
         low = (addend.s, addend.slots, addend.order, addend.ordered_slots, b.pool, a.offset, b.offset, b.rank, b.scaling, tables.starts)
         low += (tables.stride, a.shrink_width, b.max_rank)
     out = x.new_empty(x.shape[0], w.shape[0])
     torch.ops.sglang_lora_moe.skinny_linear(x, w, bias, out, *low, *shape, True)
     return out
+
+
+def takes_given(tokens: int, addend: LinearAddend | None, shape: tuple[int, int, int] | None) -> bool:
+    """Whether the kernel before should make s: tokens are few, and what `shape_of` leaves beside the weights has room for s and B of each."""
+    few = addend is not None and tokens * -(-addend.tables.b.max_rank // 16) * 16 <= MOST_GIVEN and addend.tables.a.shrink_width % 4 == 0
+    return few and shape is not None and shape[0] <= GIVEN_HEIGHT
 
 
 def half_for(tables: PartTables, tokens: int = MOST_TOKENS) -> int:
@@ -78,8 +85,11 @@ def shape_for(x: torch.Tensor, w: torch.Tensor, addend: LinearAddend | None) -> 
     """How to multiply x [M, K] and w [N, K], adapters included, or None where the kernel cannot, or is no faster: the rule in one place."""
     if not launch.has_wgmma(x.device) or not 0 < x.shape[0] <= MOST_TOKENS or x.dtype not in DTYPES or w.dtype != x.dtype:
         return None
+    shape = shape_of(*w.shape, launch.multiprocessors(x.device), -(-x.shape[0] // 32) * 32)
     if addend is not None:
         b, parts = addend.tables.b, addend.tables.num_parts
         if b.pool.dtype != x.dtype or parts > MOST_PARTS or min(x.shape[0], b.num_slots) * parts * -(-b.max_rank // 16) > MOST_SIXTEENS:
             return None
-    return shape_of(*w.shape, launch.multiprocessors(x.device), -(-x.shape[0] // 32) * 32)
+        if addend.s.dim() == 4 and (addend.grouped or not takes_given(x.shape[0], addend, shape)):
+            return None
+    return shape

@@ -22,7 +22,7 @@ class TokenText:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids if tokenizer is not None else ())
+        self.special = frozenset(tokenizer.all_special_ids if tokenizer is not None else ())
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
         self._raw: dict[int, bytes] = {}
@@ -40,10 +40,6 @@ class TokenText:
         raw = self.raw(token_id)
         return raw[1:] if raw.startswith(b" ") and not self.decode([token_id]).startswith(" ") else raw
 
-    def is_special(self, token_id: int) -> bool:
-        """Special tokens are left out of generated text, unless a request wants them."""
-        return token_id in self._special
-
     def decode(self, ids: list[int]) -> str:
         """The text of a prompt that was given as ids."""
         return "" if self._tokenizer is None else str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -54,7 +50,7 @@ class TokenText:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:  # an id of the padded part of the vocabulary
             return b""
-        if token_id not in self._special:
+        if token_id not in self.special:
             if self._is_byte_level and all(character in _BYTE_OF for character in piece):
                 return bytes(_BYTE_OF[character] for character in piece)
             if match := _BYTE_TOKEN.fullmatch(piece):
@@ -90,7 +86,7 @@ class CompletionLogprobs:
         offsets, entries = [], [*prompt, *answer]
         for i, entry in enumerate(entries):
             offsets.append(self._offset)
-            if not ((self._skips_special or i < len(prompt)) and self._tokens.is_special(entry.token_id)):
+            if not ((self._skips_special or i < len(prompt)) and entry.token_id in self._tokens.special):
                 raw = self._tokens.raw if self._begun or i >= len(prompt) else self._tokens.opening
                 self._offset += len(self._decoder.decode(raw(entry.token_id)))
                 self._begun = True

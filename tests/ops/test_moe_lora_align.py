@@ -10,8 +10,7 @@ import torch
 from sglang_lora_moe.ops.moe_lora_align import (
     Alignment,
     empty_alignment,
-    max_base_tiles,
-    max_lora_tiles,
+    max_tiles,
     moe_lora_align_block_size,
 )
 from tests.moe_cases import POPULARITIES, ROUTINGS, TOKENS, make_case
@@ -73,8 +72,8 @@ def test_bounds_hold_for_the_worst_routing() -> None:
     result = moe_lora_align_block_size(expert[:, None], slot, experts, slots, block, block)
     assert_alignment(result, expert[:, None], slot, experts, slots, block, block)
     pairs = expert.numel()
-    assert int(result.counts[2]) == 2 * experts * slots <= max_lora_tiles(pairs, experts, slots, block) == result.lora_tiles.shape[0]
-    assert int(result.counts[1]) <= max_base_tiles(pairs, experts, block) == result.base_tiles.shape[0]
+    assert int(result.counts[2]) == 2 * experts * slots <= max_tiles(pairs, experts * slots, block) == result.lora_tiles.shape[0]
+    assert int(result.counts[1]) <= max_tiles(pairs, experts, block) == result.base_tiles.shape[0]
 
 
 def test_callers_buffers_are_used_and_repeat_equal() -> None:

@@ -76,8 +76,8 @@ def assert_same(found: op.Alignment, expected: op.Alignment, case: Case) -> None
 
 def encode(case: Case) -> bytes:
     ids, slots = case.inputs()
-    base = op.max_base_tiles(ids.numel(), case.experts, case.base_block)
-    lora = op.max_lora_tiles(ids.numel(), case.experts, case.slots, case.lora_block)
+    base = op.max_tiles(ids.numel(), case.experts, case.base_block)
+    lora = op.max_tiles(ids.numel(), case.experts * case.slots, case.lora_block)
     sizes = [case.tokens, case.top_k, case.experts, case.slots, case.base_block, case.lora_block, int(slots is not None)]
     header = torch.tensor([int(case.dtype == torch.int64), *sizes, *case.plan, case.order, base, lora], dtype=torch.int32)
     return b"".join(t.numpy().tobytes() for t in (header, ids, slots) if t is not None)
@@ -87,8 +87,8 @@ def decode(output: bytes, cases: list[Case]) -> Iterator[op.Alignment]:
     words = torch.frombuffer(bytearray(output), dtype=torch.int32)
     for case in cases:
         pairs = case.tokens * case.top_k
-        base = op.max_base_tiles(pairs, case.experts, case.base_block)
-        lora = op.max_lora_tiles(pairs, case.experts, case.slots, case.lora_block)
+        base = op.max_tiles(pairs, case.experts, case.base_block)
+        lora = op.max_tiles(pairs, case.experts * case.slots, case.lora_block)
         parts = words[: pairs + 3 * base + 4 * lora + 4].split([pairs, 3 * base, 4 * lora, 4])
         words = words[pairs + 3 * base + 4 * lora + 4 :]
         yield op.Alignment(parts[0], parts[1].view(-1, 3), parts[2].view(-1, 4), parts[3])

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from sglang_lora_moe.lora.host_views import slot_views
 from sglang_lora_moe.lora.memory_pool import LoRAMemoryPool
 from sglang_lora_moe.lora.targets import LinearTarget
 from sglang_lora_moe.lora.weights import LinearLoRA
@@ -37,15 +38,16 @@ def emulate(driver: Path) -> emulator.Operators:
     ) -> None:  # fmt: skip
         nonlocal turn
         turn += 1
+        given = s is not None and s.dim() == 4
         parts = 0 if s is None else starts.numel() - 1
         entries = 0 if s is None else (parts - 1) * part_stride + rank.numel()
         tables = [None if t is None else t.as_strided((entries,), (1,)) for t in (a_offset, b_offset, rank, scaling)]
         fields = (
             turn % 4, x.shape[0], w.shape[0], x.shape[1], x.dtype == torch.bfloat16, bias is not None, s is not None, parts,
-            width, max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, splits, group,
+            width, max_rank, part_stride, 0 if rank is None else rank.numel(), entries, rows, splits, group, s.shape[0] if given else 0,
         )  # fmt: skip
-        head = struct.pack("16iq", *map(int, fields), 0 if pool is None else pool.numel())
-        written = emulator.answer(driver, head, x, w, bias, slots, order, ordered, pool, *tables, starts)
+        head = struct.pack("17iq", *map(int, fields), 0 if pool is None else pool.numel())
+        written = emulator.answer(driver, head, x, w, bias, slots, order, ordered, pool, *tables, starts, s if given else None)
         out.copy_(torch.frombuffer(written, dtype=out.dtype).view(out.shape))
 
     return {"skinny_linear": run}
@@ -104,6 +106,35 @@ def test_adapters(m: int, slots: int, popularity: str, max_rank: int, k: int, ro
     assert relative_error(found, ref_linear(x, w, None, stacks, token_slots)) < 5e-3
     assert torch.equal(found[token_slots < 0], plain[token_slots < 0]), "rows without an adapter changed"
     assert torch.equal(found, skinny_linear(x, w, None, addend, (rows, splits, 2))), "two runs differ"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "slots", "popularity", "max_rank", "shares", "rows", "splits"),
+    [
+        (1, 4, "uniform", 16, 32, 96, 2), (1, 1, "identical", 16, 1, 16, 2), (5, 4, "distinct", 16, 3, 88, 1), (16, 9, "uniform", 16, 32, 16, 2),
+        (2, 4, "uniform", 64, 32, 80, 2), (5, 9, "zipf", 40, 3, 32, 2), (13, 2, "uniform", 20, 9, 72, 4), (16, 16, "distinct", 16, 16, 112, 8),
+    ],
+)  # fmt: skip
+def test_given_sums(m: int, slots: int, popularity: str, max_rank: int, shares: int, rows: int, splits: int, dtype: torch.dtype) -> None:
+    """s is made by the kernel before, in shares; what no adapter has of it is never read as a number."""
+    parts, k = (72, 16, 24), 1024
+    noise = Noise(generator(m + shares, DEVICE), dtype)
+    x, w, bias = noise(m, k), noise(sum(parts), k, std=k**-0.5), noise(sum(parts))
+    addend, stacks, token_slots = make_addend(parts, k, m, slots, popularity, noise, max_rank=max_rank)
+    s = torch.full((shares, m, len(parts), addend.tables.a.shrink_width), float("nan"), device=DEVICE)
+    for p, part in enumerate(stacks):
+        for token, slot in enumerate(token_slots.tolist()):
+            if slot >= 0 and (rank := int(part.a.rank[slot])):
+                low = x[token].float() @ slot_views(part.a, slot).a_t()
+                values = low * torch.randn(shares, 1, generator=noise.generator, device=DEVICE)
+                values[-1] = low - values[:-1].sum(0)
+                s[:, token, p, :rank] = values
+    given, shape = replace(addend, s=s), (rows, splits, 2)
+    found, plain = skinny_linear(x, w, bias, given, shape), skinny_linear(x, w, bias, None, shape)
+    assert relative_error(found, ref_linear(x, w, bias, stacks, token_slots)) < 5e-3
+    assert torch.equal(found[token_slots < 0], plain[token_slots < 0]), "rows without an adapter changed"
+    assert torch.equal(found, skinny_linear(x, w, bias, given, shape)), "two runs differ"
 
 
 def test_rule() -> None:
