@@ -29,6 +29,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 32  # most programs that share one request's keys; each takes at least MIN_SPLIT_KEYS
 MIN_SPLIT_KEYS, MIN_LATENT_KEYS = 128, 64
 DECODE_PROGRAMS = 264  # as many as fill a GPU of 132 multiprocessors twice; fixed, so that results do not depend on the machine
+ONE_TOKEN = (8, 4)  # ranks and warps of a program of the merge that makes s of one token, of which there are few (measured)
 
 define(
     "prefill_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor query_starts, Tensor seq_lens, Tensor(a!) tickets, Tensor(b!) out, "
@@ -297,10 +298,10 @@ def paged_attention(
 def _merge(partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, splits: int, low: LinearAddend | None) -> torch.Tensor:
     """out = what the programs of one request and KV head found, weighed by `lse` and added up."""
     (m, hq, dv), (width, extra) = out.shape, (1, NO_LINEAR_ADDEND) if low is None else (low.s.shape[3], low.shrink_args())
-    rank_block = min(32, max(16, triton.next_power_of_2(width)))
+    rank_block, warps = ONE_TOKEN if m == 1 and low is not None else (16, 2) if width <= 16 else (32, 4)
     _merge_kernel[(m * hq, triton.cdiv(width, rank_block))](
         partial, lse, out, *extra, HQ=hq, DV=dv, DV_PAD=triton.next_power_of_2(dv), SPLITS=splits, SHRINK=low is not None,
-        RANK_BLOCK=rank_block, num_warps=rank_block // 8, **launch.options(out.device),
+        RANK_BLOCK=rank_block, num_warps=warps, **launch.options(out.device),
     )  # fmt: skip
     return out
 
