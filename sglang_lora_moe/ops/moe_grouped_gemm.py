@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_lora_moe.moe.spec import MoESpec
@@ -216,6 +217,8 @@ def _grouped_gemm_kernel(
     first, last = _records_of(ranges_ptr, tile, early, ADDEND)
     if PDL and not GATHER and told_ptr is not None and not early:
         told(told_ptr, 1)  # a is
+    if PDL and LATE == 1 and not GATHER:
+        gdc_launch_dependents()  # the combine, whose ids and weights are older than a, and behind it a norm and a linear, whose weights come meanwhile
     for t in tl.range(begin, total, step, num_stages=1):
         pair1, first1, last1 = pair, first, last
         tile2, expert2, start2, rows2, n2 = tile1, expert1, start1, rows1, n1
@@ -257,8 +260,7 @@ def grouped_gemm(
     """
     matrix, scales, zeros, bits, group = _storage(w)
     (num_experts, w_rows), k = matrix.shape[:2], a.shape[1]
-    num_pairs, n = out.shape
-    gated = activation is not None and activation.gated
+    (num_pairs, n), gated = out.shape, activation is not None and activation.gated
     _check(a, w, bias, out, gated, num_pairs, gather)
     use_tma = tile.tma and launch.has_tma(a.device) and (k * a.element_size()) % 16 == 0
     w_desc = TensorDescriptor(matrix, [num_experts * w_rows, k], [k, 1], [tile.n, tile.k]) if use_tma and not bits else None
@@ -304,8 +306,7 @@ def _storage(w: torch.Tensor | WNA16Weight) -> tuple[torch.Tensor, torch.Tensor 
 
 
 def _check(a: torch.Tensor, w: torch.Tensor | WNA16Weight, bias: torch.Tensor | None, out: torch.Tensor, gated: bool, pairs: int, gather: bool) -> None:
-    n, k = out.shape[1], a.shape[1]
-    rows = 2 * n if gated else n
+    n, k, rows = out.shape[1], a.shape[1], out.shape[1] * (2 if gated else 1)
     if isinstance(w, WNA16Weight):
         experts = w.packed.shape[0]
         launch.expect("grouped_gemm: packed w", w.packed, (experts, rows, k * w.bits // 32), torch.int32, a.device)
