@@ -91,10 +91,12 @@ DEVICE int count_pieces(const SkinnyLinear& a, const Known& k, int run, int cuts
 DEVICE int first_of(const SkinnyLinear& a, const Part& part, int p) { return (part.rank - p) & (a.splits - 1); }
 
 // Lists those of a lane's slot that are this block's: of eights and, of this part, sixteens so many come before. `place`: of the part's first sixteen.
+// Where the slot's tokens were is then where its sixteens are: the first one above, how many below.
 template <int HIGH>
 DEVICE void list_slot(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Part& part, const Known& k, int p, int slot, int run, int before, int place) {
   const int cuts = l.cuts.by, eights = ceil_div(k.rank, HIGH), first = run >> 16, tokens = run & 0xffff;
   if (tokens == 0) return;
+  int own = 0;
   const int eight = before >> kSixteenBits, end = eight + eights * cuts * ceil_div(tokens, 8);
 #pragma unroll 1
   for (int mine = (int)blockIdx.x, turn = 0; mine < end; mine += l.blocks, turn++) {
@@ -105,11 +107,11 @@ DEVICE void list_slot(const SkinnyLinear& a, const Layout& l, const Shared& shar
     for (; rows >= eights; rows -= eights) above += 8;
     shared.eights[turn] = {k.a_place + (int64_t)rows * HIGH * a.k, p, k.rank, rows * HIGH, cut, first + above, tokens - above};
   }
-  if (k.from >= a.rows || k.to <= 0) return;
-  int sixteen = (before & ((1 << kSixteenBits) - 1)) - first_of(a, part, p);
+  const int sixteens = k.from < a.rows && k.to > 0 ? ceil_div(k.rank, 16) : 0, above = (before & ((1 << kSixteenBits) - 1)) - first_of(a, part, p);
 #pragma unroll 1
-  for (int r0 = 0; r0 < k.rank; r0 += 16, sixteen++)
-    if ((sixteen & (a.splits - 1)) == 0) shared.sixteens[place + (sixteen >> l.shift)] = {k.b_place + r0, slot, p, k.rank, r0, k.from, k.to, k.scaling};
+  for (int i = -above & (a.splits - 1); i < sixteens; i += a.splits, own++)
+    shared.sixteens[place + ((above + i) >> l.shift)] = {k.b_place + i * 16, p, k.rank, i * 16, k.from, k.to, k.scaling};
+  shared.runs[p * a.num_slots + slot] = (place + ((above + a.splits - 1) >> l.shift)) << 16 | own;
 }
 
 // What this block does of the step's adapters, part by part in the order of slots: every splits-th of the sixteens that touch its rows, and its own of
@@ -181,15 +183,15 @@ DEVICE void hold_eight(const SkinnyLinear& a, const Eight& u, int warp, uint32_t
   }
 }
 
-// What does not fit before the wait is on its way to L2 meanwhile: further eights of this block, and its sixteens beyond the first chunks.
+// What does not fit before the wait is on its way to L2 meanwhile: further eights of this block, and its sixteens from number `early` on.
 template <int HIGH>
-DEVICE void prefetch_rest(const SkinnyLinear& a, const Layout& l, const Shared& shared, int tid) {
+DEVICE void prefetch_rest(const SkinnyLinear& a, const Shared& shared, int early, int tid) {
   for (int index = tid + HIGH * 16; index < shared.count[1] * HIGH * 16; index += kPreparing) {  // 16 lines of 64 values in a row of a cut
     const Eight& u = shared.eights[index / (HIGH * 16)];
     const int row = index >> 4 & (HIGH - 1), column = u.cut * kCut + (index & 15) * 64;
     if (u.r0 + row < u.rank && column < a.k) prefetch((const uint16_t*)a.pool + u.place + (int64_t)row * a.k + column);
   }
-  for (int i = l.lows * kSixteens; i < shared.count[0]; i++) {
+  for (int i = early; i < shared.count[0]; i++) {
     const Sixteen& u = shared.sixteens[i];
     for (int row = tid; row < a.rows; row += kPreparing)
       if (row >= u.from && row < u.to) prefetch((const uint16_t*)a.pool + u.place + (int64_t)(row - u.from) * u.rank);
@@ -262,19 +264,30 @@ struct Wanted {
   uint8_t* target;    // null: nothing is wanted
 };
 
-// The first of `list` from `next` on that is for this thread's ranks of token i, or of those after it, one of each 32.
-DEVICE Wanted want(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, const Sixteen* list, int here, int& i, int& next, const int (&slots)[2], int tid) {
+struct Walk {  // over the sixteens of a thread's two tokens, part by part from `first_part` to `end_part`
+  int first_part, end_part, part, token, next, end;
+};
+
+// The next one, of the `here` from `first` on, that has ranks of this thread's.
+DEVICE Wanted want(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, int first, int here, Walk& w, const int (&slots)[2], int tid) {
   const int q = tid & 3;
-  for (; i < 2; i++, next = 0) {
-    const int slot = i == 0 ? slots[0] : slots[1], row = tid / 4 + 32 * i;
-    for (; slot >= 0 && next < here; next++) {
-      const Sixteen& u = list[next];
+#pragma unroll 1
+  while (w.token < 2) {
+    const int slot = w.token == 0 ? slots[0] : slots[1], row = tid / 4 + 32 * w.token;
+    if (w.next < w.end) {
+      const int place = w.next++ - first;
+      const Sixteen& u = shared.sixteens[first + place];
       const int r = u.r0 + 4 * q;
-      if (u.slot != slot || r >= u.rank) continue;
-      uint8_t* const target = piece_of(low_of(l, shared, next / kSixteens), row, next % kSixteens * 2 + (q >> 1)) + (q & 1) * 8;
-      next++;
+      if (place < 0 || place >= here || r >= u.rank) continue;
+      uint8_t* const target = piece_of(low_of(l, shared, place / kSixteens), row, place % kSixteens * 2 + (q >> 1)) + (q & 1) * 8;
       return {s + ((int64_t)row * a.parts + u.part) * a.width + r, u.rank - r, cuts_of(a), u.scaling, target};
     }
+    if (slot < 0 || w.part >= w.end_part) {
+      w.token++, w.part = w.first_part;
+      continue;
+    }
+    const int own = shared.runs[w.part++ * a.num_slots + slot];
+    w.next = own >> 16, w.end = w.next + (own & 0xffff);
   }
   return {};
 }
@@ -329,13 +342,14 @@ DEVICE bool add_shares(const SkinnyLinear& a, float (&sum)[PLACES][4], Wanted (&
 // s of this thread's tokens and ranks, once it is there, to where it is multiplied: four threads a token, each with four columns of a sixteen. What a thread
 // waits for is asked for at once, as each answer takes its way from L2.
 template <class T, int PLACES>
-DEVICE void place_s(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, const Sixteen* list, int here, const int (&slots)[2], int tid) {
+DEVICE void place_s(const SkinnyLinear& a, const Layout& l, const Shared& shared, const float* s, int first, int here, const int (&slots)[2], int tid) {
   const int64_t apart = (int64_t)a.m * a.parts * a.width;
-  for (int token = 0, next = 0;;) {
+  const int first_part = here > 0 ? shared.sixteens[first].part : 0, end_part = here > 0 ? shared.sixteens[first + here - 1].part + 1 : 0;
+  for (Walk walk = {first_part, end_part, first_part, 0, 0, 0};;) {
     Wanted w[PLACES];
     float sum[PLACES][4] = {};
 #pragma unroll
-    for (int i = 0; i < PLACES; i++) w[i] = want(a, l, shared, s, list, here, token, next, slots, tid);
+    for (int i = 0; i < PLACES; i++) w[i] = want(a, l, shared, s, first, here, walk, slots, tid);
     if (!w[0].target) return;
     while (add_shares<PLACES>(a, sum, w, apart)) {
     }
@@ -345,7 +359,7 @@ DEVICE void place_s(const SkinnyLinear& a, const Layout& l, const Shared& shared
   }
 }
 
-// Columns of B to shared memory, those of the list from `from` on, a multiple of kSixteens, to `to`, and zeros where s will be.
+// Columns of B to shared memory, those of the list from `from` on, a multiple of kSixteens, to `to`.
 DEVICE void fetch_b(const SkinnyLinear& a, const Layout& l, const Shared& shared, const Sixteen* list, int from, int to, int tid) {
   const int piece = tid & 7;
   for (int i = from + (piece >> 1); i < to; i += kSixteens) {
@@ -358,6 +372,10 @@ DEVICE void fetch_b(const SkinnyLinear& a, const Layout& l, const Shared& shared
       load_piece(piece_of(low_b, row, piece), b + (inside ? row - first : 0) * rank, inside ? columns : 0, rank % 8 == 0);
     }
   }
+}
+
+// Zeros where s of the same will be, but for the tokens that have it.
+DEVICE void clear_s(const SkinnyLinear& a, const Layout& l, const Shared& shared, int from, int to, int tid) {
   for (int low = from / kSixteens; low * kSixteens < to; low++)
     for (int index = tid; index < a.m * 8; index += kPreparing) {
       uint8_t* const target = piece_of(low_of(l, shared, low), index >> 3, index & 7);
@@ -385,8 +403,10 @@ DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared
   if (eights > 0) hold_eight<HIGH>(a, shared.eights[0], warp, held), token = token_of(a, shared.eights[0]);
 #pragma unroll
   for (int i = 0; i < 2; i++) slots[i] = tid / 4 + 32 * i < a.m ? a.slots[tid / 4 + 32 * i] : -1;
-  prefetch_rest<HIGH>(a, l, shared, tid);
-  fetch_b(a, l, shared, shared.sixteens, 0, early, tid);
+  const bool few = count <= kSixteens;  // more take so many instructions that others would wait for this block's share of s meanwhile
+  prefetch_rest<HIGH>(a, shared, few ? early : 0, tid);
+  if (few) fetch_b(a, l, shared, shared.sixteens, 0, early, tid);
+  clear_s(a, l, shared, 0, early, tid);
   wait_for_previous_kernel();
   if (warp == 0) launches = load_count(a.launches);
   for (int e = 0; e < eights; e++) {
@@ -399,6 +419,7 @@ DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared
     *shared.half = half_of(launches);
     add_to_count(a.launches, blockIdx.x == 0 ? kLaunch - (uint32_t)(l.blocks - 1) : 1u);  // bit 16 changes once all blocks have read it
   }
+  if (!few) fetch_b(a, l, shared, shared.sixteens, 0, early, tid);
   sync_warpgroup(1);
   const int half = *shared.half;
   empty_half(a, l, 1 - half, tid);
@@ -407,9 +428,10 @@ DEVICE void prepare(const SkinnyLinear& a, const Layout& l, const Shared& shared
     if (there < count - first) {  // where the weights, or sixteens before these, have been read: no turn of the barrier is left out where another follows
       barrier_wait(shared.low_empty, turn & 1);
       fetch_b(a, l, shared, shared.sixteens + first, there, here, tid);
+      clear_s(a, l, shared, there, here, tid);
       sync_warpgroup(1);
     }
-    place_s<T, PLACES>(a, l, shared, a.s + half * a.half, shared.sixteens + first, here, slots, tid);
+    place_s<T, PLACES>(a, l, shared, a.s + half * a.half, first, here, slots, tid);
     publish_to_wgmma();
     barrier_arrive(shared.low_full);
     barrier_arrive_after_copies(shared.low_full);
@@ -445,6 +467,7 @@ DEVICE void multiply(const SkinnyLinear& a, const Layout& l, const Shared& share
   }
   wgmma_wait<0>();
   if (!a.s || a.shares) return;
+  sync_warp();
   if (lane_index() == 0) barrier_arrive(shared.low_empty);
   const int most = uniform((l.lows + l.later) * kSixteens);
   for (int c = 0; c == 0 || c * most < uniform(*shared.count); c++) {
@@ -458,6 +481,7 @@ DEVICE void multiply(const SkinnyLinear& a, const Layout& l, const Shared& share
     }
     wgmma_commit();
     wgmma_wait<0>();
+    sync_warp();
     if (lane_index() == 0) barrier_arrive(shared.low_empty);
   }
 }

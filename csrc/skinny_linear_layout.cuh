@@ -14,6 +14,7 @@ constexpr int kMultiplying = 256, kPreparing = 128, kThreads = kMultiplying + kP
 constexpr int kSixteens = kK / 16, kMostLows = 4;  // of adapters' columns in a chunk; such chunks in shared memory
 constexpr int kFlight = 48 << 10;           // bytes of weights that a block has under way at most: more would only make all other loads wait behind them
 constexpr int kMostShared = 227 * 1024, kTooLarge = 1;  // the error is cudaErrorInvalidValue
+constexpr int kSpare = 9 << 10;  // left at 17 to 32 tokens to blocks of combine and norm, 1 KB each, which a block waits for else (measured; 64 need it for tokens)
 
 constexpr int kCut = 1024, kHeld = kCut / 128;  // columns of A that a block multiplies at once; runs of 32 columns of each of four warps
 constexpr int kTallBeyond = 16;                 // ranks beyond which it may take sixteen rows of A at once, not eight: fewer turns, x read less often
@@ -28,7 +29,7 @@ constexpr int kSixteenBits = 12;                // of a word that counts sixteen
 
 struct Sixteen {  // columns of B of one adapter's part, which one product adds
   int64_t place;  // of B(slot, part)[0, r0] in the pool
-  int32_t slot, part, rank, r0;
+  int32_t part, rank, r0;
   int32_t from, to;  // rows of the part, counted from this block's first
   float scaling;
 };
@@ -86,9 +87,10 @@ inline Layout layout_of(const SkinnyLinear& a) {
   l.low_bytes = l.x_bytes + a.rows * 128;
   l.lows = a.s && !a.shares ? ceil_div(ceil_div(adapters * ceil_div(a.max_rank, 16), a.splits), kSixteens) : 0;
   l.lows = l.lows > kMostLows ? kMostLows : l.lows;
-  const auto stages = [&] { return (kMostShared - w_bytes - l.lows * l.low_bytes - list_bytes - barriers) / (l.x_bytes * a.group); };
-  while (l.lows > 1 && stages() < 2) l.lows--;
-  l.stages = stages();
+  const auto stages = [&](int most) { return (most - w_bytes - l.lows * l.low_bytes - list_bytes - barriers) / (l.x_bytes * a.group); };
+  while (l.lows > 1 && stages(kMostShared) < 2) l.lows--;
+  l.stages = stages(kMostShared);
+  if (a.m > 16 && a.m <= 32 && l.stages > 3) l.stages = stages(kMostShared - kSpare) > 3 ? stages(kMostShared - kSpare) : 3;
   const int groups = ceil_div(l.chunks, a.group);
   l.stages = l.stages < 2 ? 2 : l.stages > kStages ? kStages : l.stages;  // one is given back when the products of the next are under way
   l.stages = l.stages > groups ? groups : l.stages;
