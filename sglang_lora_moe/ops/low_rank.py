@@ -116,7 +116,7 @@ def load_slot(slots_ptr, rank_ptr, split_ptr, offset_ptr, stride_ptr, token):
 @triton.jit
 def pdl_early(PDL: tl.constexpr):
     """Let the kernel after this one start at once. For kernels before a linear, a norm or an alignment alone: these read weights and adapters
-    before their wait, nothing that a kernel of the step writes."""
+    before their wait, nothing that a kernel of the step writes; and for down before the combine, which reads what is older than down's input."""
     if PDL:
         gdc_launch_dependents()
 

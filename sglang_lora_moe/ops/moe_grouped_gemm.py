@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_lora_moe.moe.spec import MoESpec
-from sglang_lora_moe.ops import launch
+from sglang_lora_moe.ops import launch, low_rank
 from sglang_lora_moe.ops.low_rank import FEW_ACCUMULATORS, NO_TILE_ARGS, NO_TILE_OPTIONS, LowRank, load_block, load_records, pdl_wait, tile_delta, told
 from sglang_lora_moe.ops.moe_activation import activate, activation_code
 from sglang_lora_moe.ops.moe_combine import token_delta
@@ -196,8 +195,7 @@ def _grouped_gemm_kernel(
     """A walk over (tile, block of columns). What a tile needs before its main loop is fetched during the one before: a chain of
     dependent loads (tile, pairs, records) would otherwise stand between any two. With TAIL, tiles of few rows run at half height.
     LATE (a program per tile): the main loop runs beside the kernel before, which made the addend, and waits for it at its end. Programs from
-    number LATE on, if not 1, begin when that is over: they wait first, have the addend under way during the main loop, and the kernel after may start.
-    """
+    number LATE on, if not 1, begin when that is over: they wait first, have the addend under way during the main loop, and the kernel after may start."""
     early = (tl.program_id(0) >= LATE) & (LATE > 1) if LATE else True
     if early:
         pdl_wait(PDL)
@@ -217,8 +215,7 @@ def _grouped_gemm_kernel(
     first, last = _records_of(ranges_ptr, tile, early, ADDEND)
     if PDL and not GATHER and told_ptr is not None and not early:
         told(told_ptr, 1)  # a is
-    if PDL and LATE == 1 and not GATHER:
-        gdc_launch_dependents()  # the combine, whose ids and weights are older than a, and behind it a norm and a linear, whose weights come meanwhile
+    low_rank.pdl_early(PDL and LATE == 1 and not GATHER)  # the combine; its ids and weights are older than a
     for t in tl.range(begin, total, step, num_stages=1):
         pair1, first1, last1 = pair, first, last
         tile2, expert2, start2, rows2, n2 = tile1, expert1, start1, rows1, n1
